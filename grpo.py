@@ -1,0 +1,391 @@
+"""Stage 3: the group-relative policy optimisation of CF-GRPO (arXiv 2606.18441, Eq. 9-10) for Qwen-VL checkpoints.
+
+The maths are pure functions: group_advantages, policy_loss, token_weights. The model side is one module, Policy, and two functions:
+rollout() samples a group (vision encoder and prefill once, KV cache repeated) and group_logps() scores it with the group packed in
+one row, [prompt | c_1 | ... | c_G], where a completion sees the prompt and itself only (Prefix Grouper, arXiv 2506.05433).
+
+Letters in shapes: B prompts, G completions of each, P prompt tokens (left-padded), T completion tokens (right-padded), S = P + G*T,
+D hidden size, V vocabulary, K frames, t temporal slots of M visual tokens.
+"""
+
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, fields, replace
+
+import deepspeed
+import torch
+from transformers import DynamicCache
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+import reward
+
+# ------------------------------------------------------------------------------------------------------ pure functions
+
+
+def group_advantages(rewards, eps=1e-4, scale=True):
+    """Advantages within each question's group (Eq. 9): (r - mean) / (std + eps). rewards (B, G) -> (B, G).
+
+    std is unbiased (G - 1), as in the release; scale=False leaves the division out (Dr. GRPO). A group of equal rewards gives zeros.
+    """
+    centred = rewards - rewards.mean(dim=1, keepdim=True)
+    if not scale:
+        return centred
+    if rewards.shape[1] < 2:
+        raise ValueError("a group needs at least two rollouts for its standard deviation (--num_generations)")
+    return centred / (rewards.std(dim=1, keepdim=True) + eps)
+
+
+def policy_loss(logp, old_logp, advantages, mask, ref_logp=None, beta=0.04, clip_low=0.2, clip_high=0.2, reduction="sequence",
+                weights=None):
+    """Clipped policy loss with a k3 KL penalty (Eq. 10). logp, old_logp, ref_logp, mask, weights (N, T), advantages (N,).
+
+    Per token: -min(ratio*A, clip(ratio, 1-clip_low, 1+clip_high)*A) + beta*(exp(d) - d - 1), ratio = exp(logp - old_logp),
+    d = ref_logp - logp clamped to +-10 (Schulman's k3 estimator). Reductions: 'sequence' mean over a completion's tokens, then over
+    completions (GRPO); 'token' sum over all tokens / number of tokens (TW-GRPO, DAPO); 'constant' sum / (N * T) (Dr. GRPO).
+    Masked positions may hold anything, NaN too. Returns the loss and stats: kl, ratio, clip_fraction (floats, means over tokens).
+    """
+    mask = mask.bool()
+    logp, old_logp = logp.masked_fill(~mask, 0.0), old_logp.masked_fill(~mask, 0.0)
+    ratio = torch.exp(logp - old_logp)  # (N, T)
+    advantages = advantages[:, None]  # (N, 1)
+    clipped = ratio.clamp(1 - clip_low, 1 + clip_high)
+    token_loss = -torch.min(ratio * advantages, clipped * advantages)  # (N, T)
+    kl = torch.zeros_like(logp)
+    if ref_logp is not None:
+        d = (ref_logp.masked_fill(~mask, 0.0) - logp).clamp(-10, 10)
+        kl = torch.exp(d) - d - 1
+        token_loss = token_loss + beta * kl
+    if weights is not None:
+        token_loss = token_loss * weights.masked_fill(~mask, 0.0)
+    token_loss = token_loss * mask
+    tokens = mask.sum()
+    if reduction == "sequence":
+        loss = (token_loss.sum(dim=1) / mask.sum(dim=1).clamp(min=1)).mean()
+    elif reduction == "token":
+        loss = token_loss.sum() / tokens.clamp(min=1)
+    elif reduction == "constant":
+        loss = token_loss.sum() / mask.numel()
+    else:
+        raise ValueError(f"reduction {reduction!r} is not one of sequence, token, constant")
+    with torch.no_grad():
+        outside = torch.where(advantages > 0, ratio > 1 + clip_high, ratio < 1 - clip_low) & mask
+        mean = lambda values: (values * mask).sum().item() / max(tokens.item(), 1)  # noqa: E731
+        stats = {"kl": mean(kl), "ratio": mean(ratio), "clip_fraction": mean(outside.float())}
+    return loss, stats
+
+
+def token_weights(logits, mask, alpha=1.7):
+    """TW-GRPO's weight of each position from how much the group's next-token distributions differ there (arXiv 2505.24718).
+
+    logits (G, T, V), mask (G, T) -> (G, T), the same row for every rollout. With p_g uniform where rollout g has ended and m the mean
+    of the log-probabilities: divergence(t) = mean_g sum_v exp(d) - d - 1, d = m - log p_g clamped to +-11; min-max over the positions
+    that any rollout reaches, then weight = 1 + (alpha - 1) * divergence, in [1, alpha]. Positions nobody reaches get 1.
+    """
+    mask = mask.bool()
+    vocabulary = logits.shape[-1]
+    logp = torch.log_softmax(logits.float(), dim=-1)
+    logp = torch.where(mask[..., None], logp, -torch.log(torch.tensor(float(vocabulary))))  # (G, T, V)
+    d = (logp.mean(dim=0, keepdim=True) - logp).clamp(-11, 11)
+    divergence = (torch.exp(d) - d - 1).sum(dim=-1).mean(dim=0)  # (T,)
+    reached = mask.any(dim=0)
+    if not reached.any():
+        return torch.ones_like(mask, dtype=torch.float32)
+    low, high = divergence[reached].min(), divergence[reached].max()
+    scaled = torch.where(reached, (divergence - low) / (high - low).clamp(min=1e-8), torch.zeros_like(divergence))
+    return (1 + (alpha - 1) * scaled)[None].expand(mask.shape)
+
+
+# ----------------------------------------------------------------------------------------------------------- the model
+
+
+@dataclass
+class Prompts:
+    """A batch of encoded prompts, left-padded; what travels between the stages of a step."""
+
+    input_ids: torch.Tensor  # (B, P)
+    mask: torch.Tensor  # (B, P) bool, False on padding
+    position_ids: torch.Tensor  # (3, B, P) rotary positions in time, height, width
+    visual: torch.Tensor  # (B, P) bool, True on visual tokens
+    pixel_values: torch.Tensor | None  # (patches, C) of all media, in batch order; None when the whole batch is text
+    grid_thw: torch.Tensor | None  # (media, 3) patches in time, height, width
+    slots: list[int]  # temporal slots of each row's medium, 0 for text
+
+    def to(self, device):
+        moved = {f.name: getattr(self, f.name) for f in fields(self)}
+        return Prompts(**{name: value.to(device) if torch.is_tensor(value) else value for name, value in moved.items()})
+
+    def repeat(self, times):
+        """Every row `times` times in a row, its media too: what the releases do, kept as the oracle of the tests."""
+        pixels, grid = [], []
+        if self.pixel_values is not None:
+            for patches, thw in zip(self.pixel_values.split(self.grid_thw.prod(1).tolist()), self.grid_thw, strict=True):
+                pixels += [patches] * times
+                grid += [thw] * times
+        return replace(
+            self, input_ids=self.input_ids.repeat_interleave(times, 0), mask=self.mask.repeat_interleave(times, 0),
+            position_ids=self.position_ids.repeat_interleave(times, 1), visual=self.visual.repeat_interleave(times, 0),
+            pixel_values=torch.cat(pixels) if pixels else None, grid_thw=torch.stack(grid) if grid else None,
+            slots=[count for count in self.slots for _ in range(times)])
+
+
+def collate(items, model):
+    """Encoded examples (data.Encoder.encode) -> Prompts. `model` gives token ids and the family's own rotary positions."""
+    config, core = model.config, model.model
+    lengths = [len(item["input_ids"]) for item in items]
+    padded = max(lengths)
+    input_ids = torch.full((len(items), padded), config.text_config.pad_token_id or 0)
+    mask = torch.zeros(len(items), padded, dtype=torch.bool)
+    for row, item in enumerate(items):
+        input_ids[row, padded - lengths[row] :] = item["input_ids"]
+        mask[row, padded - lengths[row] :] = True
+    kinds = (input_ids == config.image_token_id).long() + 2 * (input_ids == config.video_token_id).long()
+    kinds = kinds * mask  # (B, P): 0 text, 1 image, 2 video
+    media = [item for item in items if item["grid_thw"] is not None]
+    is_video = [bool((item["input_ids"] == config.video_token_id).any()) for item in media]
+    grid = torch.stack([item["grid_thw"] for item in media]) if media else None
+    grids = {name: grid[[v is video for v in is_video]] if media and video in is_video else None
+             for name, video in (("image_grid_thw", False), ("video_grid_thw", True))}
+    seconds = torch.tensor([item["second_per_grid"] for item, video in zip(media, is_video, strict=True) if video])
+    position_ids, _ = core.get_rope_index(input_ids, mm_token_type_ids=kinds.int(), attention_mask=mask.long(), **grids,
+                                          second_per_grid_ts=seconds if len(seconds) else None)
+    return Prompts(
+        input_ids=input_ids, mask=mask, position_ids=position_ids, visual=kinds > 0,
+        pixel_values=torch.cat([item["pixel_values"] for item in media]) if media else None, grid_thw=grid,
+        slots=[int(item["grid_thw"][0]) if item["grid_thw"] is not None else 0 for item in items])
+
+
+def group_mask(prompt_mask, completion_mask):
+    """Who sees whom in [prompt | c_1 | ... | c_G]. (B, P), (B, G, T) -> (B, 1, S, S) bool: causal, own completion only, no padding."""
+    batch, group, length = completion_mask.shape
+    prompt_length = prompt_mask.shape[1]
+    device = prompt_mask.device
+    segment = torch.cat([torch.zeros(prompt_length, dtype=torch.long, device=device),
+                         1 + torch.arange(group, device=device).repeat_interleave(length)])  # (S,) 0 prompt, g completion
+    order = torch.arange(len(segment), device=device)
+    allowed = (order[:, None] >= order[None]) & ((segment[:, None] == segment[None]) | (segment[None] == 0))  # (S, S)
+    valid = torch.cat([prompt_mask, completion_mask.reshape(batch, -1)], dim=1).bool()  # (B, S)
+    allowed = allowed[None] & valid[:, None, :]
+    return (allowed | torch.eye(len(segment), dtype=torch.bool, device=device))[:, None]  # padding sees itself: no empty softmax row
+
+
+class Policy(torch.nn.Module):
+    """A Qwen2-VL or Qwen2.5-VL checkpoint behind one forward, so that ZeRO-3 sees one entry and image and video rows run the vision
+    tower once, in the same order on every rank."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def embed(self, prompts):
+        """(B, P, D): token embeddings with the vision tower's features on the visual tokens."""
+        embeds = self.model.get_input_embeddings()(prompts.input_ids)
+        pixels, grid = prompts.pixel_values, prompts.grid_thw
+        if pixels is None:  # text alone: a blank image keeps this rank's ZeRO-3 gathers in step with the ranks that have videos
+            vision = self.model.config.vision_config
+            side = vision.spatial_merge_size
+            pixels = embeds.new_zeros(side * side, vision.in_channels * vision.temporal_patch_size * vision.patch_size**2)
+            grid = torch.tensor([[1, side, side]], device=embeds.device)
+        features = self.model.model.visual(pixels, grid_thw=grid).pooler_output.to(embeds.dtype)  # (visual tokens, D)
+        if prompts.pixel_values is None:
+            return embeds + 0 * features.sum()
+        return embeds.masked_scatter(prompts.visual[..., None], features)
+
+    def forward(self, prompts, completions, completion_mask, hidden_layers=(), attention_layer=None):
+        """completions, completion_mask (B, G, T) -> logp (B, G, T) of the completion tokens, entropy (B, G, T),
+        hidden {layer: (B, S, D)} of `hidden_layers` (0 embeddings ... -1 after the last norm), without gradient,
+        attention (B, G, T, P) of completion tokens to prompt tokens in `attention_layer` (1 is the first), mean over heads, or None.
+        """
+        batch, group, length = completions.shape
+        prompt_length = prompts.input_ids.shape[1]
+        tail = completions.reshape(batch, group * length)
+        embeds = torch.cat([self.embed(prompts), self.model.get_input_embeddings()(tail)], dim=1)  # (B, S, D)
+        start = prompts.position_ids.amax(dim=(0, 2)) + 1  # (B,) every completion restarts right after the prompt
+        steps = torch.arange(length, device=tail.device).repeat(group)  # (G*T,)
+        positions = torch.cat([prompts.position_ids, (start[:, None] + steps)[None].expand(3, -1, -1)], dim=2)  # (3, B, S)
+        mask = group_mask(prompts.mask, completion_mask)
+        recorder = record_attention(self.model, attention_layer, mask, prompt_length, group) if attention_layer else nullcontext({})
+        with recorder as recorded:
+            output = self.model.model.language_model(
+                inputs_embeds=embeds, position_ids=positions, attention_mask=mask, use_cache=False,
+                output_hidden_states=any(layer != -1 for layer in hidden_layers))
+        hidden = output.last_hidden_state  # (B, S, D)
+        index = torch.arange(group * length, device=tail.device)
+        source = torch.where(index % length == 0, prompt_length - 1, prompt_length + index - 1)  # the token before; t=0: the prompt's last
+        logits = self.model.lm_head(hidden[:, source]).float()  # (B, G*T, V)
+        normalised = torch.log_softmax(logits, dim=-1)
+        logp = normalised.gather(-1, tail[..., None]).squeeze(-1).view(batch, group, length)
+        with torch.no_grad():
+            entropy = -(normalised.exp() * normalised).sum(-1).view(batch, group, length)
+        states = {layer: (hidden if layer == -1 else output.hidden_states[layer]).detach() for layer in hidden_layers}
+        return logp, entropy, states, recorded.get("weights")
+
+
+@contextmanager
+def record_attention(model, layer, mask, prompt_length, group):
+    """While open, the attention of `layer` (1 is the first) from completion tokens to prompt tokens is computed beside the model's own
+    kernel, from that layer's queries and keys after rotary. Yields a dict whose 'weights' is (B, G, T, P), mean over heads, no gradient."""
+    name = model.model.language_model.config._attn_implementation
+    kernel, recorded = ALL_ATTENTION_FUNCTIONS[name], {}
+
+    def attention(module, query, key, value, attention_mask, **kwargs):
+        if getattr(module, "layer_idx", None) == layer - 1:
+            with torch.no_grad():  # query (B, heads, S, d), key (B, kv heads, S, d)
+                keys = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1).float().transpose(2, 3)
+                parts = []
+                for rows in torch.arange(prompt_length, query.shape[2], device=query.device).chunk(group):
+                    scores = query[:, :, rows].float() @ keys * kwargs["scaling"]  # (B, heads, T, S)
+                    scores = scores.masked_fill(~mask[:, :, rows], float("-inf"))
+                    parts.append(scores.softmax(-1)[..., :prompt_length].mean(1))  # (B, T, P)
+                recorded["weights"] = torch.stack(parts, dim=1)
+        return kernel(module, query, key, value, attention_mask, **kwargs)
+
+    ALL_ATTENTION_FUNCTIONS[name] = attention
+    try:
+        yield recorded
+    finally:
+        del ALL_ATTENTION_FUNCTIONS[name]
+
+
+def group_logps(policy, prompts, completions, completion_mask, packed=True, **layers):
+    """Policy.forward on a group: packed, or with the prompt repeated for every completion (the oracle). Same shapes and numbers."""
+    if packed:
+        return policy(prompts, completions, completion_mask, **layers)
+    batch, group, length = completions.shape
+    flat = (batch * group, 1, length)
+    logp, entropy, hidden, attention = policy(prompts.repeat(group), completions.view(flat), completion_mask.view(flat), **layers)
+    prompt_length = prompts.input_ids.shape[1]
+    for layer, states in hidden.items():  # back to the packed layout; the prompt's states are the same in every copy
+        states = states.view(batch, group, prompt_length + length, -1)
+        hidden[layer] = torch.cat([states[:, 0, :prompt_length], states[:, :, prompt_length:].flatten(1, 2)], dim=1)
+    attention = None if attention is None else attention.view(batch, group, length, prompt_length)
+    return logp.view(batch, group, length), entropy.view(batch, group, length), hidden, attention
+
+
+# ------------------------------------------------------------------------------------------------------------ rollouts
+
+
+def sample_tokens(logits, uniform, temperature=1.0, top_p=1.0):
+    """Inverse-CDF sampling: logits (N, V), uniform (N,) in [0, 1) -> (N,). temperature 0 is greedy; top_p keeps the nucleus."""
+    if temperature == 0:
+        return logits.argmax(dim=-1)
+    probs, order = torch.softmax(logits.float() / temperature, dim=-1).sort(dim=-1, descending=True)
+    cumulative = probs.cumsum(dim=-1)
+    probs = probs.masked_fill(cumulative - probs >= top_p, 0.0)  # the token that crosses top_p stays
+    cumulative = probs.cumsum(dim=-1)
+    chosen = (cumulative <= uniform[:, None] * cumulative[:, -1:]).sum(dim=-1).clamp(max=logits.shape[-1] - 1)
+    return order.gather(-1, chosen[:, None]).squeeze(-1)
+
+
+def row_uniforms(seeds, length):
+    """One stream of random numbers per row, from its own seed: (N, length). A row's sample does not depend on its neighbours or rank."""
+    return torch.stack([torch.rand(length, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
+
+
+@torch.no_grad()
+def rollout(model, prompts, counts, seeds, max_new_tokens, eos_ids, banned_ids=(), temperature=1.0, top_p=0.95):
+    """Sample `counts[b]` completions of prompt b: encode and prefill once, then the KV cache is repeated.
+
+    seeds: one int per completion (sum of counts). banned_ids are never sampled (vision placeholders break the next forward).
+    Rows that have ended leave the batch as soon as half of them have. Returns completions (N, T) right-padded with eos, mask (N, T).
+    """
+    policy = Policy(model)
+    language, device = model.model.language_model, prompts.input_ids.device
+    cache = DynamicCache(config=language.config)
+    output = language(inputs_embeds=policy.embed(prompts), position_ids=prompts.position_ids, attention_mask=prompts.mask.long(),
+                      past_key_values=cache, use_cache=True)
+    owner = torch.arange(len(counts), device=device).repeat_interleave(torch.tensor(counts, device=device))  # (N,) prompt of each row
+    cache.batch_select_indices(owner)
+    hidden = output.last_hidden_state[owner, -1]  # (N, D)
+    position = (prompts.position_ids.amax(dim=(0, 2)) + 1)[owner]  # (N,)
+    mask = prompts.mask[owner]  # (N, P + t)
+    uniforms = row_uniforms(seeds, max_new_tokens).to(device)
+    eos, banned = torch.tensor(eos_ids, device=device), torch.tensor(list(banned_ids), dtype=torch.long, device=device)
+    total = len(owner)
+    tokens = torch.full((total, max_new_tokens), eos_ids[0], device=device)
+    lengths = torch.full((total,), max_new_tokens, device=device)
+    alive = torch.arange(total, device=device)  # rows still in the batch
+    ended = torch.zeros(total, dtype=torch.bool, device=device)
+    for step in range(max_new_tokens):
+        logits = model.lm_head(hidden).index_fill(-1, banned, float("-inf"))  # (rows, V)
+        token = sample_tokens(logits, uniforms[alive, step], temperature, top_p)
+        tokens[alive[~ended], step] = token[~ended]
+        lengths[alive[~ended & torch.isin(token, eos)]] = step + 1
+        ended = ended | torch.isin(token, eos)
+        if step + 1 == max_new_tokens or bool(ended.all()):
+            break
+        if int(ended.sum()) * 2 > len(alive):
+            keep = (~ended).nonzero().squeeze(1)
+            cache.batch_select_indices(keep)
+            alive, position, mask, token, ended = alive[keep], position[keep], mask[keep], token[keep], ended[keep]
+        mask = torch.cat([mask, torch.ones_like(mask[:, :1])], dim=1)
+        output = language(inputs_embeds=model.get_input_embeddings()(token[:, None]), attention_mask=mask[:, None, None],
+                          position_ids=(position + step)[None, :, None].expand(3, -1, 1), past_key_values=cache, use_cache=True)
+        hidden = output.last_hidden_state[:, -1]
+    longest = int(lengths.max())
+    return tokens[:, :longest], torch.arange(longest, device=device)[None] < lengths[:, None]
+
+
+def sample_texts(model, processor, prompts, counts, seeds, max_new_tokens, temperature=1.0, top_p=0.95):
+    """rollout() with the checkpoint's own stop and vision tokens -> completions (N, T), mask (N, T), decoded texts."""
+    config, eos = model.config, model.generation_config.eos_token_id or processor.tokenizer.eos_token_id
+    banned = [config.image_token_id, config.video_token_id, config.vision_start_token_id, config.vision_end_token_id]
+    eos = eos if isinstance(eos, list) else [eos]
+    tokens, mask = rollout(model, prompts, counts, seeds, max_new_tokens, eos, banned, temperature, top_p)
+    texts = [processor.tokenizer.decode(row[valid], skip_special_tokens=True) for row, valid in zip(tokens, mask, strict=True)]
+    return tokens, mask, texts
+
+
+@contextmanager
+def sampling(engine):
+    """The bare model for a rollout phase: ZeRO-3 parameters gathered once and its hooks off, both put back on leaving."""
+    offload = getattr(engine.optimizer, "parameter_offload", None)
+    model = engine.module.model
+    training = model.training
+    model.eval()
+    if offload is None:  # not ZeRO-3
+        yield model
+    else:
+        with deepspeed.zero.GatheredParameters(list(model.parameters())):
+            offload._remove_module_hooks()
+            offload.forward_hooks.clear()
+            offload.backward_hooks.clear()
+            try:
+                yield model
+            finally:
+                offload.setup_zero_stage3_hooks()
+    model.train(training)
+
+
+# ----------------------------------------------------------------------------------------------------------- frame use
+
+
+def rollout_frame_use(prompts, completion_mask, hidden=None, attention=None, tau=0.1, order="mean_softmax", pool="max"):
+    """Frame use per temporal slot (Eq. 3-5, or attention) of every rollout -> list of B lists of G tensors (slots,).
+
+    hidden (B, S, D) or attention (B, G, T, P) as Policy.forward returns them, in the packed layout. Rows without a video of two slots
+    or more (images, text) give None: there is nothing to choose between.
+    """
+    batch, group, length = completion_mask.shape
+    prompt_length = prompts.input_ids.shape[1]
+    rows = []
+    for b in range(batch):
+        slots, columns = prompts.slots[b], prompts.visual[b].nonzero().squeeze(1)  # (t*M,)
+        if slots < 2:
+            rows.append([None] * group)
+            continue
+        uses = []
+        frames = reward.pool_frames(hidden[b, columns].float().view(slots, -1, hidden.shape[-1]), pool) if hidden is not None else None
+        for g in range(group):
+            valid = completion_mask[b, g].bool()
+            if hidden is not None:
+                begin = prompt_length + g * length
+                uses.append(reward.frame_use(hidden[b, begin : begin + length][valid].float(), frames, tau, order))
+            else:
+                uses.append(reward.attention_use(attention[b, g][valid][None][..., columns], slots))  # (1, L, t*M)
+        rows.append(uses)
+    return rows
+
+
+def slot_shares(times, intervals, slots):
+    """(slots,) share of each temporal slot's frames whose time lies in one of the intervals (start s, end s)."""
+    inside = torch.tensor([float(any(start <= t < end for start, end in intervals)) for t in times])
+    return torch.stack([chunk.mean() for chunk in inside.split(-(-len(inside) // slots))])

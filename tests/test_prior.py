@@ -1,0 +1,408 @@
+"""prior.py: hand-derived numbers for its maths, real mp4 files and a real (tiny, untrained) open_clip model for the rest."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import cv2
+import numpy as np
+import open_clip
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+import prior  # noqa: E402
+from data import DataError, Example, decode_frames, load_examples  # noqa: E402
+
+WORDS = "which what colour is the ball scene comes first red green blue".split()
+
+
+def flat(red, green, blue, size=48):
+    return np.full((size, size, 3), (red, green, blue), np.uint8)
+
+
+def write_video(path, frames, fps=8):
+    writer = cv2.VideoWriter(str(path), cv2.VideoWriter_fourcc(*"mp4v"), fps, frames[0].shape[1::-1])
+    for frame in frames:
+        writer.write(np.ascontiguousarray(frame[..., ::-1]))
+    writer.release()
+    return path
+
+
+def noisy(background, count, rng, sigma=8):
+    """count frames of one background (H, W, 3) with camera noise."""
+    return list(np.clip(background + rng.normal(0, sigma, (count, *background.shape)), 0, 255).astype(np.uint8))
+
+
+def backgrounds(size=96):
+    """Scenes that differ in texture or brightness, some in hue, as hard as the toy's: most are grey."""
+    y, x = np.mgrid[:size, :size]
+    striped = np.where((y // 7) % 2, 75, 160)[..., None].repeat(3, 2)
+    dotted = np.where((x % 14 - 7) ** 2 + (y % 14 - 7) ** 2 < 18, 145, 90)[..., None].repeat(3, 2)
+    plain, red, blue = (np.full((size, size, 3), colour) for colour in (75, (200, 60, 60), (60, 60, 200)))
+    return [striped, dotted, plain, red, blue]
+
+
+@pytest.fixture(scope="session")
+def clip_folder(tmp_path_factory):
+    """A local-dir: of a tiny open_clip model with a tokenizer of its own: config, safetensors, tokenizer files."""
+    folder = tmp_path_factory.mktemp("clip")
+    tokens = {word: index for index, word in enumerate(["<pad>", "<unk>", "<start>", *WORDS, "<end>"])}  # CLIP pools at the highest id
+    tokenizer = Tokenizer(models.WordLevel(tokens, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<start> $A <end>", special_tokens=[(name, tokens[name]) for name in ("<start>", "<end>")])
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", unk_token="<unk>", eos_token="<end>").save_pretrained(folder)
+    config = {"embed_dim": 16, "vision_cfg": {"image_size": 32, "layers": 1, "width": 32, "head_width": 16, "patch_size": 16},
+              "text_cfg": {"context_length": 8, "vocab_size": len(tokens), "width": 32, "heads": 2, "layers": 1,
+                           "hf_tokenizer_name": "own"}}
+    torch.manual_seed(0)
+    save_file(open_clip.model.CLIP(**config).state_dict(), str(folder / "open_clip_model.safetensors"))
+    (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": config, "preprocess_cfg": {}}))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def clip(clip_folder):
+    return prior.load_clip(f"local-dir:{clip_folder}")
+
+
+@pytest.fixture(scope="session")
+def media(tmp_path_factory):
+    """A folder of media: three scenes of 2 s at 8 fps, a video of 5 frames, a picture, and broken ones."""
+    folder, rng = tmp_path_factory.mktemp("media"), np.random.default_rng(0)
+    write_video(folder / "scenes.mp4", [frame for scene in backgrounds()[:3] for frame in noisy(scene, 16, rng)])
+    write_video(folder / "short.mp4", noisy(backgrounds()[0], 5, rng))
+    Image.fromarray(flat(200, 30, 30)).save(folder / "picture.png")
+    (folder / "text.mp4").write_text("this is no video\n" * 50)
+    (folder / "empty.mp4").write_bytes(b"")
+    whole = (folder / "scenes.mp4").read_bytes()
+    (folder / "truncated.mp4").write_bytes(whole[: len(whole) // 2])
+    (folder / "text.png").write_text("this is no picture")
+    return folder
+
+
+def example(media, name, question="which scene comes first", id=None):
+    kind = {".mp4": "video", ".png": "image"}.get(Path(name).suffix, "text")
+    return Example(id or name, question, [], "free-form", "a", str(media / name) if name else "", kind)
+
+
+def arguments(**changes):
+    return prior.PriorSettings(**{"frames": 8, **changes})
+
+
+# ---------------------------------------------------------------------------------------------------------------------- maths
+
+
+@pytest.mark.parametrize("total, k, expected", [
+    (64, 4, [0, 21, 42, 63]),  # 63 / 3 = 21
+    (10, 4, [0, 3, 6, 9]),
+    (9, 8, [0, 1, 2, 3, 5, 6, 7, 8]),  # steps of 8 / 7: 0, 1.14, 2.29, 3.43, 4.57, 5.71, 6.86, 8
+    (3, 16, [0, 1, 2]),  # fewer than K: all
+    (1, 16, [0]),
+    (100, 1, [0]),
+])
+def test_uniform_frames(total, k, expected):
+    assert prior.uniform_frames(total, k) == expected
+
+
+def test_scene_scores_of_flat_frames():
+    black, white = flat(0, 0, 0), flat(255, 255, 255)
+    half = black.copy()
+    half[:, 24:] = 255
+    scores = prior.scene_scores(np.stack([black, black, white, black, half]))
+    # identical 0, disjoint 1; black against half black, half white: BC = sqrt(1 * 1/2), distance sqrt(1 - BC)
+    assert scores == pytest.approx([0, 0, 1, 1, np.sqrt(1 - np.sqrt(0.5))], abs=1e-3)
+
+
+def test_scene_scores_see_hue_and_forgive_flicker():
+    frames = [flat(200, 30, 30), flat(30, 200, 30), flat(127, 127, 127), flat(127, 127, 126), flat(126, 127, 127), flat(128, 128, 128)]
+    scores = prior.scene_scores(np.stack(frames))
+    assert scores[1] == pytest.approx(1, abs=1e-3)  # same saturation and value, another hue
+    assert scores[3:5] == pytest.approx([0, 0], abs=1e-3)  # the hue of a grey turns by 60 and 120 degrees
+    # value 127 -> 128 moves all mass by one bin; of two Gaussians of sigma 2 bins BC = exp(-1 / (8 * 2 * 2)): below the threshold
+    assert scores[5] == pytest.approx(np.sqrt(1 - np.exp(-1 / 32)), abs=0.01)
+
+
+def test_scene_scores_do_not_depend_on_resolution():
+    frames = np.stack([np.clip(background, 0, 255).astype(np.uint8) for background in backgrounds(112)])
+    large = np.stack([cv2.resize(frame, (672, 672), interpolation=cv2.INTER_NEAREST) for frame in frames])
+    assert prior.scene_scores(large) == pytest.approx(prior.scene_scores(frames), abs=0.1)
+
+
+@pytest.mark.parametrize("scores, expected", [
+    ([0, 0.02, 0.9, 0.03, 0.02], [2]),
+    ([0, 0.02, 0.19, 0.03, 0.02], []),  # below the threshold
+    ([0, 0.02, 0.8, 0.3, 0.02, 0.02], [2, 3]),  # two cuts in a row: a scene of one sampled frame
+    ([0, 0.02, 0.3, 0.3, 0.02, 0.02], [2, 3]),  # the same on a plateau
+    ([0, 0.3, 0.02, 0.02, 0.3], [1, 4]),  # at both ends
+    ([0, 0.28, 0.26, 0.27, 0.28, 0.25, 0.28], []),  # steady drift
+    ([0, 0.05, 0.1, 0.25, 0.3, 0.25, 0.1, 0.05], [4]),  # a pan: its peak alone
+    ([0, 0.7, 0.6, 0.7, 0.8, 0.6], [1, 2, 3, 4, 5]),  # a montage: strong scores need no peak
+    ([0], []),
+])
+def test_scene_set(scores, expected):
+    assert prior.scene_set(np.array(scores), threshold=0.2) == expected
+
+
+def test_semantic_set():
+    assert prior.semantic_set([0.1, 0.5, 0.3, 0.4, 0.2, 0.0, 0.0, 0.0]) == [1, 3]  # ceil(8 / 4) = 2
+    assert prior.semantic_set([0.1, 0.5, 0.3, 0.4, 0.2]) == [1, 3]  # ceil(5 / 4) = 2
+    assert prior.semantic_set([0.3, 0.1, 0.3, 0.3], 2) == [0, 2]  # ties: the earlier
+    assert prior.semantic_set(torch.tensor([0.1, 0.2]), 5) == [0, 1]
+    assert prior.semantic_set([-0.5]) == [0]
+
+
+def test_fuse():
+    # w = 0.1, 1.1, 4.1, 3.1; sum 8.4
+    assert prior.fuse(4, [1, 2], [2, 3]).tolist() == pytest.approx([0.1 / 8.4, 1.1 / 8.4, 4.1 / 8.4, 3.1 / 8.4])
+    assert prior.fuse(4, [], []).tolist() == pytest.approx([0.25] * 4)
+    assert prior.fuse(2, [0], [1], w_base=1, w_scene=2, w_sem=4).tolist() == pytest.approx([3 / 8, 5 / 8])
+
+
+# ---------------------------------------------------------------------------------------------------------------- real videos
+
+
+@pytest.mark.parametrize("k", [10, 16, 32])
+def test_every_hard_cut_is_found(tmp_path, k):
+    rng, lengths = np.random.default_rng(1), [16, 24, 8, 20, 12]
+    write_video(tmp_path / "cuts.mp4", [frame for scene, n in zip(backgrounds(), lengths, strict=True) for frame in noisy(scene, n, rng)])
+    indices = prior.uniform_frames(sum(lengths), k)
+    frames, _ = decode_frames(str(tmp_path / "cuts.mp4"), indices)
+    starts = np.cumsum(lengths)[:-1]
+    expected = [next(i for i, index in enumerate(indices) if index >= start) for start in starts]  # the sampled frame that begins the scene
+    assert prior.scene_set(prior.scene_scores(frames)) == expected
+
+
+@pytest.mark.parametrize("sigma", [0, 3, 20])
+@pytest.mark.parametrize("grey", [16, 127.5, 128])
+def test_no_cut_in_a_static_noisy_video(tmp_path, sigma, grey):
+    rng = np.random.default_rng(2)
+    write_video(tmp_path / "static.mp4", noisy(np.full((96, 96, 3), grey), 48, rng, sigma))
+    frames, _ = decode_frames(str(tmp_path / "static.mp4"), prior.uniform_frames(48, 16))
+    assert prior.scene_set(prior.scene_scores(frames)) == []
+
+
+# ----------------------------------------------------------------------------------------------------------------------- CLIP
+
+
+def test_load_clip_uses_the_folders_weights_and_tokenizer(clip, clip_folder):
+    assert not clip.model.training
+    ids = clip.tokenizer(["the ball"])[0].tolist()
+    assert ids == [2, 3 + WORDS.index("the"), 3 + WORDS.index("ball"), 3 + len(WORDS), 0, 0, 0, 0]
+    again = prior.load_clip(f"local-dir:{clip_folder}", "openai")  # the tag is unused with a folder
+    assert all(torch.equal(a, b) for a, b in zip(clip.model.parameters(), again.model.parameters(), strict=True))
+
+
+def test_semantic_scores_are_cosines(clip):
+    frames = np.stack([flat(200, 30, 30), flat(30, 200, 30), flat(30, 30, 200)])
+    scores = prior.semantic_scores(frames, "which scene", clip)
+    pixels = torch.stack([clip.preprocess(Image.fromarray(frame)) for frame in frames])
+    with torch.no_grad():
+        image, text = clip.model.encode_image(pixels), clip.model.encode_text(clip.tokenizer(["which scene"]))
+    assert scores.shape == (3,)
+    assert torch.allclose(scores, torch.cosine_similarity(image, text), atol=1e-6)
+    assert scores.unique().numel() == 3
+    assert torch.allclose(prior.encode_frames(frames, clip, batch=2), prior.encode_frames(frames, clip), atol=1e-6)
+
+
+def test_a_question_longer_than_the_context_is_cut(clip):
+    long = prior.semantic_scores(flat(9, 9, 9)[None], "which what colour is the ball scene comes first red green blue " * 20, clip)
+    cut = prior.semantic_scores(flat(9, 9, 9)[None], "which what colour is the ball", clip)  # 6 words + start + end = the context of 8
+    assert torch.allclose(long, cut, atol=1e-6)
+
+
+def test_load_clip_refuses_what_it_must(clip_folder, tmp_path):
+    with pytest.raises(DataError, match="cannot be loaded"):
+        prior.load_clip(f"local-dir:{tmp_path / 'nowhere'}")
+    with pytest.raises(DataError, match="cannot be loaded"):
+        prior.load_clip("ViT-Nothing", "openai")
+    with pytest.raises(DataError, match="cannot be loaded"):
+        prior.load_clip("ViT-B-32", None)  # no weights named: never a random model
+    for name in ("open_clip_config.json", "tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / name).write_bytes((clip_folder / name).read_bytes())
+    with pytest.raises(DataError, match="safetensors"):
+        prior.load_clip(f"local-dir:{tmp_path}")  # no weights
+    torch.save({}, tmp_path / "open_clip_pytorch_model.bin")
+    with pytest.raises(DataError, match="safetensors"):
+        prior.load_clip(f"local-dir:{tmp_path}")  # pickled weights
+    (tmp_path / "open_clip_model.safetensors").write_bytes(b"torn")
+    with pytest.raises(DataError, match="cannot be loaded"):
+        prior.load_clip(f"local-dir:{tmp_path}")
+
+
+# ----------------------------------------------------------------------------------------------------------------------- rows
+
+
+def test_row_of_a_video(clip, media):
+    row = prior.make_prior(example(media, "scenes.mp4"), clip, arguments())
+    assert row["problem_id"] == "scenes.mp4"
+    assert row["frames"] == [0, 7, 13, 20, 27, 34, 40, 47]  # 48 frames: steps of 47 / 7
+    assert row["times"] == pytest.approx([index / 8 for index in row["frames"]], abs=1e-3)
+    assert row["scene"] == [3, 5]  # scenes begin at frames 16 and 32
+    assert row["semantic"] == prior.semantic_set(row["semantic_scores"]) and len(row["semantic"]) == 2
+    assert torch.equal(torch.tensor(row["prior"]), prior.fuse(8, row["scene"], row["semantic"]))
+    assert row["settings"] == {"frames": 8, "scene_threshold": 0.2, "semantic_k": None, "clip": "ViT-B-32", "clip_pretrained": "openai",
+                               "w_base": 0.1, "w_scene": 1.0, "w_sem": 3.0}
+    assert torch.equal(torch.tensor(json.loads(json.dumps(row))["prior"]), torch.tensor(row["prior"]))
+    changed = prior.make_prior(example(media, "scenes.mp4"), clip, arguments(semantic_k=1, w_sem=0.0, scene_threshold=1.0))
+    assert changed["prior"] == pytest.approx([1 / 8] * 8) and len(changed["semantic"]) == 1 and changed["scene"] == []
+
+
+def test_row_of_an_image(clip, media):
+    row = prior.make_prior(example(media, "picture.png"), clip, arguments())
+    assert (row["frames"], row["times"], row["prior"], row["scene"], row["semantic"]) == ([0], [0.0], [1.0], [], [])
+
+
+def test_short_video_keeps_all_frames(clip, media):
+    row = prior.make_prior(example(media, "short.mp4"), clip, arguments())
+    assert row["frames"] == [0, 1, 2, 3, 4] and len(row["prior"]) == 5 and sum(row["prior"]) == pytest.approx(1)
+
+
+def test_build_priors_groups_by_medium_and_names_broken_media(clip, media, monkeypatch):
+    names = ["scenes.mp4", "text.mp4", "picture.png", "scenes.mp4", "", "empty.mp4", "truncated.mp4", "absent.mp4", "text.png",
+             "scenes.mp4"]
+    questions = ["which scene", "what", "what", "the ball", "what", "what", "what", "what", "what", "first red green"]
+    examples = [example(media, name, question, str(index)) for index, (name, question) in enumerate(zip(names, questions, strict=True))]
+    decoded = []
+    monkeypatch.setattr(prior, "decode_frames", lambda path, indices: decoded.append(path) or decode_frames(path, indices))
+    rows, errors = prior.build_priors(examples, clip, arguments())
+    assert [row["problem_id"] for row in rows] == ["0", "2", "3", "9"]
+    assert [(error["problem_id"], Path(error["media"]).name) for error in errors] == [
+        ("1", "text.mp4"), ("5", "empty.mp4"), ("6", "truncated.mp4"), ("7", "absent.mp4"), ("8", "text.png")]
+    assert all(len(error["cause"]) > 20 and "\n" not in error["cause"] for error in errors)
+    assert decoded == [str(media / "scenes.mp4")]  # once, for three questions
+    assert rows[0]["scene_scores"] == rows[2]["scene_scores"] and rows[0]["semantic_scores"] != rows[2]["semantic_scores"]
+    assert rows[2] == {**prior.make_prior(examples[3], clip, arguments()), "semantic_scores": rows[2]["semantic_scores"]}
+
+
+def test_a_fault_of_ours_is_not_swallowed(clip, media, monkeypatch):
+    monkeypatch.setattr(prior, "scene_scores", lambda frames: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        prior.build_priors([example(media, "scenes.mp4")], clip, arguments())
+
+
+@pytest.mark.parametrize("changes", [{"frames": 0}, {"semantic_k": 0}, {"w_base": 0.0}, {"w_sem": -1.0}])
+def test_arguments_that_give_no_distribution(changes):
+    with pytest.raises(DataError):
+        arguments(**changes)
+
+
+# ----------------------------------------------------------------------------------------------------------------------- file
+
+
+@pytest.fixture
+def priors_file(clip, media, tmp_path):
+    examples = [example(media, name) for name in ("scenes.mp4", "short.mp4", "picture.png")] + [example(media, "")]
+    rows, _ = prior.build_priors(examples, clip, arguments())
+    prior.write_lines(tmp_path / "priors.jsonl", rows)
+    return SimpleNamespace(path=tmp_path / "priors.jsonl", examples=examples, rows=rows)
+
+
+def test_load_priors_reads_back_what_was_written(priors_file):
+    assert prior.load_priors(priors_file.path, priors_file.examples, 8) == {row["problem_id"]: row for row in priors_file.rows}
+    assert list(prior.load_priors(priors_file.path, priors_file.examples[1:2], 16)) == ["short.mp4"]  # 5 frames: right for 8 and 16
+
+
+def test_load_priors_of_another_k(priors_file):
+    for frames in (4, 16):
+        with pytest.raises(DataError, match=f"made for K=8 frames, this run uses K={frames} "):
+            prior.load_priors(priors_file.path, priors_file.examples, frames)
+    with pytest.raises(DataError, match="this run uses K=4 .short.mp4 has 5"):
+        prior.load_priors(priors_file.path, priors_file.examples[1:], 4)
+
+
+def test_load_priors_of_another_data_set(priors_file, media):
+    others = [example(media, "scenes.mp4", id=name) for name in ("a", "b")]
+    with pytest.raises(DataError, match="no row for 2 of 5 examples, the first is a"):
+        prior.load_priors(priors_file.path, priors_file.examples + others, 8)
+    with pytest.raises(DataError, match="not found"):
+        prior.load_priors(priors_file.path.with_name("absent"), priors_file.examples, 8)
+
+
+@pytest.mark.parametrize("change, words", [
+    ({"prior": [0.5, 0.5]}, "8 frames, 8 times and 2 prior values"),
+    ({"prior": [0.5] * 8}, "sums to 4"),
+    ({"prior": [float("nan")] * 8}, "not numbers"),
+    ({"prior": ["x"] * 8}, "not numbers"),
+    ({"frames": [0, 0, 1, 2, 3, 4, 5, 6]}, "not ascending"),
+    ({"frames": 3}, "not non-empty lists"),
+    ({"times": None}, "not non-empty lists"),
+])
+def test_load_priors_of_a_malformed_row(priors_file, change, words):
+    prior.write_lines(priors_file.path, [*priors_file.rows[1:], {**priors_file.rows[0], **change}])
+    with pytest.raises(DataError, match=f"line 3 .*{words}"):
+        prior.load_priors(priors_file.path, priors_file.examples, 8)
+
+
+def test_load_priors_of_a_torn_file(priors_file):
+    priors_file.path.write_text(priors_file.path.read_text()[:-30])
+    with pytest.raises(DataError, match="line 3 is not valid JSON"):
+        prior.load_priors(priors_file.path, priors_file.examples, 8)
+
+
+# --------------------------------------------------------------------------------------------------------------- command line
+
+
+def run(*flags):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    return subprocess.run([sys.executable, str(ROOT / "prior.py"), *map(str, flags)], capture_output=True, text=True, env=environment)
+
+
+def write_dataset(path, media, names):
+    kinds = {".mp4": "video", ".png": "image"}
+    path.write_text(json.dumps([{"problem_id": index, "problem": "which scene", "problem_type": "free-form", "solution": "a", "path": name,
+                                 "data_type": kinds[Path(name).suffix]} for index, name in enumerate(names)]))
+    return path
+
+
+def test_command_line(clip_folder, media, tmp_path):
+    dataset = write_dataset(tmp_path / "set.json", media, ["scenes.mp4", "text.mp4", "picture.png"])
+    output = tmp_path / "new" / "priors.jsonl"
+    done = run("--dataset_name", dataset, "--media_root", media, "--output", output, "--frames", 8, "--clip", f"local-dir:{clip_folder}")
+    assert done.returncode == 0, done.stderr
+    assert "2 priors written" in done.stdout and "1 examples skipped" in done.stdout and "Traceback" not in done.stderr
+    good = [example for example in load_examples(dataset, media) if example.id != "1"]
+    rows = prior.load_priors(output, good, 8)
+    assert rows["0"]["scene"] == [3, 5] and rows["0"]["settings"]["clip"] == f"local-dir:{clip_folder}"
+    [error] = [json.loads(line) for line in Path(f"{output}.errors.jsonl").read_text().splitlines()]
+    assert error["problem_id"] == "1" and error["media"] == str(media / "text.mp4")
+
+
+@pytest.mark.parametrize("flags, words", [
+    (["--dataset_name", "absent.json"], "data set absent.json not found"),
+    (["--dataset_name", "absent.json", "--frame", "8"], "unrecognized arguments: --frame 8"),
+])
+def test_command_line_says_in_a_sentence_what_is_wrong(flags, words):
+    done = run(*flags)
+    assert done.returncode == 2 and words in done.stderr.splitlines()[-1] and "Traceback" not in done.stderr
+
+
+def fails(monkeypatch, capsys, *flags):
+    """main() in this process with these flags: the last line it says before it exits with 2."""
+    monkeypatch.setattr(sys, "argv", ["prior.py", *map(str, flags)])
+    with pytest.raises(SystemExit) as exit:
+        prior.main()
+    assert exit.value.code == 2
+    return capsys.readouterr().err.splitlines()[-1]
+
+
+def test_main_refuses(clip_folder, media, tmp_path, monkeypatch, capsys):
+    dataset, output = write_dataset(tmp_path / "set.json", media, ["text.mp4", "absent.mp4"]), tmp_path / "priors.jsonl"
+    known = ["--dataset_name", dataset, "--media_root", media, "--output", output]
+    assert "required: --dataset_name" in fails(monkeypatch, capsys)
+    assert "--w_base must be above 0" in fails(monkeypatch, capsys, *known, "--w_base", 0)
+    assert "invalid int value: 'many'" in fails(monkeypatch, capsys, *known, "--frames", "many")
+    assert "cannot be loaded" in fails(monkeypatch, capsys, *known, "--clip", "ViT-Nothing")
+    assert "is the data set itself" in fails(monkeypatch, capsys, *known, "--output", dataset)
+    assert "none of the 2 examples' media can be read" in fails(monkeypatch, capsys, *known, "--clip", f"local-dir:{clip_folder}")
+    assert not output.exists() and len(load_examples(dataset, media)) == 2

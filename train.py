@@ -1,0 +1,709 @@
+"""Stage 4: SFT cold start and GRPO with the consensus frame reward (CF-GRPO, arXiv 2606.18441), under DeepSpeed ZeRO-3.
+
+    deepspeed train.py --deepspeed ds_zero3.json                     # the embedded toy: SFT, then GRPO; about 8 minutes on 2 CPU cores
+    deepspeed train.py --deepspeed ds_zero3.json --stage sft  --model_name_or_path Qwen/Qwen2.5-VL-7B-Instruct \\
+        --dataset_name Video-R1-COT-165k.json --media_root DATA --output_dir out/sft
+    deepspeed train.py --deepspeed ds_zero3.json --stage grpo --model_name_or_path out/sft/sft \\
+        --dataset_name Video-R1-260k.json --media_root DATA --output_dir out/grpo
+
+Per question (Eq. 3-10): sample G completions (and G/2 with the frames shuffled) -> rewards that need text only -> one packed forward
+gives log-probs and frame use -> consensus reward -> advantages -> loss -> step.
+"""
+
+import argparse
+import json
+import os
+import random
+import sys
+import time
+from collections import defaultdict
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from tqdm import tqdm
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, HfArgumentParser, set_seed
+from transformers.integrations import HfDeepSpeedConfig
+from transformers.utils import logging as hf_logging
+
+import prior
+import reward
+import toy
+from data import PROMPT_TEMPLATE, DataError, Encoder, MediaError, load_examples, target_text
+from grpo import Policy, collate, group_advantages, group_logps, policy_loss, rollout_frame_use, sample_texts, sampling, slot_shares
+
+
+def flag(default, text, **more):
+    return field(default=default, metadata={"help": text, **more})
+
+
+@dataclass
+class TrainArguments:
+    # what to train on what
+    model_name_or_path: str | None = flag(None, "Qwen2-VL or Qwen2.5-VL checkpoint, folder or hub id. Without one: the toy model.")
+    dataset_name: str | None = flag(None, "Training questions, Video-R1 JSON (SFT needs reasoning in `process`). Without one: the toy's.")
+    eval_dataset_name: str | None = flag(None, "Held-out questions, scored before and after; never trained on. The toy brings its own.")
+    media_root: str | None = flag(None, "Folder that media paths start from. Default: the data set file's folder.")
+    stage: str | None = flag(None, "sft, grpo, or both. Default: both for the toy model, grpo for a checkpoint.",
+                             choices=["sft", "grpo", "both"])
+    output_dir: str = flag("output", "Everything the run writes.")
+    priors: str | None = flag(None, "Priors file made by prior.py for the training questions. Without one they are computed first.")
+    toy_dir: str | None = flag(None, "Folder of the toy. Default: toy-seedN, made on first use.")
+    prompt_template: str | None = flag(None, "Text file with {question} and {instruction}; replaces our wording.")
+    # frames
+    min_pixels: int = flag(16 * 28 * 28, "Fewest pixels a frame.")
+    max_pixels: int = flag(128 * 28 * 28, "Most pixels a frame.")
+    media_cache_gb: float = flag(2.0, "Memory for decoded media, per rank.")
+    # SFT
+    sft_learning_rate: float = flag(1e-5, "Peak learning rate of SFT.")
+    sft_max_steps: int = flag(-1, "SFT steps; -1: one epoch.")
+    sft_per_device_batch_size: int = flag(1, "Demonstrations per device and SFT step.")
+    sft_shuffle: bool = flag(True, "Shuffle the demonstrations; false takes them in the file's order, a curriculum.")
+    # rollouts
+    num_generations: int = flag(8, "G, rollouts per question.")
+    max_completion_length: int = flag(768, "Most tokens of a completion.")
+    temperature: float = flag(1.0, "Sampling temperature of rollouts.")
+    top_p: float = flag(0.95, "Nucleus of rollouts.")
+    # rewards
+    cfr_weight: float = flag(3.0, "Lambda of the consensus frame reward, Eq. 7 (the release has 5).")
+    gate: str = flag("soft", "What conditions it: soft (times accuracy), hard (accuracy > 0.01, the release), none (Eq. 7).",
+                     choices=["soft", "hard", "none"])
+    frame_use: str = flag("hidden", "Frame use from hidden states (the paper, Eq. 3-5) or from attention.", choices=["hidden", "attention"])
+    frame_use_layer: int = flag(-1, "Layer it is read at. hidden: 0 embeddings ... -1 last; attention: 1 is the first layer.")
+    pool: str = flag("max", "Pooling of a frame's tokens, Eq. 3.", choices=["max", "mean"])
+    tau: float = flag(0.1, "Sharpness of frame use, Eq. 5.")
+    use_order: str = flag("mean_softmax", "mean_softmax (the paper) or softmax_mean (the release, with --tau 0.5).",
+                          choices=["mean_softmax", "softmax_mean"])
+    temporal: bool = flag(True, "Temporal reward: G/2 rollouts with shuffled frames (T-GRPO).")
+    temporal_gamma: float = flag(0.3, "Temporal reward of a correct completion.")
+    temporal_ratio: float = flag(1.0, "Rho: ordered accuracy must reach rho times shuffled accuracy (the release has 0.8).")
+    length_low: int = flag(320, "Fewest tokens that earn the length bonus.")
+    length_high: int = flag(512, "Most tokens that earn it.")
+    length_bonus: float = flag(0.2, "Length bonus of a correct completion; 0 turns it off.")
+    # optimisation
+    learning_rate: float = flag(5e-6, "Peak learning rate of GRPO (the release has 1e-6).")
+    weight_decay: float = flag(0.01, "AdamW's.")
+    max_grad_norm: float = flag(5.0, "Gradient clipping.")
+    warmup_ratio: float = flag(0.05, "Share of the steps in which the learning rate rises; over the last 30 % it falls to a tenth.")
+    beta: float = flag(0.04, "Weight of the KL penalty to the frozen reference, Eq. 10; 0 loads no reference.")
+    clip_low: float = flag(0.2, "Epsilon below, Eq. 10.")
+    clip_high: float = flag(0.2, "Epsilon above.")
+    reduction: str = flag("sequence", "Token losses to one: sequence (GRPO), token (DAPO), constant (Dr. GRPO).",
+                          choices=["sequence", "token", "constant"])
+    scale_rewards: bool = flag(True, "Divide advantages by the group's standard deviation.")
+    per_device_train_batch_size: int = flag(1, "Questions per device and forward.")
+    gradient_accumulation_steps: int = flag(1, "Forwards per optimizer step.")
+    max_steps: int = flag(-1, "GRPO steps; -1: num_train_epochs.")
+    num_train_epochs: float = flag(1.0, "GRPO epochs.")
+    packed: bool = flag(True, "Score a group in one packed row; false repeats the prompt, as the releases do (same numbers, slower).")
+    gradient_checkpointing: bool = flag(False, "Recompute activations in the backward pass: less memory, a third more time.")
+    seed: int = flag(0, "Of everything random.")
+    deepspeed: str = flag("ds_zero3.json", "DeepSpeed configuration; 'auto' values are filled from the flags.")
+    local_rank: int = flag(-1, "Set by the deepspeed launcher.")
+
+
+def toy_defaults(world_size):
+    """What the toy changes in the defaults above; any flag on the command line still wins. Global batches do not depend on the ranks."""
+    return dict(
+        clip="local-dir:{toy}/clip", min_pixels=56 * 56, max_pixels=56 * 56, max_completion_length=96, length_bonus=0.0, sft_shuffle=False,
+        sft_learning_rate=2e-3, sft_max_steps=940, sft_per_device_batch_size=max(1, 32 // world_size), learning_rate=5e-4, max_steps=40,
+        per_device_train_batch_size=max(1, 8 // world_size), max_grad_norm=1.0, frame_use="attention", frame_use_layer=2)
+
+
+# ------------------------------------------------------------------------------------------------------- ranks, engines
+
+
+def is_main():
+    return dist.get_rank() == 0
+
+
+def say(text):
+    if is_main():
+        tqdm.write(text)
+
+
+def average(values, names, device):
+    """{name: list of this rank's values} -> {name: mean over all ranks' values}; names nobody has a value for are left out."""
+    table = torch.tensor([[sum(values.get(name, [])), len(values.get(name, []))] for name in names], dtype=torch.float64, device=device)
+    dist.all_reduce(table)
+    return {name: (total / count).item() for name, (total, count) in zip(names, table, strict=True) if count > 0}
+
+
+def agree(count, device):
+    """-> (fewest, all) usable examples over the ranks, so that every rank skips a micro-batch or none does."""
+    fewest, total = torch.tensor([count], device=device), torch.tensor([count], device=device)
+    dist.all_reduce(fewest, op=dist.ReduceOp.MIN)
+    dist.all_reduce(total)
+    return int(fewest), int(total)
+
+
+def deepspeed_config(arguments, micro_batch=1, accumulation=1, learning_rate=None):
+    """The JSON file with its 'auto' values filled in; without a learning rate, a configuration for inference (the reference)."""
+    file = Path(arguments.deepspeed)
+    if not file.is_file():
+        raise DataError(f"DeepSpeed configuration {file} not found (--deepspeed)")
+    config = json.loads(file.read_text(encoding="utf-8"))
+    config["train_micro_batch_size_per_gpu"] = micro_batch
+    config["gradient_accumulation_steps"] = accumulation
+    if config.get("gradient_clipping") == "auto":
+        config["gradient_clipping"] = arguments.max_grad_norm
+    if config.get("bf16", {}).get("enabled") == "auto":
+        config["bf16"]["enabled"] = torch.cuda.is_available()
+    if learning_rate is None:
+        config.pop("optimizer", None)
+    else:
+        parameters = config["optimizer"]["params"]
+        parameters["lr"] = learning_rate
+        if parameters.get("weight_decay") == "auto":
+            parameters["weight_decay"] = arguments.weight_decay
+    return config
+
+
+def start_engine(arguments, model_path, micro_batch=1, accumulation=1, learning_rate=None):
+    """A checkpoint under DeepSpeed, partitioned while it loads; trainable when there is a learning rate, else frozen and in eval mode."""
+    config = deepspeed_config(arguments, micro_batch, accumulation, learning_rate)
+    keep = HfDeepSpeedConfig(config)  # noqa: F841  from_pretrained partitions while this object lives
+    dtype = torch.bfloat16 if config.get("bf16", {}).get("enabled") else torch.float32
+    model = AutoModelForImageTextToText.from_pretrained(model_path, dtype=dtype, attn_implementation="sdpa", use_safetensors=True)
+    policy = Policy(model)
+    if learning_rate is None:
+        policy.requires_grad_(False)
+        engine, *_ = deepspeed.initialize(model=policy, config=config)
+        engine.eval()
+    else:
+        if arguments.gradient_checkpointing:
+            model.gradient_checkpointing_enable()
+        engine, *_ = deepspeed.initialize(model=policy, config=config, model_parameters=[p for p in policy.parameters() if p.requires_grad])
+        engine.train()
+    return engine
+
+
+def save_checkpoint(engine, processor, folder):
+    """save_pretrained format, gathered; written aside and renamed, so that a folder of this name is always complete."""
+    state = engine._zero3_consolidated_16bit_state_dict() if engine.zero_optimization_partition_weights() else engine.module.state_dict()
+    if is_main():
+        aside = Path(f"{folder}.unfinished")
+        state = {name.removeprefix("model."): value for name, value in state.items()}
+        engine.module.model.save_pretrained(aside, state_dict=state)
+        processor.save_pretrained(aside)
+        os.rename(aside, folder)
+    dist.barrier()
+
+
+def set_learning_rate(engine, step, steps, peak, warmup_ratio, decay_ratio=0.3):
+    """Up, flat, down: a linear warm-up, the peak, and over the last `decay_ratio` of the steps linearly to a tenth of it."""
+    rise = min(1.0, (step + 1) / max(1, round(warmup_ratio * steps)))
+    fall = max(0.0, 1 - (steps - step) / max(1, round(decay_ratio * steps)))  # 0 until the decay begins, 1 at the end
+    for group in engine.optimizer.param_groups:
+        group["lr"] = peak * rise * (1 - 0.9 * fall)
+
+
+# ----------------------------------------------------------------------------------------------------------------- SFT
+
+
+def encode_usable(encoder, examples, rows, skipped):
+    """Model inputs of the examples whose medium can be decoded, and those examples; the others are named in `skipped`."""
+    items, usable = [], []
+    for example in examples:
+        try:
+            items.append(encoder.encode(example, rows.get(example.id)))
+            usable.append(example)
+        except MediaError as error:
+            skipped[example.id] = str(error)
+            tqdm.write(f"skipped {example.id}: {error}")
+    return items, usable
+
+
+def batch_targets(examples, tokenizer, eos):
+    """Demonstrations as groups of one: completions, mask (B, 1, T)."""
+    targets = [tokenizer(target_text(example)).input_ids + [eos] for example in examples]
+    length = max(map(len, targets))
+    completions = torch.tensor([[ids + [eos] * (length - len(ids))] for ids in targets])
+    mask = torch.tensor([[[True] * len(ids) + [False] * (length - len(ids))] for ids in targets])
+    return completions, mask
+
+
+def train_sft(arguments, model_path, processor, encoder, examples, writer):
+    """Cold start: reasoning and answer as target, prompt masked, mean over the tokens of all ranks. Returns the checkpoint's folder."""
+    world, rank = dist.get_world_size(), dist.get_rank()
+    engine = start_engine(arguments, model_path, arguments.sft_per_device_batch_size, 1, arguments.sft_learning_rate)
+    device = engine.device
+    model, skipped = engine.module.model, {}
+    batch = arguments.sft_per_device_batch_size
+    if batch * world > len(examples):
+        raise DataError(f"SFT has {len(examples)} usable demonstrations, fewer than one batch of {batch * world}")
+    steps = arguments.sft_max_steps if arguments.sft_max_steps > 0 else len(examples) // (batch * world)
+    rng, order = random.Random(arguments.seed), []
+    eos = processor.tokenizer.eos_token_id
+    progress = tqdm(range(steps), desc="SFT", unit="step", disable=not is_main())
+    for step in progress:
+        begin = time.perf_counter()
+        while len(order) < batch * world:
+            order += rng.sample(examples, len(examples)) if arguments.sft_shuffle else examples
+        chosen, order = order[: batch * world][rank * batch : (rank + 1) * batch], order[batch * world :]
+        items, usable = encode_usable(encoder, chosen, {}, skipped)
+        fewest, _ = agree(len(items), device)
+        if fewest == 0:
+            continue
+        completions, mask = (tensor.to(device) for tensor in batch_targets(usable, processor.tokenizer, eos))
+        logp, *_ = engine(collate(items, model).to(device), completions, mask)
+        tokens = mask.sum().float()
+        dist.all_reduce(tokens)
+        loss = -(logp * mask).sum() / tokens  # this rank's share of the mean over all ranks' tokens
+        set_learning_rate(engine, step, steps, arguments.sft_learning_rate, arguments.warmup_ratio)
+        engine.backward(loss * world)  # DeepSpeed averages gradients over ranks
+        engine.step()
+        values = {"loss/sft": [loss.item() * world], "time/step": [time.perf_counter() - begin]}
+        metrics = average(values, tuple(values), device)
+        writer({"stage": "sft", "step": step, **metrics, "data/skipped": len(skipped)})
+        progress.set_postfix(loss=f"{metrics['loss/sft']:.3f}")
+    folder = Path(arguments.output_dir) / "sft"
+    save_checkpoint(engine, processor, folder)
+    engine.destroy()
+    return folder
+
+
+# ---------------------------------------------------------------------------------------------------------------- GRPO
+
+
+def completion_seeds(arguments, position, count):
+    """Seeds of one question's rollouts, from its position in the run: the same whatever the number of ranks."""
+    return [(arguments.seed * 1_000_003 + position) * 1_009 + index for index in range(count)]
+
+
+def use_scores(example, row, use):
+    """Consensus (Eq. 6) of one rollout's frame use, and its mass on the true evidence, None where that is not known."""
+    consensus = reward.consensus_frame_reward(reward.merge_prior(torch.tensor(row["prior"]), len(use)), use.cpu())
+    evidence = float(use.cpu() @ slot_shares(row["times"], example.evidence, len(use))) if example.evidence else None
+    return consensus, evidence
+
+
+def use_layers(arguments):
+    """What a forward must return for frame_uses()."""
+    if arguments.frame_use == "attention":
+        return {"hidden_layers": (-1,), "attention_layer": arguments.frame_use_layer}
+    return {"hidden_layers": tuple({-1, arguments.frame_use_layer})}
+
+
+def frame_uses(arguments, prompts, mask, hidden, attention):
+    """The run's frame use and, beside it, the paper's (last layer, max pool, tau 0.1): two lists as rollout_frame_use returns them."""
+    paper = rollout_frame_use(prompts, mask, hidden[-1])
+    if arguments.frame_use == "attention":
+        return rollout_frame_use(prompts, mask, attention=attention), paper
+    chosen = hidden[arguments.frame_use_layer]
+    return rollout_frame_use(prompts, mask, chosen, None, arguments.tau, arguments.use_order, arguments.pool), paper
+
+
+def accuracies(example, texts):
+    return [reward.accuracy_reward(text, example.answer, example.problem_type) for text in texts]
+
+
+def text_rewards(arguments, example, texts, lengths, shuffled):
+    """The terms that need text only: {name: G values}. shuffled: accuracies of the control with shuffled frames, None without one."""
+    accuracy = accuracies(example, texts)
+    terms = {
+        "accuracy": accuracy,
+        "format": [reward.format_reward(text) for text in texts],
+        "length": [reward.length_reward(length, value, arguments.length_low, arguments.length_high, arguments.length_bonus)
+                   for length, value in zip(lengths, accuracy, strict=True)],
+        "temporal": [0.0] * len(texts),
+    }
+    if shuffled is not None:  # means over this question's own rollouts, never over the batch
+        means = sum(accuracy) / len(accuracy), sum(shuffled) / len(shuffled)
+        terms["temporal"] = [reward.temporal_reward(value, *means, arguments.temporal_gamma, arguments.temporal_ratio)
+                             for value in accuracy]
+    return terms
+
+
+def sample_groups(arguments, engine, processor, items, examples, controls, seeds):
+    """G completions of every question and G/2 of every control in one batch.
+
+    controls: {index of the question: model inputs with shuffled frames}; seeds: one int a question.
+    -> completions, mask (B, G, T), texts (B lists of G), texts of the controls {index: list}.
+    """
+    model, group, half = engine.module.model, arguments.num_generations, max(1, arguments.num_generations // 2)
+    counts = [group] * len(items) + [half] * len(controls)
+    row_seeds = [seed * 1_009 + number for index, count in zip([*range(len(items)), *controls], counts, strict=True)
+                 for seed in [seeds[index]] for number in range(count)]
+    with sampling(engine) as bare:
+        prompts = collate([*items, *controls.values()], model).to(engine.device)
+        tokens, mask, texts = sample_texts(bare, processor, prompts, counts, row_seeds, arguments.max_completion_length,
+                                           arguments.temperature, arguments.top_p)
+    own = len(items) * group
+    longest = int(mask[:own].sum(-1).max())
+    groups = [texts[start : start + group] for start in range(0, own, group)]
+    control_texts = {index: texts[own + place * half : own + (place + 1) * half] for place, index in enumerate(controls)}
+    shape = (len(items), group, longest)
+    return tokens[:own, :longest].reshape(shape), mask[:own, :longest].reshape(shape), groups, control_texts
+
+
+METRICS = (
+    *(f"reward/{name}" for name in ("total", "accuracy", "format", "length", "temporal", "consensus")),
+    *(f"consensus/{name}" for name in ("score", "evidence_use", "paper_score", "paper_evidence_use")),
+    *(f"loss/{name}" for name in ("policy", "kl", "ratio", "clip_fraction", "zero_variance_groups")),
+    *(f"rollout/{name}" for name in ("length", "truncated", "entropy", "shuffled_accuracy")),
+    *(f"time/{name}" for name in ("rollout", "reference", "policy", "update", "step")),
+)
+
+
+def grpo_micro_batch(arguments, engine, reference, processor, encoder, examples, positions, rows, skipped, values):
+    """One forward's worth of questions: sample, score, advantages, loss, backward. Adds to `values` ({metric: list}); returns a log line
+    per rollout, or None when all ranks skip the micro-batch together. positions: each question's place in the run, which seeds it."""
+    clock = time.perf_counter()
+    positions = dict(zip([example.id for example in examples], positions, strict=True))
+    items, examples = encode_usable(encoder, examples, rows, skipped)
+    fewest, everywhere = agree(len(items), engine.device)
+    if fewest == 0:
+        return None
+    seeds = [arguments.seed * 1_000_003 + positions[example.id] for example in examples]
+    controls = {}
+    for index, (example, seed) in enumerate(zip(examples, seeds, strict=True)):
+        if arguments.temporal and example.media_type == "video":
+            frames = len(rows[example.id]["frames"])
+            controls[index] = encoder.encode(example, rows[example.id], shuffle=random.Random(seed).sample(range(frames), frames))
+
+    # 1. sample
+    completions, mask, texts, control_texts = sample_groups(arguments, engine, processor, items, examples, controls, seeds)
+    lengths = mask.sum(-1)  # (B, G)
+    values["time/rollout"].append(time.perf_counter() - clock)
+
+    # 2. log-probs of the reference, then one packed policy forward: log-probs and frame use
+    clock = time.perf_counter()
+    prompts, ref_logp = collate(items, engine.module.model).to(engine.device), None
+    if reference is not None:
+        with torch.no_grad():
+            ref_logp = group_logps(reference, prompts, completions, mask, arguments.packed)[0].flatten(0, 1)  # (N, T)
+    values["time/reference"].append(time.perf_counter() - clock)
+    clock = time.perf_counter()
+    logp, entropy, hidden, attention = group_logps(engine, prompts, completions, mask, arguments.packed, **use_layers(arguments))
+    uses, paper_uses = frame_uses(arguments, prompts, mask, hidden, attention)
+
+    # 3. rewards (Eq. 6-8)
+    totals, lines = [], []
+    for index, example in enumerate(examples):
+        shuffled = accuracies(example, control_texts[index]) if index in controls else None
+        terms = text_rewards(arguments, example, texts[index], lengths[index].tolist(), shuffled)
+        values["rollout/shuffled_accuracy"] += shuffled or []
+        consensus = [0.0] * len(texts[index])  # an image is one frame: nothing to choose, no consensus reward
+        if uses[index][0] is not None:
+            for names, group in ((("score", "evidence_use"), uses[index]), (("paper_score", "paper_evidence_use"), paper_uses[index])):
+                scores = [use_scores(example, rows[example.id], use) for use in group]
+                for name, column in zip(names, zip(*scores, strict=True), strict=True):
+                    values[f"consensus/{name}"] += [value for value in column if value is not None]
+                consensus = [score for score, _ in scores] if names[0] == "score" else consensus
+        terms["consensus"] = [arguments.cfr_weight * reward.gate(right, arguments.gate) * score
+                              for right, score in zip(terms["accuracy"], consensus, strict=True)]
+        terms["total"] = [sum(column) for column in zip(*terms.values(), strict=True)]
+        totals.append(terms["total"])
+        for name, column in terms.items():
+            values[f"reward/{name}"] += column
+        for number, text in enumerate(texts[index]):
+            use = uses[index][number]
+            lines.append({"problem_id": example.id, "text": text, "answer": example.answer,
+                          "rewards": {name: column[number] for name, column in terms.items()},
+                          "prior": rows[example.id]["prior"] if use is not None else None,
+                          "use": None if use is None else [round(value, 4) for value in use.tolist()]})
+
+    # 4. advantages, loss, backward (Eq. 9-10)
+    totals = torch.tensor(totals, device=engine.device)  # (B, G)
+    advantages = group_advantages(totals, scale=arguments.scale_rewards).flatten()  # (N,)
+    logp, flat_mask = logp.flatten(0, 1), mask.flatten(0, 1)  # (N, T)
+    loss, stats = policy_loss(logp, logp.detach(), advantages, flat_mask, ref_logp, arguments.beta, arguments.clip_low,
+                              arguments.clip_high, arguments.reduction)
+    world = dist.get_world_size()
+    engine.backward(loss * len(items) * world / everywhere)  # DeepSpeed averages over ranks, which may hold different numbers of questions
+    values["time/policy"].append(time.perf_counter() - clock)
+    for name, value in {**stats, "policy": loss.item()}.items():
+        values[f"loss/{name}"] += [value] * len(items)
+    values["loss/zero_variance_groups"] += (totals.amax(1) - totals.amin(1) < 1e-6).float().tolist()
+    values["rollout/length"] += lengths.flatten().tolist()
+    values["rollout/truncated"] += (lengths.flatten() >= arguments.max_completion_length).float().tolist()
+    values["rollout/entropy"].append(((entropy * mask).sum() / mask.sum()).item())
+    return lines
+
+
+def train_grpo(arguments, model_path, processor, encoder, examples, rows, skipped, writer, log_rollouts):
+    """CF-GRPO from a checkpoint, with that checkpoint as frozen reference. Returns the folder of the trained one."""
+    world, rank = dist.get_world_size(), dist.get_rank()
+    batch, accumulation = arguments.per_device_train_batch_size, arguments.gradient_accumulation_steps
+    engine = start_engine(arguments, model_path, batch, accumulation, arguments.learning_rate)
+    reference = start_engine(arguments, model_path) if arguments.beta > 0 else None
+    stream = question_stream(arguments, examples, world)
+    steps = len(stream) // (batch * world * accumulation)
+    progress = tqdm(range(steps), desc="GRPO", unit="step", disable=not is_main())
+    for step in progress:
+        begin, values = time.perf_counter(), defaultdict(list)
+        set_learning_rate(engine, step, steps, arguments.learning_rate, arguments.warmup_ratio)
+        for micro in range(accumulation):
+            start = ((step * accumulation + micro) * world + rank) * batch
+            lines = grpo_micro_batch(arguments, engine, reference, processor, encoder, stream[start : start + batch],
+                                     range(start, start + batch), rows, skipped, values)
+            if lines is None:
+                continue
+            log_rollouts([{"step": step, **line} for line in lines])
+            clock = time.perf_counter()
+            engine.step()
+            values["time/update"].append(time.perf_counter() - clock)
+        values["time/step"].append(time.perf_counter() - begin)
+        metrics = average(values, METRICS, engine.device)
+        writer({"stage": "grpo", "step": step, **metrics, "loss/grad_norm": float(engine.get_global_grad_norm()),
+                "data/skipped": len(skipped)})
+        shown = {"acc": "reward/accuracy", "cfr": "consensus/score", "len": "rollout/length", "kl": "loss/kl"}
+        progress.set_postfix({short: f"{metrics[name]:.3g}" for short, name in shown.items() if name in metrics})
+    folder = Path(arguments.output_dir) / "grpo"
+    save_checkpoint(engine, processor, folder)
+    engine.destroy()
+    return folder
+
+
+def question_stream(arguments, examples, world):
+    """The run's questions in order: shuffled epochs, cut to whole steps."""
+    per_step = arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps * world
+    wanted = arguments.max_steps * per_step if arguments.max_steps > 0 else int(arguments.num_train_epochs * len(examples))
+    rng, stream = random.Random(arguments.seed), []
+    while len(stream) < wanted:
+        stream += rng.sample(examples, len(examples))
+    if wanted < per_step:
+        raise DataError(f"{len(examples)} usable questions are fewer than one step's {per_step}")
+    return stream[: wanted // per_step * per_step]
+
+
+# ------------------------------------------------------------------------------------------------------ held-out score
+
+
+@torch.no_grad()
+def score_heldout(arguments, model_path, processor, encoder, examples, rows, batch=32):
+    """Greedy and sampled answers on questions that were never trained on, every rank its share. Returns {name: mean}.
+
+    'conflict' are the questions whose asked and most salient evidence differ. Frame use is read on the sampled completions.
+    """
+    engine, values = start_engine(arguments, model_path), defaultdict(list)
+    kinds = sorted({kind(example) for example in examples})
+    mine = list(enumerate(examples))[dist.get_rank() :: dist.get_world_size()]
+    with sampling(engine) as model:
+        for start in tqdm(range(0, len(mine), batch), desc="held-out", unit="batch", disable=not is_main(), leave=False):
+            positions, part = zip(*mine[start : start + batch], strict=True)
+            prompts = collate([encoder.encode(example, rows.get(example.id)) for example in part], model).to(engine.device)
+            for decoding, temperature in (("greedy", 0.0), ("sampled", arguments.temperature)):
+                seeds = [arguments.seed * 1_000_003 + position for position in positions]
+                tokens, mask, texts = sample_texts(model, processor, prompts, [1] * len(part), seeds, arguments.max_completion_length,
+                                                   temperature, arguments.top_p)
+                for example, text in zip(part, texts, strict=True):
+                    (accuracy,) = accuracies(example, [text])
+                    for name in (decoding, f"{decoding}/{kind(example)}"):
+                        values[name].append(accuracy)
+                    if example.extra.get("salient_is_asked") is False:
+                        values[f"{decoding}/conflict"].append(accuracy)
+            values["length"] += mask.sum(-1).tolist()
+            _, _, hidden, attention = Policy(model)(prompts, tokens[:, None], mask[:, None], **use_layers(arguments))  # the sampled ones
+            for prefix, uses in zip(("", "paper_"), frame_uses(arguments, prompts, mask[:, None], hidden, attention), strict=True):
+                for example, (use,) in zip(part, uses, strict=True):
+                    if use is None:
+                        continue
+                    consensus, evidence = use_scores(example, rows[example.id], use)
+                    values[f"{prefix}consensus"].append(consensus)
+                    if evidence is not None:
+                        values[f"{prefix}evidence_use"].append(evidence)
+                        values["evidence_chance"].append(float(slot_shares(rows[example.id]["times"], example.evidence, len(use)).mean()))
+    names = [f"{decoding}{rest}" for decoding in ("greedy", "sampled") for rest in ("", "/conflict", *(f"/{name}" for name in kinds))]
+    names += ["consensus", "evidence_use", "paper_consensus", "paper_evidence_use", "evidence_chance", "length"]
+    scores = average(values, names, engine.device)
+    engine.destroy()
+    return scores
+
+
+def kind(example):
+    """A question's row in the table: the toy's own kind, elsewhere its problem type."""
+    return example.extra.get("kind", example.problem_type)
+
+
+def print_table(arguments, before, after, seconds):
+    """The end of a run, for people; result.json holds the same numbers."""
+    use = f"{arguments.frame_use}, layer {arguments.frame_use_layer}"
+    lines = [("held-out accuracy, greedy", "greedy"), ("  asked and salient evidence differ", "greedy/conflict")]
+    lines += [(f"  {name.partition('/')[2]}", name) for name in after if name.startswith("greedy/") and name != "greedy/conflict"]
+    lines += [("held-out accuracy, sampled", "sampled"), ("  asked and salient evidence differ", "sampled/conflict"),
+              (f"consensus score ({use})", "consensus"), (f"frame use on the true evidence ({use})", "evidence_use"),
+              ("consensus score (the paper's)", "paper_consensus"), ("frame use on the true evidence (paper's)", "paper_evidence_use"),
+              ("  chance (uniform use)", "evidence_chance"), ("completion length, tokens", "length")]
+    say(f"\n{'':52s}{'before GRPO':>12s}{'after':>10s}")
+    for text, name in lines:
+        if name in after:
+            say(f"{text:52s}{before[name]:12.3f}{after[name]:10.3f}")
+    say("seconds: " + ", ".join(f"{name} {value:.0f}" for name, value in seconds.items()) + "\n")
+
+
+# ---------------------------------------------------------------------------------------------------------------- main
+
+
+def parse_arguments():
+    parser = HfArgumentParser((TrainArguments, prior.PriorSettings), allow_abbrev=False, description=__doc__,
+                              formatter_class=argparse.RawDescriptionHelpFormatter)
+    first = parser.parse_args()
+    if first.dataset_name is None:
+        if first.model_name_or_path is None and first.stage == "grpo":
+            raise DataError("--stage grpo without a model would train an untrained toy; give --model_name_or_path or leave --stage out")
+        folder = first.toy_dir or f"toy-seed{first.seed}"
+        defaults = {name: value.format(toy=folder) if isinstance(value, str) else value
+                    for name, value in toy_defaults(int(os.environ.get("WORLD_SIZE", 1))).items()}
+        parser.set_defaults(**defaults, toy_dir=folder)
+    elif first.model_name_or_path is None:
+        raise DataError("--dataset_name needs --model_name_or_path (a Qwen2-VL or Qwen2.5-VL checkpoint)")
+    elif first.stage == "both":
+        raise DataError("--stage both is for the toy; with your own data run --stage sft, then --stage grpo")
+    arguments, settings = parser.parse_args_into_dataclasses()
+    arguments.stage = arguments.stage or ("both" if arguments.model_name_or_path is None else "grpo")
+    return arguments, settings
+
+
+def start_ranks():
+    """One process alone is a world of one; the deepspeed launcher or torchrun set these variables themselves."""
+    for name, value in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1"), ("MASTER_ADDR", "127.0.0.1"), ("MASTER_PORT", "29511")):
+        os.environ.setdefault(name, value)
+    deepspeed.init_distributed()
+    if not torch.cuda.is_available():
+        torch.set_flush_denormal(True)  # a CPU computes with denormal numbers a hundred times slower
+        torch.set_num_threads(max(1, os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", dist.get_world_size()))))
+
+
+def on_main_first(work):
+    """work() on rank 0, then on the others, which find what it made. An error on rank 0 ends all ranks with its message."""
+    outcome = [None, None]
+    if is_main():
+        try:
+            outcome[0] = work()
+        except DataError as error:
+            outcome[1] = str(error)
+    dist.broadcast_object_list(outcome)
+    if outcome[1] is not None:
+        raise DataError(outcome[1])
+    return outcome[0]
+
+
+def priors_for(arguments, settings, examples, name, file=None):
+    """Rows of the priors of `examples` and what was skipped: from a priors file and its list of errors, else computed on rank 0."""
+    def build():
+        clip = prior.load_clip(settings.clip, settings.clip_pretrained, deepspeed.get_accelerator().current_device_name())
+        rows, errors = prior.build_priors(examples, clip, settings)
+        prior.write_lines(path, rows)
+        return {error["problem_id"]: error["cause"] for error in errors}
+
+    path, skipped = file, {}
+    if file is not None and Path(f"{file}.errors.jsonl").is_file():
+        errors = [json.loads(line) for line in Path(f"{file}.errors.jsonl").read_text(encoding="utf-8").splitlines()]
+        skipped = {error["problem_id"]: error["cause"] for error in errors}
+    if file is None:
+        path = Path(arguments.output_dir) / f"priors_{name}.jsonl"
+        say(f"computing the priors of {len(examples)} {name} questions (prior.py does this ahead, --priors FILE reuses it)")
+        skipped = on_main_first(build)
+    for problem, cause in skipped.items():
+        say(f"skipped {problem}: {cause}")
+    return prior.load_priors(path, [example for example in examples if example.id not in skipped], settings.frames), skipped
+
+
+def run(arguments, settings):
+    seconds, clock = {}, time.perf_counter()
+
+    def lap(name):
+        nonlocal clock
+        seconds[name], clock = time.perf_counter() - clock, time.perf_counter()
+
+    output = Path(arguments.output_dir)
+    on_main_first(lambda: prepare_output(output, arguments, settings))
+    set_seed(arguments.seed)
+    model_path, data, heldout = arguments.model_name_or_path, arguments.dataset_name, arguments.eval_dataset_name
+    sft_data = data
+    if data is None:
+        folder = Path(arguments.toy_dir)
+        on_main_first(lambda: str(toy.make_toy(toy.ToyArguments(output_dir=str(folder), seed=arguments.seed))))
+        sft_data, data, heldout = folder / "train_cot.json", folder / "train.json", heldout or folder / "heldout.json"
+        model_path = model_path or folder / "model"
+        lap("toy")
+    if not Path(model_path).is_dir() and os.environ.get("HF_HUB_OFFLINE") == "1":
+        raise DataError(f"model {model_path} is not a folder, and HF_HUB_OFFLINE forbids the hub")
+    processor = AutoProcessor.from_pretrained(model_path)
+    if AutoConfig.from_pretrained(model_path).model_type not in ("qwen2_vl", "qwen2_5_vl"):
+        raise DataError(f"{model_path} is no Qwen2-VL or Qwen2.5-VL checkpoint")
+    encoder = Encoder(processor, arguments.min_pixels, arguments.max_pixels, settings.frames, template_text(arguments),
+                      arguments.media_cache_gb)
+    metrics_file, rollouts_file = (open(output / name, "w", encoding="utf-8") if is_main() else None
+                                   for name in ("metrics.jsonl", "rollouts.jsonl"))
+
+    def write(file, *records):
+        if file is not None:
+            file.writelines(json.dumps(record) + "\n" for record in records)
+            file.flush()
+
+    def score(path):
+        return score_heldout(arguments, path, processor, encoder, heldout_examples, heldout_rows) if heldout_examples else {}
+
+    heldout_examples, heldout_rows = [], {}
+    if heldout:
+        heldout_examples = load_examples(heldout, arguments.media_root)
+        heldout_rows, broken = priors_for(arguments, settings, heldout_examples, "held-out")
+        heldout_examples = [example for example in heldout_examples if example.id not in broken]
+        lap("held-out priors")
+    result = {"command": sys.argv, "seed": arguments.seed}
+    if arguments.stage in ("sft", "both"):
+        examples = [example for example in load_examples(sft_data, arguments.media_root) if example.reasoning]
+        if not examples:
+            raise DataError(f"{sft_data} has no reasoning traces (field `process`) for --stage sft")
+        model_path = train_sft(arguments, model_path, processor, encoder, examples, lambda record: write(metrics_file, record))
+        lap("SFT")
+    before = score(model_path)
+    lap("scoring before")
+    after = before
+    if arguments.stage in ("grpo", "both"):
+        examples = load_examples(data, arguments.media_root)
+        wanted = {example.id for example in question_stream(arguments, examples, dist.get_world_size())}
+        examples = [example for example in examples if example.id in wanted]
+        rows, skipped = priors_for(arguments, settings, examples, "training", arguments.priors)
+        lap("training priors")
+        examples = [example for example in examples if example.id not in skipped]
+        folder = train_grpo(arguments, model_path, processor, encoder, examples, rows, skipped,
+                            lambda record: write(metrics_file, record), lambda records: write(rollouts_file, *records))
+        lap("GRPO")
+        after = score(folder)
+        lap("scoring after")
+        result["skipped"] = skipped
+    if heldout_examples and is_main():
+        print_table(arguments, before, after, seconds)
+    result.update(before=before, after=after, seconds=seconds)
+    if is_main():
+        (output / "result.json").write_text(json.dumps(result, indent=1), encoding="utf-8")
+    say(f"all of it is in {output}/: result.json, metrics.jsonl, rollouts.jsonl, checkpoints")
+
+
+def template_text(arguments):
+    """--prompt_template's text, or our own wording."""
+    if arguments.prompt_template is None:
+        return PROMPT_TEMPLATE
+    if not Path(arguments.prompt_template).is_file():
+        raise DataError(f"prompt template {arguments.prompt_template} not found")
+    return Path(arguments.prompt_template).read_text(encoding="utf-8")
+
+
+def prepare_output(output, arguments, settings):
+    """An empty output folder with run.json, every setting of the run. An earlier run is not written over."""
+    if (output / "metrics.jsonl").exists():
+        raise DataError(f"{output} holds an earlier run; remove it or choose another --output_dir")
+    output.mkdir(parents=True, exist_ok=True)
+    (output / "run.json").write_text(json.dumps({**asdict(arguments), **asdict(settings)}, indent=1), encoding="utf-8")
+
+
+def main():
+    hf_logging.set_verbosity_error()
+    try:
+        arguments, settings = parse_arguments()
+        start_ranks()
+        run(arguments, settings)
+        dist.destroy_process_group()
+    except DataError as error:
+        print(f"train.py: error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()
