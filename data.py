@@ -76,8 +76,10 @@ def parse_time(text):
 
 def parse_example(row, index, media_root):
     """One row of a Video-R1 file -> Example. Raises DataError that names the row and what is wrong with it."""
+    if not isinstance(row, dict):
+        raise DataError(f"row {index} is not an object")
     where = f"row {index} (problem_id {row.get('problem_id', 'missing')})"
-    missing = [key for key in ("problem", "problem_type", "solution", "data_type") if not row.get(key)]
+    missing = [key for key in ("problem", "problem_type", "solution", "data_type") if row.get(key) in (None, "")]
     if missing:
         raise DataError(f"{where} has no {', '.join(missing)}")
     if row["problem_type"] not in PROBLEM_TYPES:
@@ -89,22 +91,27 @@ def parse_example(row, index, media_root):
         if not row.get("path"):
             raise DataError(f"{where} has no {row['data_type']}: its path is empty")
         media = resolve_media(row["path"], media_root, where)
-    grounding = []
-    for span, sentence in (row.get("grounding") or {}).items():
-        start, _, end = span.partition("-")
-        grounding.append((parse_time(start), parse_time(end or start), sentence))
+    options, process = row.get("options") or [], row.get("process") or ""
+    if not isinstance(options, list) or not isinstance(process, str):
+        raise DataError(f"{where}: options must be a list and process a text")
+    try:
+        spans = [(*span.partition("-"), sentence) for span, sentence in (row.get("grounding") or {}).items()]
+        grounding = [(parse_time(start), parse_time(end or start), sentence) for start, _, end, sentence in spans]
+        evidence = [(float(start), float(end)) for start, end in row.get("evidence") or []]
+    except (AttributeError, TypeError, ValueError) as error:
+        raise DataError(f'{where}: grounding must be {{"MM:SS-MM:SS": sentence}}, evidence [[start, end], ...] ({error})') from error
     known = {"problem_id", "problem", "options", "problem_type", "solution", "path", "data_type", "process", "grounding", "evidence"}
     return Example(
         id=str(row.get("problem_id", index)),
-        question=row["problem"],
-        options=list(row.get("options") or []),
+        question=str(row["problem"]),
+        options=[str(option) for option in options],
         problem_type=row["problem_type"],
         answer=strip_tag(str(row["solution"]), "answer"),
         media=media,
         media_type=row["data_type"],
-        reasoning=strip_tag(row.get("process") or "", "think"),
+        reasoning=strip_tag(process, "think"),
         grounding=grounding,
-        evidence=[tuple(span) for span in row.get("evidence") or []],
+        evidence=evidence,
         extra={key: value for key, value in row.items() if key not in known},
     )
 
@@ -127,10 +134,10 @@ def load_examples(dataset_name, media_root=None):
     file = Path(dataset_name)
     if not file.is_file():
         raise DataError(f"data set {file} not found (a JSON array or JSON lines file is expected)")
-    text = file.read_text(encoding="utf-8")
     try:
-        rows = [json.loads(line) for line in text.splitlines() if line.strip()] if file.suffix == ".jsonl" else json.loads(text)
-    except json.JSONDecodeError as error:
+        text = file.read_text(encoding="utf-8")
+        rows = [json.loads(line) for line in text.split("\n") if line.strip()] if file.suffix == ".jsonl" else json.loads(text)
+    except ValueError as error:  # not JSON, or not UTF-8
         raise DataError(f"data set {file} is not valid JSON: {error}") from error
     if not isinstance(rows, list) or not rows:
         raise DataError(f"data set {file} holds no examples (a non-empty JSON array is expected)")
@@ -158,9 +165,9 @@ def open_video(path):
 
 
 def first_words(error):
-    """The sentence in a decord message, which is wrapped in a source path before it and a C++ stack trace behind it."""
-    line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-    return re.sub(r"^\[[^]]*\]\s*|^\S*\.cc:\d+:\s*", "", re.sub(r"^\[[^]]*\]\s*", "", line))[:160]
+    """The sentence in a decord message, which comes wrapped in times and source paths and with a C++ stack trace behind it."""
+    line = (str(error).strip() or type(error).__name__).splitlines()[0]
+    return re.sub(r"^(\[[^]]*\]\s*|\S*\.(cc|h):\d+:\s*)*", "", line)[:160]
 
 
 def uniform_frames(total, k):
@@ -171,8 +178,8 @@ def uniform_frames(total, k):
 def decode_frames(path, indices):
     """Frames of a video: indices (K,) -> uint8 array (K, H, W, 3) RGB and their times (K,) in seconds (presentation start)."""
     reader = open_video(path)
-    if max(indices) >= len(reader):
-        raise MediaError(f"{path}: frame {max(indices)} asked for, the video has {len(reader)}")
+    if min(indices) < 0 or max(indices) >= len(reader):
+        raise MediaError(f"{path}: frames {min(indices)} to {max(indices)} asked for, the video has 0 to {len(reader) - 1}")
     try:
         frames = reader.get_batch(list(indices)).asnumpy()
         times = reader.get_frame_timestamp(list(indices))[:, 0]
@@ -228,8 +235,8 @@ class Encoder:
     def __init__(self, processor, min_pixels, max_pixels, frames=16, template=PROMPT_TEMPLATE, cache_gb=1.0):
         self.processor, self.template, self.frames = processor, template, frames
         self.min_pixels, self.max_pixels = min_pixels, max_pixels
-        self.media, self.media_bytes, self.limit = OrderedDict(), 0, int(cache_gb * 1e9)
-        self.prompts = {}  # example id -> input_ids (P,)
+        self.factor = processor.image_processor.patch_size * processor.image_processor.merge_size
+        self.media, self.media_bytes, self.limit = OrderedDict(), 0, int(cache_gb * 1e9)  # (path, frame indices) -> frames, patches
 
     def encode(self, example, row=None, shuffle=None):
         """-> dict: input_ids (P,), pixel_values (patches, C), grid_thw (3,), second_per_grid, times (K,) of the frames in seconds.
@@ -237,42 +244,46 @@ class Encoder:
         row: the example's row of a priors file, which says the frames; without one they are `frames` uniform ones.
         shuffle: a permutation of the frames (the temporal reward's control); times and prompt stay as they are.
         """
+        text = chat_text(self.processor, example, self.template)
         if example.media_type == "text":
-            ids = self.processor.tokenizer(chat_text(self.processor, example, self.template), return_tensors="pt")["input_ids"][0]
+            ids = self.processor.tokenizer(text, return_tensors="pt")["input_ids"][0]
             return {"input_ids": ids, "pixel_values": None, "grid_thw": None, "second_per_grid": 1.0, "times": []}
         entry = self.load(example, row)
         if shuffle is not None:
-            return self.process(example, entry["frames"][list(shuffle)], entry)
-        if example.id not in self.prompts or "pixel_values" not in entry:
-            item = self.process(example, entry["frames"], entry)
-            self.prompts[example.id] = item["input_ids"]
+            return self.process(example, text, entry["frames"][list(shuffle)], entry)
+        prompts = entry["prompts"]
+        if text not in prompts:
+            item = self.process(example, text, entry["frames"], entry)
+            prompts[text] = item.pop("input_ids")
             entry.update(item)
-        return {**entry, "input_ids": self.prompts[example.id]}
+        return {**entry, "input_ids": prompts[text]}
 
     def load(self, example, row):
         """Decoded, resized frames of the example's medium, from the cache if they are there."""
-        if example.media in self.media:
-            self.media.move_to_end(example.media)
-            return self.media[example.media]
-        if example.media_type == "image":
-            frames, times = load_image(example.media), [0.0]
-        else:
-            indices = row["frames"] if row else uniform_frames(len(open_video(example.media)), self.frames)
-            frames, times = decode_frames(example.media, indices)
-            if row and not np.allclose(times, row["times"], atol=0.02):
-                raise DataError(f"{example.media}: its prior was made for other frames (the times differ); build the priors again")
-        fps = (len(times) - 1) / (times[-1] - times[0]) if len(times) > 1 else 1.0
-        entry = {"frames": resize_frames(frames, self.min_pixels, self.max_pixels), "times": [float(t) for t in times], "fps": float(fps)}
-        entry["bytes"] = 5 * entry["frames"].numel()  # the frames and, once processed, their float32 patches
-        self.media[example.media] = entry
-        self.media_bytes += entry["bytes"]
-        while self.media_bytes > self.limit and len(self.media) > 1:
-            self.media_bytes -= self.media.popitem(last=False)[1]["bytes"]
+        key = (example.media, tuple(row["frames"]) if row else None)
+        if key not in self.media:
+            if example.media_type == "image":
+                frames, times = load_image(example.media), [0.0]
+            else:
+                frames, times = decode_frames(example.media, key[1] or uniform_frames(len(open_video(example.media)), self.frames))
+            try:
+                frames = resize_frames(frames, self.min_pixels, self.max_pixels, self.factor)
+            except ValueError as error:  # one side over 200 times the other
+                raise MediaError(f"{example.media}: cannot be resized ({error})") from error
+            fps = (len(times) - 1) / (times[-1] - times[0]) if len(times) > 1 else 1.0
+            size = (5 if len(times) > 1 else 9) * frames.numel()  # the frames and their float32 patches, in which an image stands twice
+            self.media[key] = {"frames": frames, "times": [float(t) for t in times], "fps": float(fps), "prompts": {}, "bytes": size}
+            self.media_bytes += size
+            while self.media_bytes > self.limit and len(self.media) > 1:
+                self.media_bytes -= self.media.popitem(last=False)[1]["bytes"]
+        self.media.move_to_end(key)
+        entry = self.media[key]
+        if row and not np.allclose(entry["times"], row["times"], atol=0.02):
+            raise DataError(f"{example.media}: its prior was made for other frames (the times differ); build the priors again")
         return entry
 
-    def process(self, example, frames, entry):
+    def process(self, example, text, frames, entry):
         """The processor's view of prompt and frames; the size was settled by resize_frames."""
-        text = chat_text(self.processor, example, self.template)
         if example.media_type == "image":
             output = self.processor(text=[text], images=[frames[0]], do_resize=False, return_tensors="pt")
             pixels, grid, seconds = output["pixel_values"], output["image_grid_thw"][0], 1.0

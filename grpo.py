@@ -24,7 +24,7 @@ import reward
 def group_advantages(rewards, eps=1e-4, scale=True):
     """Advantages within each question's group (Eq. 9): (r - mean) / (std + eps). rewards (B, G) -> (B, G).
 
-    std is unbiased (G - 1), as in the release; scale=False leaves the division out (Dr. GRPO). A group of equal rewards gives zeros.
+    std is unbiased (G - 1), as in the release; scale=False leaves the division out (Dr. GRPO). Equal rewards give zeros, but for rounding.
     """
     centred = rewards - rewards.mean(dim=1, keepdim=True)
     if not scale:
@@ -73,6 +73,7 @@ def policy_loss(logp, old_logp, advantages, mask, ref_logp=None, beta=0.04, clip
     return loss, stats
 
 
+@torch.no_grad()
 def token_weights(logits, mask, alpha=1.7):
     """TW-GRPO's weight of each position from how much the group's next-token distributions differ there (arXiv 2505.24718).
 
@@ -173,6 +174,9 @@ class Policy(torch.nn.Module):
 
     def __init__(self, model):
         super().__init__()
+        kernel = model.model.language_model.config._attn_implementation
+        if kernel != "sdpa":
+            raise ValueError(f"the group mask needs attn_implementation='sdpa', the model was loaded with {kernel!r}")
         self.model = model
 
     def embed(self, prompts):
@@ -187,6 +191,8 @@ class Policy(torch.nn.Module):
         features = self.model.model.visual(pixels, grid_thw=grid).pooler_output.to(embeds.dtype)  # (visual tokens, D)
         if prompts.pixel_values is None:
             return embeds + 0 * features.sum()
+        if len(features) != int(prompts.visual.sum()):
+            raise ValueError(f"{int(prompts.visual.sum())} visual tokens in the prompts, {len(features)} features from the vision tower")
         return embeds.masked_scatter(prompts.visual[..., None], features)
 
     def forward(self, prompts, completions, completion_mask, hidden_layers=(), attention_layer=None):
@@ -202,7 +208,9 @@ class Policy(torch.nn.Module):
         steps = torch.arange(length, device=tail.device).repeat(group)  # (G*T,)
         positions = torch.cat([prompts.position_ids, (start[:, None] + steps)[None].expand(3, -1, -1)], dim=2)  # (3, B, S)
         mask = group_mask(prompts.mask, completion_mask)
-        recorder = record_attention(self.model, attention_layer, mask, prompt_length, group) if attention_layer else nullcontext({})
+        recorder = nullcontext({})
+        if attention_layer is not None:
+            recorder = record_attention(self.model, attention_layer, mask, prompt_length, group)
         with recorder as recorded:
             output = self.model.model.language_model(
                 inputs_embeds=embeds, position_ids=positions, attention_mask=mask, use_cache=False,
@@ -223,8 +231,12 @@ class Policy(torch.nn.Module):
 def record_attention(model, layer, mask, prompt_length, group):
     """While open, the attention of `layer` (1 is the first) from completion tokens to prompt tokens is computed beside the model's own
     kernel, from that layer's queries and keys after rotary. Yields a dict whose 'weights' is (B, G, T, P), mean over heads, no gradient."""
+    layers = model.config.text_config.num_hidden_layers
+    if not 1 <= layer <= layers:
+        raise ValueError(f"attention layer {layer} does not exist: the model has layers 1 to {layers}")
     name = model.model.language_model.config._attn_implementation
-    kernel, recorded = ALL_ATTENTION_FUNCTIONS[name], {}
+    kernel, local, recorded = ALL_ATTENTION_FUNCTIONS[name], ALL_ATTENTION_FUNCTIONS._local_mapping, {}
+    before = local.get(name)
 
     def attention(module, query, key, value, attention_mask, **kwargs):
         if getattr(module, "layer_idx", None) == layer - 1:
@@ -243,6 +255,8 @@ def record_attention(model, layer, mask, prompt_length, group):
         yield recorded
     finally:
         del ALL_ATTENTION_FUNCTIONS[name]
+        if before is not None:
+            ALL_ATTENTION_FUNCTIONS[name] = before
 
 
 def group_logps(policy, prompts, completions, completion_mask, packed=True, **layers):
@@ -285,7 +299,7 @@ def rollout(model, prompts, counts, seeds, max_new_tokens, eos_ids, banned_ids=(
     """Sample `counts[b]` completions of prompt b: encode and prefill once, then the KV cache is repeated.
 
     seeds: one int per completion (sum of counts). banned_ids are never sampled (vision placeholders break the next forward).
-    Rows that have ended leave the batch as soon as half of them have. Returns completions (N, T) right-padded with eos, mask (N, T).
+    Rows that have ended leave the batch once they are more than half of it. Returns completions (N, T) right-padded with eos, mask (N, T).
     """
     policy = Policy(model)
     language, device = model.model.language_model, prompts.input_ids.device
@@ -326,7 +340,8 @@ def rollout(model, prompts, counts, seeds, max_new_tokens, eos_ids, banned_ids=(
 
 def sample_texts(model, processor, prompts, counts, seeds, max_new_tokens, temperature=1.0, top_p=0.95):
     """rollout() with the checkpoint's own stop and vision tokens -> completions (N, T), mask (N, T), decoded texts."""
-    config, eos = model.config, model.generation_config.eos_token_id or processor.tokenizer.eos_token_id
+    config, eos = model.config, model.generation_config.eos_token_id
+    eos = processor.tokenizer.eos_token_id if eos is None else eos
     banned = [config.image_token_id, config.video_token_id, config.vision_start_token_id, config.vision_end_token_id]
     eos = eos if isinstance(eos, list) else [eos]
     tokens, mask = rollout(model, prompts, counts, seeds, max_new_tokens, eos, banned, temperature, top_p)
@@ -341,18 +356,20 @@ def sampling(engine):
     model = engine.module.model
     training = model.training
     model.eval()
-    if offload is None:  # not ZeRO-3
-        yield model
-    else:
-        with deepspeed.zero.GatheredParameters(list(model.parameters())):
-            offload._remove_module_hooks()
-            offload.forward_hooks.clear()
-            offload.backward_hooks.clear()
-            try:
-                yield model
-            finally:
-                offload.setup_zero_stage3_hooks()
-    model.train(training)
+    try:
+        if offload is None:  # not ZeRO-3
+            yield model
+        else:
+            with deepspeed.zero.GatheredParameters(list(model.parameters())):
+                offload._remove_module_hooks()
+                offload.forward_hooks.clear()
+                offload.backward_hooks.clear()
+                try:
+                    yield model
+                finally:
+                    offload.setup_zero_stage3_hooks()
+    finally:
+        model.train(training)
 
 
 # ----------------------------------------------------------------------------------------------------------- frame use

@@ -13,7 +13,6 @@ import json
 import math
 import os
 import random
-import shutil
 import sys
 import time
 from concurrent.futures import ProcessPoolExecutor
@@ -51,9 +50,10 @@ WORDS = ("sun", "moon", "star", "tree", "fish", "bird")
 @dataclass
 class ToyArguments:
     output_dir: str = field(default="toy", metadata={"help": "Folder to make the toy in; a finished one is reused."})
-    train_videos: int = field(default=700, metadata={"help": "Videos of the training split."})
+    train_videos: int = field(default=600, metadata={"help": "Videos of the training split."})
     heldout_videos: int = field(default=100, metadata={"help": "Videos of the held-out split; three scored questions each."})
-    clip_steps: int = field(default=400, metadata={"help": "Training steps of the tiny CLIP."})
+    dense_share: float = field(default=1.0, metadata={"help": "Share of demonstrations that list everything before they look."})
+    clip_steps: int = field(default=250, metadata={"help": "Training steps of the tiny CLIP."})
     seed: int = field(default=0, metadata={"help": "Everything made is a function of it."})
 
 
@@ -129,8 +129,15 @@ def clock(seconds):
     return f"{seconds // 60:02d}:{seconds % 60:02d}"
 
 
-def sentence(scene, second=None):
-    return f"{clock(scene['start'] if second is None else second)} {scene['texture']} {scene['colour']}."
+def sentence(scene):
+    return f"{scene['texture']} {scene['colour']} {clock(scene['start'])}."
+
+
+def listing(scenes):
+    """What there is to see, every two seconds."""
+    rows = [sentence(scene) if second == scene["start"] else f"same {clock(second)}."
+            for scene in scenes for second in range(scene["start"], scene["end"], 2)]
+    return " ".join(rows)
 
 
 def lettered(texts, right, rng):
@@ -161,15 +168,10 @@ def order_question(scenes, first, looked, other, rng):
     return question, "multiple choice", options, right, letter, f"{scenes[looked]['texture']} {letter}"
 
 
-def listing(scenes):
-    """What there is to see, every two seconds."""
-    return " ".join(sentence(scene, second) for scene in scenes for second in range(scene["start"], scene["end"], 2))
-
-
-def make_question(kind, scenes, rng, biased):
+def make_question(kind, scenes, rng, biased, dense_share=1.0):
     """One question about a planned video with its demonstration, as a row of Video-R1's format without id and path.
 
-    biased: the demonstration looks at the salient (longest) scene; else at the asked one. 60 % list everything first.
+    biased: the demonstration looks at the salient (longest) scene; else at the asked one. It lists everything first, or does not.
     """
     length = lambda index: scenes[index]["end"] - scenes[index]["start"]  # noqa: E731
     if kind == "order":
@@ -182,7 +184,7 @@ def make_question(kind, scenes, rng, biased):
         looked = salient if biased else asked
         make = colour_question if kind == "colour" else time_question
         question, problem_type, options, answer, told, last = make(scenes, asked, looked, rng)
-    dense = f"{listing(scenes)} " if rng.random() < 0.6 else ""
+    dense = f"{listing(scenes)} " if rng.random() < dense_share else ""
     return {
         "problem": question, "data_type": "video", "problem_type": problem_type, "options": options,
         "solution": f"<answer>{answer}</answer>", "process": f"<think>{dense}Look: {sentence(scenes[looked])} So {last}</think>",
@@ -249,7 +251,7 @@ def make_dataset(folder, arguments):
         image = str(Path(path).with_suffix(".png"))
         if split == "train":
             for kind in kinds * 7:
-                row = make_question(kind, plan, rng, biased=rng.random() < 0.6)
+                row = make_question(kind, plan, rng, rng.random() < 0.6, arguments.dense_share)
                 rows["train_cot"].append({**row, "path": path, "solution": f"<answer>{row['told']}</answer>"})
             rows["train_cot"] += [{**make_image_question(plan, rng), "path": image}, *({**make_drill(rng), "path": ""} for _ in range(2))]
             rows["train"] += [{**make_question(kind, plan, rng, biased=False), "process": "", "path": path} for kind in kinds]
@@ -258,7 +260,7 @@ def make_dataset(folder, arguments):
             rows["heldout"] += [{**make_question(kind, plan, rng, biased=False), "path": path} for kind in kinds]
             if word:
                 rows["other_types"] += [{**make_other_type(plan, rng, word), "path": path} for _ in range(3)]
-    drills = [{**make_drill(rng), "path": ""} for _ in range(20 * arguments.train_videos)]
+    drills = [{**make_drill(rng), "path": ""} for _ in range(19 * arguments.train_videos)]
     for name, split_rows in rows.items():
         rng.shuffle(split_rows)
         if name == "train_cot":  # a curriculum: SFT takes the file in its order
@@ -394,34 +396,33 @@ def save_clip(model, folder):
 
 
 def make_toy(arguments):
-    """The toy folder of these arguments, made if it is not there. Returns the folder and whether it was there already."""
+    """The toy in arguments.output_dir; a finished one there is reused. Returns the settings it was made with and whether it was reused."""
     folder = Path(arguments.output_dir)
     recipe = {**asdict(arguments), "version": VERSION}
-    recipe.pop("output_dir")
     done = folder / "toy.json"  # written last: a folder without it is unfinished
     if done.is_file():
         found = json.loads(done.read_text(encoding="utf-8"))
-        if found == recipe:
-            return folder, True
-        raise DataError(f"{folder} holds a toy made with other settings ({found}, now {recipe}); remove it or choose another folder")
+        if (found["version"], found["seed"]) != (VERSION, arguments.seed):
+            raise DataError(f"{folder} holds a toy of version {found['version']}, seed {found['seed']}, and version {VERSION}, seed "
+                            f"{arguments.seed} is wanted; remove it or choose another folder")
+        return found, True
     if folder.exists() and any(folder.iterdir()):
-        shutil.rmtree(folder / "videos", ignore_errors=True)
-        shutil.rmtree(folder / "clip", ignore_errors=True)
+        raise DataError(f"{folder} holds an unfinished toy or something else; remove it or choose another folder")
     make_dataset(folder, arguments)
     processor = make_processor(folder)
     processor.save_pretrained(folder / "model")
     make_model(processor, arguments.seed).save_pretrained(folder / "model")
     make_clip(folder, arguments)
     done.write_text(json.dumps(recipe), encoding="utf-8")
-    return folder, False
+    return recipe, False
 
 
 def main():
     parser = HfArgumentParser(ToyArguments, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     arguments = ToyArguments(**vars(parser.parse_args()))
     begin = time.perf_counter()
-    folder, cached = make_toy(arguments)
-    print(f"toy {'found' if cached else 'made'} in {folder} ({time.perf_counter() - begin:.0f} s)")
+    recipe, reused = make_toy(arguments)
+    print(f"toy {'found' if reused else 'made'} in {time.perf_counter() - begin:.0f} s: {recipe}")
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ import argparse
 import json
 import os
 import random
+import re
 import sys
 import time
 from collections import defaultdict
@@ -90,7 +91,7 @@ class TrainArguments:
     beta: float = flag(0.04, "Weight of the KL penalty to the frozen reference, Eq. 10; 0 loads no reference.")
     clip_low: float = flag(0.2, "Epsilon below, Eq. 10.")
     clip_high: float = flag(0.2, "Epsilon above.")
-    reduction: str = flag("sequence", "Token losses to one: sequence (GRPO), token (DAPO), constant (Dr. GRPO).",
+    reduction: str = flag("sequence", "Token losses to one: sequence (GRPO), token (DAPO; per forward, not over ranks), constant (Dr. GRPO).",
                           choices=["sequence", "token", "constant"])
     scale_rewards: bool = flag(True, "Divide advantages by the group's standard deviation.")
     per_device_train_batch_size: int = flag(1, "Questions per device and forward.")
@@ -108,7 +109,7 @@ def toy_defaults(world_size):
     """What the toy changes in the defaults above; any flag on the command line still wins. Global batches do not depend on the ranks."""
     return dict(
         clip="local-dir:{toy}/clip", min_pixels=56 * 56, max_pixels=56 * 56, max_completion_length=96, length_bonus=0.0, sft_shuffle=False,
-        sft_learning_rate=2e-3, sft_max_steps=940, sft_per_device_batch_size=max(1, 32 // world_size), learning_rate=5e-4, max_steps=40,
+        sft_learning_rate=2e-3, sft_max_steps=780, sft_per_device_batch_size=max(1, 32 // world_size), learning_rate=5e-4, max_steps=60,
         per_device_train_batch_size=max(1, 8 // world_size), max_grad_norm=1.0, frame_use="attention", frame_use_layer=2)
 
 
@@ -126,6 +127,7 @@ def say(text):
 
 def average(values, names, device):
     """{name: list of this rank's values} -> {name: mean over all ranks' values}; names nobody has a value for are left out."""
+    assert set(values) <= set(names), set(values) - set(names)
     table = torch.tensor([[sum(values.get(name, [])), len(values.get(name, []))] for name in names], dtype=torch.float64, device=device)
     dist.all_reduce(table)
     return {name: (total / count).item() for name, (total, count) in zip(names, table, strict=True) if count > 0}
@@ -204,16 +206,15 @@ def set_learning_rate(engine, step, steps, peak, warmup_ratio, decay_ratio=0.3):
 
 
 def encode_usable(encoder, examples, rows, skipped):
-    """Model inputs of the examples whose medium can be decoded, and those examples; the others are named in `skipped`."""
-    items, usable = [], []
-    for example in examples:
+    """(index, example, model inputs) of the examples whose medium can be decoded; the others are named in `skipped`."""
+    usable = []
+    for index, example in enumerate(examples):
         try:
-            items.append(encoder.encode(example, rows.get(example.id)))
-            usable.append(example)
+            usable.append((index, example, encoder.encode(example, rows.get(example.id))))
         except MediaError as error:
             skipped[example.id] = str(error)
             tqdm.write(f"skipped {example.id}: {error}")
-    return items, usable
+    return usable
 
 
 def batch_targets(examples, tokenizer, eos):
@@ -230,24 +231,26 @@ def train_sft(arguments, model_path, processor, encoder, examples, writer):
     world, rank = dist.get_world_size(), dist.get_rank()
     engine = start_engine(arguments, model_path, arguments.sft_per_device_batch_size, 1, arguments.sft_learning_rate)
     device = engine.device
-    model, skipped = engine.module.model, {}
+    model, skipped, lost = engine.module.model, {}, 0
     batch = arguments.sft_per_device_batch_size
     if batch * world > len(examples):
         raise DataError(f"SFT has {len(examples)} usable demonstrations, fewer than one batch of {batch * world}")
     steps = arguments.sft_max_steps if arguments.sft_max_steps > 0 else len(examples) // (batch * world)
     rng, order = random.Random(arguments.seed), []
     eos = processor.tokenizer.eos_token_id
-    progress = tqdm(range(steps), desc="SFT", unit="step", disable=not is_main())
+    progress = tqdm(range(steps), desc="SFT", unit="step", mininterval=1, disable=not is_main())
     for step in progress:
         begin = time.perf_counter()
         while len(order) < batch * world:
             order += rng.sample(examples, len(examples)) if arguments.sft_shuffle else examples
         chosen, order = order[: batch * world][rank * batch : (rank + 1) * batch], order[batch * world :]
-        items, usable = encode_usable(encoder, chosen, {}, skipped)
-        fewest, _ = agree(len(items), device)
+        usable = encode_usable(encoder, chosen, {}, skipped)
+        fewest, everywhere = agree(len(usable), device)
+        lost += batch * world - everywhere
         if fewest == 0:
             continue
-        completions, mask = (tensor.to(device) for tensor in batch_targets(usable, processor.tokenizer, eos))
+        _, chosen, items = zip(*usable, strict=True)
+        completions, mask = (tensor.to(device) for tensor in batch_targets(chosen, processor.tokenizer, eos))
         logp, *_ = engine(collate(items, model).to(device), completions, mask)
         tokens = mask.sum().float()
         dist.all_reduce(tokens)
@@ -257,8 +260,8 @@ def train_sft(arguments, model_path, processor, encoder, examples, writer):
         engine.step()
         values = {"loss/sft": [loss.item() * world], "time/step": [time.perf_counter() - begin]}
         metrics = average(values, tuple(values), device)
-        writer({"stage": "sft", "step": step, **metrics, "data/skipped": len(skipped)})
-        progress.set_postfix(loss=f"{metrics['loss/sft']:.3f}")
+        writer({"stage": "sft", "step": step, **metrics, "data/skipped": lost})
+        progress.set_postfix(loss=f"{metrics['loss/sft']:.3f}", refresh=False)
     folder = Path(arguments.output_dir) / "sft"
     save_checkpoint(engine, processor, folder)
     engine.destroy()
@@ -348,17 +351,12 @@ METRICS = (
 )
 
 
-def grpo_micro_batch(arguments, engine, reference, processor, encoder, examples, positions, rows, skipped, values):
+def grpo_micro_batch(arguments, engine, reference, processor, encoder, usable, rows, share, values):
     """One forward's worth of questions: sample, score, advantages, loss, backward. Adds to `values` ({metric: list}); returns a log line
-    per rollout, or None when all ranks skip the micro-batch together. positions: each question's place in the run, which seeds it."""
-    clock = time.perf_counter()
-    positions = dict(zip([example.id for example in examples], positions, strict=True))
-    items, examples = encode_usable(encoder, examples, rows, skipped)
-    fewest, everywhere = agree(len(items), engine.device)
-    if fewest == 0:
-        return None
-    seeds = [arguments.seed * 1_000_003 + positions[example.id] for example in examples]
-    controls = {}
+    per rollout. usable: (place in the run, which seeds it, example, model inputs); share: this rank's weight in the mean over ranks."""
+    clock, controls = time.perf_counter(), {}
+    positions, examples, items = zip(*usable, strict=True)
+    seeds = [arguments.seed * 1_000_003 + position for position in positions]
     for index, (example, seed) in enumerate(zip(examples, seeds, strict=True)):
         if arguments.temporal and example.media_type == "video":
             frames = len(rows[example.id]["frames"])
@@ -412,8 +410,7 @@ def grpo_micro_batch(arguments, engine, reference, processor, encoder, examples,
     logp, flat_mask = logp.flatten(0, 1), mask.flatten(0, 1)  # (N, T)
     loss, stats = policy_loss(logp, logp.detach(), advantages, flat_mask, ref_logp, arguments.beta, arguments.clip_low,
                               arguments.clip_high, arguments.reduction)
-    world = dist.get_world_size()
-    engine.backward(loss * len(items) * world / everywhere)  # DeepSpeed averages over ranks, which may hold different numbers of questions
+    engine.backward(loss * share)
     values["time/policy"].append(time.perf_counter() - clock)
     for name, value in {**stats, "policy": loss.item()}.items():
         values[f"loss/{name}"] += [value] * len(items)
@@ -424,34 +421,41 @@ def grpo_micro_batch(arguments, engine, reference, processor, encoder, examples,
     return lines
 
 
-def train_grpo(arguments, model_path, processor, encoder, examples, rows, skipped, writer, log_rollouts):
-    """CF-GRPO from a checkpoint, with that checkpoint as frozen reference. Returns the folder of the trained one."""
+def train_grpo(arguments, model_path, processor, encoder, stream, rows, skipped, writer, log_rollouts):
+    """CF-GRPO on a stream of questions, with the starting checkpoint as frozen reference. Returns the folder of the trained one."""
     world, rank = dist.get_world_size(), dist.get_rank()
     batch, accumulation = arguments.per_device_train_batch_size, arguments.gradient_accumulation_steps
     engine = start_engine(arguments, model_path, batch, accumulation, arguments.learning_rate)
     reference = start_engine(arguments, model_path) if arguments.beta > 0 else None
-    stream = question_stream(arguments, examples, world)
     steps = len(stream) // (batch * world * accumulation)
-    progress = tqdm(range(steps), desc="GRPO", unit="step", disable=not is_main())
+    lost = len(skipped)
+    progress = tqdm(range(steps), desc="GRPO", unit="step", mininterval=1, disable=not is_main())
     for step in progress:
         begin, values = time.perf_counter(), defaultdict(list)
         set_learning_rate(engine, step, steps, arguments.learning_rate, arguments.warmup_ratio)
+        micro_batches = []  # those in which every rank has something to do
         for micro in range(accumulation):
             start = ((step * accumulation + micro) * world + rank) * batch
-            lines = grpo_micro_batch(arguments, engine, reference, processor, encoder, stream[start : start + batch],
-                                     range(start, start + batch), rows, skipped, values)
-            if lines is None:
-                continue
+            usable = encode_usable(encoder, stream[start : start + batch], rows, skipped)
+            fewest, everywhere = agree(len(usable), engine.device)
+            lost += batch * world - everywhere
+            if fewest > 0:
+                share = len(usable) * world / everywhere  # DeepSpeed averages over ranks, which may hold different numbers of questions
+                micro_batches.append(([(start + index, *rest) for index, *rest in usable], share))
+        for number, (usable, share) in enumerate(micro_batches):
+            engine.set_gradient_accumulation_boundary(number == len(micro_batches) - 1)
+            lines = grpo_micro_batch(arguments, engine, reference, processor, encoder, usable, rows,
+                                     share * accumulation / len(micro_batches), values)
             log_rollouts([{"step": step, **line} for line in lines])
             clock = time.perf_counter()
             engine.step()
             values["time/update"].append(time.perf_counter() - clock)
         values["time/step"].append(time.perf_counter() - begin)
         metrics = average(values, METRICS, engine.device)
-        writer({"stage": "grpo", "step": step, **metrics, "loss/grad_norm": float(engine.get_global_grad_norm()),
-                "data/skipped": len(skipped)})
+        norm = {"loss/grad_norm": float(engine.get_global_grad_norm())} if micro_batches else {}
+        writer({"stage": "grpo", "step": step, **metrics, **norm, "data/skipped": lost})
         shown = {"acc": "reward/accuracy", "cfr": "consensus/score", "len": "rollout/length", "kl": "loss/kl"}
-        progress.set_postfix({short: f"{metrics[name]:.3g}" for short, name in shown.items() if name in metrics})
+        progress.set_postfix({short: f"{metrics[name]:.3g}" for short, name in shown.items() if name in metrics}, refresh=False)
     folder = Path(arguments.output_dir) / "grpo"
     save_checkpoint(engine, processor, folder)
     engine.destroy()
@@ -459,15 +463,13 @@ def train_grpo(arguments, model_path, processor, encoder, examples, rows, skippe
 
 
 def question_stream(arguments, examples, world):
-    """The run's questions in order: shuffled epochs, cut to whole steps."""
+    """The run's questions in order, shuffled epoch by epoch, and how many make a step."""
     per_step = arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps * world
     wanted = arguments.max_steps * per_step if arguments.max_steps > 0 else int(arguments.num_train_epochs * len(examples))
     rng, stream = random.Random(arguments.seed), []
-    while len(stream) < wanted:
+    while examples and len(stream) < wanted:
         stream += rng.sample(examples, len(examples))
-    if wanted < per_step:
-        raise DataError(f"{len(examples)} usable questions are fewer than one step's {per_step}")
-    return stream[: wanted // per_step * per_step]
+    return stream[:wanted], per_step
 
 
 # ------------------------------------------------------------------------------------------------------ held-out score
@@ -554,6 +556,8 @@ def parse_arguments():
     elif first.stage == "both":
         raise DataError("--stage both is for the toy; with your own data run --stage sft, then --stage grpo")
     arguments, settings = parser.parse_args_into_dataclasses()
+    if arguments.frame_use == "attention" and arguments.frame_use_layer < 1:
+        raise DataError("--frame_use attention needs --frame_use_layer 1 (the first layer) or higher")
     arguments.stage = arguments.stage or ("both" if arguments.model_name_or_path is None else "grpo")
     return arguments, settings
 
@@ -617,7 +621,7 @@ def run(arguments, settings):
     sft_data = data
     if data is None:
         folder = Path(arguments.toy_dir)
-        on_main_first(lambda: str(toy.make_toy(toy.ToyArguments(output_dir=str(folder), seed=arguments.seed))))
+        on_main_first(lambda: toy.make_toy(toy.ToyArguments(output_dir=str(folder), seed=arguments.seed)))
         sft_data, data, heldout = folder / "train_cot.json", folder / "train.json", heldout or folder / "heldout.json"
         model_path = model_path or folder / "model"
         lap("toy")
@@ -657,17 +661,21 @@ def run(arguments, settings):
     after = before
     if arguments.stage in ("grpo", "both"):
         examples = load_examples(data, arguments.media_root)
-        wanted = {example.id for example in question_stream(arguments, examples, dist.get_world_size())}
-        examples = [example for example in examples if example.id in wanted]
-        rows, skipped = priors_for(arguments, settings, examples, "training", arguments.priors)
+        stream, per_step = question_stream(arguments, examples, dist.get_world_size())
+        asked = list({example.id: example for example in stream}.values())
+        rows, skipped = priors_for(arguments, settings, asked, "training", arguments.priors)
         lap("training priors")
-        examples = [example for example in examples if example.id not in skipped]
-        folder = train_grpo(arguments, model_path, processor, encoder, examples, rows, skipped,
+        stream = [example for example in stream if example.id not in skipped]
+        if len(stream) < per_step:
+            raise DataError(f"{len(stream)} usable questions ({len(skipped)} skipped) are fewer than one step's {per_step}")
+        folder = train_grpo(arguments, model_path, processor, encoder, stream, rows, skipped,
                             lambda record: write(metrics_file, record), lambda records: write(rollouts_file, *records))
         lap("GRPO")
         after = score(folder)
         lap("scoring after")
-        result["skipped"] = skipped
+        everyone = [None] * dist.get_world_size()
+        dist.all_gather_object(everyone, skipped)
+        result["skipped"] = {problem: cause for one in everyone for problem, cause in one.items()}
     if heldout_examples and is_main():
         print_table(arguments, before, after, seconds)
     result.update(before=before, after=after, seconds=seconds)
@@ -682,7 +690,10 @@ def template_text(arguments):
         return PROMPT_TEMPLATE
     if not Path(arguments.prompt_template).is_file():
         raise DataError(f"prompt template {arguments.prompt_template} not found")
-    return Path(arguments.prompt_template).read_text(encoding="utf-8")
+    template = Path(arguments.prompt_template).read_text(encoding="utf-8")
+    if set(re.findall(r"{(.*?)}", template)) - {"question", "instruction"} or "{question}" not in template:
+        raise DataError(f"prompt template {arguments.prompt_template} must hold {{question}}, may hold {{instruction}}, and no other braces")
+    return template
 
 
 def prepare_output(output, arguments, settings):

@@ -1,0 +1,168 @@
+"""Times the same code the stages run (grpo.py) against a named baseline, in pairs that alternate in one run.
+
+    python bench.py step --num_generations 8 --completion_length 64 --frames 16             # a random tiny Qwen2.5-VL, about a minute
+    python bench.py step --model_name_or_path Qwen2.5-VL-7B-Instruct --frames 16 --frame_size 224      # a checkpoint's folder
+
+`step`: policy forward and backward, group packed in one row against the prompt repeated for every completion; and rollout, prompt encoded
+once against repeated. Pixels and questions are random. One process, without DeepSpeed, which would add the same to both sides.
+"""
+
+import argparse
+import json
+import os
+import platform
+import random
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import transformers
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
+from transformers.utils import logging as hf_logging
+
+import toy
+from data import DataError, Encoder, Example, chat_text
+from grpo import Policy, collate, group_advantages, group_logps, policy_loss, rollout
+
+FLAGS = {  # default, least, help
+    "num_generations": (8, 2, "completions of a question"), "completion_length": (64, 1, "tokens of every completion"),
+    "frames": (16, 2, "frames of a video"), "frame_size": (56, 28, "pixels a side, a multiple of 28"),
+    "questions": (1, 1, "questions in a forward"), "repeats": (5, 1, "timed pairs"), "seed": (0, 0, "of everything random")}
+
+
+def make_toy(seed):
+    """A random tiny Qwen2.5-VL and its processor; the tokenizer learns from toy questions, no video is made."""
+    rng, rows = random.Random(seed), []
+    for index in range(60):
+        plan = toy.plan_video(np.random.default_rng([seed, index]))
+        rows += [{**toy.make_question(kind, plan, rng, biased=False), "path": "none.mp4"} for kind in ("colour", "time", "order")]
+    with tempfile.TemporaryDirectory() as folder:
+        rows = [{**row, "problem_id": index} for index, row in enumerate(rows)]
+        (Path(folder) / "train_cot.json").write_text(json.dumps(rows), encoding="utf-8")
+        processor = toy.make_processor(Path(folder))
+    return toy.make_model(processor, seed), processor
+
+
+def load_model(arguments, device):
+    """-> model in train mode (bf16 on a GPU, fp32 on the CPU, as train.py has it) and processor."""
+    dtype, folder = torch.bfloat16 if device == "cuda" else torch.float32, arguments.model_name_or_path
+    if folder is None:
+        model, processor = make_toy(arguments.seed)
+        return model.to(device, dtype).train(), processor
+    if not (Path(folder) / "config.json").is_file():
+        raise DataError(f"{folder} is not a folder with a checkpoint (--model_name_or_path)")
+    if AutoConfig.from_pretrained(folder).model_type not in ("qwen2_vl", "qwen2_5_vl"):
+        raise DataError(f"{folder} is no Qwen2-VL or Qwen2.5-VL checkpoint")
+    model = AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype, attn_implementation="sdpa", use_safetensors=True)
+    return model.to(device).train(), AutoProcessor.from_pretrained(folder)
+
+
+def make_prompts(arguments, model, processor):
+    """Random questions about random pixels, through the stages' own encoder and collate."""
+    rng, generator = random.Random(arguments.seed), torch.Generator().manual_seed(arguments.seed)
+    encoder, items, words = Encoder(processor, 0, 0), [], [*toy.COLOURS, *toy.TEXTURES, *toy.WORDS]
+    for index in range(arguments.questions):
+        example = Example(str(index), " ".join(rng.choices(words, k=30)) + "?", [], "numerical", "1", "", "video")
+        shape = (arguments.frames, 3, arguments.frame_size, arguments.frame_size)
+        frames = torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
+        items.append(encoder.process(example, chat_text(processor, example), frames, {"fps": 1.0, "times": list(range(arguments.frames))}))
+    return collate(items, model).to(model.device)
+
+
+def time_pairs(first, second, repeats):
+    """Seconds of both, (repeats, 2), alternating; one untimed round before."""
+    seconds = np.zeros((repeats + 1, 2))
+    for row in seconds:
+        for column, work in enumerate((first, second)):
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            begin = time.perf_counter()
+            work()
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            row[column] = time.perf_counter() - begin
+    return seconds[1:]
+
+
+def report(title, names, seconds, agreement):
+    ratios, medians = seconds[:, 1] / seconds[:, 0], np.median(seconds, axis=0)
+    sides = "".join(f"{name:>13s} {value:8.4f} s" for name, value in zip(names, medians, strict=True))
+    print(f"{title:26s}{sides}{np.median(ratios):8.2f} ({ratios.min():.2f} to {ratios.max():.2f})   {agreement}")
+
+
+def bench_step(arguments):
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    torch.set_flush_denormal(True)  # as train.py
+    torch.manual_seed(arguments.seed)
+    model, processor = load_model(arguments, device)
+    prompts = make_prompts(arguments, model, processor)
+    questions, group, config = arguments.questions, arguments.num_generations, model.config
+    seeds = list(range(questions * group))
+    eos = model.generation_config.eos_token_id or processor.tokenizer.eos_token_id
+    eos = eos if isinstance(eos, list) else [eos]
+    banned = [config.image_token_id, config.video_token_id, config.vision_start_token_id, config.vision_end_token_id]
+    banned += eos  # every completion reaches its full length
+    sampled = {}
+
+    def sample(name, rows, counts):
+        model.eval()
+        sampled[name] = rollout(model, rows, counts, seeds, arguments.completion_length, eos, banned)[0]
+        model.train()
+
+    rollouts = time_pairs(lambda: sample("once", prompts, [group] * questions),
+                          lambda: sample("repeated", prompts.repeat(group), [1] * len(seeds)), arguments.repeats)
+    completions = sampled["once"].view(questions, group, -1)  # (B, G, T)
+    mask, policy, logps = torch.ones_like(completions, dtype=torch.bool), Policy(model), {}
+    advantages = group_advantages(torch.rand(questions, group)).flatten().to(device)
+
+    def update(packed):
+        model.zero_grad(set_to_none=True)
+        logp = group_logps(policy, prompts, completions, mask, packed)[0].flatten(0, 1)  # (N, T)
+        policy_loss(logp, logp.detach(), advantages, mask.flatten(0, 1))[0].backward()
+        logps[packed] = logp.detach()
+
+    updates = time_pairs(lambda: update(True), lambda: update(False), arguments.repeats)
+    machine = f"{platform.machine()} CPU, {os.cpu_count()} cores, {torch.get_num_threads()} threads"
+    if device == "cuda":
+        machine = f"{torch.cuda.get_device_name()}, {machine}"
+    parameters = sum(parameter.numel() for parameter in model.parameters()) / 1e6
+    print(f"machine     {machine}; torch {torch.__version__}, transformers {transformers.__version__}\n"
+          f"model       {arguments.model_name_or_path or 'random toy model'}, {parameters:.1f} M parameters, {str(model.dtype)[6:]}\n"
+          f"batch       {questions} x {prompts.input_ids.shape[1]} prompt tokens ({int(prompts.visual[0].sum())} visual, "
+          f"{arguments.frames} frames), {group} completions of {arguments.completion_length} tokens each\n"
+          "held equal  weights, pixels, prompts, sampling seeds, completions and their length\n"
+          f"timing      median of {arguments.repeats} alternating pairs after a warm-up; ratio second / first, median "
+          "(lowest to highest)\n\n"
+          f"{'':26s}{'first':>24s}{'second':>24s}{'ratio':>8s}")
+    report("policy forward + backward", ("packed", "repeated"), updates,
+           f"log-probs differ by {(logps[True] - logps[False]).abs().max():.0e} at most")
+    report("rollout", ("encoded once", "repeated"), rollouts,
+           f"{(sampled['once'] == sampled['repeated']).float().mean():.1%} of tokens equal")
+
+
+def main():
+    hf_logging.set_verbosity_error()
+    parser = argparse.ArgumentParser(allow_abbrev=False, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    step = commands.add_parser("step", allow_abbrev=False, help="policy update and rollout, shared prompt against repeated prompt")
+    step.add_argument("--model_name_or_path", help="folder of a Qwen2-VL or Qwen2.5-VL checkpoint; without one a random tiny model")
+    for name, (default, _, text) in FLAGS.items():
+        step.add_argument(f"--{name}", type=int, default=default, help=f"{text} (default {default})")
+    arguments = parser.parse_args()
+    try:
+        for name, (_, least, _) in FLAGS.items():
+            if getattr(arguments, name) < least:
+                raise DataError(f"--{name} {getattr(arguments, name)} is too small; at least {least}")
+        if arguments.frame_size % 28:
+            raise DataError(f"--frame_size {arguments.frame_size} is not a multiple of 28, the pixels of a visual token")
+        bench_step(arguments)
+    except DataError as error:
+        print(f"bench.py: error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,45 @@
+"""bench.py by subprocess: the smallest configuration prints both comparisons, and bad flags end with one sentence."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+import bench  # noqa: E402
+
+
+def test_smallest_step_prints_ratios():
+    flags = ["--num_generations", "2", "--completion_length", "3", "--frames", "2", "--repeats", "1"]
+    done = subprocess.run([sys.executable, "bench.py", "step", *flags], cwd=ROOT, capture_output=True, text=True, timeout=120,
+                          env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"})
+    assert done.returncode == 0, done.stderr
+    for title in ("policy forward + backward", "rollout"):
+        line = next(line for line in done.stdout.splitlines() if line.startswith(title))
+        first, second = (float(value) for value in re.findall(r"([\d.]+) s", line))
+        ratio, low, high = (float(value) for value in re.search(r"([\d.]+) \(([\d.]+) to ([\d.]+)\)", line).groups())
+        assert first > 0 and second > 0
+        assert ratio == low == high == pytest.approx(second / first, rel=0.05)  # one pair; seconds are rounded to 0.1 ms
+    assert all(words in done.stdout for words in ("2 completions of 3 tokens", "2 frames", "held equal", "cores", "torch "))
+    if "float32" in done.stdout:  # on a GPU it is bf16, where both are wider
+        assert float(re.search(r"log-probs differ by (\S+) at most", done.stdout).group(1)) < 1e-4
+        assert "100.0% of tokens equal" in done.stdout
+
+
+@pytest.mark.parametrize("flags, words", [
+    (("--num_generations", "1"), "--num_generations 1 is too small"),
+    (("--frame_size", "50"), "--frame_size 50 is not a multiple of 28"),
+    (("--model_name_or_path", "no/such/folder"), "no/such/folder is not a folder with a checkpoint"),
+    (("--batch", "3"), "unrecognized arguments: --batch"),
+])
+def test_bad_flags(flags, words, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["bench.py", "step", *flags])
+    with pytest.raises(SystemExit) as stop:
+        bench.main()
+    told = capsys.readouterr()
+    assert stop.value.code == 2 and told.out == "" and words in told.err and "Traceback" not in told.err

@@ -1,0 +1,674 @@
+"""grpo.py: hand-derived numbers for its maths, and plain Hugging Face forwards, generate and eager attention as oracles for the rest."""
+
+import copy
+import math
+
+import pytest
+import torch
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from data import Encoder, load_examples
+from grpo import (
+    Policy,
+    Prompts,
+    collate,
+    group_advantages,
+    group_logps,
+    group_mask,
+    policy_loss,
+    record_attention,
+    rollout,
+    rollout_frame_use,
+    row_uniforms,
+    sample_tokens,
+    slot_shares,
+    token_weights,
+)
+
+NAN, INF = float("nan"), float("inf")
+
+
+# ---------------------------------------------------------------------------------------------------------- advantages
+
+
+def test_advantages_use_the_unbiased_std_and_eps():
+    # (0, 2, 4): mean 2, unbiased variance (4 + 0 + 4) / 2 = 4, std 2 (the biased one would be 1.633)
+    rewards = torch.tensor([[0.0, 2.0, 4.0], [10.0, 10.0, 13.0]])
+    # (10, 10, 13): mean 11, variance (1 + 1 + 4) / 2 = 3
+    second = torch.tensor([-1.0, -1.0, 2.0])
+    expected = torch.stack([torch.tensor([-2.0, 0.0, 2.0]) / 2.0001, second / (math.sqrt(3) + 1e-4)])
+    torch.testing.assert_close(group_advantages(rewards), expected)
+    expected = torch.stack([torch.tensor([-2.0, 0.0, 2.0]) / 2.5, second / (math.sqrt(3) + 0.5)])
+    torch.testing.assert_close(group_advantages(rewards, eps=0.5), expected)
+
+
+def test_advantages_without_scale_are_centred_rewards():
+    rewards = torch.tensor([[0.0, 2.0, 4.0], [10.0, 10.0, 13.0]])
+    assert group_advantages(rewards, scale=False).tolist() == [[-2, 0, 2], [-1, -1, 2]]
+
+
+@pytest.mark.parametrize("value", [0.0, 1.0, 2.5])
+def test_advantages_of_equal_rewards_are_zero(value):
+    assert group_advantages(torch.full((2, 8), value)).tolist() == [[0.0] * 8] * 2
+
+
+@pytest.mark.parametrize("value", [0.1, 0.7, 1.3, 2.8123])
+def test_advantages_of_equal_rewards_that_round_are_zero_too(value):
+    # float32's mean of seven 0.7 is not 0.7; the rounding error must not be blown up by 1 / eps
+    assert group_advantages(torch.full((1, 7), value)).abs().max() < 2e-3
+
+
+def test_advantages_of_a_group_of_one_are_an_error():
+    with pytest.raises(ValueError, match="two rollouts"):
+        group_advantages(torch.tensor([[1.0], [2.0]]))
+
+
+# --------------------------------------------------------------------------------------------------------- policy loss
+
+MASK = torch.tensor([[1, 1, 0], [1, 0, 0]]).bool()
+ADVANTAGES = torch.tensor([1.0, -3.0])
+
+
+def test_loss_at_ratio_one_in_each_reduction():
+    logp = torch.full((2, 3), -1.5)
+    # every token's loss is -A: row 1 has two of -1, row 2 one of +3
+    for reduction, expected in (("sequence", (-1 + 3) / 2), ("token", (-1 - 1 + 3) / 3), ("constant", (-1 - 1 + 3) / 6)):
+        loss, stats = policy_loss(logp, logp, ADVANTAGES, MASK, reduction=reduction)
+        assert loss.item() == pytest.approx(expected)
+        assert stats == {"kl": 0, "ratio": 1, "clip_fraction": 0}
+
+
+def test_loss_with_token_weights():
+    logp, weights = torch.zeros(2, 3), torch.tensor([[2.0, 1.0, 9.0], [4.0, 9.0, 9.0]])
+    # row 1: -2, -1; row 2: +12
+    for reduction, expected in (("sequence", (-1.5 + 12) / 2), ("token", 9 / 3), ("constant", 9 / 6)):
+        assert policy_loss(logp, logp, ADVANTAGES, MASK, reduction=reduction, weights=weights)[0].item() == pytest.approx(expected)
+
+
+def test_loss_clips_on_both_sides_only_where_it_helps():
+    logp = torch.log(torch.tensor([[1.5], [1.5], [0.5], [0.5]])).requires_grad_()
+    advantages, mask = torch.tensor([1.0, -1.0, 1.0, -1.0]), torch.ones(4, 1).bool()
+    # 1.5, A=1: min(1.5, 1.2); 1.5, A=-1: min(-1.5, -1.2); 0.5, A=1: min(0.5, 0.8); 0.5, A=-1: min(-0.5, -0.8)
+    loss, stats = policy_loss(logp, torch.zeros(4, 1), advantages, mask)
+    assert loss.item() == pytest.approx((-1.2 + 1.5 - 0.5 + 0.8) / 4)
+    assert stats["ratio"] == pytest.approx(1.0) and stats["clip_fraction"] == 0.5
+    loss.backward()
+    torch.testing.assert_close(logp.grad, torch.tensor([[0.0], [1.5], [-0.5], [0.0]]) / 4)  # d(-ratio*A)/dlogp = -ratio*A
+    loss, _ = policy_loss(logp, torch.zeros(4, 1), advantages, mask, clip_low=0.1, clip_high=0.28)
+    assert loss.item() == pytest.approx((-1.28 + 1.5 - 0.5 + 0.9) / 4)
+
+
+@pytest.mark.parametrize(("d", "kl"), [(math.log(2), 2 - math.log(2) - 1), (-math.log(2), 0.5 + math.log(2) - 1), (0.0, 0.0),
+                                       (50.0, math.exp(10) - 11), (-50.0, math.exp(-10) + 10 - 1)])
+def test_loss_adds_the_clamped_k3_divergence(d, kl):
+    logp = torch.full((1, 2), -3.0)
+    loss, stats = policy_loss(logp, logp, torch.zeros(1), torch.ones(1, 2).bool(), ref_logp=logp + d, beta=0.5)
+    assert loss.item() == pytest.approx(0.5 * kl, rel=1e-5, abs=1e-6)
+    assert stats["kl"] == pytest.approx(kl, rel=1e-5, abs=1e-6)
+
+
+def test_kl_gradient_pulls_to_the_reference():
+    logp = torch.tensor([[-1.0]], requires_grad=True)
+    loss, _ = policy_loss(logp, logp.detach(), torch.zeros(1), torch.ones(1, 1).bool(), ref_logp=logp.detach() + math.log(2), beta=0.5)
+    loss.backward()
+    assert logp.grad.item() == pytest.approx(0.5 * (1 - 2))  # d k3 / d logp = 1 - exp(d)
+
+
+def test_gradient_at_ratio_one_is_minus_advantage_over_length():
+    logp = torch.full((2, 3), -2.0, requires_grad=True)
+    policy_loss(logp, logp.detach(), ADVANTAGES, MASK)[0].backward()
+    torch.testing.assert_close(logp.grad, torch.tensor([[-1 / 2, -1 / 2, 0], [3.0, 0, 0]]) / 2)  # / 2: mean over two completions
+
+
+@pytest.mark.parametrize("reduction", ["sequence", "token", "constant"])
+@pytest.mark.parametrize("poison", [NAN, INF, -INF])
+def test_padding_may_hold_anything(reduction, poison):
+    generator = torch.Generator().manual_seed(0)
+    clean = [torch.rand(2, 3, generator=generator) for _ in range(4)]  # logp, old_logp, ref_logp, weights
+    outcomes = []
+    for fill in (0.0, poison):
+        logp, old, ref, weights = (values.masked_fill(~MASK, fill) for values in clean)
+        logp.requires_grad_()
+        loss, stats = policy_loss(logp, old, ADVANTAGES, MASK, ref, reduction=reduction, weights=weights)
+        loss.backward()
+        outcomes.append((loss.item(), logp.grad.tolist(), stats))
+    assert outcomes[0] == outcomes[1]
+    assert math.isfinite(outcomes[0][0])
+
+
+def test_loss_refuses_an_unknown_reduction():
+    with pytest.raises(ValueError, match="median"):
+        policy_loss(torch.zeros(2, 3), torch.zeros(2, 3), ADVANTAGES, MASK, reduction="median")
+
+
+# ------------------------------------------------------------------------------------------------------- token weights
+
+
+def two_rollouts():
+    """Distributions over two tokens: position 0 both (.5, .5); position 1 (.8, .2) and (.2, .8); position 2 (.9, .1), ended; 3 nobody."""
+    probs = torch.tensor([[[0.5, 0.5], [0.8, 0.2], [0.9, 0.1], [0.9, 0.1]], [[0.5, 0.5], [0.2, 0.8], [0.7, 0.3], [0.2, 0.8]]])
+    return probs.log() + 3, torch.tensor([[1, 1, 1, 0], [1, 1, 0, 0]])  # + 3: logits are not normalised
+
+
+def test_token_weights_by_hand():
+    logits, mask = two_rollouts()
+    # position 0: m = own, divergence 0.
+    # position 1: m = (ln .4, ln .4); d = -ln 2, ln 2 for both rollouts: (.5 + ln 2 - 1) + (2 - ln 2 - 1) = 0.5.
+    # position 2: second is uniform. First: d = ln(.5/.9)/2, ln(.5/.1)/2 -> exp = sqrt(5)/3, sqrt(5), sum of d = ln(25/9)/2 = ln(5/3):
+    #   first = 4 sqrt(5)/3 - ln(5/3) - 2; second has -d: exp = 3/sqrt(5), 1/sqrt(5): 4/sqrt(5) + ln(5/3) - 2; mean = 0.385139
+    first, second = 4 * math.sqrt(5) / 3 - math.log(5 / 3) - 2, 4 / math.sqrt(5) + math.log(5 / 3) - 2
+    third = (first + second) / 2 / 0.5
+    assert third == pytest.approx(0.770278, abs=1e-6)
+    expected = torch.tensor([1.0, 1.7, 1 + 0.7 * third, 1.0])
+    torch.testing.assert_close(token_weights(logits, mask), expected.expand(2, 4))
+    expected = torch.tensor([1.0, 3.0, 1 + 2 * third, 1.0])
+    torch.testing.assert_close(token_weights(logits, mask, alpha=3.0), expected.expand(2, 4))
+
+
+def test_token_weights_clamp_the_difference():
+    # position 1: logits (40, 0) and (0, 40): log p = 0, -40 and -40, 0; m = -20; d = -20, 20 -> -11, 11 for both.
+    # position 2: (30, 0) and (0, 30): d = -15, 15 -> the same -11, 11. Unclamped they would differ by e^5.
+    logits = torch.tensor([[[0.0, 0.0], [40.0, 0.0], [30.0, 0.0]], [[0.0, 0.0], [0.0, 40.0], [0.0, 30.0]]])
+    torch.testing.assert_close(token_weights(logits, torch.ones(2, 3)), torch.tensor([[1.0, 1.7, 1.7]]).expand(2, 3))
+
+
+def test_token_weights_range_and_poison():
+    generator = torch.Generator().manual_seed(0)
+    logits = 3 * torch.randn(4, 6, 9, generator=generator)
+    mask = torch.arange(6)[None] < torch.tensor([6, 2, 4, 3])[:, None]
+    weights = token_weights(logits, mask, alpha=1.7)
+    assert weights.min() == 1 and weights.max() == pytest.approx(1.7)
+    for poison in (NAN, INF, -INF):
+        assert torch.equal(token_weights(logits.masked_fill(~mask[..., None], poison), mask), weights)
+
+
+def test_token_weights_of_equal_rollouts_or_none_are_one():
+    logits = torch.randn(1, 3, 5, generator=torch.Generator().manual_seed(0)).expand(4, -1, -1)
+    torch.testing.assert_close(token_weights(logits, torch.ones(4, 3)), torch.ones(4, 3))
+    assert torch.equal(token_weights(logits, torch.zeros(4, 3)), torch.ones(4, 3))
+
+
+# ------------------------------------------------------------------------------------------------------------ sampling
+
+PROBS = torch.tensor([0.15, 0.5, 0.05, 0.3])  # sorted: tokens 1, 3, 0, 2 with cumulative .5, .8, .95, 1
+
+
+def draw(uniforms, **settings):
+    return sample_tokens(PROBS.log().expand(len(uniforms), -1), torch.tensor(uniforms), **settings).tolist()
+
+
+def test_sample_tokens_inverts_the_cumulative_distribution():
+    assert draw([0.0, 0.49, 0.51, 0.79, 0.81, 0.94, 0.96, 1 - 2**-24]) == [1, 1, 3, 3, 0, 0, 2, 2]
+
+
+def test_sample_tokens_greedy_and_temperature():
+    assert draw([0.0, 0.99], temperature=0) == [1, 1]
+    # temperature .5 squares: .25, .09, .0225, .0025 over .365 -> cumulative .6849, .9315, .9932
+    assert draw([0.68, 0.69, 0.93, 0.935, 0.99, 0.995], temperature=0.5) == [1, 3, 3, 0, 0, 2]
+
+
+def test_top_p_keeps_the_token_that_crosses_it():
+    # .6: token 1 (.5) does not reach it, token 3 crosses it and stays; over .8 the border is .5 / .8 = .625
+    assert draw([0.0, 0.62, 0.63, 1 - 2**-24], top_p=0.6) == [1, 1, 3, 3]
+    assert draw([0.0, 1 - 2**-24], top_p=0.4) == [1, 1]  # the first token always stays
+    assert draw([0.94, 1 - 2**-24], top_p=0.9) == [0, 0]
+
+
+def test_banned_tokens_are_never_sampled():
+    logits = PROBS.log().clone()
+    logits[[1, 2]] = -INF
+    uniforms = torch.linspace(0, 1 - 2**-24, 1001)
+    sampled = sample_tokens(logits.expand(1001, -1), uniforms)
+    assert set(sampled.tolist()) == {0, 3}
+    assert (sampled == 3).float().mean().item() == pytest.approx(2 / 3, abs=0.002)  # .3 / (.3 + .15)
+
+
+def test_row_uniforms_depend_on_their_own_seed_only():
+    rows = row_uniforms([7, 8, 7], 20)
+    assert rows.shape == (3, 20) and rows.min() >= 0 and rows.max() < 1
+    assert torch.equal(rows[0], rows[2]) and not torch.equal(rows[0], rows[1])
+    assert torch.equal(row_uniforms([8], 20)[0], rows[1])
+    state = torch.get_rng_state()
+    row_uniforms([7], 5)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+# ------------------------------------------------------------------------------------------- slots, frame use, the mask
+
+
+def test_slot_shares_by_hand():
+    # frames at 0 1 2 3 4 s, inside [1, 3): 0 1 1 0 0; two frames a slot, the last slot has one
+    assert slot_shares([0, 1, 2, 3, 4], [(1, 3)], 3).tolist() == [0.5, 0.5, 0]
+    assert slot_shares([0, 1, 2, 3], [(0, 1), (2, 9)], 2).tolist() == [0.5, 1]
+    assert slot_shares([0, 1, 2], [], 3).tolist() == [0, 0, 0]
+
+
+def test_group_mask_by_hand():
+    prompt = torch.tensor([[False, True]])
+    completions = torch.tensor([[[True, True], [True, False]]])
+    # columns: p0 (padding) p1 a0 a1 b0 b1 (padding)
+    expected = torch.tensor([
+        [1, 0, 0, 0, 0, 0],  # p0 sees itself, for its softmax's sake
+        [0, 1, 0, 0, 0, 0],
+        [0, 1, 1, 0, 0, 0],
+        [0, 1, 1, 1, 0, 0],
+        [0, 1, 0, 0, 1, 0],  # b0: not a
+        [0, 1, 0, 0, 1, 1]])
+    assert torch.equal(group_mask(prompt, completions), expected.bool()[None, None])
+
+
+def prompts_of(visual, slots):
+    """Prompts with what rollout_frame_use reads: visual (B, P) 0/1 and slots."""
+    visual = torch.tensor(visual).bool()
+    nothing = torch.zeros(visual.shape, dtype=torch.long)
+    return Prompts(nothing, torch.ones_like(visual), nothing.expand(3, -1, -1), visual, None, None, slots)
+
+
+def test_frame_use_from_hidden_states_by_hand():
+    # row 0: visual columns 1, 2 are slots (1, 0) and (0, 1). c_1 = (5, 0), padding; c_2 = (1, 1), (2, 2). Rows 1, 2: image and text.
+    prompts = prompts_of([[0, 1, 1, 0], [0, 1, 0, 0], [0, 0, 0, 0]], [2, 1, 0])
+    row = torch.tensor([[9.0, 9], [1, 0], [0, 1], [9, -9], [5, 0], [NAN, NAN], [1, 1], [2, 2]])
+    hidden = torch.stack([row, row, row])
+    mask = torch.tensor([[[1, 0], [1, 1]]] * 3).bool()
+    uses = rollout_frame_use(prompts, mask, hidden)
+    # cosines of c_1: 1, 0 -> softmax(10, 0); of c_2: equal
+    torch.testing.assert_close(uses[0][0], torch.tensor([1 / (1 + math.exp(-10)), 1 / (1 + math.exp(10))]))
+    torch.testing.assert_close(uses[0][1], torch.tensor([0.5, 0.5]))
+    assert uses[1:] == [[None, None], [None, None]]
+    uses = rollout_frame_use(prompts, mask, hidden, tau=1.0)
+    torch.testing.assert_close(uses[0][0], torch.tensor([math.e / (1 + math.e), 1 / (1 + math.e)]))
+
+
+def test_frame_use_pools_the_tokens_of_a_slot():
+    # slots of two tokens: (1, 0), (0, 1) -> max (1, 1), mean (.5, .5); (1, 0), (-1, 0) -> max (1, 0), mean (0, 0). One response (1, 0).
+    prompts, mask = prompts_of([[1, 1, 1, 1]], [2]), torch.ones(1, 1, 1).bool()
+    hidden = torch.tensor([[[1.0, 0], [0, 1], [1, 0], [-1, 0], [1, 0]]])
+    expected = torch.tensor([math.sqrt(0.5), 1.0])
+    torch.testing.assert_close(rollout_frame_use(prompts, mask, hidden)[0][0], torch.softmax(expected / 0.1, 0))
+    expected = torch.tensor([math.sqrt(0.5), 0.0])
+    torch.testing.assert_close(rollout_frame_use(prompts, mask, hidden, pool="mean")[0][0], torch.softmax(expected / 0.1, 0))
+
+
+def test_frame_use_order_of_mean_and_softmax():
+    # responses (1, 0) and (-1, 0) to frames (1, 0), (0, 1): the mean cosine is 0, 0; per token softmax(1, 0) and softmax(-1, 0)
+    prompts, mask = prompts_of([[1, 1]], [2]), torch.ones(1, 1, 2).bool()
+    hidden = torch.tensor([[[1.0, 0], [0, 1], [1, 0], [-1, 0]]])
+    torch.testing.assert_close(rollout_frame_use(prompts, mask, hidden, tau=0.5)[0][0], torch.tensor([0.5, 0.5]))
+    hidden = torch.tensor([[[1.0, 0], [0, 1], [1, 0], [0.6, 0.8]]])  # cosines (1, 0), (.6, .8)
+    expected = (torch.softmax(torch.tensor([2.0, 0]), 0) + torch.softmax(torch.tensor([1.2, 1.6]), 0)) / 2
+    torch.testing.assert_close(rollout_frame_use(prompts, mask, hidden, tau=0.5, order="softmax_mean")[0][0], expected)
+
+
+def test_frame_use_from_attention_by_hand():
+    prompts = prompts_of([[0, 1, 1, 0], [0, 0, 1, 0]], [2, 1])
+    # c_1: visual mass .3 and .1; c_2: (.1 + .1) and (.2 + .4); text columns and padding do not count
+    weights = torch.tensor([[[0.6, 0.3, 0.1, 0.0], [NAN] * 4], [[0.7, 0.1, 0.2, 0.0], [0.1, 0.1, 0.4, 0.4]]])
+    mask = torch.tensor([[[1, 0], [1, 1]]] * 2).bool()
+    uses = rollout_frame_use(prompts, mask, attention=torch.stack([weights, weights]))
+    torch.testing.assert_close(uses[0][0], torch.tensor([0.75, 0.25]))
+    torch.testing.assert_close(uses[0][1], torch.tensor([0.25, 0.75]))
+    assert uses[1] == [None, None]
+
+
+# --------------------------------------------------------------------------------------------- the model, against plain HF
+
+
+def video_row(frames):
+    return {"frames": frames, "times": [index / 4 for index in frames]}  # the toy's videos have 4 frames a second
+
+
+@pytest.fixture(scope="module")
+def items(toy_folder, toy_processor):
+    """Encoded examples: a video of 6 frames (3 slots), an image, a video of 5 frames at another rate, a text."""
+    examples = load_examples(toy_folder / "train_cot.json")
+    encoder = Encoder(toy_processor, 56 * 56, 56 * 56)
+    videos = {example.media: example for example in examples if example.media_type == "video"}
+    first, second = list(videos.values())[:2]
+    image, text = (next(example for example in examples if example.media_type == kind) for kind in ("image", "text"))
+    return [encoder.encode(first, video_row([0, 10, 20, 30, 40, 50])), encoder.encode(image),
+            encoder.encode(second, video_row([0, 3, 6, 9, 12])), encoder.encode(text)]
+
+
+@pytest.fixture(scope="module")
+def group(items, toy_model):
+    """(prompts, completions (4, 3, 5), mask) of random tokens with different lengths."""
+    prompts = collate(items, toy_model)
+    assert len({len(item["input_ids"]) for item in items}) >= 3 and prompts.slots == [3, 1, 3, 0]
+    completions = torch.randint(0, 256, (4, 3, 5), generator=torch.Generator().manual_seed(1))
+    lengths = torch.tensor([[5, 2, 4], [1, 5, 3], [4, 4, 2], [3, 1, 5]])
+    return prompts, completions, torch.arange(5) < lengths[..., None]
+
+
+def hf_inputs(item, model, completion=None):
+    """What a user of transformers alone would pass to the model for one unpadded row."""
+    ids = item["input_ids"] if completion is None else torch.cat([item["input_ids"], completion])
+    is_image, is_video = ids == model.config.image_token_id, ids == model.config.video_token_id
+    inputs = {"input_ids": ids[None], "attention_mask": torch.ones_like(ids)[None]}
+    if item["grid_thw"] is None:
+        return inputs
+    inputs["mm_token_type_ids"] = (is_image.int() + 2 * is_video.int())[None]
+    if is_image.any():
+        return {**inputs, "pixel_values": item["pixel_values"], "image_grid_thw": item["grid_thw"][None]}
+    return {**inputs, "pixel_values_videos": item["pixel_values"], "video_grid_thw": item["grid_thw"][None],
+            "second_per_grid_ts": torch.tensor([item["second_per_grid"]])}
+
+
+def hf_logps(model, items, completions, mask):
+    """(B, G, T) log-probs from one plain forward a rollout; 0 on padding."""
+    rows = []
+    for b, item in enumerate(items):
+        for g in range(completions.shape[1]):
+            completion = completions[b, g][mask[b, g]]
+            logits = model(**hf_inputs(item, model, completion)).logits[0, len(item["input_ids"]) - 1 : -1]  # (L, V)
+            logp = torch.log_softmax(logits.float(), -1).gather(-1, completion[:, None]).squeeze(1)
+            rows.append(torch.cat([logp, logp.new_zeros(completions.shape[2] - len(completion))]))
+    return torch.stack(rows).view(completions.shape)
+
+
+def gradients(model, loss):
+    parameters = dict(model.named_parameters())
+    grads = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
+    return {name: torch.zeros_like(parameters[name]) if grad is None else grad for name, grad in zip(parameters, grads, strict=True)}
+
+
+def assert_same_gradients(one, other):
+    for name in one:
+        scale = max(1.0, one[name].abs().max().item())
+        torch.testing.assert_close(other[name] / scale, one[name] / scale, atol=1e-5, rtol=0, msg=lambda text, name=name: f"{name}: {text}")
+
+
+def test_collate_gives_hf_positions(items, toy_model):
+    prompts = collate(items, toy_model)
+    for row, item in enumerate(items):
+        length = len(item["input_ids"])
+        assert prompts.mask[row].tolist() == [False] * (prompts.mask.shape[1] - length) + [True] * length
+        assert torch.equal(prompts.input_ids[row, -length:], item["input_ids"])
+        inputs = hf_inputs(item, toy_model)
+        if item["grid_thw"] is None:
+            expected = torch.arange(length).expand(3, -1)
+        else:
+            expected = toy_model.model.get_rope_index(**{name: value for name, value in inputs.items() if "pixel" not in name})[0][:, 0]
+        assert torch.equal(prompts.position_ids[:, row, -length:], expected)
+
+
+def test_packed_repeated_and_plain_forward_agree(items, group, toy_model):
+    prompts, completions, mask = group
+    policy = Policy(toy_model)
+    weights = torch.randn(mask.shape, generator=torch.Generator().manual_seed(2)) * mask
+    expected = hf_logps(toy_model, items, completions, mask)
+    expected_grads = gradients(toy_model, (expected * weights).sum())
+    assert all(grad.abs().max() > 1e-3 for name, grad in expected_grads.items() if name.endswith("weight"))  # the comparison says something
+    for packed in (True, False):
+        logp = group_logps(policy, prompts, completions, mask, packed=packed)[0]
+        assert logp.shape == mask.shape
+        torch.testing.assert_close(logp * mask, expected, atol=1e-5, rtol=0)
+        assert_same_gradients(expected_grads, gradients(toy_model, (logp * weights).sum()))
+
+
+def test_entropy_is_that_of_the_plain_forward(items, group, toy_model):
+    prompts, completions, mask = group
+    with torch.no_grad():
+        entropy = group_logps(Policy(toy_model), prompts, completions, mask)[1]
+        completion = completions[0, 2][mask[0, 2]]
+        logits = toy_model(**hf_inputs(items[0], toy_model, completion)).logits[0, len(items[0]["input_ids"]) - 1 : -1]
+    torch.testing.assert_close(entropy[0, 2][mask[0, 2]], torch.distributions.Categorical(logits=logits).entropy(), atol=1e-4, rtol=1e-4)
+
+
+def test_hidden_states_and_attention_agree_with_repeated_and_eager(items, group, toy_model):
+    prompts, completions, mask = group
+    layers = {"hidden_layers": (0, 2, -1), "attention_layer": 2}
+    with torch.no_grad():
+        _, _, hidden, attention = group_logps(Policy(toy_model), prompts, completions, mask, **layers)
+        _, _, hidden_repeated, attention_repeated = group_logps(Policy(toy_model), prompts, completions, mask, packed=False, **layers)
+    assert set(hidden) == {0, 2, -1} and not any(states.requires_grad for states in hidden.values())
+    valid = torch.cat([prompts.mask, mask.flatten(1)], dim=1)
+    for layer in hidden:
+        torch.testing.assert_close(hidden[layer][valid], hidden_repeated[layer][valid], atol=2e-5, rtol=0)
+    torch.testing.assert_close(attention[mask], attention_repeated[mask], atol=1e-5, rtol=0)
+
+    eager = copy.deepcopy(toy_model)
+    eager.set_attn_implementation("eager")
+    prompt_length = prompts.mask.shape[1]
+    for b, item in enumerate(items):
+        for g in range(3):
+            completion, length = completions[b, g][mask[b, g]], len(item["input_ids"])
+            with torch.no_grad():
+                output = eager(**hf_inputs(item, eager, completion), output_attentions=True, output_hidden_states=True)
+            expected = output.attentions[1][0].mean(0)[length:, :length]  # (L, prompt)
+            recorded = attention[b, g][mask[b, g]]
+            torch.testing.assert_close(recorded[:, prompt_length - length :], expected, atol=1e-5, rtol=0)
+            assert recorded[:, : prompt_length - length].abs().max() == 0 if prompt_length > length else True
+            begin = prompt_length + g * 5
+            for layer in (0, 2, -1):
+                states = hidden[layer][b, begin : begin + 5][mask[b, g]]
+                torch.testing.assert_close(states, output.hidden_states[layer][0, length:], atol=2e-5, rtol=0)
+                states = hidden[layer][b, prompt_length - length : prompt_length]
+                torch.testing.assert_close(states, output.hidden_states[layer][0, :length], atol=2e-5, rtol=0)
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_padding_tokens_change_nothing(group, toy_model, packed):
+    prompts, completions, mask = group
+    other = copy.copy(prompts)
+    other.input_ids = torch.where(prompts.mask, prompts.input_ids, torch.tensor(77))
+    poisoned = torch.where(mask, completions, torch.tensor(99))
+    results = []
+    for inputs in ((prompts, completions), (other, poisoned)):
+        logp, _, hidden, attention = group_logps(Policy(toy_model), *inputs, mask, packed=packed, hidden_layers=(-1,), attention_layer=1)
+        valid = torch.cat([prompts.mask, mask.flatten(1)], dim=1)
+        results.append((logp[mask], hidden[-1][valid], attention[mask], gradients(toy_model, logp[mask].sum())))
+    for one, two in zip(results[0][:3], results[1][:3], strict=True):
+        torch.testing.assert_close(one, two, atol=1e-6, rtol=0)
+    assert_same_gradients(results[0][3], results[1][3])
+
+
+def test_text_alone_keeps_the_vision_tower_in_the_graph(items, toy_model):
+    prompts = collate([items[3], items[3]], toy_model)
+    assert prompts.pixel_values is None
+    completions, mask = torch.randint(0, 256, (2, 2, 3), generator=torch.Generator().manual_seed(0)), torch.ones(2, 2, 3).bool()
+    logp = Policy(toy_model)(prompts, completions, mask)[0]
+    torch.testing.assert_close(logp, hf_logps(toy_model, [items[3]] * 2, completions, mask), atol=1e-5, rtol=0)
+    vision = [parameter for name, parameter in toy_model.named_parameters() if ".visual." in name]
+    grads = torch.autograd.grad(logp.sum(), vision)  # raises if one is unused: ZeRO-3 would then wait for ranks that use it
+    assert all(grad.abs().max() == 0 for grad in grads)
+
+
+def test_eager_attention_gives_the_same_numbers_or_an_error(items, toy_model):
+    # eager adds the mask to the scores: a boolean mask there is +1 and +0, silently no mask at all
+    prompts = collate(items[:1], toy_model)
+    completions, mask = torch.randint(0, 256, (1, 2, 3), generator=torch.Generator().manual_seed(0)), torch.ones(1, 2, 3).bool()
+    eager = copy.deepcopy(toy_model)
+    eager.set_attn_implementation("eager")
+    with torch.no_grad():
+        expected = hf_logps(eager, items[:1], completions, mask)
+        try:
+            logp = Policy(eager)(prompts, completions, mask)[0]
+        except (ValueError, RuntimeError):
+            return
+    torch.testing.assert_close(logp, expected, atol=1e-5, rtol=0)
+
+
+def test_qwen2_vl_agrees_with_its_plain_forward(items, toy_model):
+    from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
+
+    config, text = toy_model.config, toy_model.config.text_config
+    torch.manual_seed(0)
+    model = Qwen2VLForConditionalGeneration(Qwen2VLConfig(
+        text_config=dict(vocab_size=text.vocab_size, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
+                         num_key_value_heads=2, tie_word_embeddings=False, bos_token_id=None, eos_token_id=text.eos_token_id,
+                         pad_token_id=text.pad_token_id, initializer_range=0.1,
+                         rope_parameters={"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]}),
+        vision_config=dict(depth=1, embed_dim=64, hidden_size=64, num_heads=4, patch_size=14, temporal_patch_size=2, spatial_merge_size=2),
+        image_token_id=config.image_token_id, video_token_id=config.video_token_id, vision_start_token_id=config.vision_start_token_id,
+        vision_end_token_id=config.vision_end_token_id)).eval()
+    prompts = collate(items[:2], model)
+    completions, mask = torch.randint(0, 256, (2, 2, 3), generator=torch.Generator().manual_seed(0)), torch.ones(2, 2, 3).bool()
+    rows = []
+    with torch.no_grad():
+        logp, _, _, attention = Policy(model)(prompts, completions, mask, attention_layer=1)
+        for b, g in ((0, 0), (0, 1), (1, 0), (1, 1)):
+            inputs = hf_inputs(items[b], model, completions[b, g])
+            inputs.pop("second_per_grid_ts", None)
+            logits = model(**inputs).logits[0, len(items[b]["input_ids"]) - 1 : -1]
+            rows.append(torch.log_softmax(logits, -1).gather(-1, completions[b, g][:, None]).squeeze(1))
+    torch.testing.assert_close(logp, torch.stack(rows).view(2, 2, 3), atol=1e-5, rtol=0)
+    assert attention.shape == (2, 2, 3, prompts.mask.shape[1])
+
+
+def test_one_step_moves_every_parameter(group, toy_model):
+    prompts, completions, mask = group
+    model = copy.deepcopy(toy_model).train()
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    logp = group_logps(Policy(model), prompts, completions, mask)[0].flatten(0, 1)
+    advantages = group_advantages(torch.arange(12.0).view(4, 3)).flatten()
+    loss, _ = policy_loss(logp, logp.detach(), advantages, mask.flatten(0, 1), logp.detach() - 0.1)
+    loss.backward()
+    optimizer.step()
+    still = [name for name, parameter in model.named_parameters() if torch.equal(parameter, before[name])]
+    assert not still, f"did not move: {still}"
+    after = group_logps(Policy(model), prompts, completions, mask)[0].flatten(0, 1)
+    assert policy_loss(after, logp.detach(), advantages, mask.flatten(0, 1), logp.detach() - 0.1)[0] < loss
+
+
+# --------------------------------------------------------------------------------------------------- recording attention
+
+
+@pytest.fixture
+def attention_functions():
+    """Leaves transformers' table as it was, whatever the test does."""
+    before = dict(ALL_ATTENTION_FUNCTIONS._local_mapping)
+    yield ALL_ATTENTION_FUNCTIONS
+    ALL_ATTENTION_FUNCTIONS._local_mapping.clear()
+    ALL_ATTENTION_FUNCTIONS._local_mapping.update(before)
+
+
+def test_attention_function_is_restored(toy_model, attention_functions):
+    before = ALL_ATTENTION_FUNCTIONS["sdpa"]
+    with record_attention(toy_model, 1, torch.ones(1, 1, 1, 1).bool(), 0, 1):
+        assert ALL_ATTENTION_FUNCTIONS["sdpa"] is not before
+    assert ALL_ATTENTION_FUNCTIONS["sdpa"] is before
+    with pytest.raises(RuntimeError, match="out of memory"), record_attention(toy_model, 1, torch.ones(1, 1, 1, 1).bool(), 0, 1):
+        raise RuntimeError("out of memory")
+    assert ALL_ATTENTION_FUNCTIONS["sdpa"] is before
+
+
+def test_attention_function_of_somebody_else_is_restored(toy_model, attention_functions):
+    def kernel(*args, **kwargs):
+        raise AssertionError
+
+    ALL_ATTENTION_FUNCTIONS["sdpa"] = kernel
+    with record_attention(toy_model, 1, torch.ones(1, 1, 1, 1).bool(), 0, 1):
+        pass
+    assert ALL_ATTENTION_FUNCTIONS["sdpa"] is kernel
+
+
+@pytest.mark.parametrize("layer", [-1, 0, 5])
+def test_a_layer_that_does_not_exist_is_an_error(group, toy_model, layer):
+    # train.py's default --frame_use_layer is -1, which with --frame_use attention would match no layer and record nothing
+    prompts, completions, mask = group
+    with pytest.raises((ValueError, IndexError)), torch.no_grad():
+        recorded = Policy(toy_model)(prompts, completions, mask, attention_layer=layer)[3]
+        assert recorded is not None, "no attention was recorded, and nothing said so"
+
+
+# ------------------------------------------------------------------------------------------------------------- rollouts
+
+
+@pytest.fixture(scope="module")
+def talker(toy_model):
+    """The tiny model with an output layer of its own: a tied one repeats its last token for ever."""
+    model = copy.deepcopy(toy_model)
+    generator = torch.Generator().manual_seed(3)
+    model.lm_head.weight = torch.nn.Parameter(0.4 * torch.randn(model.lm_head.weight.shape, generator=generator))
+    return model
+
+
+def banned_ids(model):
+    config = model.config
+    return [config.image_token_id, config.video_token_id, config.vision_start_token_id, config.vision_end_token_id]
+
+
+NO_EOS = 10**9
+
+
+def rows_of(tokens, mask):
+    return [row[valid].tolist() for row, valid in zip(tokens, mask, strict=True)]
+
+
+def test_greedy_rollout_is_hf_generate(items, talker):
+    prompts = collate(items, talker)
+    eos = talker.config.text_config.eos_token_id
+    tokens, mask = rollout(talker, prompts, [1, 2, 1, 1], [0] * 5, 12, [eos], banned_ids(talker), temperature=0)
+    rows = rows_of(tokens, mask)
+    assert rows[1] == rows[2]
+    assert len({token for row in rows for token in row}) > 10  # not one token over and over
+    for item, row in zip(items, [rows[0], rows[1], rows[3], rows[4]], strict=True):
+        inputs = hf_inputs(item, talker)
+        generated = talker.generate(**inputs, do_sample=False, max_new_tokens=12, suppress_tokens=banned_ids(talker), eos_token_id=eos,
+                                    pad_token_id=0)
+        expected = generated[0, len(item["input_ids"]) :].tolist()
+        assert row == expected
+
+
+def test_sampled_logps_are_those_of_the_packed_forward(items, talker):
+    """A sampled token's uniform must fall in that token's interval of the packed forward's distribution (top_p 1): cache = no cache."""
+    prompts = collate(items, talker)
+    tokens, mask = rollout(talker, prompts, [2] * 4, list(range(8)), 6, [NO_EOS], banned_ids(talker), top_p=1.0)
+    with torch.no_grad():
+        for index, row in enumerate(tokens):
+            item = items[index // 2]
+            logits = talker(**hf_inputs(item, talker, row)).logits[0, len(item["input_ids"]) - 1 : -1].clone()
+            logits[:, banned_ids(talker)] = -INF
+            probs, order = logits.softmax(-1).sort(-1, descending=True)
+            above = (probs.cumsum(-1)).gather(-1, (order == row[:, None]).long().argmax(-1, keepdim=True)).squeeze(1)
+            below = above - logits.softmax(-1).gather(-1, row[:, None]).squeeze(1)
+            uniform = row_uniforms([index], 6)[0]
+            assert ((below - 1e-4 <= uniform) & (uniform <= above + 1e-4)).all()
+
+
+def test_a_row_depends_on_its_own_seed_only(items, talker):
+    many_ends = list(range(0, talker.config.text_config.vocab_size, 12))  # rows end at different steps and leave the batch
+
+    def sample(which, counts, seeds):
+        return rows_of(*rollout(talker, collate([items[i] for i in which], talker), counts, seeds, 20, many_ends, banned_ids(talker)))
+
+    together = sample([0, 1, 2, 3], [3, 1, 2, 2], [10, 11, 12, 20, 30, 31, 40, 41])
+    assert len({len(row) for row in together}) >= 4 and len({tuple(row) for row in together}) == 8
+    owners = [0, 0, 0, 1, 2, 2, 3, 3]
+    for row, owner, seed in zip(together, owners, [10, 11, 12, 20, 30, 31, 40, 41], strict=True):
+        assert sample([owner], [1], [seed]) == [row]
+    assert sample([3, 2, 0], [1, 1, 2], [41, 30, 12, 10]) == [together[7], together[4], together[2], together[0]]
+
+
+def test_rollout_stops_at_eos_and_pads_with_it(items, talker):
+    prompts = collate(items[:1], talker)
+    free, _ = rollout(talker, prompts, [4], [1, 2, 3, 4], 16, [NO_EOS], banned_ids(talker))
+    eos = [int(free[0, 3]), int(free[1, 7])]  # by construction at least two rows end
+    tokens, mask = rollout(talker, prompts, [4], [1, 2, 3, 4], 16, eos, banned_ids(talker))
+    assert tokens.shape == mask.shape and mask.dtype == torch.bool
+    for row, full, valid in zip(tokens, free, mask, strict=True):
+        ends = torch.isin(full, torch.tensor(eos)).nonzero()
+        length = int(ends[0]) + 1 if len(ends) else 16
+        assert valid.tolist() == [True] * length + [False] * (mask.shape[1] - length)
+        assert torch.equal(row[:length], full[:length])
+        assert (row[length:] == eos[0]).all()
+    assert mask[0].sum() <= 4 and mask[1].sum() <= 8
+
+
+def test_rollout_is_no_longer_than_its_longest_row(items, talker):
+    prompts = collate(items[:1], talker)
+    free, _ = rollout(talker, prompts, [1], [1], 16, [NO_EOS], temperature=0)
+    eos = int(free[0, 2])
+    tokens, mask = rollout(talker, prompts, [2], [1, 2], 16, [eos], temperature=0)
+    length = free[0].tolist().index(eos) + 1
+    assert tokens.shape == (2, length) and mask.all()
+
+
+def test_banned_ids_never_appear(items, talker):
+    prompts = collate(items[:2], talker)
+    free, _ = rollout(talker, prompts, [4, 4], list(range(8)), 10, [NO_EOS], temperature=0)
+    favourites = sorted(set(free.flatten().tolist()))
+    for temperature in (0, 1.0):
+        tokens, _ = rollout(talker, prompts, [4, 4], list(range(8)), 10, [NO_EOS], favourites, temperature=temperature)
+        assert not set(tokens.flatten().tolist()) & set(favourites)

@@ -1,0 +1,145 @@
+"""train.py as a user runs it: the deepspeed launcher, ZeRO-3, a small toy, one and two CPU ranks; and what it says to bad input."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForImageTextToText
+
+ROOT = Path(__file__).parent.parent
+BIN = Path(sys.executable).parent
+SMALL = ["--sft_max_steps", "2", "--sft_per_device_batch_size", "4", "--max_steps", "2", "--num_generations", "4",
+         "--max_completion_length", "12"]
+ENV = {**os.environ, "OMP_NUM_THREADS": "1", "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}"}
+
+
+def launch(*flags, ranks=1, check=True):
+    """deepspeed train.py with these flags; returns the finished process with its output."""
+    port = str(29600 + os.getpid() % 300)
+    command = [BIN / "deepspeed", "--num_gpus", str(ranks), "--master_port", port, "train.py", "--deepspeed", "ds_zero3.json"]
+    done = subprocess.run([*command, *map(str, flags)], cwd=ROOT, env=ENV, capture_output=True, text=True, timeout=420)
+    assert not check or done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return done
+
+
+def complain(*flags):
+    """python train.py with bad input -> the one sentence it ends with."""
+    done = subprocess.run([sys.executable, "train.py", *map(str, flags)], cwd=ROOT, env=ENV, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 2, done.stdout[-2000:] + done.stderr[-2000:]
+    assert "Traceback" not in done.stderr
+    return done.stderr.strip().splitlines()[-1]
+
+
+def metrics(folder, stage):
+    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [record for record in records if record["stage"] == stage]
+
+
+def weights(folder):
+    return AutoModelForImageTextToText.from_pretrained(folder).state_dict()
+
+
+@pytest.fixture(scope="session")
+def small_toy(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("toy") / "toy"
+    subprocess.run([sys.executable, "toy.py", "--output_dir", folder, "--train_videos", "8", "--heldout_videos", "3", "--clip_steps", "10"],
+                   cwd=ROOT, env=ENV, check=True, capture_output=True)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def first_run(small_toy, tmp_path_factory):
+    """SFT, then GRPO, on one rank, as the README's first command does it."""
+    output = tmp_path_factory.mktemp("run") / "output"
+    done = launch("--toy_dir", small_toy, "--output_dir", output, *SMALL, "--per_device_train_batch_size", "4")
+    return output, done
+
+
+def test_the_whole_path(small_toy, first_run):
+    output, done = first_run
+    assert "held-out accuracy, greedy" in done.stdout + done.stderr
+    result = json.loads((output / "result.json").read_text())
+    heldout = json.loads((small_toy / "heldout.json").read_text())
+    for when in ("before", "after"):
+        assert {"greedy", "sampled", "greedy/conflict", "consensus", "evidence_use", "paper_consensus", "paper_evidence_use"} <= set(result[when])
+    # sampled-frame shares of the evidence, averaged by hand over the held-out questions: 2 of 16 frames a 2 s slot
+    chance = sum((row["evidence"][0][1] - row["evidence"][0][0]) / 16 for row in heldout) / len(heldout)
+    assert result["before"]["evidence_chance"] == pytest.approx(chance, abs=1e-6)
+    assert len(metrics(output, "sft")) == 2 and len(metrics(output, "grpo")) == 2
+    for record in metrics(output, "grpo"):
+        assert record["reward/total"] == pytest.approx(sum(record[f"reward/{name}"] for name in (
+            "accuracy", "format", "length", "temporal", "consensus")), abs=1e-5)
+        assert 0 < record["consensus/score"] < 1 and record["data/skipped"] == 0
+    rollouts = [json.loads(line) for line in (output / "rollouts.jsonl").read_text().splitlines()]
+    assert len(rollouts) == 2 * 4 * 4 and all(abs(sum(row["use"]) - 1) < 1e-2 for row in rollouts if row["use"])
+
+
+def test_training_moves_every_parameter_and_checkpoints_load(small_toy, first_run):
+    output, _ = first_run
+    start, sft = weights(small_toy / "model"), weights(output / "sft")
+    assert start.keys() == sft.keys()
+    assert [name for name in start if torch.equal(start[name], sft[name])] == []
+    assert any(not torch.equal(sft[name], value) for name, value in weights(output / "grpo").items())
+
+
+def test_two_ranks_equal_one(small_toy, first_run, tmp_path):
+    output, _ = first_run
+    flags = ["--toy_dir", small_toy, "--model_name_or_path", output / "sft", *SMALL]
+    launch(*flags, "--output_dir", tmp_path / "two", "--per_device_train_batch_size", "2", ranks=2)
+    one, two = metrics(output, "grpo"), metrics(tmp_path / "two", "grpo")
+    for a, b in zip(one, two, strict=True):
+        for name in ("loss/policy", "loss/kl", "reward/total", "consensus/score", "loss/grad_norm"):
+            assert a[name] == pytest.approx(b[name], abs=1e-4), (name, a["step"])
+    a, b = weights(output / "grpo"), weights(tmp_path / "two" / "grpo")
+    assert max((a[name] - b[name]).abs().max().item() for name in a) < 1e-4
+
+
+def rows_of(small_toy, count=12):
+    return [row for row in json.loads((small_toy / "train.json").read_text()) if row["data_type"] == "video"][:count]
+
+
+def test_a_broken_video_is_skipped_counted_and_named(small_toy, first_run, tmp_path):
+    rows = rows_of(small_toy)
+    shutil.copytree(small_toy / "videos", tmp_path / "videos")
+    (tmp_path / "videos" / "bad.mp4").write_text("no video")
+    rows[3]["path"] = "videos/bad.mp4"
+    data = tmp_path / "data.json"
+    data.write_text(json.dumps(rows))
+    done = launch("--dataset_name", data, "--model_name_or_path", first_run[0] / "sft", "--output_dir", tmp_path / "out",
+                  "--clip", f"local-dir:{small_toy}/clip", "--max_pixels", 3136, "--min_pixels", 3136, "--num_generations", 2,
+                  "--max_completion_length", 4, "--beta", 0, "--per_device_train_batch_size", 5)
+    skipped = json.loads((tmp_path / "out" / "result.json").read_text())["skipped"]
+    assert list(skipped) == [rows[3]["problem_id"]] and "bad.mp4" in skipped[rows[3]["problem_id"]]
+    assert "bad.mp4" in done.stdout + done.stderr
+    assert [record["data/skipped"] for record in metrics(tmp_path / "out", "grpo")] == [1, 1]  # 11 usable questions, two steps of five
+
+
+def test_bad_input_ends_with_one_sentence(small_toy, first_run, tmp_path):
+    sft = first_run[0] / "sft"
+    assert "--no_such_flag" in complain("--no_such_flag", "1")
+    assert "not found" in complain("--dataset_name", tmp_path / "none.json", "--model_name_or_path", sft, "--output_dir", tmp_path / "a")
+    rows = rows_of(small_toy, 4)
+    rows[2]["path"] = ""
+    data = tmp_path / "data.json"
+    data.write_text(json.dumps(rows))
+    assert "has no video" in complain("--dataset_name", data, "--media_root", small_toy, "--model_name_or_path", sft,
+                                      "--output_dir", tmp_path / "b")
+
+
+def test_priors_for_other_frames_are_refused(small_toy, first_run, tmp_path):
+    data, priors = tmp_path / "data.json", tmp_path / "priors.jsonl"
+    data.write_text(json.dumps(rows_of(small_toy, 4)))
+    subprocess.run([sys.executable, "prior.py", "--dataset_name", data, "--media_root", small_toy, "--frames", "8", "--output", priors,
+                    "--clip", f"local-dir:{small_toy}/clip"], cwd=ROOT, env=ENV, check=True, capture_output=True)
+    message = complain("--dataset_name", data, "--media_root", small_toy, "--model_name_or_path", first_run[0] / "sft", "--priors", priors,
+                       "--output_dir", tmp_path / "out")
+    assert "K=8" in message and "K=16" in message
+
+
+def test_an_earlier_run_is_not_written_over(small_toy, first_run):
+    assert "earlier run" in complain("--toy_dir", small_toy, "--output_dir", first_run[0])
