@@ -130,12 +130,12 @@ def clock(seconds):
 
 
 def sentence(scene):
-    return f"{scene['texture']} {scene['colour']} {clock(scene['start'])}."
+    return f"{scene['texture']} {scene['colour']} {scene['start']}s."
 
 
 def listing(scenes):
     """What there is to see, every two seconds."""
-    rows = [sentence(scene) if second == scene["start"] else f"same {clock(second)}."
+    rows = [sentence(scene) if second == scene["start"] else f"same {second}s."
             for scene in scenes for second in range(scene["start"], scene["end"], 2)]
     return " ".join(rows)
 
@@ -157,7 +157,7 @@ def colour_question(scenes, asked, looked, rng):
 
 def time_question(scenes, asked, looked, rng):
     question = f"At which second does the {scenes[asked]['texture']} scene begin?"
-    return question, "numerical", [], str(scenes[asked]["start"]), str(scenes[looked]["start"]), clock(scenes[looked]["start"])
+    return question, "numerical", [], str(scenes[asked]["start"]), str(scenes[looked]["start"]), str(scenes[looked]["start"])
 
 
 def order_question(scenes, first, looked, other, rng):
@@ -203,16 +203,24 @@ def make_image_question(scenes, rng):
 
 
 def make_drill(rng):
-    """Text alone: from a word to its option letter, four times over, the skill that a tiny model is slowest to learn. Half of them come
-    with notes of a video, in which the same words distract."""
-    words = rng.sample(list(COLOURS), 4) if rng.random() < 0.7 else rng.sample(TEXTURES, rng.choice([2, 4]))
-    options, letter = lettered(words, words[-1], rng)
-    letters = {option[3:]: option[0] for option in options}
-    notes = f"{listing(plan_video(np.random.default_rng(rng.getrandbits(32))))}\n" if rng.random() < 0.5 else ""
-    trace = " ".join(f"So {word} {letters[word]}." for word in words)
-    return {"problem": f"{notes}Which letters are {', '.join(words)}?", "data_type": "text", "problem_type": "multiple choice",
-            "options": options, "solution": f"<answer>{letter}</answer>", "process": f"<think>{trace}</think>", "told": letter,
-            "kind": "drill", "data_source": "toy"}
+    """Text alone: the two look-ups that a tiny model is slowest to learn, several times over. From a word to its option letter, or, in
+    notes of a video, from a texture to its colour and time."""
+    scenes = plan_video(np.random.default_rng(rng.getrandbits(32)))
+    notes = f"{listing(scenes)}\n"
+    if rng.random() < 0.3:
+        rng.shuffle(scenes)
+        question = f"{notes}Look up {', '.join(scene['texture'] for scene in scenes)}."
+        trace = " ".join(f"Look: {sentence(scene)} So {scene['start']}" for scene in scenes)
+        options, answer, problem_type = [], str(scenes[-1]["start"]), "numerical"
+    else:  # three of four to six options: fewer than all, or the last letter could be told by elimination
+        words = rng.sample(list(rng.choice((tuple(COLOURS), TEXTURES))), rng.randint(4, 6))
+        options, _ = lettered(words, words[0], rng)
+        letters, asked = {option[3:]: option[0] for option in options}, words[:3]
+        question = f"{notes if rng.random() < 0.3 else ''}Which letters are {', '.join(asked)}?"
+        trace, problem_type, answer = " ".join(f"So {word} {letters[word]}" for word in asked), "multiple choice", letters[asked[-1]]
+    return {"problem": question, "data_type": "text", "problem_type": problem_type, "options": options,
+            "solution": f"<answer>{answer}</answer>", "process": f"<think>{trace}</think>", "told": answer, "kind": "drill",
+            "data_source": "toy"}
 
 
 def make_other_type(scenes, rng, word):
@@ -250,17 +258,17 @@ def make_dataset(folder, arguments):
     for path, plan, split, word in zip(paths, plans, splits, words, strict=True):
         image = str(Path(path).with_suffix(".png"))
         if split == "train":
-            for kind in kinds * 7:
+            for kind in kinds * 6:
                 row = make_question(kind, plan, rng, rng.random() < 0.6, arguments.dense_share)
                 rows["train_cot"].append({**row, "path": path, "solution": f"<answer>{row['told']}</answer>"})
-            rows["train_cot"] += [{**make_image_question(plan, rng), "path": image}, *({**make_drill(rng), "path": ""} for _ in range(2))]
+            rows["train_cot"] += [{**make_image_question(plan, rng), "path": image}, *({**make_drill(rng), "path": ""} for _ in range(6))]
             rows["train"] += [{**make_question(kind, plan, rng, biased=False), "process": "", "path": path} for kind in kinds]
             rows["train"].append({**make_image_question(plan, rng), "process": "", "path": image})
         else:
             rows["heldout"] += [{**make_question(kind, plan, rng, biased=False), "path": path} for kind in kinds]
             if word:
                 rows["other_types"] += [{**make_other_type(plan, rng, word), "path": path} for _ in range(3)]
-    drills = [{**make_drill(rng), "path": ""} for _ in range(19 * arguments.train_videos)]
+    drills = [{**make_drill(rng), "path": ""} for _ in range(21 * arguments.train_videos)]
     for name, split_rows in rows.items():
         rng.shuffle(split_rows)
         if name == "train_cot":  # a curriculum: SFT takes the file in its order

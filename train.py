@@ -91,7 +91,7 @@ class TrainArguments:
     beta: float = flag(0.04, "Weight of the KL penalty to the frozen reference, Eq. 10; 0 loads no reference.")
     clip_low: float = flag(0.2, "Epsilon below, Eq. 10.")
     clip_high: float = flag(0.2, "Epsilon above.")
-    reduction: str = flag("sequence", "Token losses to one: sequence (GRPO), token (DAPO; per forward, not over ranks), constant (Dr. GRPO).",
+    reduction: str = flag("sequence", "Token losses to one: sequence (GRPO), token (DAPO, in a forward), constant (Dr. GRPO).",
                           choices=["sequence", "token", "constant"])
     scale_rewards: bool = flag(True, "Divide advantages by the group's standard deviation.")
     per_device_train_batch_size: int = flag(1, "Questions per device and forward.")
@@ -109,7 +109,7 @@ def toy_defaults(world_size):
     """What the toy changes in the defaults above; any flag on the command line still wins. Global batches do not depend on the ranks."""
     return dict(
         clip="local-dir:{toy}/clip", min_pixels=56 * 56, max_pixels=56 * 56, max_completion_length=96, length_bonus=0.0, sft_shuffle=False,
-        sft_learning_rate=2e-3, sft_max_steps=780, sft_per_device_batch_size=max(1, 32 // world_size), learning_rate=5e-4, max_steps=60,
+        sft_learning_rate=2e-3, sft_max_steps=880, sft_per_device_batch_size=max(1, 32 // world_size), learning_rate=3e-4, max_steps=80,
         per_device_train_batch_size=max(1, 8 // world_size), max_grad_norm=1.0, frame_use="attention", frame_use_layer=2)
 
 
@@ -142,7 +142,7 @@ def agree(count, device):
 
 
 def deepspeed_config(arguments, micro_batch=1, accumulation=1, learning_rate=None):
-    """The JSON file with its 'auto' values filled in; without a learning rate, a configuration for inference (the reference)."""
+    """The JSON file with its 'auto' values filled in; without a learning rate, one for inference (reference, scoring)."""
     file = Path(arguments.deepspeed)
     if not file.is_file():
         raise DataError(f"DeepSpeed configuration {file} not found (--deepspeed)")
@@ -692,7 +692,7 @@ def template_text(arguments):
         raise DataError(f"prompt template {arguments.prompt_template} not found")
     template = Path(arguments.prompt_template).read_text(encoding="utf-8")
     if set(re.findall(r"{(.*?)}", template)) - {"question", "instruction"} or "{question}" not in template:
-        raise DataError(f"prompt template {arguments.prompt_template} must hold {{question}}, may hold {{instruction}}, and no other braces")
+        raise DataError(f"prompt template {arguments.prompt_template}: {{question}} must be in it, {{instruction}} may, no other braces")
     return template
 
 
