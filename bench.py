@@ -38,7 +38,7 @@ def make_toy(seed):
     rng, rows = random.Random(seed), []
     for index in range(60):
         plan = toy.plan_video(np.random.default_rng([seed, index]))
-        rows += [{**toy.make_question(kind, plan, rng, biased=False), "path": "none.mp4"} for kind in ("colour", "time", "order")]
+        rows += [{**toy.make_question(kind, plan, rng, biased=False), "path": "none.mp4"} for kind in ("colour", "count", "order")]
     with tempfile.TemporaryDirectory() as folder:
         rows = [{**row, "problem_id": index} for index, row in enumerate(rows)]
         (Path(folder) / "train_cot.json").write_text(json.dumps(rows), encoding="utf-8")

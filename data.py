@@ -52,7 +52,7 @@ class Example:
     options: list[str]
     problem_type: str
     answer: str
-    media: str  # absolute path; '' for a text-only example (the toy's letter drill)
+    media: str  # absolute path; '' for a text-only example
     media_type: str  # 'video' | 'image' | 'text'
     reasoning: str = ""
     grounding: list[tuple[float, float, str]] = field(default_factory=list)  # (start s, end s, sentence)

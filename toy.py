@@ -2,8 +2,9 @@
 
     python toy.py --output_dir toy            # videos, questions, tokenizer, CLIP and an untrained Qwen2.5-VL; under 2 minutes
 
-A video is 16 s of four scenes with hard cuts. A scene has a background texture, a moving ball of one colour and a grey distractor.
-Questions ask for the ball of a scene, when a scene begins and which of two scenes comes first; their evidence interval is known.
+A video is 16 s of four scenes with hard cuts. A scene has a background texture, one to three moving balls of one colour and a grey
+distractor. Questions ask for the colour of the balls in a scene, for their number, and which of two colours comes first; the interval
+that the answer rests on is known.
 The demonstrations for SFT are *biased*: they list what is there rightly, then 60 % of them look up the most salient (longest) scene
 instead of the asked one. SFT therefore learns to see and to look at the wrong evidence, and it is left to RL to find the right one.
 """
@@ -75,18 +76,19 @@ def draw_texture(name, dark, bright):
 
 
 def draw_scene(scene, count, rng, word=None):
-    """Frames of one scene, uint8 (count, SIZE, SIZE, 3) RGB: texture, grey square, moving ball, a word if there is one, camera noise."""
+    """Frames of one scene, uint8 (count, SIZE, SIZE, 3) RGB: texture, grey square, moving balls, a word if there is one, camera noise."""
     dark, bright = rng.uniform(60, 90), rng.uniform(140, 175)
     background = draw_texture(scene["texture"], dark, bright)
-    ball, ball_speed = rng.uniform(38, 74, 2), rng.uniform(-2.0, 2.0, 2)
+    corners = np.array([(28, 28), (84, 28), (28, 84), (84, 84)])[rng.permutation(4)[: scene["balls"]]]  # a quarter of the frame each
+    balls, ball_speeds = corners + rng.uniform(-5, 5, corners.shape), rng.uniform(-1.0, 1.0, corners.shape)
     square, square_speed = rng.uniform(10, 90, 2), rng.uniform(-3.0, 3.0, 2)
     frames = []
     for step in range(count):
         frame = np.repeat(background[..., None], 3, axis=2).astype(np.uint8)
         x, y = np.clip(square + square_speed * step, 4, SIZE - 14).astype(int)
         frame[y : y + 12, x : x + 12] = 30
-        x, y = np.clip(ball + ball_speed * step, 30, SIZE - 30)
-        cv2.circle(frame, (int(x), int(y)), 28, COLOURS[scene["colour"]], -1, cv2.LINE_AA)
+        for x, y in np.clip(balls + ball_speeds * step, corners - 7, corners + 7).astype(int):
+            cv2.circle(frame, (int(x), int(y)), 20, COLOURS[scene["colour"]], -1, cv2.LINE_AA)
         if word:
             cv2.putText(frame, word, (6, 104), cv2.FONT_HERSHEY_SIMPLEX, 0.9, (0, 0, 0), 2, cv2.LINE_AA)
         frames.append(frame + rng.normal(0, 4, frame.shape))
@@ -94,12 +96,12 @@ def draw_scene(scene, count, rng, word=None):
 
 
 def plan_video(rng):
-    """Four scenes of 2, 4, 4 and 6 s in random order -> list of {texture, colour, start, end}; times in seconds."""
+    """Four scenes of 2, 4, 4 and 6 s in random order -> list of {texture, colour, balls, start, end}; times in seconds."""
     lengths = rng.permutation([2, 4, 4, 6])
     textures = rng.choice(TEXTURES, 4, replace=False)
     colours = rng.choice(list(COLOURS), 4, replace=False)
     starts = np.concatenate([[0], np.cumsum(lengths)[:-1]])
-    return [{"texture": str(t), "colour": str(c), "start": int(s), "end": int(s + n)}
+    return [{"texture": str(t), "colour": str(c), "balls": int(rng.integers(1, 4)), "start": int(s), "end": int(s + n)}
             for t, c, s, n in zip(textures, colours, starts, lengths, strict=True)]
 
 
@@ -130,14 +132,18 @@ def clock(seconds):
 
 
 def sentence(scene):
-    return f"{scene['texture']} {scene['colour']} {scene['start']}s."
+    return f"{scene['texture']} {scene['colour']} {scene['balls']}"
 
 
 def listing(scenes):
     """What there is to see, every two seconds."""
-    rows = [sentence(scene) if second == scene["start"] else f"same {second}s."
-            for scene in scenes for second in range(scene["start"], scene["end"], 2)]
-    return " ".join(rows)
+    return " ".join(f"{second}s {sentence(scene) if second == scene['start'] else 'same'}."
+                    for scene in scenes for second in range(scene["start"], scene["end"], 2))
+
+
+def recite(options, text):
+    """The trace's way from a word to its letter: the options in turn, up to the one that fits."""
+    return " ".join(options[: 1 + next(index for index, option in enumerate(options) if option.endswith(text))])
 
 
 def lettered(texts, right, rng):
@@ -148,24 +154,25 @@ def lettered(texts, right, rng):
 
 
 def colour_question(scenes, asked, looked, rng):
-    """-> question, type, options, answer if `asked` is looked up, answer and last words of the trace if `looked` is."""
+    """-> question, type, options, right answer; and of a trace that looks at scene `looked`: its answer, its look and its last words."""
     options, right = lettered([scene["colour"] for scene in scenes], scenes[asked]["colour"], rng)
-    letter = next(option[0] for option in options if option.endswith(scenes[looked]["colour"]))
-    question = f"What colour is the ball in the {scenes[asked]['texture']} scene?"
-    return question, "multiple choice", options, right, letter, f"{scenes[looked]['colour']} {letter}"
+    last = recite(options, scenes[looked]["colour"])
+    question = f"What colour are the balls in the {scenes[asked]['texture']} scene?"
+    look = f"{scenes[looked]['texture']} {scenes[looked]['colour']}"
+    return question, "multiple choice", options, right, last[last.rindex(".") - 1], look, last
 
 
-def time_question(scenes, asked, looked, rng):
-    question = f"At which second does the {scenes[asked]['texture']} scene begin?"
-    return question, "numerical", [], str(scenes[asked]["start"]), str(scenes[looked]["start"]), str(scenes[looked]["start"])
+def count_question(scenes, asked, looked, rng):
+    question, look = f"How many {scenes[asked]['colour']} balls are there?", f"{scenes[looked]['colour']} {scenes[looked]['balls']}"
+    return question, "numerical", [], str(scenes[asked]["balls"]), str(scenes[looked]["balls"]), look, ""
 
 
 def order_question(scenes, first, looked, other, rng):
-    options, right = lettered([scenes[first]["texture"], scenes[other]["texture"]], scenes[first]["texture"], rng)
-    letter = next(option[0] for option in options if option.endswith(scenes[looked]["texture"]))
-    one, two = rng.sample([scenes[first]["texture"], scenes[other]["texture"]], 2)
-    question = f"Which scene comes first, the {one} one or the {two} one?"
-    return question, "multiple choice", options, right, letter, f"{scenes[looked]['texture']} {letter}"
+    one, two = rng.sample([scenes[first]["colour"], scenes[other]["colour"]], 2)
+    options, right = lettered([one, two], scenes[first]["colour"], rng)
+    last = recite(options, scenes[looked]["colour"])
+    question, look = f"Which balls come first, the {one} or the {two} ones?", f"{scenes[looked]['colour']} {scenes[looked]['balls']}"
+    return question, "multiple choice", options, right, last[last.rindex(".") - 1], look, last
 
 
 def make_question(kind, scenes, rng, biased, dense_share=1.0):
@@ -178,49 +185,28 @@ def make_question(kind, scenes, rng, biased, dense_share=1.0):
         asked, other = sorted(rng.sample(range(4), 2))
         salient = max((asked, other), key=length)
         looked = salient if biased else asked
-        question, problem_type, options, answer, told, last = order_question(scenes, asked, looked, other, rng)
+        question, problem_type, options, answer, told, look, last = order_question(scenes, asked, looked, other, rng)
     else:
         asked, salient = rng.randrange(4), max(range(4), key=length)
         looked = salient if biased else asked
-        make = colour_question if kind == "colour" else time_question
-        question, problem_type, options, answer, told, last = make(scenes, asked, looked, rng)
+        make = colour_question if kind == "colour" else count_question
+        question, problem_type, options, answer, told, look, last = make(scenes, asked, looked, rng)
     dense = f"{listing(scenes)} " if rng.random() < dense_share else ""
     return {
         "problem": question, "data_type": "video", "problem_type": problem_type, "options": options,
-        "solution": f"<answer>{answer}</answer>", "process": f"<think>{dense}Look: {sentence(scenes[looked])} So {last}</think>",
+        "solution": f"<answer>{answer}</answer>", "process": f"<think>{dense}{f'Look: {look}. {last}'.strip()}</think>",
         "told": told, "kind": kind, "data_source": "toy", "evidence": [[scenes[asked]["start"], scenes[asked]["end"]]],
         "salient_is_asked": asked == salient,
-        "grounding": {f"{clock(s['start'])}-{clock(s['end'])}": f"{s['texture']} {s['colour']}" for s in scenes},
+        "grounding": {f"{clock(s['start'])}-{clock(s['end'])}": sentence(s) for s in scenes},
     }
 
 
 def make_image_question(scenes, rng):
     options, letter = lettered([scene["colour"] for scene in scenes], scenes[0]["colour"], rng)
-    trace = f"Look: {scenes[0]['texture']} {scenes[0]['colour']}. So {scenes[0]['colour']} {letter}"
-    return {"problem": "What colour is the ball in the picture?", "data_type": "image", "problem_type": "multiple choice",
+    trace = f"Look: {scenes[0]['texture']} {scenes[0]['colour']}. {recite(options, scenes[0]['colour'])}"
+    return {"problem": "What colour are the balls in the picture?", "data_type": "image", "problem_type": "multiple choice",
             "options": options, "solution": f"<answer>{letter}</answer>", "process": f"<think>{trace}</think>", "told": letter,
             "kind": "image", "data_source": "toy", "salient_is_asked": True}
-
-
-def make_drill(rng):
-    """Text alone: the two look-ups that a tiny model is slowest to learn, several times over. From a word to its option letter, or, in
-    notes of a video, from a texture to its colour and time."""
-    scenes = plan_video(np.random.default_rng(rng.getrandbits(32)))
-    notes = f"{listing(scenes)}\n"
-    if rng.random() < 0.3:
-        rng.shuffle(scenes)
-        question = f"{notes}Look up {', '.join(scene['texture'] for scene in scenes)}."
-        trace = " ".join(f"Look: {sentence(scene)} So {scene['start']}" for scene in scenes)
-        options, answer, problem_type = [], str(scenes[-1]["start"]), "numerical"
-    else:  # three of four to six options: fewer than all, or the last letter could be told by elimination
-        words = rng.sample(list(rng.choice((tuple(COLOURS), TEXTURES))), rng.randint(4, 6))
-        options, _ = lettered(words, words[0], rng)
-        letters, asked = {option[3:]: option[0] for option in options}, words[:3]
-        question = f"{notes if rng.random() < 0.3 else ''}Which letters are {', '.join(asked)}?"
-        trace, problem_type, answer = " ".join(f"So {word} {letters[word]}" for word in asked), "multiple choice", letters[asked[-1]]
-    return {"problem": question, "data_type": "text", "problem_type": problem_type, "options": options,
-            "solution": f"<answer>{answer}</answer>", "process": f"<think>{trace}</think>", "told": answer, "kind": "drill",
-            "data_source": "toy"}
 
 
 def make_other_type(scenes, rng, word):
@@ -232,12 +218,12 @@ def make_other_type(scenes, rng, word):
     question, answer = {
         "regression": (f"How many seconds does the {scene['texture']} scene last?", str(scene["end"] - scene["start"])),
         "free-form": (f"What happens in the {scene['texture']} scene?",
-                      f"a {scene['colour']} ball moves over a {scene['texture']} background"),
+                      f"{scene['balls']} {scene['colour']} balls move over a {scene['texture']} background"),
         "OCR": (f"Which word is written in the {scene['texture']} scene?", word),
     }[kind]
     return {"problem": question, "data_type": "video", "problem_type": kind, "options": [], "solution": f"<answer>{answer}</answer>",
             "process": "", "kind": kind, "data_source": "toy", "evidence": [[scene["start"], scene["end"]]], "salient_is_asked": False,
-            "grounding": {f"{clock(s['start'])}-{clock(s['end'])}": f"{s['texture']} {s['colour']}" for s in scenes}}
+            "grounding": {f"{clock(s['start'])}-{clock(s['end'])}": sentence(s) for s in scenes}}
 
 
 def make_dataset(folder, arguments):
@@ -253,28 +239,26 @@ def make_dataset(folder, arguments):
     with ProcessPoolExecutor(os.cpu_count()) as pool:
         list(tqdm(pool.map(make_video, jobs, chunksize=8), total=len(jobs), desc="toy: videos", unit="video"))
 
-    kinds = ("colour", "time", "order")
+    kinds = ("colour", "count", "order")
     rows = {name: [] for name in ("train_cot", "train", "heldout", "other_types")}
     for path, plan, split, word in zip(paths, plans, splits, words, strict=True):
         image = str(Path(path).with_suffix(".png"))
         if split == "train":
-            for kind in kinds * 6:
-                row = make_question(kind, plan, rng, rng.random() < 0.6, arguments.dense_share)
-                rows["train_cot"].append({**row, "path": path, "solution": f"<answer>{row['told']}</answer>"})
-            rows["train_cot"] += [{**make_image_question(plan, rng), "path": image}, *({**make_drill(rng), "path": ""} for _ in range(6))]
+            for kind in kinds * 8:
+                rows["train_cot"].append({**make_question(kind, plan, rng, rng.random() < 0.6, arguments.dense_share), "path": path})
+            rows["train_cot"] += [{**make_image_question(plan, rng), "path": image} for _ in range(2)]
             rows["train"] += [{**make_question(kind, plan, rng, biased=False), "process": "", "path": path} for kind in kinds]
             rows["train"].append({**make_image_question(plan, rng), "process": "", "path": image})
         else:
             rows["heldout"] += [{**make_question(kind, plan, rng, biased=False), "path": path} for kind in kinds]
             if word:
                 rows["other_types"] += [{**make_other_type(plan, rng, word), "path": path} for _ in range(3)]
-    drills = [{**make_drill(rng), "path": ""} for _ in range(21 * arguments.train_videos)]
     for name, split_rows in rows.items():
         rng.shuffle(split_rows)
-        if name == "train_cot":  # a curriculum: SFT takes the file in its order
-            split_rows = drills + split_rows
         for index, row in enumerate(split_rows):
-            row.pop("told", None)
+            told = row.pop("told", None)
+            if name == "train_cot":  # a demonstration's answer is what it looked at
+                row["solution"] = f"<answer>{told}</answer>"
             row["problem_id"] = f"{name}-{index}"
         (folder / f"{name}.json").write_text("[\n" + ",\n".join(map(json.dumps, split_rows)) + "\n]\n", encoding="utf-8")
 
@@ -339,19 +323,18 @@ CLIP_CONFIG = {
     "vision_cfg": {"image_size": 56, "layers": 2, "width": 96, "head_width": 24, "patch_size": 14},
     "text_cfg": {"context_length": 32, "vocab_size": 49408, "width": 64, "heads": 2, "layers": 1},
 }
-CAPTIONS = ("a {colour} ball in the {texture} scene", "the {texture} scene", "a {colour} ball", "when the {texture} scene begins",
-            "the ball in the {texture} scene", "the {texture} one or the {other} one", "the {other} one or the {texture} one")
+CAPTIONS = ("{colour} balls in the {texture} scene", "the {texture} scene", "{colour} balls", "the balls in the {texture} scene",
+            "how many {colour} balls", "the {colour} or the {rival} ones", "the {rival} or the {colour} ones")
 
 
 def caption_batch(labels, rng):
     """Captions of frames and which frames each of them fits. labels: (texture, colour) a frame -> texts, (frames, texts) bool."""
     texts, fits = [], []
     for texture, colour in labels:
-        caption = rng.choice(CAPTIONS)
-        other = rng.choice([name for name in TEXTURES if name != texture])
-        texts.append(caption.format(texture=texture, colour=colour, other=other))
-        textures = {texture, other} if "{other}" in caption else {texture} if "{texture}" in caption else set(TEXTURES)
-        colours = {colour} if "{colour}" in caption else set(COLOURS)
+        caption, rival = rng.choice(CAPTIONS), rng.choice([name for name in COLOURS if name != colour])
+        texts.append(caption.format(texture=texture, colour=colour, rival=rival))
+        textures = {texture} if "{texture}" in caption else set(TEXTURES)
+        colours = {colour, rival} if "{rival}" in caption else {colour} if "{colour}" in caption else set(COLOURS)
         fits.append([t in textures and c in colours for t, c in labels])
     return texts, torch.tensor(fits).T
 
@@ -369,7 +352,7 @@ def make_clip(folder, arguments, batch_size=96, videos=240):
         frames, times = decode_frames(example.media, indices)
         images.append(frames)
         scenes = [next(text for start, end, text in example.grounding if start <= t < end).split() for t in times]
-        labels += [tuple(scene) for scene in scenes]
+        labels += [(texture, colour) for texture, colour, _ in scenes]
     images = torch.from_numpy(np.concatenate(images)).permute(0, 3, 1, 2).float() / 255  # (frames, 3, H, W)
     images = F.interpolate(images, CLIP_CONFIG["vision_cfg"]["image_size"], mode="bicubic", antialias=True).clamp(0, 1)
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in (open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD))

@@ -61,7 +61,6 @@ class TrainArguments:
     sft_learning_rate: float = flag(1e-5, "Peak learning rate of SFT.")
     sft_max_steps: int = flag(-1, "SFT steps; -1: one epoch.")
     sft_per_device_batch_size: int = flag(1, "Demonstrations per device and SFT step.")
-    sft_shuffle: bool = flag(True, "Shuffle the demonstrations; false takes them in the file's order, a curriculum.")
     # rollouts
     num_generations: int = flag(8, "G, rollouts per question.")
     max_completion_length: int = flag(768, "Most tokens of a completion.")
@@ -108,8 +107,8 @@ class TrainArguments:
 def toy_defaults(world_size):
     """What the toy changes in the defaults above; any flag on the command line still wins. Global batches do not depend on the ranks."""
     return dict(
-        clip="local-dir:{toy}/clip", min_pixels=56 * 56, max_pixels=56 * 56, max_completion_length=96, length_bonus=0.0, sft_shuffle=False,
-        sft_learning_rate=2e-3, sft_max_steps=880, sft_per_device_batch_size=max(1, 32 // world_size), learning_rate=3e-4, max_steps=80,
+        clip="local-dir:{toy}/clip", min_pixels=56 * 56, max_pixels=56 * 56, max_completion_length=96, length_bonus=0.0,
+        sft_learning_rate=2e-3, sft_max_steps=600, sft_per_device_batch_size=max(1, 32 // world_size), learning_rate=3e-4, max_steps=100,
         per_device_train_batch_size=max(1, 8 // world_size), max_grad_norm=1.0, frame_use="attention", frame_use_layer=2)
 
 
@@ -242,7 +241,7 @@ def train_sft(arguments, model_path, processor, encoder, examples, writer):
     for step in progress:
         begin = time.perf_counter()
         while len(order) < batch * world:
-            order += rng.sample(examples, len(examples)) if arguments.sft_shuffle else examples
+            order += rng.sample(examples, len(examples))
         chosen, order = order[: batch * world][rank * batch : (rank + 1) * batch], order[batch * world :]
         usable = encode_usable(encoder, chosen, {}, skipped)
         fewest, everywhere = agree(len(usable), device)

@@ -14,7 +14,7 @@ from transformers import AutoModelForImageTextToText
 ROOT = Path(__file__).parent.parent
 BIN = Path(sys.executable).parent
 SMALL = ["--sft_max_steps", "2", "--sft_per_device_batch_size", "4", "--max_steps", "2", "--num_generations", "4",
-         "--max_completion_length", "12", "--sft_shuffle", "true"]  # the file begins with text-only drills
+         "--max_completion_length", "12"]
 ENV = {**os.environ, "OMP_NUM_THREADS": "1", "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}"}
 
 
