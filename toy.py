@@ -248,7 +248,8 @@ def make_dataset(folder, arguments):
                 rows["train_cot"].append({**make_question(kind, plan, rng, rng.random() < 0.6, arguments.dense_share), "path": path})
             rows["train_cot"] += [{**make_image_question(plan, rng), "path": image} for _ in range(2)]
             rows["train"] += [{**make_question(kind, plan, rng, biased=False), "process": "", "path": path} for kind in kinds]
-            rows["train"].append({**make_image_question(plan, rng), "process": "", "path": image})
+            if rng.random() < 0.3:
+                rows["train"].append({**make_image_question(plan, rng), "process": "", "path": image})
         else:
             rows["heldout"] += [{**make_question(kind, plan, rng, biased=False), "path": path} for kind in kinds]
             if word:

@@ -1,6 +1,6 @@
 """Stage 4: SFT cold start and GRPO with the consensus frame reward (CF-GRPO, arXiv 2606.18441), under DeepSpeed ZeRO-3.
 
-    deepspeed train.py --deepspeed ds_zero3.json                     # the embedded toy: SFT, then GRPO; about 8 minutes on 2 CPU cores
+    deepspeed train.py --deepspeed ds_zero3.json                     # the embedded toy: SFT, then GRPO; about 10 minutes on 2 CPU cores
     deepspeed train.py --deepspeed ds_zero3.json --stage sft  --model_name_or_path Qwen/Qwen2.5-VL-7B-Instruct \\
         --dataset_name Video-R1-COT-165k.json --media_root DATA --output_dir out/sft
     deepspeed train.py --deepspeed ds_zero3.json --stage grpo --model_name_or_path out/sft/sft \\
@@ -105,11 +105,15 @@ class TrainArguments:
 
 
 def toy_defaults(world_size):
-    """What the toy changes in the defaults above; any flag on the command line still wins. Global batches do not depend on the ranks."""
+    """What the toy changes in the defaults above; any flag on the command line still wins. Global batches do not depend on the ranks.
+
+    Frame use comes from the attention of the first layer: on the toy's known evidence it is the score that tells the truth best
+    (evaluate.py --frame_use_check), while the paper's lies at chance; the paper's is computed and logged beside it.
+    """
     return dict(
         clip="local-dir:{toy}/clip", min_pixels=56 * 56, max_pixels=56 * 56, max_completion_length=96, length_bonus=0.0,
-        sft_learning_rate=2e-3, sft_max_steps=600, sft_per_device_batch_size=max(1, 32 // world_size), learning_rate=3e-4, max_steps=100,
-        per_device_train_batch_size=max(1, 8 // world_size), max_grad_norm=1.0, frame_use="attention", frame_use_layer=2)
+        sft_learning_rate=2e-3, sft_max_steps=600, sft_per_device_batch_size=max(1, 32 // world_size), learning_rate=4e-4, max_steps=80,
+        per_device_train_batch_size=max(1, 16 // world_size), max_grad_norm=1.0, frame_use="attention", frame_use_layer=1)
 
 
 # ------------------------------------------------------------------------------------------------------- ranks, engines
