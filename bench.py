@@ -95,7 +95,6 @@ def report(title, names, seconds, agreement):
 
 def bench_step(arguments):
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    torch.set_flush_denormal(True)  # as train.py
     torch.manual_seed(arguments.seed)
     model, processor = load_model(arguments, device)
     prompts = make_prompts(arguments, model, processor)
@@ -165,4 +164,5 @@ def main():
 
 
 if __name__ == "__main__":
+    torch.set_flush_denormal(True)  # as train.py; here, for it holds for the whole process
     main()
