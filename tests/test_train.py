@@ -75,6 +75,8 @@ def test_the_whole_path(small_toy, first_run):
         assert record["reward/total"] == pytest.approx(sum(record[f"reward/{name}"] for name in (
             "accuracy", "format", "length", "temporal", "consensus")), abs=1e-5)
         assert 0 < record["consensus/score"] < 1 and record["data/skipped"] == 0
+    assert metrics(output, "grpo")[0]["loss/kl"] == pytest.approx(0, abs=1e-6)  # the policy starts as its reference
+    assert all(record["loss/ratio"] == pytest.approx(1, abs=1e-6) for record in metrics(output, "grpo"))  # one update a rollout
     rollouts = [json.loads(line) for line in (output / "rollouts.jsonl").read_text().splitlines()]
     assert len(rollouts) == 2 * 4 * 4 and all(abs(sum(row["use"]) - 1) < 1e-2 for row in rollouts if row["use"])
 
