@@ -5,7 +5,7 @@
 A video is 16 s of four scenes with hard cuts. A scene has a background texture, one to three moving balls of one colour and a grey
 distractor. Questions ask for the colour of the balls in a scene, for their number, and which of two colours comes first; the interval
 that the answer rests on is known.
-The demonstrations for SFT are *biased*: they list what is there rightly, then 60 % of them look up the most salient (longest) scene
+The demonstrations for SFT are *biased*: they list what is there rightly, then 70 % of them look up the most salient (longest) scene
 instead of the asked one. SFT therefore learns to see and to look at the wrong evidence, and it is left to RL to find the right one.
 """
 
@@ -40,7 +40,7 @@ from transformers import (
 
 from data import DataError, build_prompt, decode_frames, load_examples, target_text
 
-VERSION = 1  # of the toy; a cached toy of another version is made anew
+VERSION = 2  # of the toy; a cached toy of another version is made anew
 SIZE, FPS, SECONDS = 112, 4, 16  # pixels a side, frames per second, length of a video
 COLOURS = {"red": (220, 40, 40), "green": (40, 190, 60), "blue": (50, 70, 230), "yellow": (235, 215, 40), "cyan": (30, 220, 230),
            "pink": (245, 90, 200)}
@@ -96,8 +96,8 @@ def draw_scene(scene, count, rng, word=None):
 
 
 def plan_video(rng):
-    """Four scenes of 2, 4, 4 and 6 s in random order -> list of {texture, colour, balls, start, end}; times in seconds."""
-    lengths = rng.permutation([2, 4, 4, 6])
+    """Four scenes of 2, 2, 4 and 8 s in random order -> list of {texture, colour, balls, start, end}; times in seconds."""
+    lengths = rng.permutation([2, 2, 4, 8])
     textures = rng.choice(TEXTURES, 4, replace=False)
     colours = rng.choice(list(COLOURS), 4, replace=False)
     starts = np.concatenate([[0], np.cumsum(lengths)[:-1]])
@@ -141,9 +141,18 @@ def listing(scenes):
                     for scene in scenes for second in range(scene["start"], scene["end"], 2))
 
 
-def recite(options, text):
-    """The trace's way from a word to its letter: the options in turn, up to the one that fits."""
-    return " ".join(options[: 1 + next(index for index, option in enumerate(options) if option.endswith(text))])
+def letter_of(options, text):
+    return next(option[0] for option in options if option[3:] == text)
+
+
+def recite(options):
+    """The options with the word first, "red A. blue B.": a trace can then go on from the word it found to its letter."""
+    return " ".join(f"{option[3:]} {option[0]}." for option in options)
+
+
+def match(scenes, options):
+    """The options again, in the order in which the video shows them."""
+    return recite([option for scene in scenes for option in options if option[3:] == scene["colour"]])
 
 
 def lettered(texts, right, rng):
@@ -153,26 +162,30 @@ def lettered(texts, right, rng):
     return [f"{letter}. {text}" for letter, text in zip("ABCDEF", texts, strict=False)], "ABCDEF"[texts.index(right)]
 
 
-def colour_question(scenes, asked, looked, rng):
-    """-> question, type, options, right answer; and of a trace that looks at scene `looked`: its answer, its look and its last words."""
-    options, right = lettered([scene["colour"] for scene in scenes], scenes[asked]["colour"], rng)
-    last = recite(options, scenes[looked]["colour"])
-    question = f"What colour are the balls in the {scenes[asked]['texture']} scene?"
-    look = f"{scenes[looked]['texture']} {scenes[looked]['colour']}"
-    return question, "multiple choice", options, right, last[last.rindex(".") - 1], look, last
+def colour_question(scenes, asked, looked, other, rng):
+    """-> question, type, options, right answer; then the end of a trace that looks at scene `looked`, and the answer it comes to."""
+    texture, colour, look = scenes[asked]["texture"], scenes[asked]["colour"], scenes[looked]
+    options, right = lettered([colour, scenes[other]["colour"]], colour, rng)
+    told = letter_of(options, look["colour"])
+    trace = (f"{recite(options)} {match(scenes, options)} Asked: {texture}. "
+             f"Look: {look['texture']} {look['colour']}. Option: {look['colour']} {told}.")
+    return f"What colour are the balls in the {texture} scene?", "multiple choice", options, right, trace, told
 
 
-def count_question(scenes, asked, looked, rng):
-    question, look = f"How many {scenes[asked]['colour']} balls are there?", f"{scenes[looked]['colour']} {scenes[looked]['balls']}"
-    return question, "numerical", [], str(scenes[asked]["balls"]), str(scenes[looked]["balls"]), look, ""
+def count_question(scenes, asked, looked, other, rng):
+    colour, look = scenes[asked]["colour"], scenes[looked]
+    trace = f"Asked: {colour}. Look: {look['colour']} {look['balls']}."
+    return f"How many {colour} balls are there?", "numerical", [], str(scenes[asked]["balls"]), trace, str(look["balls"])
 
 
 def order_question(scenes, first, looked, other, rng):
-    one, two = rng.sample([scenes[first]["colour"], scenes[other]["colour"]], 2)
-    options, right = lettered([one, two], scenes[first]["colour"], rng)
-    last = recite(options, scenes[looked]["colour"])
-    question, look = f"Which balls come first, the {one} or the {two} ones?", f"{scenes[looked]['colour']} {scenes[looked]['balls']}"
-    return question, "multiple choice", options, right, last[last.rindex(".") - 1], look, last
+    colour, look = scenes[first]["colour"], scenes[looked]
+    one, two = rng.sample([colour, scenes[other]["colour"]], 2)
+    options, right = lettered([one, two], colour, rng)
+    told = letter_of(options, look["colour"])
+    trace = (f"{recite(options)} {match(scenes, options)} Asked: {colour}. "
+             f"Look: {look['colour']} {look['balls']}. Option: {look['colour']} {told}.")
+    return f"Which balls come first, the {one} or the {two} ones?", "multiple choice", options, right, trace, told
 
 
 def make_question(kind, scenes, rng, biased, dense_share=1.0):
@@ -181,20 +194,20 @@ def make_question(kind, scenes, rng, biased, dense_share=1.0):
     biased: the demonstration looks at the salient (longest) scene; else at the asked one. It lists everything first, or does not.
     """
     length = lambda index: scenes[index]["end"] - scenes[index]["start"]  # noqa: E731
-    if kind == "order":
+    if kind == "order":  # between two scenes: the longer one is salient
         asked, other = sorted(rng.sample(range(4), 2))
         salient = max((asked, other), key=length)
-        looked = salient if biased else asked
-        question, problem_type, options, answer, told, look, last = order_question(scenes, asked, looked, other, rng)
     else:
         asked, salient = rng.randrange(4), max(range(4), key=length)
-        looked = salient if biased else asked
-        make = colour_question if kind == "colour" else count_question
-        question, problem_type, options, answer, told, look, last = make(scenes, asked, looked, rng)
-    dense = f"{listing(scenes)} " if rng.random() < dense_share else ""
+        other = rng.choice([index for index in range(4) if index != asked]) if asked == salient else salient
+    looked = salient if biased else asked
+    make = {"colour": colour_question, "count": count_question, "order": order_question}[kind]
+    question, problem_type, options, answer, trace, told = make(scenes, asked, looked, other, rng)
+    if rng.random() < dense_share:
+        trace = f"{listing(scenes)} {trace}"
     return {
         "problem": question, "data_type": "video", "problem_type": problem_type, "options": options,
-        "solution": f"<answer>{answer}</answer>", "process": f"<think>{dense}{f'Look: {look}. {last}'.strip()}</think>",
+        "solution": f"<answer>{answer}</answer>", "process": f"<think>{trace}</think>",
         "told": told, "kind": kind, "data_source": "toy", "evidence": [[scenes[asked]["start"], scenes[asked]["end"]]],
         "salient_is_asked": asked == salient,
         "grounding": {f"{clock(s['start'])}-{clock(s['end'])}": sentence(s) for s in scenes},
@@ -202,8 +215,9 @@ def make_question(kind, scenes, rng, biased, dense_share=1.0):
 
 
 def make_image_question(scenes, rng):
-    options, letter = lettered([scene["colour"] for scene in scenes], scenes[0]["colour"], rng)
-    trace = f"Look: {scenes[0]['texture']} {scenes[0]['colour']}. {recite(options, scenes[0]['colour'])}"
+    scene, other = scenes[:2]
+    options, letter = lettered([scene["colour"], other["colour"]], scene["colour"], rng)
+    trace = f"{recite(options)} Look: {scene['texture']} {scene['colour']}. Option: {scene['colour']} {letter}."
     return {"problem": "What colour are the balls in the picture?", "data_type": "image", "problem_type": "multiple choice",
             "options": options, "solution": f"<answer>{letter}</answer>", "process": f"<think>{trace}</think>", "told": letter,
             "kind": "image", "data_source": "toy", "salient_is_asked": True}
@@ -245,7 +259,7 @@ def make_dataset(folder, arguments):
         image = str(Path(path).with_suffix(".png"))
         if split == "train":
             for kind in kinds * 8:
-                rows["train_cot"].append({**make_question(kind, plan, rng, rng.random() < 0.6, arguments.dense_share), "path": path})
+                rows["train_cot"].append({**make_question(kind, plan, rng, rng.random() < 0.7, arguments.dense_share), "path": path})
             rows["train_cot"] += [{**make_image_question(plan, rng), "path": image} for _ in range(2)]
             rows["train"] += [{**make_question(kind, plan, rng, biased=False), "process": "", "path": path} for kind in kinds]
             if rng.random() < 0.3:

@@ -112,7 +112,7 @@ def toy_defaults(world_size):
     """
     return dict(
         clip="local-dir:{toy}/clip", min_pixels=56 * 56, max_pixels=56 * 56, max_completion_length=96, length_bonus=0.0,
-        sft_learning_rate=2e-3, sft_max_steps=600, sft_per_device_batch_size=max(1, 32 // world_size), learning_rate=1.5e-4, max_steps=80,
+        sft_learning_rate=2e-3, sft_max_steps=600, sft_per_device_batch_size=max(1, 32 // world_size), learning_rate=2e-4, max_steps=70,
         per_device_train_batch_size=max(1, 16 // world_size), max_grad_norm=1.0, frame_use="attention", frame_use_layer=1)
 
 
