@@ -3,9 +3,9 @@
     python toy.py --output_dir toy            # videos, questions, tokenizer, CLIP and an untrained Qwen2.5-VL; under 2 minutes
 
 A video is 16 s of four scenes with hard cuts. A scene has a background texture, one to three moving balls of one colour and a grey
-distractor. Questions ask for the colour of the balls in a scene, for their number, and which of two colours comes first; the interval
-that the answer rests on is known.
-The demonstrations for SFT are *biased*: they list what is there rightly, then 70 % of them look up the most salient (longest) scene
+distractor. Questions ask for the colour of the balls in a scene, for their number, and for the colour in the earlier of two scenes;
+the interval that the answer rests on is known.
+The demonstrations for SFT are *biased*: they list what is there rightly, then 60 % of them look up the most salient (longest) scene
 instead of the asked one. SFT therefore learns to see and to look at the wrong evidence, and it is left to RL to find the right one.
 """
 
@@ -150,11 +150,6 @@ def recite(options):
     return " ".join(f"{option[3:]} {option[0]}." for option in options)
 
 
-def match(scenes, options):
-    """The options again, in the order in which the video shows them."""
-    return recite([option for scene in scenes for option in options if option[3:] == scene["colour"]])
-
-
 def lettered(texts, right, rng):
     """Shuffled options and the letter of the right one."""
     texts = list(texts)
@@ -162,53 +157,37 @@ def lettered(texts, right, rng):
     return [f"{letter}. {text}" for letter, text in zip("ABCDEF", texts, strict=False)], "ABCDEF"[texts.index(right)]
 
 
-def colour_question(scenes, asked, looked, other, rng):
-    """-> question, type, options, right answer; then the end of a trace that looks at scene `looked`, and the answer it comes to."""
-    texture, colour, look = scenes[asked]["texture"], scenes[asked]["colour"], scenes[looked]
-    options, right = lettered([colour, scenes[other]["colour"]], colour, rng)
-    told = letter_of(options, look["colour"])
-    trace = (f"{recite(options)} {match(scenes, options)} Asked: {texture}. "
-             f"Look: {look['texture']} {look['colour']}. Option: {look['colour']} {told}.")
-    return f"What colour are the balls in the {texture} scene?", "multiple choice", options, right, trace, told
-
-
-def count_question(scenes, asked, looked, other, rng):
-    colour, look = scenes[asked]["colour"], scenes[looked]
-    trace = f"Asked: {colour}. Look: {look['colour']} {look['balls']}."
-    return f"How many {colour} balls are there?", "numerical", [], str(scenes[asked]["balls"]), trace, str(look["balls"])
-
-
-def order_question(scenes, first, looked, other, rng):
-    colour, look = scenes[first]["colour"], scenes[looked]
-    one, two = rng.sample([colour, scenes[other]["colour"]], 2)
-    options, right = lettered([one, two], colour, rng)
-    told = letter_of(options, look["colour"])
-    trace = (f"{recite(options)} {match(scenes, options)} Asked: {colour}. "
-             f"Look: {look['colour']} {look['balls']}. Option: {look['colour']} {told}.")
-    return f"Which balls come first, the {one} or the {two} ones?", "multiple choice", options, right, trace, told
-
-
 def make_question(kind, scenes, rng, biased, dense_share=1.0):
     """One question about a planned video with its demonstration, as a row of Video-R1's format without id and path.
 
     biased: the demonstration looks at the salient (longest) scene; else at the asked one. It lists everything first, or does not.
     """
-    length = lambda index: scenes[index]["end"] - scenes[index]["start"]  # noqa: E731
-    if kind == "order":  # between two scenes: the longer one is salient
-        asked, other = sorted(rng.sample(range(4), 2))
-        salient = max((asked, other), key=length)
+    salient = max(range(4), key=lambda index: scenes[index]["end"] - scenes[index]["start"])
+    others = [index for index in range(4) if index != salient]
+    if kind == "order":  # between the longest scene and another
+        asked, other = sorted([salient, rng.choice(others)])
     else:
-        asked, salient = rng.randrange(4), max(range(4), key=length)
-        other = rng.choice([index for index in range(4) if index != asked]) if asked == salient else salient
-    looked = salient if biased else asked
-    make = {"colour": colour_question, "count": count_question, "order": order_question}[kind]
-    question, problem_type, options, answer, trace, told = make(scenes, asked, looked, other, rng)
+        asked = rng.randrange(4)
+        other = rng.choice(others) if asked == salient else salient
+    texture, looked = scenes[asked]["texture"], scenes[salient if biased else asked]
+    trace, options = f"Asked: {texture}. Look: {sentence(looked)}.", []
+    if kind == "count":
+        question, answer, told = f"How many balls are in the {texture} scene?", scenes[asked]["balls"], looked["balls"]
+    else:
+        options, answer = lettered([scenes[asked]["colour"], scenes[other]["colour"]], scenes[asked]["colour"], rng)
+        told = letter_of(options, looked["colour"])
+        trace = f"{recite(options)} {trace} Option: {looked['colour']} {told}."
+        question = f"What colour are the balls in the {texture} scene?"
+    if kind == "order":
+        trace = f"{texture} then {scenes[other]['texture']}. {trace}"
+        one, two = rng.sample([texture, scenes[other]["texture"]], 2)
+        question = f"Of the {one} and the {two} scene, what colour are the balls in the one that comes first?"
     if rng.random() < dense_share:
         trace = f"{listing(scenes)} {trace}"
     return {
-        "problem": question, "data_type": "video", "problem_type": problem_type, "options": options,
+        "problem": question, "data_type": "video", "problem_type": "multiple choice" if options else "numerical", "options": options,
         "solution": f"<answer>{answer}</answer>", "process": f"<think>{trace}</think>",
-        "told": told, "kind": kind, "data_source": "toy", "evidence": [[scenes[asked]["start"], scenes[asked]["end"]]],
+        "told": str(told), "kind": kind, "data_source": "toy", "evidence": [[scenes[asked]["start"], scenes[asked]["end"]]],
         "salient_is_asked": asked == salient,
         "grounding": {f"{clock(s['start'])}-{clock(s['end'])}": sentence(s) for s in scenes},
     }
@@ -217,7 +196,7 @@ def make_question(kind, scenes, rng, biased, dense_share=1.0):
 def make_image_question(scenes, rng):
     scene, other = scenes[:2]
     options, letter = lettered([scene["colour"], other["colour"]], scene["colour"], rng)
-    trace = f"{recite(options)} Look: {scene['texture']} {scene['colour']}. Option: {scene['colour']} {letter}."
+    trace = f"{recite(options)} Look: {sentence(scene)}. Option: {scene['colour']} {letter}."
     return {"problem": "What colour are the balls in the picture?", "data_type": "image", "problem_type": "multiple choice",
             "options": options, "solution": f"<answer>{letter}</answer>", "process": f"<think>{trace}</think>", "told": letter,
             "kind": "image", "data_source": "toy", "salient_is_asked": True}
@@ -259,7 +238,7 @@ def make_dataset(folder, arguments):
         image = str(Path(path).with_suffix(".png"))
         if split == "train":
             for kind in kinds * 8:
-                rows["train_cot"].append({**make_question(kind, plan, rng, rng.random() < 0.7, arguments.dense_share), "path": path})
+                rows["train_cot"].append({**make_question(kind, plan, rng, rng.random() < 0.6, arguments.dense_share), "path": path})
             rows["train_cot"] += [{**make_image_question(plan, rng), "path": image} for _ in range(2)]
             rows["train"] += [{**make_question(kind, plan, rng, biased=False), "process": "", "path": path} for kind in kinds]
             if rng.random() < 0.3:
@@ -339,17 +318,17 @@ CLIP_CONFIG = {
     "text_cfg": {"context_length": 32, "vocab_size": 49408, "width": 64, "heads": 2, "layers": 1},
 }
 CAPTIONS = ("{colour} balls in the {texture} scene", "the {texture} scene", "{colour} balls", "the balls in the {texture} scene",
-            "how many {colour} balls", "the {colour} or the {rival} ones", "the {rival} or the {colour} ones")
+            "the {texture} and the {rival} scene", "the {rival} and the {texture} scene")
 
 
 def caption_batch(labels, rng):
     """Captions of frames and which frames each of them fits. labels: (texture, colour) a frame -> texts, (frames, texts) bool."""
     texts, fits = [], []
     for texture, colour in labels:
-        caption, rival = rng.choice(CAPTIONS), rng.choice([name for name in COLOURS if name != colour])
+        caption, rival = rng.choice(CAPTIONS), rng.choice([name for name in TEXTURES if name != texture])
         texts.append(caption.format(texture=texture, colour=colour, rival=rival))
-        textures = {texture} if "{texture}" in caption else set(TEXTURES)
-        colours = {colour, rival} if "{rival}" in caption else {colour} if "{colour}" in caption else set(COLOURS)
+        textures = {texture, rival} if "{rival}" in caption else {texture} if "{texture}" in caption else set(TEXTURES)
+        colours = {colour} if "{colour}" in caption else set(COLOURS)
         fits.append([t in textures and c in colours for t, c in labels])
     return texts, torch.tensor(fits).T
 
