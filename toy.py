@@ -40,7 +40,7 @@ from transformers import (
 
 from data import DataError, build_prompt, decode_frames, load_examples, target_text
 
-VERSION = 2  # of the toy; a cached toy of another version is made anew
+VERSION = 2  # of the toy; a cached toy of another version is refused
 SIZE, FPS, SECONDS = 112, 4, 16  # pixels a side, frames per second, length of a video
 COLOURS = {"red": (220, 40, 40), "green": (40, 190, 60), "blue": (50, 70, 230), "yellow": (235, 215, 40), "cyan": (30, 220, 230),
            "pink": (245, 90, 200)}

@@ -107,7 +107,7 @@ class TrainArguments:
 def toy_defaults(world_size):
     """What the toy changes in the defaults above; any flag on the command line still wins. Global batches do not depend on the ranks.
 
-    Frame use comes from the attention of the first layer: on the toy's known evidence it is the score that tells the truth best
+    Frame use comes from the attention of the first layer: on the toy's known evidence it was above chance on every checkpoint checked
     (evaluate.py --frame_use_check), while the paper's lies at chance; the paper's is computed and logged beside it. Beta is higher
     because at a learning rate that a 1.2 M-parameter model needs to move in 80 steps, what no reward asks for drifts.
     """
