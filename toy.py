@@ -408,6 +408,9 @@ def main():
     arguments = ToyArguments(**vars(parser.parse_args()))
     begin = time.perf_counter()
     recipe, reused = make_toy(arguments)
+    other = [name for name, value in asdict(arguments).items() if name != "output_dir" and recipe[name] != value]
+    if other:  # train.py takes a toy as it is; who asks for one by its settings must get that one
+        raise DataError(f"{arguments.output_dir} holds a toy with another {', '.join(other)}; remove it or choose another folder")
     print(f"toy {'found' if reused else 'made'} in {time.perf_counter() - begin:.0f} s: {recipe}")
 
 

@@ -1,7 +1,10 @@
 """toy.py: what a question asks, where its evidence lies and what a demonstration looks at are checked against the planned video."""
 
+import json
 import random
 import re
+import sys
+from dataclasses import asdict
 
 import numpy as np
 import pytest
@@ -73,6 +76,17 @@ def test_the_asked_scene_differs_from_the_salient_one_often_enough():
     """One of four scenes is asked for: the longest in a quarter. Of the longest and another one, the longest comes first in half."""
     share = {kind: np.mean([question(kind, seed, biased=False)[1]["salient_is_asked"] for seed in range(2000)]) for kind in KINDS}
     assert share == pytest.approx({"colour": 1 / 4, "count": 1 / 4, "order": 1 / 2}, abs=0.04)
+
+
+def test_a_cached_toy_of_other_settings_is_refused(tmp_path, monkeypatch, capsys):
+    made = {**asdict(toy.ToyArguments(output_dir="elsewhere")), "version": toy.VERSION}
+    (tmp_path / "toy.json").write_text(json.dumps(made))
+    monkeypatch.setattr(sys, "argv", ["toy.py", "--output_dir", str(tmp_path)])
+    toy.main()
+    assert "toy found" in capsys.readouterr().out
+    monkeypatch.setattr(sys, "argv", ["toy.py", "--output_dir", str(tmp_path), "--dense_share", "0.6"])
+    with pytest.raises(toy.DataError, match="another dense_share"):
+        toy.main()
 
 
 def test_letters_are_shuffled():
