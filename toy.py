@@ -40,7 +40,7 @@ from transformers import (
 
 from data import DataError, build_prompt, decode_frames, load_examples, target_text
 
-VERSION = 2  # of the toy; a cached toy of another version is refused
+VERSION = 3  # of the toy; a cached toy of another version is refused
 SIZE, FPS, SECONDS = 112, 4, 16  # pixels a side, frames per second, length of a video
 COLOURS = {"red": (220, 40, 40), "green": (40, 190, 60), "blue": (50, 70, 230), "yellow": (235, 215, 40), "cyan": (30, 220, 230),
            "pink": (245, 90, 200)}
@@ -319,7 +319,10 @@ CLIP_CONFIG = {
     "text_cfg": {"context_length": 32, "vocab_size": 49408, "width": 64, "heads": 2, "layers": 1},
 }
 CAPTIONS = ("{colour} balls in the {texture} scene", "the {texture} scene", "{colour} balls", "the balls in the {texture} scene",
-            "the {texture} and the {rival} scene", "the {rival} and the {texture} scene")
+            "the {texture} and the {rival} scene", "the {rival} and the {texture} scene",
+            "What colour are the balls in the {texture} scene?", "How many balls are in the {texture} scene?",
+            "Of the {texture} and the {rival} scene, what colour are the balls in the one that comes first?",
+            "Of the {rival} and the {texture} scene, what colour are the balls in the one that comes first?")
 
 
 def caption_batch(labels, rng):
