@@ -5,10 +5,12 @@
 
 A data set is a JSON array (or JSON lines) in Video-R1's format: problem, problem_type, options, solution, path, data_type and, for
 SFT, process. Two optional fields of ours: evidence [[start, end], ...] in seconds and grounding {"00:04-00:08": "sentence"}.
+Rows of SEED-Bench-R1, TW-GRPO (CLEVRER, NExT-GQA, STAR) and Video-R2 are told by their fields and rewritten as Video-R1 rows first.
 """
 
 import json
 import os
+import random
 import re
 from collections import OrderedDict
 from dataclasses import dataclass, field
@@ -20,6 +22,8 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, UnidentifiedImageError
 from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
+
+decord.logging.set_level(decord.logging.QUIET)  # what is wrong with a video is in the exception; the rest is noise between the lines
 
 PROBLEM_TYPES = ("multiple choice", "numerical", "regression", "free-form", "OCR")
 
@@ -74,11 +78,101 @@ def parse_time(text):
     return seconds
 
 
+# ------------------------------------------------------------------------------------------- rows of other projects' files
+
+
+def split_options(text):
+    """A question with lettered option lines, "Why?\\nA. x\\nB. y" or "(A) x" -> the question, the options as "A. x"."""
+    question, options = [], []
+    for line in text.strip().split("\n"):
+        match = re.match(r"\(?([A-Z])[.)]\s*(.*)", line.strip())
+        if match and match.group(1) == chr(ord("A") + len(options)):
+            options.append(f"{match.group(1)}. {match.group(2)}")
+        elif options:
+            options[-1] += f"\n{line}"
+        else:
+            question.append(line)
+    return "\n".join(question).strip(), options
+
+
+def from_tw_grpo(row):
+    """TW-GRPO: problem with the option lines in it, solution (letters joined by commas), video; NExT-GQA's `glue` are intervals."""
+    question, options = split_options(row["problem"])
+    return {"data_type": "video", "problem_type": "multiple choice", "evidence": row.get("glue"), **row, "problem": question,
+            "options": options or row.get("options"), "path": row["video"].lstrip("/")}
+
+
+def from_seed_bench(row):
+    """SEED-Bench-R1: the validation files have choice_a to choice_d, the training file answer and three of negative_answers, shuffled once.
+
+    The medium is the task's video, or the picture of the current observation when there is none; the picture's path is kept in `extra`.
+    """
+    picture = f"images/{row['video_source']}/{row['current_observation_basename']}"
+    if "golden_choice_idx" in row:
+        texts, letter = [row[f"choice_{name}"] for name in "abcd"], row["golden_choice_idx"]
+    else:
+        rng = random.Random(str(row["sample_id"]))  # the same options in every run and on every rank
+        texts = [row["answer"], *rng.sample(row["negative_answers"], 3)]
+        rng.shuffle(texts)
+        letter = "ABCD"[texts.index(row["answer"])]
+    video = bool(row["task_progress_metadata"])
+    return {**row, "problem_id": row["sample_id"], "problem": row["question"], "problem_type": "multiple choice", "solution": letter,
+            "options": [f"{name}. {text}" for name, text in zip("ABCD", texts, strict=True)], "data_type": "video" if video else "image",
+            "path": f"videos/{row['video_source']}/{row['video_basename']}" if video else picture, "current_observation": picture}
+
+
+def answer_type(answer):
+    """Video-R2 names no problem_type: a lone letter is a choice, a number numerical (regression with over three decimals), else words."""
+    if re.fullmatch(r"\(?[A-Za-z][.)]?", answer):
+        return "multiple choice"
+    if re.fullmatch(r"-?[\d,]*\.?\d+", answer):
+        return "regression" if len(answer.partition(".")[2]) > 3 else "numerical"
+    return "OCR" if len(answer.split()) <= 5 else "free-form"
+
+
+def from_video_r2(row):
+    """Video-R2: a video or image (a path or a list of one), two turns, the second with think and answer blocks, temporal_grounding."""
+    media_type = "video" if row.get("video") else "image"
+    path = row.get(media_type)
+    if isinstance(path, list):
+        if len(path) != 1:
+            raise DataError(f"has {len(path)} {media_type}s; one is supported")
+        path = path[0]
+    asked, told = (turn["value"] for turn in row["conversations"])
+    question, options = split_options(re.sub(r"<(video|image)>\n?", "", asked))
+    answer = strip_tag(told, "answer")
+    return {**row, "problem": question, "options": options, "solution": answer, "process": told if "<think>" in told else "",
+            "problem_type": answer_type(answer), "data_type": media_type, "path": path, "grounding": row.get("temporal_grounding")}
+
+
+def to_video_r1(row):
+    """A row of any supported format -> the same in Video-R1's fields; what is not known stays in the row."""
+    if "conversations" in row:
+        return from_video_r2(row)
+    if "task_progress_metadata" in row:
+        return from_seed_bench(row)
+    return from_tw_grpo(row) if "video" in row and "path" not in row else row
+
+
+# --------------------------------------------------------------------------------------------------------------- examples
+
+
+def row_id(row, index):
+    """What a row is known by everywhere: its problem_id (SEED-Bench-R1: sample_id), else its position in the file."""
+    return str(row.get("problem_id", row.get("sample_id", index)))
+
+
 def parse_example(row, index, media_root):
-    """One row of a Video-R1 file -> Example. Raises DataError that names the row and what is wrong with it."""
+    """One row of a data set -> Example. Raises DataError that names the row and what is wrong with it."""
     if not isinstance(row, dict):
         raise DataError(f"row {index} is not an object")
-    where = f"row {index} (problem_id {row.get('problem_id', 'missing')})"
+    where = f"row {index} (problem_id {row_id(row, 'missing')})"
+    try:
+        row = to_video_r1(row)
+    except DataError as error:
+        raise DataError(f"{where} {error}") from error
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise DataError(f"{where} lacks a field of its format, or has it in another shape ({type(error).__name__}: {error})") from error
     missing = [key for key in ("problem", "problem_type", "solution", "data_type") if row.get(key) in (None, "")]
     if missing:
         raise DataError(f"{where} has no {', '.join(missing)}")
@@ -90,6 +184,8 @@ def parse_example(row, index, media_root):
     if row["data_type"] != "text":
         if not row.get("path"):
             raise DataError(f"{where} has no {row['data_type']}: its path is empty")
+        if not isinstance(row["path"], str) or "\0" in row["path"]:
+            raise DataError(f"{where} has a path that is none: {row['path']!r}")
         media = resolve_media(row["path"], media_root, where)
     options, process = row.get("options") or [], row.get("process") or ""
     if not isinstance(options, list) or not isinstance(process, str):
@@ -102,7 +198,7 @@ def parse_example(row, index, media_root):
         raise DataError(f'{where}: grounding must be {{"MM:SS-MM:SS": sentence}}, evidence [[start, end], ...] ({error})') from error
     known = {"problem_id", "problem", "options", "problem_type", "solution", "path", "data_type", "process", "grounding", "evidence"}
     return Example(
-        id=str(row.get("problem_id", index)),
+        id=row_id(row, index),
         question=str(row["problem"]),
         options=[str(option) for option in options],
         problem_type=row["problem_type"],
@@ -125,12 +221,8 @@ def resolve_media(path, media_root, where=""):
     return full
 
 
-def load_examples(dataset_name, media_root=None):
-    """A data set file -> list of Example, in file order.
-
-    media_root: folder that the rows' paths start from; default: the data set file's folder.
-    Raises DataError (one sentence) for a missing or malformed file or row.
-    """
+def read_rows(dataset_name):
+    """A data set file (JSON array, or JSON lines named .jsonl) -> its rows as they are. DataError (one sentence) when it is malformed."""
     file = Path(dataset_name)
     if not file.is_file():
         raise DataError(f"data set {file} not found (a JSON array or JSON lines file is expected)")
@@ -141,10 +233,30 @@ def load_examples(dataset_name, media_root=None):
         raise DataError(f"data set {file} is not valid JSON: {error}") from error
     if not isinstance(rows, list) or not rows:
         raise DataError(f"data set {file} holds no examples (a non-empty JSON array is expected)")
-    examples = [parse_example(row, index, media_root or file.parent) for index, row in enumerate(rows)]
-    repeated = len(examples) - len({example.id for example in examples})
-    if repeated:
-        raise DataError(f"data set {file} repeats {repeated} problem_id values; priors and results are joined by it")
+    return rows
+
+
+def load_examples(dataset_name, media_root=None, errors=None):
+    """A data set file -> list of Example, in file order.
+
+    media_root: folder that the rows' paths start from; default: the data set file's folder.
+    errors: a list, to which {"problem_id", "media", "cause"} of every unusable row is added (malformed, outside the media root, a
+    problem_id that an earlier row has); without it the first such row is a DataError, as a malformed file always is.
+    """
+    examples, seen = [], {}
+    for index, row in enumerate(read_rows(dataset_name)):
+        try:
+            example = parse_example(row, index, media_root or Path(dataset_name).parent)
+            if example.id in seen:
+                raise DataError(f"row {index} repeats the problem_id {example.id} of row {seen[example.id]}; results are joined by it")
+        except DataError as error:
+            if errors is None:
+                raise DataError(f"data set {dataset_name}: {error}") from error
+            fields = row if isinstance(row, dict) else {}
+            errors.append({"problem_id": row_id(fields, index), "media": fields.get("path") or fields.get("video"), "cause": str(error)})
+            continue
+        seen[example.id] = index
+        examples.append(example)
     return examples
 
 
@@ -175,17 +287,19 @@ def uniform_frames(total, k):
     return np.linspace(0, total - 1, min(k, total)).round().astype(int).tolist()
 
 
-def decode_frames(path, indices):
-    """Frames of a video: indices (K,) -> uint8 array (K, H, W, 3) RGB and their times (K,) in seconds (presentation start)."""
-    reader = open_video(path)
+def read_frames(reader, path, indices):
+    """Frames of an open video: indices (K,) -> uint8 array (K, H, W, 3) RGB and their times (K,) in seconds (presentation start)."""
     if min(indices) < 0 or max(indices) >= len(reader):
         raise MediaError(f"{path}: frames {min(indices)} to {max(indices)} asked for, the video has 0 to {len(reader) - 1}")
     try:
-        frames = reader.get_batch(list(indices)).asnumpy()
-        times = reader.get_frame_timestamp(list(indices))[:, 0]
-    except (decord.DECORDError, RuntimeError) as error:
+        return reader.get_batch(list(indices)).asnumpy(), reader.get_frame_timestamp(list(indices))[:, 0]
+    except (decord.DECORDError, RuntimeError, MemoryError) as error:
         raise MediaError(f"{path}: damaged video ({first_words(error)})") from error
-    return frames, times
+
+
+def decode_frames(path, indices):
+    """Frames of a video file, as read_frames has them."""
+    return read_frames(open_video(path), path, indices)
 
 
 def load_image(path):

@@ -1,36 +1,67 @@
 """Stage 1, the consensus prior: which of a video's K sampled frames a question should rest on (VideoCFR, arXiv 2606.18441, Eq. 1-2).
 
-    python prior.py --dataset_name toy/heldout.json --clip local-dir:toy/clip --output priors.jsonl        # the toy, on a CPU
-    python prior.py --dataset_name Video-R1-260k.json --media_root DATA --output priors.jsonl              # CLIP ViT-B-32 by OpenAI
+    python prior.py --video clip.mp4 --question "Who falls first?"                                  # one video: a table and prior.png
+    python prior.py --dataset_name Video-R1-260k.json --media_root DATA --output priors.jsonl       # a data set; run again to continue
+    torchrun --nproc_per_node 8 prior.py --dataset_name ...                                         # or deepspeed; any number of machines
+    python prior.py --scores priors.jsonl --prior no_scene --output no_scene.jsonl                  # other weights from stored scores
+    python prior.py --dataset_name toy-seed0/heldout.json --clip local-dir:toy-seed0/clip           # the toy, on a CPU
 
-Two cues vote on K frames spread evenly over the video: frames that begin a scene (jumps between colour histograms) and frames that look
-like the question (CLIP). A frame's weight is w_base, plus w_scene if the first cue names it, plus w_sem if the second does; the weights
-divided by their sum are P. Both cues' scores are stored beside P, so that other weights need no second look at the pixels.
-One JSON line an example: problem_id, frames (indices in the video), times (s), scene_scores, semantic_scores, scene and semantic
-(positions among the K frames), prior, settings. An image is one frame with P = [1.0] and no cues; a text-only example has no row.
+Two cues vote on K frames spread evenly over the video: frames that begin a scene (jumps between colour histograms, or a detector of
+PySceneDetect) and frames that look like the question (CLIP). A frame's weight is w_base, plus w_scene if the first cue names it, plus
+w_sem if the second does; the weights divided by their sum are P.
+One JSON line an example: problem_id, question, media (file name), frames (indices in the video), times (s), scene_scores,
+semantic_scores, scene and semantic (positions among the K frames), prior, settings. An image is one frame with P = [1.0] and no cues; a
+text-only example has no row. Worker processes decode; this one runs CLIP on what they send, so that the two overlap.
 """
 
+import argparse
 import json
 import math
+import multiprocessing
 import os
+import signal
 import sys
+import textwrap
+import threading
+from concurrent.futures import FIRST_COMPLETED, wait
 from dataclasses import dataclass, field, fields
+from itertools import islice
 from pathlib import Path
+from typing import Literal
 
 import cv2
+import decord
 import numpy as np
 import open_clip
+import scenedetect
 import torch
+from pebble import ProcessExpired, ProcessPool
 from PIL import Image
 from safetensors import SafetensorError
 from tqdm import tqdm
 from transformers import HfArgumentParser
 
-from data import DataError, MediaError, decode_frames, load_examples, load_image, open_video, uniform_frames
+from data import (
+    DataError,
+    Example,
+    MediaError,
+    decode_frames,
+    load_examples,
+    load_image,
+    open_video,
+    read_frames,
+    read_rows,
+    row_id,
+    uniform_frames,
+)
 
 CONE_BINS, CONE_RANGES = [25, 25, 32], [-256, 256, -256, 256, 0, 256]  # scene cue: chroma x, y and value; odd, so grey is mid-bin
 HISTOGRAM_SIGMA, HISTOGRAM_SIDE = 2.0, 160  # its smoothing, in bins; its frames are shrunk to this many pixels on the long side
-KEPT_TEXTS = 4096  # encoded questions kept for the next video that asks the same
+DETECTORS = {"content": scenedetect.ContentDetector, "adaptive": scenedetect.AdaptiveDetector, "hash": scenedetect.HashDetector,
+             "histogram": scenedetect.HistogramDetector, "threshold": scenedetect.ThresholdDetector}
+CHUNK_BYTES = 1 << 26  # of decoded frames held at a time: all of them at 640x360, ten at 1080p, two in 4K
+SHORTEST_SCENE = "0.6s"  # of those detectors, as PySceneDetect's command line has it
+FUSION = ("prior", "w_base", "w_scene", "w_sem", "scene_threshold", "semantic_k")  # settings that can change without the pixels
 
 
 @dataclass
@@ -38,14 +69,26 @@ class PriorSettings:
     """What makes a prior; every row records it. train.py has the same flags."""
 
     frames: int = field(default=16, metadata={"help": "K of Eq. 1-2: frames sampled evenly from a video (all of a shorter one)"})
-    scene_threshold: float = field(default=0.2, metadata={
-        "help": "scene cue, the S_scene of Eq. 1: the least distance (0-1) between neighbouring frames' histograms that can be a cut"})
+    fps: float | None = field(default=None, metadata={
+        "help": "sample this many frames a second instead, still evenly and at most --frames of them; None: always --frames"})
+    scene: Literal["hsv", "content", "adaptive", "hash", "histogram", "threshold"] = field(default="hsv", metadata={
+        "help": "scene cue, the S_scene of Eq. 1. hsv (the paper's): distances between the sampled frames' histograms. The others are "
+                "PySceneDetect's detectors over every frame of the video (slower); threshold finds fades and cuts through black only"})
+    scene_threshold: float | None = field(default=None, metadata={
+        "help": "hsv: the least distance (0-1) of neighbouring frames' histograms that can be a cut, None: 0.2. Other --scene: the "
+                "detector's own threshold, None: its default"})
     semantic_k: int | None = field(default=None, metadata={
         "help": "semantic cue, the S_sem of Eq. 1: how many frames most like the question are taken; None: a quarter of K, rounded up"})
+    semantic_options: bool = field(default=False, metadata={
+        "help": "the text compared with the frames is the question and its options, not the question alone; what exceeds the model's "
+                "context is cut"})
     clip: str = field(default="ViT-B-32", metadata={
-        "help": "image-text model of the semantic cue: a name of open_clip or local-dir:FOLDER (open_clip_config.json, safetensors)"})
+        "help": "image-text model of the semantic cue: a name of open_clip (SigLIP's too) or local-dir:FOLDER (open_clip_config.json and "
+                "safetensors)"})
     clip_pretrained: str = field(default="openai", metadata={
         "help": "open_clip's tag of the weights, or a .safetensors file; unused with local-dir: and hf-hub:"})
+    prior: Literal["full", "no_scene", "no_semantic", "uniform"] = field(default="full", metadata={
+        "help": "cues that P has; the paper's ablation rows. Without the semantic cue no CLIP model is loaded"})
     w_base: float = field(default=0.1, metadata={"help": "w_base of Eq. 1: weight that every frame has"})
     w_scene: float = field(default=1.0, metadata={"help": "lambda_scene of Eq. 1: added to a frame that begins a scene"})
     w_sem: float = field(default=3.0, metadata={"help": "lambda_sem of Eq. 1: added to a frame that is like the question"})
@@ -53,6 +96,8 @@ class PriorSettings:
     def __post_init__(self):
         if self.frames < 1 or (self.semantic_k is not None and self.semantic_k < 1):
             raise DataError("--frames and --semantic_k must be at least 1")
+        if self.fps is not None and self.fps <= 0:
+            raise DataError("--fps must be above 0")
         if self.w_base <= 0 or self.w_scene < 0 or self.w_sem < 0:
             raise DataError("--w_base must be above 0, --w_scene and --w_sem at least 0: P is a distribution over all frames")
 
@@ -61,12 +106,57 @@ class PriorSettings:
 class PriorArguments(PriorSettings):
     """The command line: the settings and the files."""
 
-    dataset_name: str = field(metadata={"help": "data set file in Video-R1's format (JSON array or .jsonl)"})
-    output: str = field(default="priors.jsonl", metadata={"help": "file to write; media that cannot be read go to OUTPUT.errors.jsonl"})
+    dataset_name: str | None = field(default=None, metadata={
+        "help": "data set file (JSON array or .jsonl; Video-R1, SEED-Bench-R1, TW-GRPO or Video-R2)"})
     media_root: str | None = field(default=None, metadata={"help": "folder that the data set's paths start from; None: the data set's own"})
+    video: str | None = field(default=None, metadata={"help": "one video instead of a data set: print its prior and draw it"})
+    question: str | None = field(default=None, metadata={"help": "the question about --video"})
+    scores: str | None = field(default=None, metadata={
+        "help": "a priors file instead of a data set: its stored scores with this command's --prior, --w_*, --semantic_k, "
+                "--scene_threshold"})
+    output: str | None = field(default=None, metadata={
+        "help": "file to write; None: priors.jsonl, or prior.png with --video. Rows already in it are kept: the same command continues "
+                "an interrupted run. What cannot be used goes to OUTPUT.errors.jsonl, with its cause, and is tried again next time"})
+    export_frame_sets: str | None = field(default=None, metadata={
+        "help": "also write the data set with the release's field frame_sets (frame indices: uniform, scene, semantic) to this JSON file"})
+    workers: int | None = field(default=None, metadata={
+        "help": "processes that decode; None: the cores, half of them where CLIP runs on the CPU, shared by the ranks of a machine; "
+                "0: decode in this process, without a timeout"})
+    decode_timeout: float = field(default=300.0, metadata={
+        "help": "seconds after which a video's decoder counts as hung; it is killed and the video is listed as broken"})
+    local_rank: int = field(default=-1, metadata={"help": "set by the deepspeed launcher"})
+
+    def __post_init__(self):
+        super().__post_init__()
+        given = [name for name in ("dataset_name", "video", "scores") if getattr(self, name) is not None]
+        if len(given) != 1:
+            raise DataError("give one of --dataset_name, --video and --scores" + (f", not {' and '.join(given)}" if given else ""))
+        if (self.question is None) != (self.video is None):
+            raise DataError("--video and --question go together")
+        if self.export_frame_sets and not self.dataset_name:
+            raise DataError("--export_frame_sets needs --dataset_name, whose rows it writes")
+        if self.workers is not None and self.workers < 0 or self.decode_timeout <= 0:
+            raise DataError("--workers must be at least 0 and --decode_timeout above 0")
+        self.output = self.output or ("prior.png" if self.video else "priors.jsonl")
+        if self.video and Path(self.output).suffix not in (".png", ".svg", ".pdf"):
+            raise DataError(f"--output {self.output}: a video's prior is drawn as .png, .svg or .pdf")
+        for name in ("dataset_name", "video", "scores"):
+            source = getattr(self, name)
+            for target in (self.output, self.export_frame_sets):
+                if source and target and os.path.realpath(target) == os.path.realpath(source):
+                    raise DataError(f"{target} is the --{name} itself; choose another file to write")
 
 
 # ------------------------------------------------------------------------------------------------- frames and the scene cue
+
+
+def sample_frames(reader, settings):
+    """Frame indices of an open video: --frames spread evenly, or --fps of them a second, evenly too, and never more than --frames."""
+    total, count = len(reader), settings.frames
+    if settings.fps is not None:
+        spans = reader.get_frame_timestamp([0, total - 1])  # (2, 2): start and end, in seconds
+        count = min(count, max(1, round((spans[1, 1] - spans[0, 0]) * settings.fps)))
+    return uniform_frames(total, count)
 
 
 def smoothing_matrix(bins, sigma=HISTOGRAM_SIGMA):
@@ -98,10 +188,31 @@ def hsv_histogram(frame):
 
 
 def scene_scores(frames):
-    """(K, H, W, 3) uint8 RGB -> (K,) float: Bhattacharyya distance (0-1) of the HSV histograms of frames i-1 and i; 0 for i = 0."""
-    histograms = [hsv_histogram(frame) for frame in frames]
+    """K frames (H, W, 3) uint8 RGB -> (K,) float: Bhattacharyya distance (0-1) of the HSV histograms of frames i-1 and i; 0 for i = 0."""
+    return histogram_distances([hsv_histogram(frame) for frame in frames])
+
+
+def histogram_distances(histograms):
     pairs = zip(histograms, histograms[1:], strict=False)
     return np.array([0.0, *(cv2.compareHist(before, after, cv2.HISTCMP_BHATTACHARYYA) for before, after in pairs)])  # (K,)
+
+
+def detector_scores(path, times, name, threshold=None):
+    """A PySceneDetect detector over every frame of a video -> (K,) float: 1 where a sampled frame is the first after a cut, else 0.
+
+    times: (K,) seconds of the sampled frames, counted from the video's first frame. A cut after the last of them is not seen.
+    """
+    detector = DETECTORS[name](*(() if threshold is None else (threshold,)), min_scene_len=SHORTEST_SCENE)
+    try:
+        scenes = scenedetect.detect(path, detector)
+    except (scenedetect.VideoOpenFailure, cv2.error, OSError) as error:
+        raise MediaError(f"{path}: PySceneDetect cannot read the video ({' '.join(str(error).split())[:160]})") from error
+    scores = np.zeros(len(times))
+    for start, _ in scenes[1:]:
+        first = int(np.searchsorted(times, start.seconds - 1e-3))
+        if first < len(times):
+            scores[first] = 1.0
+    return scores
 
 
 def scene_set(scores, threshold=0.2):
@@ -120,6 +231,34 @@ def scene_set(scores, threshold=0.2):
     return chosen
 
 
+def read_cues(medium, settings, preprocess=None):
+    """What must be read from the video itself: (media type, path) -> frame indices, times, scene scores, pixels for CLIP.
+
+    indices, times and scores are lists of K; pixels (K, 3, h, w) float32 by `preprocess`, None without one. Holds CHUNK_BYTES of decoded
+    frames at a time, or one frame. MediaError when the medium cannot be read.
+    """
+    kind, path = medium
+    if kind == "image":
+        load_image(path)  # nothing is computed from it, but a broken one must be known
+        return [0], [0.0], [], None
+    reader = open_video(path)
+    indices, times, histograms, pixels, step = sample_frames(reader, settings), [], [], [], 1
+    while len(times) < len(indices):
+        frames, seconds = read_frames(reader, path, indices[len(times) : len(times) + step])  # (step, H, W, 3), (step,)
+        step = max(1, CHUNK_BYTES // frames[0].nbytes)
+        times += [round(float(second), 6) for second in seconds]
+        if settings.scene == "hsv":
+            histograms += [hsv_histogram(frame) for frame in frames]
+        if preprocess is not None:
+            pixels += [preprocess(Image.fromarray(frame)).numpy() for frame in frames]
+    if settings.scene == "hsv":
+        scores = histogram_distances(histograms)
+    else:
+        begin = float(reader.get_frame_timestamp([0])[0, 0])
+        scores = detector_scores(path, np.array(times) - begin, settings.scene, settings.scene_threshold)
+    return indices, times, [round(float(score), 6) for score in scores], np.stack(pixels) if pixels else None
+
+
 # ----------------------------------------------------------------------------------------------------------- the semantic cue
 
 
@@ -131,7 +270,6 @@ class Clip:
     preprocess: object  # PIL image -> (3, h, w) float
     tokenizer: object  # list of N str -> (N, context) int64, longer texts cut to the context
     device: str
-    texts: dict = field(default_factory=dict)  # question -> (D,) unit feature
 
 
 def load_clip(name, pretrained=None, device="cpu"):
@@ -153,35 +291,28 @@ def load_clip(name, pretrained=None, device="cpu"):
     except DataError:
         raise
     except (OSError, RuntimeError, ValueError, SafetensorError) as error:
-        raise DataError(f"CLIP model {name} ({pretrained}) cannot be loaded: {' '.join(str(error).split())[:300]}") from error
+        raise DataError(f"CLIP model {name} ({pretrained}) cannot be loaded, give --clip local-dir:FOLDER or --prior no_semantic: "
+                        f"{' '.join(str(error).split())[:300]}") from error
     return Clip(model.eval(), preprocess, tokenizer, device)
 
 
 @torch.no_grad()
-def encode_frames(frames, clip, batch=64):
-    """(K, H, W, 3) uint8 RGB -> (K, D) unit image features; they depend on the video only, so one call serves all its questions."""
-    features = []
-    for start in range(0, len(frames), batch):
-        pixels = torch.stack([clip.preprocess(Image.fromarray(frame)) for frame in frames[start : start + batch]])  # (batch, 3, h, w)
-        features.append(clip.model.encode_image(pixels.to(clip.device), normalize=True).float().cpu())  # (batch, D)
-    return torch.cat(features)
+def encode_pixels(pixels, clip, batch=64):
+    """(K, 3, h, w) float32 of clip.preprocess -> (K, D) unit image features; of the video only, so one call serves all its questions."""
+    parts = torch.as_tensor(pixels).split(batch)
+    return torch.cat([clip.model.encode_image(part.to(clip.device), normalize=True).float().cpu() for part in parts])
 
 
 @torch.no_grad()
 def encode_texts(texts, clip):
-    """N texts -> (N, D) unit text features; texts seen lately are not encoded again."""
-    if len(clip.texts) > KEPT_TEXTS:
-        clip.texts.clear()
-    new = list(dict.fromkeys(text for text in texts if text not in clip.texts))
-    if new:
-        features = clip.model.encode_text(clip.tokenizer(new).to(clip.device), normalize=True).float().cpu()  # (new, D)
-        clip.texts.update(zip(new, features, strict=True))
-    return torch.stack([clip.texts[text] for text in texts])
+    """N texts -> (N, D) unit text features."""
+    return clip.model.encode_text(clip.tokenizer(texts).to(clip.device), normalize=True).float().cpu()
 
 
 def semantic_scores(frames, question, clip):
     """(K, H, W, 3) uint8 RGB and a question -> (K,) cosine similarity of each frame with it, in [-1, 1]."""
-    return encode_frames(frames, clip) @ encode_texts([question], clip)[0]  # (K, D) @ (D,)
+    pixels = torch.stack([clip.preprocess(Image.fromarray(frame)) for frame in frames])  # (K, 3, h, w)
+    return encode_pixels(pixels, clip) @ encode_texts([question], clip)[0]  # (K, D) @ (D,)
 
 
 def semantic_set(scores, k=None):
@@ -204,52 +335,157 @@ def fuse(k, scene, semantic, w_base=0.1, w_scene=1.0, w_sem=3.0):
     return weights / weights.sum()
 
 
-def media_rows(examples, clip, arguments):
-    """The rows of examples that share one video or image, which is decoded and encoded once. MediaError when it cannot be read."""
-    indices, times, jumps, likeness = [0], [0.0], [], [[]] * len(examples)  # an image: one frame, no cues
-    if examples[0].media_type == "image":
-        load_image(examples[0].media)  # nothing is computed from it, but a broken one must be known
-    else:
-        indices = uniform_frames(len(open_video(examples[0].media)), arguments.frames)
-        frames, times = decode_frames(examples[0].media, indices)  # (K, H, W, 3), (K,)
-        jumps = scene_scores(frames)  # (K,)
-        likeness = encode_texts([example.question for example in examples], clip) @ encode_frames(frames, clip).T  # (N, D) @ (D, K)
-    times, jumps = ([round(float(value), 6) for value in values] for values in (times, jumps))
+def weigh(row, scene, semantic, settings):
+    """A row with these sets and the P that follows from them."""
+    w_scene = settings.w_scene if settings.prior in ("full", "no_semantic") else 0.0
+    w_sem = settings.w_sem if settings.prior in ("full", "no_scene") else 0.0
+    prior = fuse(len(row["frames"]), scene, semantic, settings.w_base, w_scene, w_sem)  # (K,)
+    return {**row, "scene": scene, "semantic": semantic, "prior": [float(f"{value:.9g}") for value in prior.tolist()],  # exact float32
+            "settings": {setting.name: getattr(settings, setting.name) for setting in fields(PriorSettings)}}
+
+
+def weigh_scores(row, settings):
+    """A row with its sets and P from its stored scores: what --scores does; no pixels are needed."""
+    scene = [position for position, score in enumerate(row["scene_scores"]) if score > 0]  # a detector's scores are 0 or 1
+    if settings.scene == "hsv":
+        scene = scene_set(row["scene_scores"], 0.2 if settings.scene_threshold is None else settings.scene_threshold)
+    return weigh(row, scene, semantic_set(row["semantic_scores"], settings.semantic_k), settings)
+
+
+def media_rows(examples, cues, clip, settings):
+    """Examples that share one video or image, and its cues (read_cues) -> their rows (see the top of this file).
+
+    clip None, or an image: no semantic scores. The rows depend on these examples and this medium alone, not on what was done before.
+    """
+    indices, times, jumps, pixels = cues
+    likeness = [[]] * len(examples)
+    if clip is not None and pixels is not None:
+        texts = [" ".join([example.question, *example.options]) if settings.semantic_options else example.question for example in examples]
+        likeness = encode_texts(texts, clip) @ encode_pixels(pixels, clip).T  # (N, D) @ (D, K)
     rows = []
     for example, scores in zip(examples, likeness, strict=True):
-        scores = [round(float(value), 6) for value in scores]  # rounded first: the sets follow from the scores in the file
-        scene, semantic = scene_set(jumps, arguments.scene_threshold), semantic_set(scores, arguments.semantic_k)
-        prior = fuse(len(indices), scene, semantic, arguments.w_base, arguments.w_scene, arguments.w_sem)  # (K,)
-        rows.append({
-            "problem_id": example.id, "frames": indices, "times": times, "scene_scores": jumps, "semantic_scores": scores, "scene": scene,
-            "semantic": semantic, "prior": [float(f"{value:.9g}") for value in prior.tolist()],  # nine digits give back the float32
-            "settings": {setting.name: getattr(arguments, setting.name) for setting in fields(PriorSettings)}})
+        row = {"problem_id": example.id, "question": example.question, "media": os.path.basename(example.media), "frames": indices,
+               "times": times, "scene_scores": jumps, "semantic_scores": [round(float(value), 6) for value in scores]}
+        rows.append(weigh_scores(row, settings))
     return rows
 
 
-def make_prior(example, clip, arguments):
-    """Video or image example -> its row of the priors file (see the top of this file). MediaError when the medium cannot be read."""
-    return media_rows([example], clip, arguments)[0]
+def make_prior(example, clip, settings):
+    """Video or image example -> its row of the priors file. MediaError when the medium cannot be read. Decodes in this process."""
+    cues = read_cues((example.media_type, example.media), settings, clip and clip.preprocess)
+    return media_rows([example], cues, clip, settings)[0]
 
 
-def build_priors(examples, clip, arguments):
-    """Examples -> (rows in their order, errors). arguments: PriorSettings.
+def start_worker():
+    """A decoding process: one thread a library, and no life without the process that it works for."""
+    torch.set_num_threads(1)
+    cv2.setNumThreads(1)
+    decord.logging.set_level(decord.logging.QUIET)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that it works for
+    threading.Thread(target=lambda: (multiprocessing.parent_process().join(), os._exit(1)), daemon=True).start()
 
-    errors: [{"problem_id", "media", "cause"}, ...] for examples whose medium cannot be read; they have no row and nothing replaces them.
-    Text-only examples have neither.
+
+def all_cues(media, settings, preprocess, workers=0, timeout=300.0):
+    """[(media type, path), ...] -> yields (medium, its cues or a MediaError) in the order in which they are finished.
+
+    workers: processes that decode, each one medium at a time; one that dies or takes more than `timeout` seconds costs its medium and is
+    replaced. 0: in this process, where a decoder that hangs, hangs.
     """
+    if workers == 0:
+        for medium in media:
+            try:
+                yield medium, read_cues(medium, settings, preprocess)
+            except MediaError as error:
+                yield medium, error
+        return
+    context = multiprocessing.get_context("forkserver")  # forks of a process without threads or CUDA: safe, and a new one takes no time
+    context.set_forkserver_preload(["prior"])
+    pool, waiting, media = ProcessPool(workers, max_tasks=1000, initializer=start_worker, context=context), {}, iter(media)
+    try:
+        while True:
+            for medium in islice(media, 2 * workers + 2 - len(waiting)):  # enough that none idles, few enough to hold their pixels
+                waiting[pool.schedule(read_cues, args=(medium, settings, preprocess), timeout=timeout)] = medium
+            if not waiting:
+                return
+            for done in wait(waiting, return_when=FIRST_COMPLETED).done:
+                medium = waiting.pop(done)
+                try:
+                    cues = done.result()
+                except MediaError as error:
+                    cues = error
+                except TimeoutError:
+                    cues = MediaError(f"{medium[1]}: not decoded within {timeout:g} s (--decode_timeout)")
+                except ProcessExpired as error:
+                    cues = MediaError(f"{medium[1]}: the decoder died of it (exit code {error.exitcode})")
+                yield medium, cues
+    finally:
+        pool.stop()
+        pool.join()
+
+
+def group_by_medium(examples):
+    """Examples -> {(media type, path): its examples}; text-only ones are left out."""
     groups = {}
     for example in examples:
         if example.media_type != "text":
             groups.setdefault((example.media_type, example.media), []).append(example)
-    rows, errors = {}, {}
-    for (_, media), group in tqdm(groups.items(), desc="priors", unit="medium"):
-        try:
-            rows.update((row["problem_id"], row) for row in media_rows(group, clip, arguments))
-        except MediaError as error:
-            errors.update((example.id, {"problem_id": example.id, "media": media, "cause": str(error)}) for example in group)
+    return groups
+
+
+def error_lines(examples, cause):
+    return [{"problem_id": example.id, "media": example.media, "cause": str(cause)} for example in examples]
+
+
+def build_priors(examples, clip, settings, workers=0, timeout=300.0):
+    """Examples -> (rows in their order, errors), in memory; for data sets of any size there is the command line.
+
+    errors: [{"problem_id", "media", "cause"}, ...] for examples whose medium cannot be read; they have no row and nothing replaces them.
+    Text-only examples have neither.
+    """
+    groups, rows, errors = group_by_medium(examples), {}, {}
+    cues_of_all = all_cues(groups, settings, clip and clip.preprocess, workers, timeout)
+    for medium, cues in tqdm(cues_of_all, total=len(groups), desc="priors", unit="video"):
+        if isinstance(cues, MediaError):
+            errors.update((line["problem_id"], line) for line in error_lines(groups[medium], cues))
+        else:
+            rows.update((row["problem_id"], row) for row in media_rows(groups[medium], cues, clip, settings))
     return ([rows[example.id] for example in examples if example.id in rows],
             [errors[example.id] for example in examples if example.id in errors])
+
+
+def frame_set_rows(examples, settings):
+    """Examples with the release's field frame_sets {"uniform", "scene", "semantic": frame indices} -> (rows, errors), as build_priors.
+
+    The K frames are the uniform set; a frame of another set counts for the sampled frame nearest to it. The videos are opened for the
+    frames' times, not decoded. DataError when a field is malformed or has another K.
+    """
+    rows, errors = [], []
+    for example in examples:
+        sets = example.extra["frame_sets"]
+        good = isinstance(sets, dict) and all(
+            isinstance(sets.get(name), list) and all(type(index) is int and index >= 0 for index in sets[name])
+            for name in ("uniform", "scene", "semantic")) and sets["uniform"]
+        if not good:
+            raise DataError(f"{example.id}: frame_sets must have the lists uniform (not empty), scene and semantic of frame indices")
+        frames = sorted(set(sets["uniform"]))
+        if len(frames) > settings.frames:
+            raise DataError(f"{example.id}: its frame_sets have {len(frames)} uniform frames, this run uses --frames {settings.frames}")
+        scene, semantic = (sorted({int(np.abs(np.array(frames) - index).argmin()) for index in sets[name]})
+                           for name in ("scene", "semantic"))
+        try:
+            times = [0.0]
+            if example.media_type == "video":
+                reader = open_video(example.media)
+                if frames[-1] >= len(reader):
+                    raise MediaError(f"{example.media}: its frame_sets name frame {frames[-1]}, the video ends with {len(reader) - 1}")
+                times = [round(float(time), 6) for time in reader.get_frame_timestamp(frames)[:, 0]]
+        except MediaError as error:
+            errors += error_lines([example], error)
+            continue
+        unscored = {"problem_id": example.id, "question": example.question, "media": os.path.basename(example.media), "frames": frames,
+                    "times": times, "scene_scores": [], "semantic_scores": []}
+        rows.append(weigh(unscored, scene, semantic, settings))
+    return rows, errors
 
 
 # --------------------------------------------------------------------------------------------------------------------- files
@@ -274,17 +510,14 @@ def check_row(row):
     return "" if abs(sum(prior) - 1) < 1e-3 else f"has a prior that sums to {sum(prior):.4g}, not 1"
 
 
-def load_priors(path, examples, frames):
-    """Priors file -> {problem_id: row} for the video and image examples given; text-only examples need none.
-
-    frames: the run's K. DataError (one sentence) when the file or a row is malformed, an example has no row, or a video's row was made
-    for another K. A video of fewer than K frames is fine: its row has all of its frames.
-    """
+def read_priors(path, unfinished=False):
+    """Yields the rows of a priors file. DataError (one sentence) when it or a row is malformed. unfinished: its last line may be torn."""
     if not os.path.isfile(path):
         raise DataError(f"priors file {path} not found (prior.py makes it)")
-    found = {}
     with open(path, encoding="utf-8") as file:
         for number, line in enumerate(file, 1):
+            if unfinished and not line.endswith("\n"):
+                return
             try:
                 row = json.loads(line)
             except json.JSONDecodeError as error:
@@ -292,56 +525,271 @@ def load_priors(path, examples, frames):
             fault = check_row(row)
             if fault:
                 raise DataError(f"priors file {path}, line {number} {fault}; build it again")
-            found[str(row["problem_id"])] = row
-    needed = [example for example in examples if example.media_type != "text"]
-    missing = [example.id for example in needed if example.id not in found]
+            yield {**row, "problem_id": str(row["problem_id"])}
+
+
+def other_question(row, example):
+    """Whether a row was made for another question or medium than the example that has its problem_id."""
+    return row.get("question", example.question) != example.question or row.get("media", "") not in ("", os.path.basename(example.media))
+
+
+def load_priors(path, examples, settings):
+    """Priors file -> {problem_id: row} for the video and image examples given; text-only examples need none.
+
+    settings: the run's PriorSettings. DataError (one sentence) when the file or a row is malformed, an example has no row, or a row was
+    made for another question, another K or with other weights. A video of fewer than K frames is fine: its row has all of its frames.
+    """
+    needed = {example.id: example for example in examples if example.media_type != "text"}
+    found = {row["problem_id"]: row for row in read_priors(path) if row["problem_id"] in needed}
+    missing = [problem for problem in needed if problem not in found]
     if missing:
         raise DataError(f"priors file {path} has no row for {len(missing)} of {len(needed)} examples, the first is {missing[0]}; "
                         "build it for this data set")
-    for example in needed:
-        indices = found[example.id]["frames"]
-        short = len(indices) < frames and indices == list(range(len(indices)))  # every frame of a short video, or an image's one
-        if example.media_type == "video" and len(indices) != frames and not short:
-            made_for = found[example.id].get("settings", {}).get("frames", len(indices))
-            raise DataError(f"the priors file {path} was made for K={made_for} frames, this run uses K={frames} "
-                            f"({example.id} has {len(indices)}); build it again with --frames {frames}")
-    return {example.id: found[example.id] for example in needed}
+    for problem, example in needed.items():
+        indices, made_with = found[problem]["frames"], found[problem].get("settings", {})
+        if other_question(found[problem], example):
+            raise DataError(f"priors file {path}: {problem} is another question there, or about another file; build it for this data set")
+        short = len(indices) < settings.frames and (indices == list(range(len(indices))) or made_with.get("fps"))  # a short video, or --fps
+        if example.media_type == "video" and len(indices) != settings.frames and not short:
+            raise DataError(f"the priors file {path} was made for K={made_with.get('frames', len(indices))} frames, this run uses "
+                            f"K={settings.frames} ({problem} has {len(indices)}); build it again with --frames {settings.frames}")
+        for name in FUSION:
+            if made_with.get(name, getattr(settings, name)) != getattr(settings, name):
+                raise DataError(f"the priors file {path} was made with --{name} {made_with[name]}, this run has {getattr(settings, name)}; "
+                                f"give the same here, or make another file by prior.py --scores {path}")
+    return {problem: found[problem] for problem in needed}
 
 
 def write_lines(path, rows):
     """Rows -> JSON lines, whole or not at all."""
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    unfinished = Path(f"{path}.tmp")
-    unfinished.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    unfinished = Path(f"{path}.tmp{os.environ.get('RANK', '')}")
+    with open(unfinished, "w", encoding="utf-8") as file:
+        file.writelines(json.dumps(row) + "\n" for row in rows)
     unfinished.replace(path)
 
 
+def append_lines(file, rows):
+    """Rows at the end of an unbuffered binary file."""
+    lines = "".join(json.dumps(row) + "\n" for row in rows).encode()
+    while lines:
+        lines = lines[file.write(lines) :]
+
+
+def shards(path):
+    """The file and what ranks have written aside for it, as far as they exist."""
+    return [file for file in (path, *sorted(path.parent.glob(f"{path.name}.shard*"))) if file.exists()]
+
+
+def whole_lines(file):
+    """Lines of a file that another rank may be writing to, or that a kill has cut: a torn last one is left out."""
+    text = file.read_bytes()
+    return text[: text.rfind(b"\n") + 1].decode().splitlines()
+
+
+def join_shards(path):
+    """One file of what several ranks have written. Any rank that sees all of it may do so; two at once write the same."""
+    files = shards(path)
+    if files in ([], [path]):
+        return
+    lines = dict.fromkeys(line for file in files for line in whole_lines(file))  # a row is the same whoever made it
+    unfinished = Path(f"{path}.tmp{os.getpid()}")
+    unfinished.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+    unfinished.replace(path)
+    for file in files:
+        if file != path:
+            file.unlink(missing_ok=True)
+
+
+def finished(output, examples, settings):
+    """problem_ids of the rows that this and other ranks have written so far.
+
+    DataError when they belong to another data set or were made with other settings.
+    """
+    by_id, done = {example.id: example for example in examples}, set()
+    for row in (row for file in shards(output) for row in read_priors(file, unfinished=True)):
+        problem = row["problem_id"]
+        if problem not in by_id or other_question(row, by_id[problem]):
+            raise DataError(f"{output} has a row of another data set ({problem}); choose another --output")
+        for setting in fields(PriorSettings):
+            made_with, wanted = row.get("settings", {}).get(setting.name), getattr(settings, setting.name)
+            if made_with != wanted:
+                raise DataError(f"{output} has rows made with --{setting.name} {made_with}, this run has {wanted}; choose another --output")
+        done.add(problem)
+    return done
+
+
+# ------------------------------------------------------------------------------------------------------------- command lines
+
+
+def cores():
+    """Processor cores for this rank: torchrun and deepspeed say how many ranks share the machine."""
+    return max(1, cv2.getNumberOfCPUs() // int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", 1))))
+
+
+def clip_of(arguments, workers):
+    """The semantic cue's model, or None where P has no semantic cue; on a CPU it has the threads that the workers leave."""
+    if arguments.prior in ("no_semantic", "uniform"):
+        return None
+    torch.set_num_threads(max(1, cores() - workers))
+    device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
+    return load_clip(arguments.clip, arguments.clip_pretrained, device)
+
+
+def run_dataset(arguments):
+    """Rows of a data set, appended to --output as they are made; the last of several ranks to end joins what they have written."""
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    output, errors_file, unusable = Path(arguments.output), Path(f"{arguments.output}.errors.jsonl"), []
+    examples = load_examples(arguments.dataset_name, arguments.media_root, unusable)
+    groups, done = group_by_medium(examples), finished(output, examples, arguments)
+    mine = [medium for index, medium in enumerate(groups) if index % world == rank]
+    left = [medium for medium in mine if any(example.id not in done for example in groups[medium])]
+    workers = arguments.workers
+    if workers is None:
+        on_cpu = arguments.prior in ("full", "no_scene") and not torch.cuda.is_available()
+        workers = max(1, cores() // 2) if on_cpu else cores()
+    clip = clip_of(arguments, workers) if left else None
+    own, own_errors = (file if world == 1 else Path(f"{file}.shard{rank}of{world}") for file in (output, errors_file))
+    own.parent.mkdir(parents=True, exist_ok=True)
+    for file in shards(errors_file) if rank == 0 else []:
+        if world == 1 or not file.name.endswith(f"of{world}"):
+            file.unlink()  # of an earlier run; what it names is tried again
+    with open(own, "ab+", buffering=0) as rows_out, open(own_errors, "wb", buffering=0) as errors_out:
+        rows_out.seek(0)
+        rows_out.truncate(rows_out.read().rfind(b"\n") + 1)  # a line that a kill has torn
+        append_lines(errors_out, unusable if rank == 0 else [])
+        made = all_cues(left, arguments, clip and clip.preprocess, workers, arguments.decode_timeout)
+        for medium, cues in tqdm(made, desc="priors", unit="video", initial=len(mine) - len(left), total=len(mine), disable=rank > 0):
+            if isinstance(cues, MediaError):
+                append_lines(errors_out, error_lines([example for example in groups[medium] if example.id not in done], cues))
+            else:
+                rows = media_rows(groups[medium], cues, clip, arguments)  # all of the medium's, so that a resumed run computes the same
+                append_lines(rows_out, [row for row in rows if row["problem_id"] not in done])
+    done = finished(output, examples, arguments)
+    errors = [json.loads(line) for file in shards(errors_file) for line in whole_lines(file)]
+    needed, named = {example.id for group in groups.values() for example in group}, {error["problem_id"] for error in errors}
+    if needed - done - named:
+        print(f"rank {rank} of {world} has done its part; the last rank to end writes {output}")
+        return
+    join_shards(output)
+    join_shards(errors_file)
+    if not errors:
+        errors_file.unlink(missing_ok=True)
+    if errors and not done:
+        output.unlink()
+        raise DataError(f"none of the {len(errors)} examples can be used (see {errors_file}); the first: {errors[0]['cause']}")
+    print(f"{len(done)} priors are in {output}; {len(errors)} examples could not be used{f' (see {errors_file})' if errors else ''}; "
+          f"{len(examples) - len(needed)} text-only examples need none")
+    report_evidence(output, examples)
+    if arguments.export_frame_sets:
+        export_frame_sets(arguments)
+
+
+def report_evidence(path, examples):
+    """Where the data set knows the evidence of an answer: how well the priors find it."""
+    known, found, mass = {example.id: example.evidence for example in examples if example.evidence}, [], []
+    for row in read_priors(path) if known else []:
+        inside = [any(start <= time < end for start, end in known.get(row["problem_id"], ())) for time in row["times"]]
+        if any(inside):
+            found.append(any(inside[position] for position in row["semantic"]))
+            mass.append((sum(value for value, here in zip(row["prior"], inside, strict=True) if here), sum(inside) / len(inside)))
+    if found:
+        prior, uniform = np.array(mass).T
+        print(f"{len(found)} questions of known evidence: {np.mean(found):.3f} have it among the semantic cue's frames; P's mass on it is "
+              f"{np.mean(prior / uniform):.2f} times uniform's (mean of ratios; ratio of means {prior.mean() / uniform.mean():.2f})")
+
+
+def export_frame_sets(arguments):
+    """The data set with the release's frame_sets in every row that has a prior, the other rows as they are."""
+    sets, rows = {}, read_rows(arguments.dataset_name)
+    for made in read_priors(arguments.output):
+        frames = made["frames"]
+        sets[made["problem_id"]] = {"uniform": frames, **{name: [frames[at] for at in made[name]] for name in ("scene", "semantic")}}
+    for index, row in enumerate(rows):
+        found = sets.pop(row_id(row, index), None) if isinstance(row, dict) else None  # a repeated id has no prior
+        if found:
+            row["frame_sets"] = found
+    Path(arguments.export_frame_sets).write_text(json.dumps(rows, indent=1), encoding="utf-8")
+    count = sum("frame_sets" in row for row in rows if isinstance(row, dict))
+    print(f"{count} of {len(rows)} rows have frame_sets in {arguments.export_frame_sets}")
+
+
+def run_scores(arguments):
+    """The rows of --scores under this command's fusion settings. The cues' settings are the file's."""
+    defaults, rows = PriorSettings(), []
+    for row in read_priors(arguments.scores):
+        made_with = row.get("settings", {})
+        for setting in fields(PriorSettings):
+            name, value = setting.name, getattr(arguments, setting.name)
+            if name not in FUSION and value not in (getattr(defaults, name), made_with.get(name)):
+                raise DataError(f"{arguments.scores} was made with --{name} {made_with.get(name)}, not {value}; that takes the videos")
+        settings = PriorSettings(**{**made_with, **{name: getattr(arguments, name) for name in FUSION}})
+        video = row["media"] and row["scene_scores"]
+        if video and settings.prior in ("full", "no_scene") and not row["semantic_scores"]:
+            raise DataError(f"{arguments.scores} has no semantic scores (it was made with --prior {made_with['prior']})")
+        rows.append(weigh_scores(row, settings))
+    write_lines(arguments.output, rows)
+    print(f"{len(rows)} priors are in {arguments.output}, from the scores in {arguments.scores}")
+
+
+def run_video(arguments):
+    """One video's prior as a table and a picture."""
+    clip = clip_of(arguments, 0)
+    example = Example("0", arguments.question, [], "free-form", "", os.path.abspath(arguments.video), "video")
+    row = make_prior(example, clip, arguments)
+    print("frame    time    scene  semantic      P")
+    semantic = row["semantic_scores"] or [math.nan] * len(row["frames"])
+    for position, (frame, time, jump, likeness, prior) in enumerate(
+            zip(row["frames"], row["times"], row["scene_scores"], semantic, row["prior"], strict=True)):
+        marks = ["*" if position in row[name] else " " for name in ("scene", "semantic")]
+        print(f"{frame:5d} {time:6.1f} s  {jump:6.3f}{marks[0]} {likeness:8.3f}{marks[1]} {prior:6.3f} {'#' * round(100 * prior)}")
+    draw_prior(row, decode_frames(example.media, row["frames"])[0], arguments.output)
+    print(f"* begins a scene, or is among the frames most like the question. Drawn in {arguments.output}")
+
+
+def draw_prior(row, frames, path):
+    """Picture of one row: its frames (K, H, W, 3) uint8 above the two cues and P; the frames that a cue names are filled."""
+    from matplotlib.figure import Figure
+    count, settings = len(frames), row["settings"]
+    figure = Figure(figsize=(max(6, 0.8 * count), 6), layout="constrained")
+    figure.suptitle(textwrap.fill(row["question"], max(60, 9 * count)))
+    lines = (("scene_scores", "scene", "#0072B2"), ("semantic_scores", "semantic", "#D55E00"), ("prior", "P", "#009E73"))
+    lines = [line for line in lines if row[line[0]]]  # without CLIP there are no semantic scores
+    grid = figure.add_gridspec(1 + len(lines), count, height_ratios=(0.8, *(1 for _ in lines)))
+    for position, frame in enumerate(frames):
+        axes = figure.add_subplot(grid[0, position], title=f"{row['times'][position]:.1f} s")
+        axes.title.set_fontsize(8)
+        axes.imshow(frame)
+        axes.set_axis_off()
+    for line, (name, label, colour) in enumerate(lines, 1):
+        axes = figure.add_subplot(grid[line, :], ylabel=name.replace("_", " "), xlim=(-0.5, count - 0.5), xticks=range(count))
+        values = row[name]
+        floor = min(values) - 0.1 * (max(values) - min(values)) if label == "semantic" else 0.0  # cosines differ little: zoomed in on
+        bars = axes.bar(range(count), [value - floor for value in values], bottom=floor, color="white", edgecolor=colour)
+        for position in row.get(label, range(count)):
+            bars[position].set_facecolor(colour)
+        if label == "scene" and settings["scene"] == "hsv":
+            axes.axhline(0.2 if settings["scene_threshold"] is None else settings["scene_threshold"], color="grey", linestyle="--")
+    axes.set_xlabel("sampled frame; filled: chosen by the cue; dashed: the least score of a scene cut")
+    figure.savefig(path, dpi=110)
+
+
 def main():
-    parser = HfArgumentParser(PriorArguments, allow_abbrev=False, description=(
-        "Build the consensus priors of a data set: for every question, which of K evenly sampled frames of its video to rest on "
-        "(VideoCFR, arXiv 2606.18441, Eq. 1-2). Writes one JSON line an example. Exit code 0: done, media that could not be read are "
-        "counted and listed; 2: nothing written, with one sentence saying why."))
+    parser = HfArgumentParser(PriorArguments, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, description=(
+        f"{__doc__}\nExit code 0: done; what could not be used is counted and listed in OUTPUT.errors.jsonl. 2: bad input, or a file that "
+        "cannot be written;\none sentence says which. 130: interrupted; the same command continues. 1: a fault of this program, with its "
+        "trace."))
     namespace = parser.parse_args()
     try:
         arguments = PriorArguments(**vars(namespace))
-        examples = load_examples(arguments.dataset_name, arguments.media_root)
-        if os.path.exists(arguments.output) and os.path.samefile(arguments.output, arguments.dataset_name):
-            raise DataError(f"--output {arguments.output} is the data set itself")
-        clip = load_clip(arguments.clip, arguments.clip_pretrained, "cuda" if torch.cuda.is_available() else "cpu")
-        rows, errors = build_priors(examples, clip, arguments)
-        if errors and not rows:
-            raise DataError(f"none of the {len(errors)} examples' media can be read; the first: {errors[0]['cause']}")
-    except DataError as error:
+        run = run_video if arguments.video else run_scores if arguments.scores else run_dataset
+        run(arguments)
+    except (DataError, OSError) as error:  # OSError: a file that cannot be written, a full disk
         print(f"prior.py: error: {error}", file=sys.stderr)
         sys.exit(2)
-    write_lines(arguments.output, rows)
-    log = Path(f"{arguments.output}.errors.jsonl")
-    log.unlink(missing_ok=True)  # of an earlier run
-    if errors:
-        write_lines(log, errors)
-    left_out = len(examples) - len(rows) - len(errors)
-    print(f"{len(rows)} priors written to {arguments.output}; {len(errors)} examples skipped for unreadable media"
-          f"{f' (see {log})' if errors else ''}; {left_out} text-only examples need none")
+    except KeyboardInterrupt:
+        print("prior.py: interrupted; the same command continues", file=sys.stderr)
+        sys.exit(130)
 
 
 if __name__ == "__main__":

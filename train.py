@@ -591,10 +591,17 @@ def on_main_first(work):
 
 
 def priors_for(arguments, settings, examples, name, file=None):
-    """Rows of the priors of `examples` and what was skipped: from a priors file and its list of errors, else computed on rank 0."""
+    """Rows of the priors of `examples` and what was skipped: from a priors file and its list of errors, else from the examples' own
+    frame_sets, else computed; on rank 0."""
     def build():
-        clip = prior.load_clip(settings.clip, settings.clip_pretrained, deepspeed.get_accelerator().current_device_name())
-        rows, errors = prior.build_priors(examples, clip, settings)
+        rows, errors = prior.frame_set_rows([example for example in examples if "frame_sets" in example.extra], settings)
+        others = [example for example in examples if "frame_sets" not in example.extra]
+        if others:
+            clip = None
+            if settings.prior in ("full", "no_scene"):
+                clip = prior.load_clip(settings.clip, settings.clip_pretrained, deepspeed.get_accelerator().current_device_name())
+            more_rows, more_errors = prior.build_priors(others, clip, settings)
+            rows, errors = rows + more_rows, errors + more_errors
         prior.write_lines(path, rows)
         return {error["problem_id"]: error["cause"] for error in errors}
 
@@ -608,7 +615,7 @@ def priors_for(arguments, settings, examples, name, file=None):
         skipped = on_main_first(build)
     for problem, cause in skipped.items():
         say(f"skipped {problem}: {cause}")
-    return prior.load_priors(path, [example for example in examples if example.id not in skipped], settings.frames), skipped
+    return prior.load_priors(path, [example for example in examples if example.id not in skipped], settings), skipped
 
 
 def run(arguments, settings):

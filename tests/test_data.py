@@ -15,6 +15,7 @@ from data import (
     Encoder,
     Example,
     MediaError,
+    answer_type,
     build_prompt,
     chat_text,
     decode_frames,
@@ -24,6 +25,7 @@ from data import (
     parse_example,
     parse_time,
     resize_frames,
+    split_options,
     strip_tag,
     target_text,
     uniform_frames,
@@ -107,6 +109,8 @@ def test_rows_without_optional_fields(tmp_path):
     ({"path": "../secret.mp4"}, "outside the media root"),
     ({"path": "videos/../../secret.mp4"}, "outside the media root"),
     ({"path": "/etc/passwd"}, "outside the media root"),
+    ({"path": ["a.mp4"]}, "a path that is none"),
+    ({"path": "a\0.mp4"}, "a path that is none"),
 ])
 def test_a_bad_row_is_named(tmp_path, change, message):
     with pytest.raises(DataError, match=rf"row 1 \(problem_id 8\).*{message}"):
@@ -164,8 +168,92 @@ def test_bad_json_lines_and_bytes_are_named(tmp_path):
 def test_a_missing_file_and_repeated_ids_are_named(tmp_path):
     with pytest.raises(DataError, match="nowhere.json not found"):
         load_examples(tmp_path / "nowhere.json")
-    with pytest.raises(DataError, match="data.json repeats 2 problem_id"):
-        load_examples(write_dataset(tmp_path, [ROW, ROW, {**ROW, "problem_id": "7"}, {**ROW, "problem_id": 9}]))
+    with pytest.raises(DataError, match="data.json: row 2 repeats the problem_id 7 of row 0"):
+        load_examples(write_dataset(tmp_path, [ROW, {**ROW, "problem_id": 9}, {**ROW, "problem_id": "7"}]))
+
+
+def test_unusable_rows_are_listed_when_asked_for(tmp_path):
+    rows = [ROW, 3, {**ROW, "problem_id": 8, "path": "../x.mp4"}, {**ROW, "problem": "Again?"}, {**ROW, "problem_id": 9, "solution": ""},
+            {"sample_id": 4, "task_progress_metadata": []}, {**ROW, "problem_id": 10}]
+    errors = []
+    examples = load_examples(write_dataset(tmp_path, rows), errors=errors)
+    assert [(example.id, example.question) for example in examples] == [("7", "What moves?"), ("10", "What moves?")]  # the first 7 is kept
+    assert [(error["problem_id"], error["media"]) for error in errors] == [
+        ("1", None), ("8", "../x.mp4"), ("7", "./videos/a.mp4"), ("9", "./videos/a.mp4"), ("4", None)]
+    causes = ["not an object", "outside the media root", "repeats the problem_id 7 of row 0", "has no solution", "lacks a field"]
+    assert all(cause in error["cause"] for cause, error in zip(causes, errors, strict=True))
+
+
+# ----------------------------------------------------------------------------------- rows of other projects (shared/evaluation.md, 2)
+
+
+def one(folder, row):
+    [example] = load_examples(write_dataset(folder, [row]))
+    return example, example.media.removeprefix(f"{folder.resolve()}/")
+
+
+@pytest.mark.parametrize("text, expected", [
+    ("Why?\nA. x\nB. y", ("Why?", ["A. x", "B. y"])),
+    ("Why?\nOr not?\n(A) x\n(B) y z", ("Why?\nOr not?", ["A. x", "B. y z"])),
+    ("Why?\nB. y\nA. x\nC. z", ("Why?\nB. y", ["A. x\nC. z"])),  # letters out of order begin nothing
+    ("A ball or a cube?", ("A ball or a cube?", [])),
+    ("Who wins? A. red B. blue", ("Who wins? A. red B. blue", [])),  # in one line they stay in the question
+])
+def test_split_options(text, expected):
+    assert split_options(text) == expected
+
+
+def test_a_row_of_tw_grpo(tmp_path):
+    example, path = one(tmp_path, {"problem": "Which will not happen?\nA. The sphere hits\nB. The balls collide\nC. The cone exits",
+                                   "solution": "<answer>A,C</answer>", "video": "/CLEVRER/validation/v1.mp4", "glue": [[1.5, 4]]})
+    assert example.question == "Which will not happen?"
+    assert example.options == ["A. The sphere hits", "B. The balls collide", "C. The cone exits"]
+    assert (example.answer, example.problem_type, example.media_type) == ("A,C", "multiple choice", "video")
+    assert path == "CLEVRER/validation/v1.mp4"
+    assert example.evidence == [(1.5, 4.0)] and example.id == "0"
+    row = {key: value for key, value in ROW.items() if key != "path"}
+    renamed, _ = one(tmp_path, {**row, "video": "/x.mp4", "problem_type": "numerical"})
+    assert (renamed.id, renamed.problem_type, renamed.options) == ("7", "numerical", ["A. a ball", "B. a car"])  # what the row says is kept
+
+
+def test_rows_of_seed_bench(tmp_path):
+    row = {"sample_id": 1, "video_source": "Ego4D", "video_basename": "v.mp4", "current_observation_basename": "v.png",
+           "question": "What next?", "task_progress_metadata": [{"narration_text": "take cup", "start_frame": 10, "stop_frame": 50}]}
+    valid, path = one(tmp_path, {**row, "choice_a": "stir", "choice_b": "pour", "choice_c": "cut", "choice_d": "wash",
+                                 "golden_choice_idx": "B", "answer": "pour"})
+    assert (valid.id, valid.question, valid.options, valid.answer) == ("1", "What next?", ["A. stir", "B. pour", "C. cut", "D. wash"], "B")
+    assert (valid.media_type, path, valid.extra["current_observation"]) == ("video", "videos/Ego4D/v.mp4", "images/Ego4D/v.png")
+    train = {**row, "answer": "pour", "negative_answers": ["stir", "cut", "wash", "peel"]}
+    example, _ = one(tmp_path, train)
+    texts = [option[3:] for option in example.options]
+    assert example.options[ord(example.answer) - ord("A")][3:] == "pour" and len(set(texts)) == 4
+    assert set(texts) - {"pour"} < {"stir", "cut", "wash", "peel"} and one(tmp_path, train)[0] == example  # shuffled once and for all
+    orders = {one(tmp_path, {**train, "sample_id": number})[0].answer for number in range(12)}
+    assert len(orders) > 1
+    image, path = one(tmp_path, {**train, "task_progress_metadata": []})
+    assert (image.media_type, path) == ("image", "images/Ego4D/v.png")
+
+
+def test_rows_of_video_r2(tmp_path):
+    row = {"video": "v/abc.mp4", "temporal_grounding": {"00:10-00:14": "Red car passes the blue car."}, "conversations": [
+        {"from": "human", "value": "<video>\nWho wins?\nA. red\nB. blue"},
+        {"from": "gpt", "value": "<think>At 00:12 red passes.</think><answer>A</answer>"}]}
+    example, path = one(tmp_path, row)
+    assert (example.question, example.options, example.answer, path) == ("Who wins?", ["A. red", "B. blue"], "A", "v/abc.mp4")
+    assert example.reasoning == "At 00:12 red passes." and example.grounding == [(10, 14, "Red car passes the blue car.")]
+    assert one(tmp_path, {**row, "video": ["v/abc.mp4"]})[1] == "v/abc.mp4"
+    image, path = one(tmp_path, {**{key: value for key, value in row.items() if key != "video"}, "image": "p.png"})
+    assert (image.media_type, path) == ("image", "p.png")
+    for change in ({"video": ["a.mp4", "b.mp4"]}, {"conversations": row["conversations"][:1]}, {"conversations": 3}):
+        with pytest.raises(DataError, match="row 0"):
+            one(tmp_path, {**row, **change})
+
+
+@pytest.mark.parametrize("answer, expected", [
+    ("A", "multiple choice"), ("(b)", "multiple choice"), ("C.", "multiple choice"), ("blue car", "OCR"), ("42", "numerical"),
+    ("-1,200.5", "numerical"), ("0.12345", "regression"), ("a man walks over to the table", "free-form")])
+def test_answer_type(answer, expected):
+    assert answer_type(answer) == expected
 
 
 def test_tags_and_times():

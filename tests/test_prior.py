@@ -2,11 +2,16 @@
 
 import json
 import os
+import signal
+import struct
 import subprocess
 import sys
+import time
+from fractions import Fraction
 from pathlib import Path
 from types import SimpleNamespace
 
+import av
 import cv2
 import numpy as np
 import open_clip
@@ -21,7 +26,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 import prior  # noqa: E402
-from data import DataError, Example, decode_frames, load_examples  # noqa: E402
+from data import DataError, Example, MediaError, decode_frames, load_examples  # noqa: E402
 
 WORDS = "which what colour is the ball scene comes first red green blue".split()
 
@@ -50,6 +55,13 @@ def backgrounds(size=96):
     dotted = np.where((x % 14 - 7) ** 2 + (y % 14 - 7) ** 2 < 18, 145, 90)[..., None].repeat(3, 2)
     plain, red, blue = (np.full((size, size, 3), colour) for colour in (75, (200, 60, 60), (60, 60, 200)))
     return [striped, dotted, plain, red, blue]
+
+
+def pictures(seed=0, size=96):
+    """Five scenes with the coarse structure of photographs, of different brightness: 6 by 6 random colours, smoothly enlarged."""
+    coarse, ranges = np.random.default_rng(seed).random((5, 6, 6, 3)), ((20, 110), (120, 235), (60, 150), (170, 255), (0, 70))
+    levels = [(low + picture * (high - low)).astype(np.uint8) for picture, (low, high) in zip(coarse, ranges, strict=True)]
+    return [cv2.resize(picture, (size, size), interpolation=cv2.INTER_CUBIC).astype(float) for picture in levels]
 
 
 @pytest.fixture(scope="session")
@@ -192,6 +204,124 @@ def test_no_cut_in_a_static_noisy_video(tmp_path, sigma, grey):
     assert prior.scene_set(prior.scene_scores(frames)) == []
 
 
+def cuts(scores, scene):
+    return prior.scene_set(scores) if scene == "hsv" else [i for i, score in enumerate(scores) if score == 1]
+
+
+@pytest.mark.parametrize("detector", ["hsv", "content", "adaptive", "hash", "histogram"])
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("k", [16, 32])
+def test_every_detector_finds_every_hard_cut(tmp_path, detector, seed, k):
+    rng, lengths = np.random.default_rng(1), [24, 40, 16, 32, 20]
+    write_video(tmp_path / "cuts.mp4", [frame for scene, n in zip(pictures(seed), lengths, strict=True) for frame in noisy(scene, n, rng)])
+    indices, _, scores, pixels = prior.read_cues(("video", str(tmp_path / "cuts.mp4")), arguments(frames=k, scene=detector))
+    starts = np.cumsum(lengths)[:-1]
+    assert cuts(scores, detector) == [next(i for i, index in enumerate(indices) if index >= start) for start in starts]
+    assert pixels is None
+
+
+def test_the_threshold_detector_finds_cuts_through_black(tmp_path):
+    rng, black = np.random.default_rng(1), np.zeros((96, 96, 3))
+    parts = [(pictures()[0], 30), (black, 8), (pictures()[1], 30), (black, 6), (pictures()[2], 30)]
+    write_video(tmp_path / "fades.mp4", [frame for scene, n in parts for frame in noisy(scene, n, rng, 2)])
+    indices, _, scores, _ = prior.read_cues(("video", str(tmp_path / "fades.mp4")), arguments(frames=32, scene="threshold"))
+    found = [indices[i] for i, score in enumerate(scores) if score == 1]
+    step = indices[1] - indices[0]
+    assert len(found) == 2 and all(begin <= index <= end + step for index, (begin, end) in zip(found, [(30, 38), (68, 74)], strict=True))
+
+
+@pytest.mark.parametrize("detector", ["hsv", "content", "adaptive", "hash", "histogram", "threshold"])
+@pytest.mark.parametrize("picture", range(3))
+def test_no_detector_finds_a_cut_in_a_static_video(tmp_path, detector, picture):
+    write_video(tmp_path / "static.mp4", noisy(pictures()[picture], 80, np.random.default_rng(2), 6))
+    scores = prior.read_cues(("video", str(tmp_path / "static.mp4")), arguments(frames=16, scene=detector))[2]
+    assert cuts(scores, detector) == [] and (detector == "hsv" or set(scores) == {0.0})
+
+
+def test_a_threshold_is_the_detectors_own(tmp_path):
+    frames = noisy(pictures()[0], 24, np.random.default_rng(1)) + noisy(pictures()[1], 24, np.random.default_rng(1))
+    path = str(write_video(tmp_path / "cut.mp4", frames))
+    scores = [sum(prior.read_cues(("video", path), arguments(scene="content", scene_threshold=threshold))[2]) for threshold in (None, 250)]
+    assert scores == [1, 0]
+
+
+# ------------------------------------------------------------------------------------------------- frames: fps, VFR, rotation, size
+
+
+def write_av(path, frames, times=None, codec="mpeg4", fps=8, **options):
+    """Frames with PyAV, at any times (milliseconds)."""
+    with av.open(str(path), "w", options=options) as container:
+        stream = container.add_stream(codec, rate=fps)
+        stream.width, stream.height, stream.pix_fmt = frames[0].shape[1], frames[0].shape[0], "yuv420p"
+        stream.codec_context.time_base = Fraction(1, 1000)
+        for index, array in enumerate(frames):
+            frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(array), format="rgb24")
+            frame.pts, frame.time_base = times[index] if times else index * 1000 // fps, Fraction(1, 1000)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    return str(path)
+
+
+@pytest.mark.parametrize("fps, expected", [
+    (None, [0, 7, 13, 20, 27, 34, 40, 47]),  # K = 8 of 48
+    (1, [0, 9, 19, 28, 38, 47]),  # 6 s at 1 fps: 6 frames, steps of 47 / 5
+    (4, [0, 7, 13, 20, 27, 34, 40, 47]),  # 24 frames, capped at 8
+    (0.01, [0]),
+])
+def test_fps(media, fps, expected):
+    indices, times, _, _ = prior.read_cues(("video", str(media / "scenes.mp4")), arguments(fps=fps))
+    assert indices == expected and times == [index / 8 for index in indices]
+
+
+@pytest.mark.parametrize("scene", ["hsv", "content"])
+def test_variable_frame_rate(tmp_path, scene):
+    frames = [frame for background in pictures()[:3] for frame in noisy(background, 16, np.random.default_rng(0))]
+    times = [125 * i if i < 16 else 2000 + 500 * (i - 16) for i in range(48)]  # 8 fps for 2 s, then 2 fps
+    path = write_av(tmp_path / "vfr.mp4", frames, times)
+    indices, seconds, scores, _ = prior.read_cues(("video", path), arguments(scene=scene, frames=12))
+    assert seconds == pytest.approx([times[index] / 1000 for index in indices], abs=2e-3)
+    assert cuts(scores, scene) == [next(i for i, index in enumerate(indices) if index >= start) for start in (16, 32)]
+
+
+def test_a_stream_that_begins_late(tmp_path):
+    frames = [frame for background in pictures()[:2] for frame in noisy(background, 24, np.random.default_rng(0))]
+    path = write_av(tmp_path / "late.mkv", frames, [5000 + 125 * i for i in range(48)])
+    for scene in ("hsv", "content"):
+        indices, _, scores, _ = prior.read_cues(("video", path), arguments(scene=scene))
+        assert cuts(scores, scene) == [next(i for i, index in enumerate(indices) if index >= 24)]
+
+
+def rotate(path):
+    """Writes a display matrix of 90 degrees into the track header of an mp4."""
+    data = bytearray(path.read_bytes())
+    identity = struct.pack(">9i", 65536, 0, 0, 0, 65536, 0, 0, 0, 1 << 30)
+    at = data.index(identity, data.index(b"tkhd"))
+    data[at : at + 36] = struct.pack(">9i", 0, 65536, 0, -65536, 0, 0, 96 << 16, 0, 1 << 30)
+    path.write_bytes(data)
+
+
+def test_a_rotated_video_is_seen_upright(tmp_path):
+    frame = np.zeros((96, 160, 3), np.uint8)
+    frame[:, :80] = (200, 30, 30)  # red on the left; turned by 90 degrees clockwise, red on top
+    write_av(tmp_path / "turned.mp4", [frame] * 10)
+    rotate(tmp_path / "turned.mp4")
+    shapes = []
+    prior.read_cues(("video", str(tmp_path / "turned.mp4")), arguments(), lambda image: shapes.append(image.copy()) or torch.zeros(3, 1, 1))
+    assert shapes[0].size == (96, 160)
+    top, bottom = np.asarray(shapes[0])[20, 48], np.asarray(shapes[0])[140, 48]
+    assert top[0] > 150 and bottom[0] < 60
+
+
+def test_large_frames_are_not_held_together(tmp_path):
+    write_video(tmp_path / "large.mp4", [np.full((2304, 4096, 3), 10 * i, np.uint8) for i in range(24)])  # 28 MB a frame, 680 MB in all
+    code = ("import resource, prior; peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss; before = peak();"
+            f"indices = prior.read_cues(('video', {str(tmp_path / 'large.mp4')!r}), prior.PriorSettings(frames=24))[0];"
+            "print(len(indices), (peak() - before) // 1024)")
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    count, megabytes = map(int, done.stdout.split())
+    assert count == 24 and megabytes < 500, megabytes
+
+
 # ----------------------------------------------------------------------------------------------------------------------- CLIP
 
 
@@ -212,7 +342,7 @@ def test_semantic_scores_are_cosines(clip):
     assert scores.shape == (3,)
     assert torch.allclose(scores, torch.cosine_similarity(image, text), atol=1e-6)
     assert scores.unique().numel() == 3
-    assert torch.allclose(prior.encode_frames(frames, clip, batch=2), prior.encode_frames(frames, clip), atol=1e-6)
+    assert torch.allclose(prior.encode_pixels(pixels, clip, batch=2), prior.encode_pixels(pixels.numpy(), clip), atol=1e-6)
 
 
 def test_a_question_longer_than_the_context_is_cut(clip):
@@ -251,8 +381,10 @@ def test_row_of_a_video(clip, media):
     assert row["scene"] == [3, 5]  # scenes begin at frames 16 and 32
     assert row["semantic"] == prior.semantic_set(row["semantic_scores"]) and len(row["semantic"]) == 2
     assert torch.equal(torch.tensor(row["prior"]), prior.fuse(8, row["scene"], row["semantic"]))
-    assert row["settings"] == {"frames": 8, "scene_threshold": 0.2, "semantic_k": None, "clip": "ViT-B-32", "clip_pretrained": "openai",
-                               "w_base": 0.1, "w_scene": 1.0, "w_sem": 3.0}
+    assert (row["question"], row["media"]) == ("which scene comes first", "scenes.mp4")
+    assert row["settings"] == {
+        "frames": 8, "fps": None, "scene": "hsv", "scene_threshold": None, "semantic_k": None, "semantic_options": False,
+        "clip": "ViT-B-32", "clip_pretrained": "openai", "prior": "full", "w_base": 0.1, "w_scene": 1.0, "w_sem": 3.0}
     assert torch.equal(torch.tensor(json.loads(json.dumps(row))["prior"]), torch.tensor(row["prior"]))
     changed = prior.make_prior(example(media, "scenes.mp4"), clip, arguments(semantic_k=1, w_sem=0.0, scene_threshold=1.0))
     assert changed["prior"] == pytest.approx([1 / 8] * 8) and len(changed["semantic"]) == 1 and changed["scene"] == []
@@ -273,25 +405,104 @@ def test_build_priors_groups_by_medium_and_names_broken_media(clip, media, monke
              "scenes.mp4"]
     questions = ["which scene", "what", "what", "the ball", "what", "what", "what", "what", "what", "first red green"]
     examples = [example(media, name, question, str(index)) for index, (name, question) in enumerate(zip(names, questions, strict=True))]
-    decoded = []
-    monkeypatch.setattr(prior, "decode_frames", lambda path, indices: decoded.append(path) or decode_frames(path, indices))
+    decoded, read_frames = [], prior.read_frames
+    monkeypatch.setattr(prior, "read_frames", lambda reader, path, indices: decoded.append((path, *indices)) or read_frames(
+        reader, path, indices))
     rows, errors = prior.build_priors(examples, clip, arguments())
     assert [row["problem_id"] for row in rows] == ["0", "2", "3", "9"]
     assert [(error["problem_id"], Path(error["media"]).name) for error in errors] == [
         ("1", "text.mp4"), ("5", "empty.mp4"), ("6", "truncated.mp4"), ("7", "absent.mp4"), ("8", "text.png")]
     assert all(len(error["cause"]) > 20 and "\n" not in error["cause"] for error in errors)
-    assert decoded == [str(media / "scenes.mp4")]  # once, for three questions
+    assert decoded == [(str(media / "scenes.mp4"), 0), (str(media / "scenes.mp4"), 7, 13, 20, 27, 34, 40, 47)]  # once, for three questions
     assert rows[0]["scene_scores"] == rows[2]["scene_scores"] and rows[0]["semantic_scores"] != rows[2]["semantic_scores"]
-    assert rows[2] == {**prior.make_prior(examples[3], clip, arguments()), "semantic_scores": rows[2]["semantic_scores"]}
+    assert rows[2] == prior.make_prior(examples[3], clip, arguments())
 
 
 def test_a_fault_of_ours_is_not_swallowed(clip, media, monkeypatch):
-    monkeypatch.setattr(prior, "scene_scores", lambda frames: 1 / 0)
+    monkeypatch.setattr(prior, "hsv_histogram", lambda frame: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         prior.build_priors([example(media, "scenes.mp4")], clip, arguments())
 
 
-@pytest.mark.parametrize("changes", [{"frames": 0}, {"semantic_k": 0}, {"w_base": 0.0}, {"w_sem": -1.0}])
+def hang(medium, settings, preprocess):
+    time.sleep(600 if "hang" in medium[1] else 0)
+    if "crash" in medium[1]:
+        os.kill(os.getpid(), signal.SIGSEGV)
+    if "fault" in medium[1]:
+        raise ZeroDivisionError("ours")
+    return medium[1]
+
+
+def test_a_decoder_that_hangs_or_dies_costs_its_medium_alone(monkeypatch):
+    monkeypatch.setattr(prior, "read_cues", hang)
+    media = [("video", name) for name in ("a", "hang", "b", "crash", "c", "hang2", "d", "e", "f", "g", "h")]
+    begin = time.monotonic()
+    found = dict(prior.all_cues(media, None, None, workers=2, timeout=3))
+    assert time.monotonic() - begin < 60
+    assert list(found) != media and set(found) == set(media)  # in the order in which they are finished
+    assert [found["video", name] for name in "abcdefgh"] == list("abcdefgh")
+    assert "hang: not decoded within 3 s (--decode_timeout)" in str(found["video", "hang"])
+    assert "crash: the decoder died of it (exit code -11)" in str(found["video", "crash"])
+    assert all(isinstance(found["video", name], MediaError) for name in ("hang", "hang2", "crash"))
+
+
+def test_a_fault_of_ours_in_a_worker_is_not_swallowed(monkeypatch):
+    monkeypatch.setattr(prior, "read_cues", hang)
+    with pytest.raises(ZeroDivisionError, match="ours"):
+        list(prior.all_cues([("video", name) for name in ("a", "fault", "b")], None, None, workers=1, timeout=30))
+
+
+def test_workers_give_the_rows_of_one_process(clip, media):
+    examples = [example(media, name) for name in ("scenes.mp4", "text.mp4", "short.mp4", "picture.png", "empty.mp4")]
+    assert prior.build_priors(examples, clip, arguments(), workers=2) == prior.build_priors(examples, clip, arguments())
+
+
+def test_options_in_the_text(clip, media):
+    asked = example(media, "scenes.mp4", "which scene")
+    asked.options = ["A. red", "B. blue"]
+    alone, both = (prior.make_prior(asked, clip, arguments(semantic_options=flag)) for flag in (False, True))
+    frames, _ = decode_frames(asked.media, alone["frames"])
+    assert alone["semantic_scores"] == pytest.approx(prior.semantic_scores(frames, "which scene", clip).tolist(), abs=1e-6)
+    assert both["semantic_scores"] == pytest.approx(prior.semantic_scores(frames, "which scene A. red B. blue", clip).tolist(), abs=1e-6)
+    assert both["semantic_scores"] != alone["semantic_scores"]
+
+
+def test_ablations_from_the_stored_scores(clip, media):
+    row = prior.make_prior(example(media, "scenes.mp4"), clip, arguments())
+    scene, semantic = row["scene"], row["semantic"]
+    for name, sets in {"full": (scene, semantic), "no_scene": ([], semantic), "no_semantic": (scene, []), "uniform": ([], [])}.items():
+        changed = prior.weigh_scores(row, arguments(prior=name))
+        assert torch.equal(torch.tensor(changed["prior"]), prior.fuse(8, *sets))
+        assert changed["settings"]["prior"] == name and (changed["scene"], changed["semantic"]) == (scene, semantic)  # the sets stay
+        assert prior.make_prior(example(media, "scenes.mp4"), clip, arguments(prior=name)) == changed
+    without = prior.make_prior(example(media, "scenes.mp4"), None, arguments(prior="no_semantic"))
+    assert without["semantic_scores"] == [] and without["prior"] == prior.weigh_scores(row, arguments(prior="no_semantic"))["prior"]
+
+
+def test_frame_sets_become_rows(media):
+    sets = {"uniform": [0, 7, 13, 20, 27, 34, 40, 47], "scene": [20, 33], "semantic": [13, 14, 47]}  # 33 counts for 34, 14 for 13
+    given = [example(media, "scenes.mp4"), example(media, "absent.mp4"), example(media, "picture.png")]
+    for one, value in zip(given, (sets, sets, {"uniform": [0], "scene": [], "semantic": []}), strict=True):
+        one.extra["frame_sets"] = value
+    rows, errors = prior.frame_set_rows(given, arguments())
+    assert [row["problem_id"] for row in rows] == ["scenes.mp4", "picture.png"]
+    assert [error["problem_id"] for error in errors] == ["absent.mp4"]
+    assert (rows[0]["scene"], rows[0]["semantic"]) == ([3, 5], [2, 7])
+    assert torch.equal(torch.tensor(rows[0]["prior"]), prior.fuse(8, [3, 5], [2, 7])) and rows[1]["prior"] == [1.0]
+    assert rows[0]["times"] == [index / 8 for index in sets["uniform"]]
+    assert all(prior.check_row(row) == "" for row in rows)
+    given[0].extra["frame_sets"] = {**sets, "uniform": [0, 60]}
+    assert "frame 60, the video ends with 47" in prior.frame_set_rows(given[:1], arguments())[1][0]["cause"]
+    for bad in ({}, 3, {**sets, "scene": None}, {**sets, "uniform": []}, {**sets, "semantic": ["a"]}, {**sets, "uniform": [-1]}):
+        given[0].extra["frame_sets"] = bad
+        with pytest.raises(DataError, match="scenes.mp4: frame_sets must have"):
+            prior.frame_set_rows(given[:1], arguments())
+    given[0].extra["frame_sets"] = sets
+    with pytest.raises(DataError, match="8 uniform frames, this run uses --frames 4"):
+        prior.frame_set_rows(given[:1], arguments(frames=4))
+
+
+@pytest.mark.parametrize("changes", [{"fps": 0}, {"fps": -1.0}, {"frames": 0}, {"semantic_k": 0}, {"w_base": 0.0}, {"w_sem": -1.0}])
 def test_arguments_that_give_no_distribution(changes):
     with pytest.raises(DataError):
         arguments(**changes)
@@ -309,24 +520,39 @@ def priors_file(clip, media, tmp_path):
 
 
 def test_load_priors_reads_back_what_was_written(priors_file):
-    assert prior.load_priors(priors_file.path, priors_file.examples, 8) == {row["problem_id"]: row for row in priors_file.rows}
-    assert list(prior.load_priors(priors_file.path, priors_file.examples[1:2], 16)) == ["short.mp4"]  # 5 frames: right for 8 and 16
+    assert prior.load_priors(priors_file.path, priors_file.examples, arguments()) == {row["problem_id"]: row for row in priors_file.rows}
+    short = prior.load_priors(priors_file.path, priors_file.examples[1:2], arguments(frames=16))
+    assert list(short) == ["short.mp4"]  # 5 frames: right for 8 and 16
 
 
 def test_load_priors_of_another_k(priors_file):
     for frames in (4, 16):
         with pytest.raises(DataError, match=f"made for K=8 frames, this run uses K={frames} "):
-            prior.load_priors(priors_file.path, priors_file.examples, frames)
+            prior.load_priors(priors_file.path, priors_file.examples, arguments(frames=frames))
     with pytest.raises(DataError, match="this run uses K=4 .short.mp4 has 5"):
-        prior.load_priors(priors_file.path, priors_file.examples[1:], 4)
+        prior.load_priors(priors_file.path, priors_file.examples[1:], arguments(frames=4))
+
+
+@pytest.mark.parametrize("changes, words", [
+    ({"w_sem": 5.0}, "made with --w_sem 3.0, this run has 5.0"), ({"prior": "uniform"}, "made with --prior full, this run has uniform"),
+    ({"scene_threshold": 0.3}, "made with --scene_threshold None"), ({"semantic_k": 2}, "made with --semantic_k None")])
+def test_load_priors_with_other_weights(priors_file, changes, words):
+    with pytest.raises(DataError, match=words):
+        prior.load_priors(priors_file.path, priors_file.examples, arguments(**changes))
+
+
+def test_load_priors_of_another_question(priors_file, media):
+    for other in (example(media, "scenes.mp4", "another question"), example(media, "short.mp4", id="scenes.mp4")):
+        with pytest.raises(DataError, match="scenes.mp4 is another question there, or about another file"):
+            prior.load_priors(priors_file.path, [other], arguments())
 
 
 def test_load_priors_of_another_data_set(priors_file, media):
     others = [example(media, "scenes.mp4", id=name) for name in ("a", "b")]
     with pytest.raises(DataError, match="no row for 2 of 5 examples, the first is a"):
-        prior.load_priors(priors_file.path, priors_file.examples + others, 8)
+        prior.load_priors(priors_file.path, priors_file.examples + others, arguments())
     with pytest.raises(DataError, match="not found"):
-        prior.load_priors(priors_file.path.with_name("absent"), priors_file.examples, 8)
+        prior.load_priors(priors_file.path.with_name("absent"), priors_file.examples, arguments())
 
 
 @pytest.mark.parametrize("change, words", [
@@ -341,13 +567,13 @@ def test_load_priors_of_another_data_set(priors_file, media):
 def test_load_priors_of_a_malformed_row(priors_file, change, words):
     prior.write_lines(priors_file.path, [*priors_file.rows[1:], {**priors_file.rows[0], **change}])
     with pytest.raises(DataError, match=f"line 3 .*{words}"):
-        prior.load_priors(priors_file.path, priors_file.examples, 8)
+        prior.load_priors(priors_file.path, priors_file.examples, arguments())
 
 
 def test_load_priors_of_a_torn_file(priors_file):
     priors_file.path.write_text(priors_file.path.read_text()[:-30])
     with pytest.raises(DataError, match="line 3 is not valid JSON"):
-        prior.load_priors(priors_file.path, priors_file.examples, 8)
+        prior.load_priors(priors_file.path, priors_file.examples, arguments())
 
 
 # --------------------------------------------------------------------------------------------------------------- command line
@@ -370,9 +596,9 @@ def test_command_line(clip_folder, media, tmp_path):
     output = tmp_path / "new" / "priors.jsonl"
     done = run("--dataset_name", dataset, "--media_root", media, "--output", output, "--frames", 8, "--clip", f"local-dir:{clip_folder}")
     assert done.returncode == 0, done.stderr
-    assert "2 priors written" in done.stdout and "1 examples skipped" in done.stdout and "Traceback" not in done.stderr
+    assert "2 priors are in" in done.stdout and "1 examples could not be used" in done.stdout and "Traceback" not in done.stderr
     good = [example for example in load_examples(dataset, media) if example.id != "1"]
-    rows = prior.load_priors(output, good, 8)
+    rows = prior.load_priors(output, good, prior.PriorSettings(frames=8, clip=f"local-dir:{clip_folder}"))
     assert rows["0"]["scene"] == [3, 5] and rows["0"]["settings"]["clip"] == f"local-dir:{clip_folder}"
     [error] = [json.loads(line) for line in Path(f"{output}.errors.jsonl").read_text().splitlines()]
     assert error["problem_id"] == "1" and error["media"] == str(media / "text.mp4")
@@ -399,10 +625,11 @@ def fails(monkeypatch, capsys, *flags):
 def test_main_refuses(clip_folder, media, tmp_path, monkeypatch, capsys):
     dataset, output = write_dataset(tmp_path / "set.json", media, ["text.mp4", "absent.mp4"]), tmp_path / "priors.jsonl"
     known = ["--dataset_name", dataset, "--media_root", media, "--output", output]
-    assert "required: --dataset_name" in fails(monkeypatch, capsys)
+    assert "give one of --dataset_name, --video and --scores" in fails(monkeypatch, capsys)
     assert "--w_base must be above 0" in fails(monkeypatch, capsys, *known, "--w_base", 0)
     assert "invalid int value: 'many'" in fails(monkeypatch, capsys, *known, "--frames", "many")
     assert "cannot be loaded" in fails(monkeypatch, capsys, *known, "--clip", "ViT-Nothing")
-    assert "is the data set itself" in fails(monkeypatch, capsys, *known, "--output", dataset)
-    assert "none of the 2 examples' media can be read" in fails(monkeypatch, capsys, *known, "--clip", f"local-dir:{clip_folder}")
+    assert "is the --dataset_name itself" in fails(monkeypatch, capsys, *known, "--output", dataset)
+    assert not output.exists()
+    assert "none of the 2 examples can be used" in fails(monkeypatch, capsys, *known, "--clip", f"local-dir:{clip_folder}", "--workers", 0)
     assert not output.exists() and len(load_examples(dataset, media)) == 2
