@@ -1,13 +1,19 @@
-"""Times the same code the stages run (grpo.py) against a named baseline, in pairs that alternate in one run.
+"""Times the same code the stages run (grpo.py, prior.py) against named baselines, in turns that alternate in one run.
 
     python bench.py step --num_generations 8 --completion_length 64 --frames 16             # a random tiny Qwen2.5-VL, about a minute
     python bench.py step --model_name_or_path Qwen2.5-VL-7B-Instruct --frames 16 --frame_size 224      # a checkpoint's folder
+    python bench.py prior                                                                   # random videos, a random ViT-B-32, a minute
+    python bench.py prior --memory_videos 2000
 
 `step`: policy forward and backward, group packed in one row against the prompt repeated for every completion; and rollout, prompt encoded
 once against repeated. Pixels and questions are random. One process, without DeepSpeed, which would add the same to both sides.
+`prior`: building priors without CLIP against decord's get_batch of the same frames; two workers against one; with CLIP, the whole
+against its slower half alone (decoding and preprocessing, or CLIP). On a CPU, CLIP has one thread, so that one worker has a core too.
+`--memory_videos N` then builds N priors and prints the memory of all processes on the way.
 """
 
 import argparse
+import itertools
 import json
 import os
 import platform
@@ -17,12 +23,17 @@ import tempfile
 import time
 from pathlib import Path
 
+import cv2
+import decord
 import numpy as np
+import open_clip
+import psutil
 import torch
 import transformers
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 from transformers.utils import logging as hf_logging
 
+import prior
 import toy
 from data import DataError, Encoder, Example, chat_text
 from grpo import Policy, collate, group_advantages, group_logps, policy_loss, rollout
@@ -31,6 +42,11 @@ FLAGS = {  # default, least, help
     "num_generations": (8, 2, "completions of a question"), "completion_length": (64, 1, "tokens of every completion"),
     "frames": (16, 2, "frames of a video"), "frame_size": (56, 28, "pixels a side, a multiple of 28"),
     "questions": (1, 1, "questions in a forward"), "repeats": (5, 1, "timed pairs"), "seed": (0, 0, "of everything random")}
+
+PRIOR_FLAGS = {
+    "videos": (16, 1, "videos to make and build the priors of"), "seconds": (10, 1, "length of a video, at 24 frames a second"),
+    "width": (640, 32, "pixels"), "height": (360, 32, "pixels"), "frames": (16, 2, "K, frames sampled from a video"),
+    "repeats": (5, 1, "timed turns"), "memory_videos": (0, 0, "0: without the memory figures"), "seed": (0, 0, "of everything random")}
 
 
 def make_toy(seed):
@@ -72,11 +88,11 @@ def make_prompts(arguments, model, processor):
     return collate(items, model).to(model.device)
 
 
-def time_pairs(first, second, repeats):
-    """Seconds of both, (repeats, 2), alternating; one untimed round before."""
-    seconds = np.zeros((repeats + 1, 2))
+def time_turns(works, repeats):
+    """Seconds of each, (repeats, works), alternating; one untimed round before."""
+    seconds = np.zeros((repeats + 1, len(works)))
     for row in seconds:
-        for column, work in enumerate((first, second)):
+        for column, work in enumerate(works):
             if torch.cuda.is_available():
                 torch.cuda.synchronize()
             begin = time.perf_counter()
@@ -111,8 +127,8 @@ def bench_step(arguments):
         sampled[name] = rollout(model, rows, counts, seeds, arguments.completion_length, eos, banned)[0]
         model.train()
 
-    rollouts = time_pairs(lambda: sample("once", prompts, [group] * questions),
-                          lambda: sample("repeated", prompts.repeat(group), [1] * len(seeds)), arguments.repeats)
+    rollouts = time_turns((lambda: sample("once", prompts, [group] * questions),
+                           lambda: sample("repeated", prompts.repeat(group), [1] * len(seeds))), arguments.repeats)
     completions = sampled["once"].view(questions, group, -1)  # (B, G, T)
     mask, policy, logps = torch.ones_like(completions, dtype=torch.bool), Policy(model), {}
     advantages = group_advantages(torch.rand(questions, group)).flatten().to(device)
@@ -123,7 +139,7 @@ def bench_step(arguments):
         policy_loss(logp, logp.detach(), advantages, mask.flatten(0, 1))[0].backward()
         logps[packed] = logp.detach()
 
-    updates = time_pairs(lambda: update(True), lambda: update(False), arguments.repeats)
+    updates = time_turns((lambda: update(True), lambda: update(False)), arguments.repeats)
     machine = f"{platform.machine()} CPU, {os.cpu_count()} cores, {torch.get_num_threads()} threads"
     if device == "cuda":
         machine = f"{torch.cuda.get_device_name()}, {machine}"
@@ -142,19 +158,100 @@ def bench_step(arguments):
            f"{(sampled['once'] == sampled['repeated']).float().mean():.1%} of tokens equal")
 
 
+def make_videos(arguments, folder):
+    """Example of every random video: four scenes of drifting coarse colours, MPEG-4, as OpenCV writes it (a key frame every half second)."""
+    examples, size = [], (arguments.width, arguments.height)
+    for index in range(arguments.videos):
+        rng, path = np.random.default_rng([arguments.seed, index]), str(Path(folder) / f"{index}.mp4")
+        writer, count = cv2.VideoWriter(path, cv2.VideoWriter_fourcc(*"mp4v"), 24, size), 24 * arguments.seconds
+        for scene in np.array_split(np.arange(count), 4):
+            picture = cv2.resize(rng.integers(0, 256, (9, 16, 3)).astype(np.uint8), size, interpolation=cv2.INTER_CUBIC)
+            grain = rng.integers(0, 24, picture.shape).astype(np.uint8)
+            for step in range(len(scene)):
+                writer.write(np.roll(cv2.add(picture, grain), 3 * step, axis=1))
+        writer.release()
+        examples.append(Example(str(index), f"what is in video {index}", [], "free-form", "a", path, "video"))
+    return examples
+
+
+def bench_prior(arguments):
+    torch.manual_seed(arguments.seed)
+    torch.set_num_threads(1)
+    cv2.setNumThreads(1)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model, _, preprocess = open_clip.create_model_and_transforms(arguments.clip, pretrained=None, device=device)  # random weights
+    clip = prior.Clip(model.eval(), preprocess, lambda texts: torch.ones(len(texts), model.context_length, dtype=torch.long), device)
+    hsv, full = (prior.PriorSettings(frames=arguments.frames, prior=name) for name in ("no_semantic", "full"))
+    with tempfile.TemporaryDirectory() as folder:
+        examples = make_videos(arguments, folder)
+        media = list(prior.group_by_medium(examples))
+
+        def get_batch():
+            for example in examples:
+                reader = decord.VideoReader(example.media, num_threads=1)
+                reader.get_batch(prior.uniform_frames(len(reader), arguments.frames)).asnumpy()
+
+        def build(settings, workers, model=None, of=examples):
+            rows, errors = prior.build_priors(of, model, settings, workers)
+            assert len(rows) == len(of) and not errors
+
+        def decode():
+            return [pixels for _, (*_, pixels) in prior.all_cues(media, full, preprocess, workers=1)]
+
+        pixels = decode()
+
+        def encode():
+            for one in pixels:
+                prior.encode_texts(["x"], clip) @ prior.encode_pixels(one, clip).T
+
+        print(f"machine     {platform.machine()} CPU, {os.cpu_count()} cores; CLIP on {device}\n"
+              f"videos      {len(examples)}, {arguments.width}x{arguments.height}, {arguments.seconds} s at 24 fps, MPEG-4; "
+              f"{arguments.frames} frames of each\n"
+              f"timing      median of {arguments.repeats} alternating turns after a warm-up; lowest to highest in brackets\n")
+        alone = time_turns((get_batch, lambda: build(hsv, 0)), arguments.repeats)
+        print_ratio("hsv + uniform priors / get_batch", alone[:, 1] / alone[:, 0])
+        workers = time_turns((lambda: build(hsv, 1), lambda: build(hsv, 2)), arguments.repeats)
+        print_ratio("one worker / two workers", workers[:, 0] / workers[:, 1])
+        overlap = time_turns((decode, encode, lambda: build(full, 1, clip)), arguments.repeats)
+        print_ratio("CLIP / decoding", overlap[:, 1] / overlap[:, 0])
+        print_ratio(f"all, with {arguments.clip} / slower half", overlap[:, 2] / overlap[:, :2].max(1))
+        if arguments.memory_videos:
+            memory(lambda of: prior.all_cues(of, full, preprocess, workers=2), media, arguments.memory_videos)
+
+
+def memory(cues_of, media, count):
+    """Prints the resident memory of this process and its workers while `count` videos pass."""
+    used, process = [], psutil.Process()
+    for done, _ in enumerate(cues_of(itertools.islice(itertools.cycle(media), count)), 1):
+        if done % max(1, count // 10) == 0:
+            used.append(sum(one.memory_info().rss for one in (process, *process.children(recursive=True))) / 1e6)
+    print(f"memory over {count} videos, every tenth of them, MB: {' '.join(f'{value:.0f}' for value in used)}")
+
+
+def print_ratio(title, ratios):
+    print(f"{title:44s}{np.median(ratios):8.2f} ({ratios.min():.2f} to {ratios.max():.2f})")
+
+
 def main():
     hf_logging.set_verbosity_error()
     parser = argparse.ArgumentParser(allow_abbrev=False, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     step = commands.add_parser("step", allow_abbrev=False, help="policy update and rollout, shared prompt against repeated prompt")
     step.add_argument("--model_name_or_path", help="folder of a Qwen2-VL or Qwen2.5-VL checkpoint; without one a random tiny model")
-    for name, (default, _, text) in FLAGS.items():
-        step.add_argument(f"--{name}", type=int, default=default, help=f"{text} (default {default})")
+    build = commands.add_parser("prior", allow_abbrev=False, help="building priors, against decord alone; workers; overlap; memory")
+    build.add_argument("--clip", default="ViT-B-32", help="open_clip's name of the architecture, with random weights (default ViT-B-32)")
+    for command, known in ((step, FLAGS), (build, PRIOR_FLAGS)):
+        for name, (default, _, text) in known.items():
+            command.add_argument(f"--{name}", type=int, default=default, help=f"{text} (default {default})")
     arguments = parser.parse_args()
     try:
-        for name, (_, least, _) in FLAGS.items():
+        for name, (_, least, _) in (FLAGS if arguments.command == "step" else PRIOR_FLAGS).items():
             if getattr(arguments, name) < least:
                 raise DataError(f"--{name} {getattr(arguments, name)} is too small; at least {least}")
+        if arguments.command == "prior":
+            if arguments.clip not in open_clip.list_models():
+                raise DataError(f"--clip {arguments.clip} is no architecture of open_clip")
+            return bench_prior(arguments)
         if arguments.frame_size % 28:
             raise DataError(f"--frame_size {arguments.frame_size} is not a multiple of 28, the pixels of a visual token")
         bench_step(arguments)

@@ -633,3 +633,280 @@ def test_main_refuses(clip_folder, media, tmp_path, monkeypatch, capsys):
     assert not output.exists()
     assert "none of the 2 examples can be used" in fails(monkeypatch, capsys, *known, "--clip", f"local-dir:{clip_folder}", "--workers", 0)
     assert not output.exists() and len(load_examples(dataset, media)) == 2
+
+
+def works(monkeypatch, capsys, *flags, **environment):
+    """main() in this process with these flags: what it prints."""
+    monkeypatch.setattr(sys, "argv", ["prior.py", *map(str, flags)])
+    for name, value in environment.items():
+        monkeypatch.setenv(name, str(value))
+    prior.main()
+    return capsys.readouterr().out
+
+
+def lines(path):
+    return sorted(Path(path).read_text().splitlines())
+
+
+@pytest.fixture
+def flags(clip_folder, media, tmp_path):
+    """A data set of eleven examples about four media, a third of them unusable, and the flags that build its priors here."""
+    names = ["scenes.mp4", "short.mp4", "picture.png", "text.mp4", "scenes.mp4", "empty.mp4", "scenes.mp4", "short.mp4", "absent.mp4",
+             "../outside.mp4", "short.mp4"]
+    rows = json.loads(write_dataset(tmp_path / "set.json", media, names).read_text())
+    questions = ["which scene", "what", "the ball", "what", "red", "what", "first red green", "blue", "what", "what", "x"]
+    for row, question in zip(rows, questions, strict=True):
+        row["problem"] = question
+    rows[-1]["problem_id"] = 1  # a repeated one
+    (tmp_path / "set.json").write_text(json.dumps(rows))
+    model = f"local-dir:{clip_folder}"
+    return ["--dataset_name", tmp_path / "set.json", "--media_root", media, "--frames", 8, "--clip", model, "--workers", 0]
+
+
+def test_every_fault_is_one_line_with_its_cause(clip_folder, media, tmp_path):
+    """Real files, worker processes, the command as a user has it."""
+    folder = tmp_path / "media"
+    folder.mkdir()
+    for name in ("scenes.mp4", "short.mp4", "picture.png", "text.mp4", "empty.mp4", "truncated.mp4", "text.png"):
+        (folder / name).write_bytes((media / name).read_bytes())
+    frames = [frame for picture in pictures()[:3] for frame in noisy(picture, 16, np.random.default_rng(0))]
+    write_av(folder / "turned.mp4", frames)
+    rotate(folder / "turned.mp4")
+    write_av(folder / "vfr.mp4", frames, [125 * i if i < 16 else 2000 + 500 * (i - 16) for i in range(48)])
+    write_av(folder / "single.mp4", frames[:1])
+    write_av(folder / "front.mp4", frames, movflags="faststart")
+    front = (folder / "front.mp4").read_bytes()
+    (folder / "front.mp4").write_bytes(front[: len(front) * 6 // 10])  # its index says 48 frames, half of them are there
+    write_av(folder / "rotten.mp4", frames, codec="libx264")
+    rotten = bytearray((folder / "rotten.mp4").read_bytes())
+    middle = rotten.index(b"mdat") + 1000
+    rotten[middle : middle + 4000] = bytes(4000)
+    (folder / "rotten.mp4").write_bytes(rotten)
+    with av.open(str(folder / "zero.mp4"), "w") as container:  # a video stream without a packet
+        stream = container.add_stream("mpeg4", rate=8)
+        stream.width, stream.height, stream.pix_fmt = 96, 96, "yuv420p"
+        container.start_encoding()
+    with av.open(str(folder / "audio.mp4"), "w") as container:
+        stream = container.add_stream("aac", rate=16000, layout="mono")
+        sound = av.AudioFrame.from_ndarray(np.zeros((1, 16000), np.float32), format="fltp", layout="mono")
+        sound.sample_rate = 16000
+        container.mux(stream.encode(sound))
+        container.mux(stream.encode())
+    with open(folder / "huge.mp4", "wb") as file:
+        file.truncate(5 << 30)  # 5 GB of nothing
+    Image.new("1", (14000, 14000)).save(folder / "huge.png")  # 196 million pixels
+    (folder / "folder.mp4").mkdir()
+    good = ["scenes.mp4", "short.mp4", "picture.png", "turned.mp4", "vfr.mp4", "single.mp4"]
+    bad = {"text.mp4": "not a readable video", "empty.mp4": "not a readable video", "truncated.mp4": "not a readable video",
+           "front.mp4": "not a readable video", "rotten.mp4": "damaged video", "absent.mp4": "no such file", "absent.png": "no such file",
+           "folder.mp4": "no such file", "zero.mp4": "not a readable video", "audio.mp4": "not a readable video",
+           "huge.mp4": "not a readable video", "huge.png": "not a readable image", "text.png": "not a readable image",
+           "../scenes.mp4": "outside the media root", "/etc/hosts.mp4": "outside the media root"}
+    names = [*good, *bad]
+    dataset = write_dataset(tmp_path / "set.json", folder, [*names, "scenes.mp4"])
+    rows = json.loads(dataset.read_text())
+    rows[-1]["problem_id"] = 0  # a duplicate of the first
+    dataset.write_text(json.dumps(rows))
+    output = tmp_path / "priors.jsonl"
+    done = run("--dataset_name", dataset, "--media_root", folder, "--output", output, "--clip", f"local-dir:{clip_folder}", "--workers", 2,
+               "--decode_timeout", 60)
+    assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
+    assert f"{len(good)} priors are in {output}; {len(bad) + 1} examples could not be used" in done.stdout
+    made = {row["media"]: row for row in prior.read_priors(output)}
+    assert sorted(made) == sorted(good) and len(output.read_text().splitlines()) == len(good)
+    assert len(made["single.mp4"]["frames"]) == 1 and made["single.mp4"]["prior"] == [1.0]
+    errors = [json.loads(line) for line in Path(f"{output}.errors.jsonl").read_text().splitlines()]
+    causes = {names[int(error["problem_id"])]: error["cause"] for error in errors if "repeats" not in error["cause"]}
+    assert len(errors) == len(bad) + 1 and set(causes) == set(bad)
+    for name, words in bad.items():
+        assert words in causes[name] and "\n" not in causes[name] and Path(name).name in causes[name], (name, causes[name])
+    [repeated] = [error for error in errors if "repeats" in error["cause"]]
+    assert repeated["problem_id"] == "0" and "row 21 repeats the problem_id 0 of row 0" in repeated["cause"]
+
+
+def test_a_second_run_keeps_the_rows_and_tries_the_broken_again(flags, media, tmp_path, monkeypatch, capsys):
+    output = tmp_path / "priors.jsonl"
+    assert "6 priors are in" in works(monkeypatch, capsys, *flags, "--output", output)
+    first = output.read_text()
+    assert sorted(row["problem_id"] for row in prior.read_priors(output)) == ["0", "1", "2", "4", "6", "7"]
+    assert len(lines(f"{output}.errors.jsonl")) == 5
+    decoded, read_cues = [], prior.read_cues
+    monkeypatch.setattr(prior, "read_cues", lambda medium, *others: decoded.append(Path(medium[1]).name) or read_cues(medium, *others))
+    (media / "absent.mp4").write_bytes((media / "short.mp4").read_bytes())  # mended
+    try:
+        assert "7 priors are in" in works(monkeypatch, capsys, *flags, "--output", output)
+    finally:
+        (media / "absent.mp4").unlink()
+    assert decoded == ["text.mp4", "empty.mp4", "absent.mp4"]
+    assert output.read_text().startswith(first) and len(lines(output)) == 7 and len(lines(f"{output}.errors.jsonl")) == 4
+
+
+@pytest.mark.parametrize("cut", [1, 100, 3000])
+def test_a_torn_file_is_continued(flags, tmp_path, monkeypatch, capsys, cut):
+    whole, torn = tmp_path / "whole.jsonl", tmp_path / "torn.jsonl"
+    works(monkeypatch, capsys, *flags, "--output", whole)
+    torn.write_bytes(whole.read_bytes()[:-cut])
+    assert "6 priors are in" in works(monkeypatch, capsys, *flags, "--output", torn)
+    assert lines(torn) == lines(whole)
+
+
+def test_a_run_of_other_settings_or_data_is_not_continued(flags, tmp_path, monkeypatch, capsys):
+    output = tmp_path / "priors.jsonl"
+    works(monkeypatch, capsys, *flags, "--output", output)
+    before = output.read_text()
+    again = [*flags, "--output", output]
+    assert "has rows made with --w_sem 3.0, this run has 5.0" in fails(monkeypatch, capsys, *again, "--w_sem", 5)
+    assert "has rows made with --scene hsv, this run has content" in fails(monkeypatch, capsys, *again, "--scene", "content")
+    rows = json.loads((tmp_path / "set.json").read_text())
+    rows[0]["problem"] = "another question"
+    (tmp_path / "set.json").write_text(json.dumps(rows))
+    assert "has a row of another data set (0)" in fails(monkeypatch, capsys, *again)
+    assert output.read_text() == before
+
+
+@pytest.mark.parametrize("order", [[0, 1, 2], [2, 1, 0]])
+def test_shards_of_several_ranks(flags, tmp_path, monkeypatch, capsys, order):
+    whole, output = tmp_path / "whole.jsonl", tmp_path / "shards" / "priors.jsonl"
+    works(monkeypatch, capsys, *flags, "--output", whole)
+    for rank in order[:2]:
+        told = works(monkeypatch, capsys, *flags, "--output", output, RANK=rank, WORLD_SIZE=3)
+        assert f"rank {rank} of 3 has done its part" in told and not output.exists()
+    assert "6 priors are in" in works(monkeypatch, capsys, *flags, "--output", output, RANK=order[2], WORLD_SIZE=3)
+    assert lines(output) == lines(whole) and lines(f"{output}.errors.jsonl") == lines(f"{whole}.errors.jsonl")
+    assert len(list(output.parent.iterdir())) == 2  # nothing is left aside
+
+
+def test_a_run_of_three_ranks_is_continued_by_one(flags, tmp_path, monkeypatch, capsys):
+    whole, output = tmp_path / "whole.jsonl", tmp_path / "shards" / "priors.jsonl"
+    works(monkeypatch, capsys, *flags, "--output", whole)
+    for rank in (0, 2):
+        works(monkeypatch, capsys, *flags, "--output", output, RANK=rank, WORLD_SIZE=3)
+    shard = Path(f"{output}.shard0of3")
+    shard.write_bytes(shard.read_bytes()[:-7])
+    assert "6 priors are in" in works(monkeypatch, capsys, *flags, "--output", output, RANK=0, WORLD_SIZE=1)
+    assert lines(output) == lines(whole) and lines(f"{output}.errors.jsonl") == lines(f"{whole}.errors.jsonl")
+    assert len(list(output.parent.iterdir())) == 2
+
+
+def test_torchrun(flags, tmp_path, monkeypatch, capsys):
+    works(monkeypatch, capsys, *flags, "--output", tmp_path / "whole.jsonl")
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29555", "prior.py"]
+    output = str(tmp_path / "priors.jsonl")
+    done = subprocess.run([*launcher, *map(str, flags), "--output", output], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert lines(output) == lines(tmp_path / "whole.jsonl")
+
+
+def test_killed_at_ten_random_moments(clip_folder, tmp_path):
+    rng = np.random.default_rng(0)
+    for index in range(60):
+        write_video(tmp_path / f"{index}.mp4", [frame for picture in pictures(index)[:2] for frame in noisy(picture, 40, rng)])
+    (tmp_path / "text.mp4").write_text("this is no video")
+    dataset = write_dataset(tmp_path / "set.json", tmp_path, [f"{index % 60}.mp4" for index in range(120)] + ["text.mp4"])
+    flags = [sys.executable, str(ROOT / "prior.py"), "--dataset_name", str(dataset), "--clip", f"local-dir:{clip_folder}", "--workers", "2"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    whole, output = tmp_path / "whole.jsonl", tmp_path / "killed.jsonl"
+    subprocess.run([*flags, "--output", str(whole)], check=True, capture_output=True, env=environment)
+    size, kills = whole.stat().st_size, sorted(rng.random(10))
+    for kill in kills:
+        process = subprocess.Popen([*flags, "--output", str(output)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment)
+        while (output.stat().st_size if output.exists() else 0) < kill * size * 0.8 and process.poll() is None:
+            time.sleep(0.002)
+        process.kill()
+        assert process.wait() == -signal.SIGKILL  # it was at work
+    left = len(output.read_bytes().splitlines())
+    subprocess.run([*flags, "--output", str(output)], check=True, capture_output=True, env=environment)
+    assert 0 < left < 120
+    assert lines(output) == lines(whole) and len(lines(output)) == 120
+    assert lines(f"{output}.errors.jsonl") == lines(f"{whole}.errors.jsonl") and len(lines(f"{output}.errors.jsonl")) == 1
+
+
+def test_workers_end_with_the_process_they_work_for(tmp_path):
+    code = "import prior, test_prior, os, signal, time\nprior.read_cues = test_prior.hang\n" \
+           "media = [('video', 'a'), ('video', 'hang')]\n" \
+           "for medium, found in prior.all_cues(media, None, None, workers=1): os.kill(os.getpid(), signal.SIGKILL)"
+    marker = f"VIDEOCFR_TEST_{os.getpid()}"
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}", marker: "1"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, timeout=120)
+    assert done.returncode == -signal.SIGKILL
+
+    def survivors():
+        found = []
+        for entry in Path("/proc").glob("[0-9]*/environ"):
+            try:
+                found += [entry.parent.name] if marker.encode() in entry.read_bytes() else []
+            except OSError:  # it has just ended, or is another user's
+                pass
+        return found
+
+    for _ in range(100):
+        if not survivors():
+            return
+        time.sleep(0.1)
+    raise AssertionError(survivors())
+
+
+def test_other_weights_from_stored_scores(flags, tmp_path, monkeypatch, capsys):
+    output, other = tmp_path / "priors.jsonl", tmp_path / "other.jsonl"
+    works(monkeypatch, capsys, *flags, "--output", output)
+    monkeypatch.setattr(prior, "open_video", None)  # no video is opened
+    rows = {row["problem_id"]: row for row in prior.read_priors(output)}
+    assert "6 priors are in" in works(monkeypatch, capsys, "--scores", output, "--output", other, "--prior", "no_scene", "--w_sem", 5)
+    for row in prior.read_priors(other):
+        old = rows[row["problem_id"]]
+        assert row["settings"] == {**old["settings"], "prior": "no_scene", "w_sem": 5.0}  # frames 8 and the model are the file's
+        assert torch.equal(torch.tensor(row["prior"]), prior.fuse(len(old["frames"]), [], old["semantic"], w_sem=5.0))
+    assert "was made with --frames 8, not 32; that takes the videos" in fails(
+        monkeypatch, capsys, "--scores", output, "--output", other, "--frames", 32)
+    assert "is the --scores itself" in fails(monkeypatch, capsys, "--scores", output, "--output", output)
+    bare = tmp_path / "bare.jsonl"
+    monkeypatch.undo()
+    works(monkeypatch, capsys, *flags, "--output", bare, "--prior", "no_semantic")
+    told = fails(monkeypatch, capsys, "--scores", bare, "--output", other)
+    assert "has no semantic scores (it was made with --prior no_semantic)" in told
+    assert "6 priors are in" in works(monkeypatch, capsys, "--scores", bare, "--output", other, "--prior", "uniform")
+
+
+def test_frame_sets_are_exported_and_read_back(flags, tmp_path, monkeypatch, capsys):
+    output, exported = tmp_path / "priors.jsonl", tmp_path / "sets.json"
+    assert "6 of 11 rows have frame_sets" in works(monkeypatch, capsys, *flags, "--output", output, "--export_frame_sets", exported)
+    raw, rows = json.loads(exported.read_text()), json.loads((tmp_path / "set.json").read_text())
+    assert [{key: value for key, value in row.items() if key != "frame_sets"} for row in raw] == rows
+    assert ["frame_sets" in row for row in raw] == [True, True, True, False, True, False, True, True, False, False, False]
+    assert raw[0]["frame_sets"]["uniform"] == [0, 7, 13, 20, 27, 34, 40, 47] and raw[0]["frame_sets"]["scene"] == [20, 34]
+    examples = [example for example in load_examples(exported, flags[3], []) if "frame_sets" in example.extra]
+    found, errors = prior.frame_set_rows(examples, arguments())
+    made = {row["problem_id"]: row for row in prior.read_priors(output)}
+    assert errors == [] and len(found) == 6
+    for row in found:
+        assert all(row[key] == made[row["problem_id"]][key] for key in ("frames", "times", "scene", "semantic", "prior", "question"))
+
+
+def test_one_video_is_printed_and_drawn(clip_folder, media, tmp_path, monkeypatch, capsys):
+    asked = ["--video", media / "scenes.mp4", "--question", "which scene comes first", "--frames", 8]
+    told = works(monkeypatch, capsys, *asked, "--clip", f"local-dir:{clip_folder}", "--output", tmp_path / "prior.png")
+    table = [line.split() for line in told.splitlines()[1:9]]
+    assert [int(line[0]) for line in table] == [0, 7, 13, 20, 27, 34, 40, 47]
+    assert ["*" in line[3] for line in table] == [False, False, False, True, False, True, False, False]  # scenes begin at 16 and 32
+    picture = np.asarray(Image.open(tmp_path / "prior.png").convert("RGB"))
+    colours = [(0, 114, 178), (213, 94, 0), (0, 158, 115)]  # of the scene cue, the semantic cue and P
+    areas = [(picture == colour).all(-1).sum() for colour in colours]
+    assert picture.shape[1] > 600 and all(area > 500 for area in areas), areas
+    works(monkeypatch, capsys, *asked, "--prior", "no_semantic", "--output", tmp_path / "two.svg")
+    assert "semantic scores" not in (tmp_path / "two.svg").read_text()
+    for bad, words in ((["--question", "x"], "give one of"), (["--video", "x.mp4"], "--video and --question go together"),
+                       ([*asked, "--output", "x.txt"], "drawn as .png"), ([*asked, "--scores", "x"], "not video and scores"),
+                       ([*asked, "--prior", "uniform", "--video", media / "text.mp4"], "not a readable video"),
+                       ([*asked, "--prior", "uniform", "--output", tmp_path / "no" / "x.png"], "No such file")):
+        assert words in fails(monkeypatch, capsys, *bad)
+
+
+def test_the_report_about_known_evidence(flags, tmp_path, monkeypatch, capsys):
+    rows = json.loads((tmp_path / "set.json").read_text())
+    rows[0]["evidence"] = [[2, 4]]  # frames 20 and 27 of 8; a scene begins at 20
+    (tmp_path / "set.json").write_text(json.dumps(rows))
+    told = works(monkeypatch, capsys, *flags, "--output", tmp_path / "priors.jsonl")
+    row = next(row for row in prior.read_priors(tmp_path / "priors.jsonl") if row["problem_id"] == "0")
+    ratio = sum(row["prior"][3:5]) / (2 / 8)
+    hit = float(bool({3, 4} & set(row["semantic"])))
+    assert f"1 questions of known evidence: {hit:.3f} have it" in told and f"is {ratio:.2f} times uniform's" in told
