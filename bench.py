@@ -15,12 +15,14 @@ against its slower half alone (decoding and preprocessing, or CLIP). On a CPU, C
 import argparse
 import itertools
 import json
+import multiprocessing
 import os
 import platform
 import random
 import sys
 import tempfile
 import time
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import cv2
@@ -44,7 +46,7 @@ FLAGS = {  # default, least, help
     "questions": (1, 1, "questions in a forward"), "repeats": (5, 1, "timed pairs"), "seed": (0, 0, "of everything random")}
 
 PRIOR_FLAGS = {
-    "videos": (16, 1, "videos to make and build the priors of"), "seconds": (10, 1, "length of a video, at 24 frames a second"),
+    "videos": (32, 2, "videos to make and build the priors of"), "seconds": (10, 1, "length of a video, at 24 frames a second"),
     "width": (640, 32, "pixels"), "height": (360, 32, "pixels"), "frames": (16, 2, "K, frames sampled from a video"),
     "repeats": (5, 1, "timed turns"), "memory_videos": (0, 0, "0: without the memory figures"), "seed": (0, 0, "of everything random")}
 
@@ -159,7 +161,7 @@ def bench_step(arguments):
 
 
 def make_videos(arguments, folder):
-    """Example of every random video: four scenes of drifting coarse colours, MPEG-4, as OpenCV writes it (a key frame every half second)."""
+    """Example of every random video: four scenes of drifting coarse colours, MPEG-4 with a key frame every half second."""
     examples, size = [], (arguments.width, arguments.height)
     for index in range(arguments.videos):
         rng, path = np.random.default_rng([arguments.seed, index]), str(Path(folder) / f"{index}.mp4")
@@ -174,58 +176,76 @@ def make_videos(arguments, folder):
     return examples
 
 
+def get_batch(path, frames):
+    reader = decord.VideoReader(path, num_threads=1)
+    reader.get_batch(prior.uniform_frames(len(reader), frames)).asnumpy()
+
+
+def steady(results):
+    """Seconds an item from the first result on: without the start of the workers."""
+    next(results)
+    begin = time.perf_counter()
+    count = sum(1 for _ in results)
+    return (time.perf_counter() - begin) / count
+
+
 def bench_prior(arguments):
     torch.manual_seed(arguments.seed)
     torch.set_num_threads(1)
-    cv2.setNumThreads(1)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model, _, preprocess = open_clip.create_model_and_transforms(arguments.clip, pretrained=None, device=device)  # random weights
     clip = prior.Clip(model.eval(), preprocess, lambda texts: torch.ones(len(texts), model.context_length, dtype=torch.long), device)
     hsv, full = (prior.PriorSettings(frames=arguments.frames, prior=name) for name in ("no_semantic", "full"))
+    context = multiprocessing.get_context("forkserver")
     with tempfile.TemporaryDirectory() as folder:
         examples = make_videos(arguments, folder)
-        media = list(prior.group_by_medium(examples))
+        groups = prior.group_by_medium(examples)
 
-        def get_batch():
-            for example in examples:
-                reader = decord.VideoReader(example.media, num_threads=1)
-                reader.get_batch(prior.uniform_frames(len(reader), arguments.frames)).asnumpy()
+        def bare(workers=0):
+            """decord's get_batch alone, of every video; in plain worker processes if there are some."""
+            paths = [example.media for example in examples]
+            if workers == 0:
+                return [get_batch(path, arguments.frames) for path in paths]
+            with ProcessPoolExecutor(workers, mp_context=context) as pool:
+                return steady(pool.map(get_batch, paths, itertools.repeat(arguments.frames)))
 
-        def build(settings, workers, model=None, of=examples):
-            rows, errors = prior.build_priors(of, model, settings, workers)
-            assert len(rows) == len(of) and not errors
+        def rows(settings, workers, model=None):
+            """What prior.py does with every video."""
+            for medium, cues in prior.all_cues(groups, settings, model and model.preprocess, workers):
+                yield prior.media_rows(groups[medium], cues, model, settings)
 
-        def decode():
-            return [pixels for _, (*_, pixels) in prior.all_cues(media, full, preprocess, workers=1)]
-
-        pixels = decode()
+        pixels = [cues[-1] for _, cues in prior.all_cues(groups, full, preprocess)]
 
         def encode():
             for one in pixels:
-                prior.encode_texts(["x"], clip) @ prior.encode_pixels(one, clip).T
+                yield prior.encode_texts(["x"], clip) @ prior.encode_pixels(one, clip).T
 
-        print(f"machine     {platform.machine()} CPU, {os.cpu_count()} cores; CLIP on {device}\n"
+        print(f"machine     {platform.machine()} CPU, {os.cpu_count()} cores; CLIP on {device}; torch {torch.__version__}\n"
               f"videos      {len(examples)}, {arguments.width}x{arguments.height}, {arguments.seconds} s at 24 fps, MPEG-4; "
               f"{arguments.frames} frames of each\n"
-              f"timing      median of {arguments.repeats} alternating turns after a warm-up; lowest to highest in brackets\n")
-        alone = time_turns((get_batch, lambda: build(hsv, 0)), arguments.repeats)
-        print_ratio("hsv + uniform priors / get_batch", alone[:, 1] / alone[:, 0])
-        workers = time_turns((lambda: build(hsv, 1), lambda: build(hsv, 2)), arguments.repeats)
-        print_ratio("one worker / two workers", workers[:, 0] / workers[:, 1])
-        overlap = time_turns((decode, encode, lambda: build(full, 1, clip)), arguments.repeats)
-        print_ratio("CLIP / decoding", overlap[:, 1] / overlap[:, 0])
-        print_ratio(f"all, with {arguments.clip} / slower half", overlap[:, 2] / overlap[:, :2].max(1))
+              f"timing      median of {arguments.repeats} alternating turns after a warm-up (lowest to highest); workers from their first "
+              "result on\n")
+        seconds = time_turns((bare, lambda: list(rows(hsv, 0))), arguments.repeats)
+        print_ratio("hsv + uniform priors / get_batch", seconds[:, 1] / seconds[:, 0])
+        seconds = np.array([[steady(rows(hsv, 1)), steady(rows(hsv, 2)), bare(1), bare(2)] for _ in range(arguments.repeats)])
+        print_ratio("one worker / two workers", seconds[:, 0] / seconds[:, 1])
+        print_ratio("  get_batch alone, one process / two", seconds[:, 2] / seconds[:, 3])
+        seconds = np.array([[steady(prior.all_cues(groups, full, preprocess, 1)), steady(encode()), steady(rows(full, 1, clip))]
+                            for _ in range(arguments.repeats)])
+        print_ratio(f"CLIP ({arguments.clip}) / decoding", seconds[:, 1] / seconds[:, 0])
+        print_ratio("all / the slower of the two", seconds[:, 2] / seconds[:, :2].max(1))
         if arguments.memory_videos:
-            memory(lambda of: prior.all_cues(of, full, preprocess, workers=2), media, arguments.memory_videos)
+            memory(prior.all_cues(itertools.islice(itertools.cycle(groups), arguments.memory_videos), full, preprocess, 2),
+                   arguments.memory_videos)
 
 
-def memory(cues_of, media, count):
-    """Prints the resident memory of this process and its workers while `count` videos pass."""
+def memory(results, count):
+    """Prints the resident memory of this process and its workers while `count` results come."""
     used, process = [], psutil.Process()
-    for done, _ in enumerate(cues_of(itertools.islice(itertools.cycle(media), count)), 1):
+    for done, _ in enumerate(results, 1):
         if done % max(1, count // 10) == 0:
             used.append(sum(one.memory_info().rss for one in (process, *process.children(recursive=True))) / 1e6)
-    print(f"memory over {count} videos, every tenth of them, MB: {' '.join(f'{value:.0f}' for value in used)}")
+    print(f"memory of all processes over {count} videos, MB after every tenth of them: {' '.join(f'{value:.0f}' for value in used)}")
 
 
 def print_ratio(title, ratios):

@@ -159,15 +159,22 @@ def sample_frames(reader, settings):
     return uniform_frames(total, count)
 
 
-def smoothing_matrix(bins, sigma=HISTOGRAM_SIGMA):
-    """(bins, bins): column j spreads the mass of bin j over its neighbours, a Gaussian cut at 3 sigma; every column sums to 1."""
-    distance = np.arange(bins)[:, None] - np.arange(bins)  # (bins, bins)
-    kernel = np.exp(-0.5 * (distance / sigma) ** 2) * (abs(distance) <= 3 * sigma)
-    return (kernel / kernel.sum(0)).astype(np.float32)
-
-
-SMOOTHING = [smoothing_matrix(bins) for bins in CONE_BINS]
 HUE_CIRCLE = np.exp(2j * np.pi * np.arange(256) / 180)  # OpenCV's 8-bit hue is in units of 2 degrees
+COSINE, SINE = HUE_CIRCLE.real.astype(np.float32), HUE_CIRCLE.imag.astype(np.float32)
+KERNEL = np.exp(-0.5 * (np.arange(-6, 7, dtype=np.float32) / HISTOGRAM_SIGMA) ** 2)  # Gaussian, cut at 3 sigma
+
+
+def blur(histogram):
+    """(A, B, C) float32, each axis convolved with KERNEL, nothing beyond the borders. (No BLAS: its threads spin, and workers share cores.)
+    """
+    for _ in range(3):
+        rows = histogram.reshape(-1, histogram.shape[-1])
+        rows = cv2.sepFilter2D(rows, -1, KERNEL, np.ones(1, np.float32), borderType=cv2.BORDER_CONSTANT)  # the last axis
+        histogram = np.ascontiguousarray(np.moveaxis(rows.reshape(histogram.shape), -1, 0))
+    return histogram
+
+
+SPREAD = blur(np.ones(CONE_BINS, np.float32))  # what the kernel makes of a unit in every bin: less near the borders
 
 
 def hsv_histogram(frame):
@@ -181,10 +188,9 @@ def hsv_histogram(frame):
         frame = cv2.resize(frame, None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA)
     hue, saturation, value = cv2.split(cv2.cvtColor(frame, cv2.COLOR_RGB2HSV))  # each (h, w) uint8
     chroma = cv2.multiply(saturation, value, scale=1 / 255, dtype=cv2.CV_32F)  # (h, w)
-    cone = [chroma * table[hue] for table in (HUE_CIRCLE.real.astype(np.float32), HUE_CIRCLE.imag.astype(np.float32))]
-    cone = cv2.merge([*cone, value.astype(np.float32)])  # (h, w, 3)
-    histogram = cv2.calcHist([cone], [0, 1, 2], None, CONE_BINS, CONE_RANGES)  # (25, 25, 32)
-    return np.ascontiguousarray(np.einsum("xyv,ax,by,cv->abc", histogram, *SMOOTHING, optimize=True))
+    cone = [cv2.multiply(chroma, cv2.LUT(hue, COSINE)), cv2.multiply(chroma, cv2.LUT(hue, SINE)), value.astype(np.float32)]
+    histogram = cv2.calcHist(cone, [0, 1, 2], None, CONE_BINS, CONE_RANGES)  # (25, 25, 32)
+    return blur(histogram / SPREAD)  # divided first, so that every pixel keeps its weight
 
 
 def scene_scores(frames):
@@ -398,8 +404,8 @@ def all_cues(media, settings, preprocess, workers=0, timeout=300.0):
             except MediaError as error:
                 yield medium, error
         return
-    context = multiprocessing.get_context("forkserver")  # forks of a process without threads or CUDA: safe, and a new one takes no time
-    context.set_forkserver_preload(["prior"])
+    context = multiprocessing.get_context("forkserver")  # forks of a process without threads or CUDA, with the slow imports done
+    context.set_forkserver_preload(["cv2", "decord", "open_clip", "pebble", "scenedetect", "torch", "transformers"])
     pool, waiting, media = ProcessPool(workers, max_tasks=1000, initializer=start_worker, context=context), {}, iter(media)
     try:
         while True:

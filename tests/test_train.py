@@ -149,10 +149,10 @@ def test_frame_sets_in_the_data_are_the_prior(small_toy, first_run, tmp_path):
     data, sets, priors = tmp_path / "data.json", tmp_path / "sets.json", tmp_path / "priors.jsonl"
     data.write_text(json.dumps(rows_of(small_toy, 5)))
     subprocess.run([sys.executable, "prior.py", "--dataset_name", data, "--media_root", small_toy, "--output", priors,
-                    "--export_frame_sets", sets, "--clip", f"local-dir:{small_toy}/clip"], cwd=ROOT, env=ENV, check=True, capture_output=True)
+                    "--clip", f"local-dir:{small_toy}/clip", "--export_frame_sets", sets], cwd=ROOT, env=ENV, check=True)
     launch("--dataset_name", sets, "--media_root", small_toy, "--model_name_or_path", first_run[0] / "sft", "--output_dir",
-           tmp_path / "out", "--clip", "local-dir:none", "--max_pixels", 3136, "--min_pixels", 3136, "--num_generations", 2,  # no CLIP here
-           "--max_completion_length", 4, "--beta", 0, "--per_device_train_batch_size", 5)
+           tmp_path / "out", "--clip", "local-dir:none", "--max_pixels", 3136, "--min_pixels", 3136, "--num_generations", 2,
+           "--max_completion_length", 4, "--beta", 0, "--per_device_train_batch_size", 5)  # no CLIP is there, none is needed
     built, used = ({row["problem_id"]: row for row in map(json.loads, file.read_text().splitlines())}
                    for file in (priors, tmp_path / "out" / "priors_training.jsonl"))
     assert len(built) == 5 and built.keys() == used.keys()
