@@ -474,7 +474,7 @@ def frame_set_rows(examples, settings):
         if not good:
             raise DataError(f"{example.id}: frame_sets must have the lists uniform (not empty), scene and semantic of frame indices")
         frames = sorted(set(sets["uniform"]))
-        if len(frames) > settings.frames:
+        if example.media_type == "video" and len(frames) != settings.frames and frames != list(range(len(frames))):  # the last: a short one
             raise DataError(f"{example.id}: its frame_sets have {len(frames)} uniform frames, this run uses --frames {settings.frames}")
         scene, semantic = (sorted({int(np.abs(np.array(frames) - index).argmin()) for index in sets[name]})
                            for name in ("scene", "semantic"))
@@ -511,15 +511,14 @@ def check_row(row):
         return f"has {len(frames)} frames, {len(times)} times and {len(prior)} prior values"
     if not all(type(index) is int for index in frames) or frames[0] < 0 or any(a >= b for a, b in zip(frames, frames[1:], strict=False)):
         return "has frames that are not ascending indices"
-    if not all(type(value) in (int, float) and math.isfinite(value) and value >= 0 for value in [*times, *prior]):
-        return "has times or prior values that are not numbers of at least 0"
-    return "" if abs(sum(prior) - 1) < 1e-3 else f"has a prior that sums to {sum(prior):.4g}, not 1"
+    if not all(type(value) in (int, float) and math.isfinite(value) for value in [*times, *prior]):
+        return "has times or prior values that are not numbers"
+    good = min(prior) >= 0 and abs(sum(prior) - 1) < 1e-3
+    return "" if good else f"has a prior that is none: the least is {min(prior):.4g}, the sum {sum(prior):.4g}"
 
 
 def read_priors(path, unfinished=False):
     """Yields the rows of a priors file. DataError (one sentence) when it or a row is malformed. unfinished: its last line may be torn."""
-    if not os.path.isfile(path):
-        raise DataError(f"priors file {path} not found (prior.py makes it)")
     with open(path, encoding="utf-8") as file:
         for number, line in enumerate(file, 1):
             if unfinished and not line.endswith("\n"):
@@ -545,6 +544,8 @@ def load_priors(path, examples, settings):
     settings: the run's PriorSettings. DataError (one sentence) when the file or a row is malformed, an example has no row, or a row was
     made for another question, another K or with other weights. A video of fewer than K frames is fine: its row has all of its frames.
     """
+    if not os.path.isfile(path):
+        raise DataError(f"priors file {path} not found (prior.py makes it)")
     needed = {example.id: example for example in examples if example.media_type != "text"}
     found = {row["problem_id"]: row for row in read_priors(path) if row["problem_id"] in needed}
     missing = [problem for problem in needed if problem not in found]
@@ -647,7 +648,7 @@ def run_dataset(arguments):
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     output, errors_file, unusable = Path(arguments.output), Path(f"{arguments.output}.errors.jsonl"), []
     examples = load_examples(arguments.dataset_name, arguments.media_root, unusable)
-    groups, done = group_by_medium(examples), finished(output, examples, arguments)
+    groups, done = group_by_medium(examples), again_if_joined(finished, output, examples, arguments)
     mine = [medium for index, medium in enumerate(groups) if index % world == rank]
     left = [medium for medium in mine if any(example.id not in done for example in groups[medium])]
     workers = arguments.workers
@@ -671,24 +672,40 @@ def run_dataset(arguments):
             else:
                 rows = media_rows(groups[medium], cues, clip, arguments)  # all of the medium's, so that a resumed run computes the same
                 append_lines(rows_out, [row for row in rows if row["problem_id"] not in done])
+    if not again_if_joined(conclude, output, errors_file, examples, arguments):
+        print(f"rank {rank} of {world} has done its part; the last rank to end writes {output}")
+
+
+def again_if_joined(work, *arguments):
+    """work(*arguments), again when another rank joins the shards meanwhile: a listed file is gone then, and its lines are in the output."""
+    while True:
+        try:
+            return work(*arguments)
+        except FileNotFoundError as error:
+            if ".shard" not in str(error.filename):
+                raise
+
+
+def conclude(output, errors_file, examples, arguments):
+    """When every example has its row or its error line, by this rank or another: one file of all, and the summary. False when not yet."""
     done = finished(output, examples, arguments)
     errors = [json.loads(line) for file in shards(errors_file) for line in whole_lines(file)]
-    needed, named = {example.id for group in groups.values() for example in group}, {error["problem_id"] for error in errors}
-    if needed - done - named:
-        print(f"rank {rank} of {world} has done its part; the last rank to end writes {output}")
-        return
+    needed, named = [example for example in examples if example.media], {(error["problem_id"], error["media"]) for error in errors}
+    if any(example.id not in done and (example.id, example.media) not in named for example in needed):
+        return False
     join_shards(output)
     join_shards(errors_file)
     if not errors:
         errors_file.unlink(missing_ok=True)
     if errors and not done:
-        output.unlink()
+        output.unlink(missing_ok=True)
         raise DataError(f"none of the {len(errors)} examples can be used (see {errors_file}); the first: {errors[0]['cause']}")
     print(f"{len(done)} priors are in {output}; {len(errors)} examples could not be used{f' (see {errors_file})' if errors else ''}; "
           f"{len(examples) - len(needed)} text-only examples need none")
     report_evidence(output, examples)
     if arguments.export_frame_sets:
         export_frame_sets(arguments)
+    return True
 
 
 def report_evidence(path, examples):
@@ -722,6 +739,8 @@ def export_frame_sets(arguments):
 
 def run_scores(arguments):
     """The rows of --scores under this command's fusion settings. The cues' settings are the file's."""
+    if not os.path.isfile(arguments.scores):
+        raise DataError(f"--scores {arguments.scores} not found")
     defaults, rows = PriorSettings(), []
     for row in read_priors(arguments.scores):
         made_with = row.get("settings", {})

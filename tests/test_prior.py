@@ -492,14 +492,17 @@ def test_frame_sets_become_rows(media):
     assert rows[0]["times"] == [index / 8 for index in sets["uniform"]]
     assert all(prior.check_row(row) == "" for row in rows)
     given[0].extra["frame_sets"] = {**sets, "uniform": [0, 60]}
-    assert "frame 60, the video ends with 47" in prior.frame_set_rows(given[:1], arguments())[1][0]["cause"]
+    assert "frame 60, the video ends with 47" in prior.frame_set_rows(given[:1], arguments(frames=2))[1][0]["cause"]
     for bad in ({}, 3, {**sets, "scene": None}, {**sets, "uniform": []}, {**sets, "semantic": ["a"]}, {**sets, "uniform": [-1]}):
         given[0].extra["frame_sets"] = bad
         with pytest.raises(DataError, match="scenes.mp4: frame_sets must have"):
             prior.frame_set_rows(given[:1], arguments())
     given[0].extra["frame_sets"] = sets
-    with pytest.raises(DataError, match="8 uniform frames, this run uses --frames 4"):
-        prior.frame_set_rows(given[:1], arguments(frames=4))
+    for frames in (4, 16):
+        with pytest.raises(DataError, match=f"8 uniform frames, this run uses --frames {frames}"):
+            prior.frame_set_rows(given[:1], arguments(frames=frames))
+    given[0].extra["frame_sets"] = {**sets, "uniform": [0, 0, 1, 2]}  # a short video's, sampled with repeats
+    assert prior.frame_set_rows(given[:1], arguments())[0][0]["frames"] == [0, 1, 2]
 
 
 @pytest.mark.parametrize("changes", [{"fps": 0}, {"fps": -1.0}, {"frames": 0}, {"semantic_k": 0}, {"w_base": 0.0}, {"w_sem": -1.0}])
@@ -557,7 +560,8 @@ def test_load_priors_of_another_data_set(priors_file, media):
 
 @pytest.mark.parametrize("change, words", [
     ({"prior": [0.5, 0.5]}, "8 frames, 8 times and 2 prior values"),
-    ({"prior": [0.5] * 8}, "sums to 4"),
+    ({"prior": [0.5] * 8}, "the sum 4"),
+    ({"prior": [-0.5, 1.5, 0, 0, 0, 0, 0, 0]}, "the least is -0.5, the sum 1"),
     ({"prior": [float("nan")] * 8}, "not numbers"),
     ({"prior": ["x"] * 8}, "not numbers"),
     ({"frames": [0, 0, 1, 2, 3, 4, 5, 6]}, "not ascending"),
@@ -764,7 +768,7 @@ def test_a_run_of_other_settings_or_data_is_not_continued(flags, tmp_path, monke
     assert output.read_text() == before
 
 
-@pytest.mark.parametrize("order", [[0, 1, 2], [2, 1, 0]])
+@pytest.mark.parametrize("order", [[0, 1, 2], [2, 1, 0], [0, 2, 1]])
 def test_shards_of_several_ranks(flags, tmp_path, monkeypatch, capsys, order):
     whole, output = tmp_path / "whole.jsonl", tmp_path / "shards" / "priors.jsonl"
     works(monkeypatch, capsys, *flags, "--output", whole)
@@ -774,6 +778,30 @@ def test_shards_of_several_ranks(flags, tmp_path, monkeypatch, capsys, order):
     assert "6 priors are in" in works(monkeypatch, capsys, *flags, "--output", output, RANK=order[2], WORLD_SIZE=3)
     assert lines(output) == lines(whole) and lines(f"{output}.errors.jsonl") == lines(f"{whole}.errors.jsonl")
     assert len(list(output.parent.iterdir())) == 2  # nothing is left aside
+
+
+def test_a_repeated_id_does_not_pass_for_the_row_of_another_rank(flags, tmp_path, monkeypatch, capsys):
+    rows = json.loads((tmp_path / "set.json").read_text())
+    (tmp_path / "set.json").write_text(json.dumps([rows[0], rows[1], rows[1]]))
+    output = tmp_path / "priors.jsonl"
+    assert "has done its part" in works(monkeypatch, capsys, *flags, "--output", output, RANK=0, WORLD_SIZE=2)  # it names 1 as repeated
+    assert "2 priors are in" in works(monkeypatch, capsys, *flags, "--output", output, RANK=1, WORLD_SIZE=2)
+
+
+def test_a_shard_that_another_rank_joins_meanwhile(flags, tmp_path, monkeypatch, capsys):
+    output = tmp_path / "priors.jsonl"
+    works(monkeypatch, capsys, *flags, "--output", output, RANK=0, WORLD_SIZE=2)
+    whole_lines = prior.whole_lines
+
+    def joined(file):  # just before this rank reads them
+        monkeypatch.setattr(prior, "whole_lines", whole_lines)
+        for path in (output, Path(f"{output}.errors.jsonl")):
+            prior.join_shards(path)
+        return whole_lines(file)
+
+    monkeypatch.setattr(prior, "whole_lines", joined)
+    assert "6 priors are in" in works(monkeypatch, capsys, *flags, "--output", output, RANK=1, WORLD_SIZE=2)
+    assert len(lines(output)) == 6 and len(lines(f"{output}.errors.jsonl")) == 5
 
 
 def test_a_run_of_three_ranks_is_continued_by_one(flags, tmp_path, monkeypatch, capsys):
