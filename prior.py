@@ -799,8 +799,12 @@ def draw_prior(row, frames, path):
     figure.savefig(path, dpi=110)
 
 
+class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """The docstring of this file as it is, and every flag's default."""
+
+
 def main():
-    parser = HfArgumentParser(PriorArguments, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, description=(
+    parser = HfArgumentParser(PriorArguments, allow_abbrev=False, formatter_class=Help, description=(
         f"{__doc__}\nExit code 0: done; what could not be used is counted and listed in OUTPUT.errors.jsonl. 2: bad input, or a file that "
         "cannot be written;\none sentence says which. 130: interrupted; the same command continues. 1: a fault of this program, with its "
         "trace."))
