@@ -31,14 +31,31 @@ def test_smallest_step_prints_ratios():
         assert "100.0% of tokens equal" in done.stdout
 
 
+def test_smallest_prior_prints_ratios():
+    flags = ["--videos", "3", "--seconds", "1", "--width", "64", "--height", "48", "--frames", "4", "--repeats", "1",
+             "--memory_videos", "20", "--clip", "ViT-S-32-alt"]
+    done = subprocess.run([sys.executable, "bench.py", "prior", *flags], cwd=ROOT, capture_output=True, text=True, timeout=300,
+                          env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"})
+    assert done.returncode == 0, done.stderr
+    for title in ("hsv + uniform priors / get_batch", "one worker / two workers", "  get_batch alone, one process / two",
+                  "CLIP (ViT-S-32-alt) / decoding", "all / the slower of the two"):
+        line = next(line for line in done.stdout.splitlines() if line.startswith(title))
+        ratio, low, high = (float(value) for value in re.search(r"([\d.]+) \(([\d.]+) to ([\d.]+)\)$", line).groups())
+        assert 0 < ratio == low == high
+    used = [float(value) for value in done.stdout.rpartition(": ")[2].split()]
+    assert len(used) == 10 and all(value > 100 for value in used)
+
+
 @pytest.mark.parametrize("flags, words", [
-    (("--num_generations", "1"), "--num_generations 1 is too small"),
-    (("--frame_size", "50"), "--frame_size 50 is not a multiple of 28"),
-    (("--model_name_or_path", "no/such/folder"), "no/such/folder is not a folder with a checkpoint"),
-    (("--batch", "3"), "unrecognized arguments: --batch"),
+    (("step", "--num_generations", "1"), "--num_generations 1 is too small"),
+    (("step", "--frame_size", "50"), "--frame_size 50 is not a multiple of 28"),
+    (("step", "--model_name_or_path", "no/such/folder"), "no/such/folder is not a folder with a checkpoint"),
+    (("step", "--batch", "3"), "unrecognized arguments: --batch"),
+    (("prior", "--videos", "1"), "--videos 1 is too small"),
+    (("prior", "--clip", "ViT"), "--clip ViT is no architecture of open_clip"),
 ])
 def test_bad_flags(flags, words, capsys, monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["bench.py", "step", *flags])
+    monkeypatch.setattr(sys, "argv", ["bench.py", *flags])
     with pytest.raises(SystemExit) as stop:
         bench.main()
     told = capsys.readouterr()
