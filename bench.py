@@ -46,7 +46,7 @@ FLAGS = {  # default, least, help
     "questions": (1, 1, "questions in a forward"), "repeats": (5, 1, "timed pairs"), "seed": (0, 0, "of everything random")}
 
 PRIOR_FLAGS = {
-    "videos": (32, 2, "videos to make and build the priors of"), "seconds": (10, 1, "length of a video, at 24 frames a second"),
+    "videos": (32, 3, "videos to make and build the priors of"), "seconds": (10, 1, "length of a video, at 24 frames a second"),
     "width": (640, 32, "pixels"), "height": (360, 32, "pixels"), "frames": (16, 2, "K, frames sampled from a video"),
     "repeats": (5, 1, "timed turns"), "memory_videos": (0, 0, "0: without the memory figures"), "seed": (0, 0, "of everything random")}
 
@@ -181,9 +181,10 @@ def get_batch(path, frames):
     reader.get_batch(prior.uniform_frames(len(reader), frames)).asnumpy()
 
 
-def steady(results):
-    """Seconds an item from the first result on: without the start of the workers."""
-    next(results)
+def steady(results, workers=1):
+    """Seconds an item from every worker's first result on: without their start."""
+    for _ in range(workers):
+        next(results)
     begin = time.perf_counter()
     count = sum(1 for _ in results)
     return (time.perf_counter() - begin) / count
@@ -207,11 +208,11 @@ def bench_prior(arguments):
             if workers == 0:
                 return [get_batch(path, arguments.frames) for path in paths]
             with ProcessPoolExecutor(workers, mp_context=context) as pool:
-                return steady(pool.map(get_batch, paths, itertools.repeat(arguments.frames)))
+                return steady(pool.map(get_batch, paths, itertools.repeat(arguments.frames)), workers)
 
-        def rows(settings, workers, model=None):
+        def rows(settings, workers, model=None, media=groups):
             """What prior.py does with every video."""
-            for medium, cues in prior.all_cues(groups, settings, model and model.preprocess, workers):
+            for medium, cues in prior.all_cues(media, settings, model and model.preprocess, workers):
                 yield prior.media_rows(groups[medium], cues, model, settings)
 
         pixels = [cues[-1] for _, cues in prior.all_cues(groups, full, preprocess)]
@@ -223,11 +224,10 @@ def bench_prior(arguments):
         print(f"machine     {platform.machine()} CPU, {os.cpu_count()} cores; CLIP on {device}; torch {torch.__version__}\n"
               f"videos      {len(examples)}, {arguments.width}x{arguments.height}, {arguments.seconds} s at 24 fps, MPEG-4; "
               f"{arguments.frames} frames of each\n"
-              f"timing      median of {arguments.repeats} alternating turns after a warm-up (lowest to highest); workers from their first "
-              "result on\n")
+              f"timing      median of {arguments.repeats} alternating turns (lowest to highest); workers from their first results on\n")
         seconds = time_turns((bare, lambda: list(rows(hsv, 0))), arguments.repeats)
         print_ratio("hsv + uniform priors / get_batch", seconds[:, 1] / seconds[:, 0])
-        seconds = np.array([[steady(rows(hsv, 1)), steady(rows(hsv, 2)), bare(1), bare(2)] for _ in range(arguments.repeats)])
+        seconds = np.array([[steady(rows(hsv, 1)), steady(rows(hsv, 2), 2), bare(1), bare(2)] for _ in range(arguments.repeats)])
         print_ratio("one worker / two workers", seconds[:, 0] / seconds[:, 1])
         print_ratio("  get_batch alone, one process / two", seconds[:, 2] / seconds[:, 3])
         seconds = np.array([[steady(prior.all_cues(groups, full, preprocess, 1)), steady(encode()), steady(rows(full, 1, clip))]
@@ -235,8 +235,7 @@ def bench_prior(arguments):
         print_ratio(f"CLIP ({arguments.clip}) / decoding", seconds[:, 1] / seconds[:, 0])
         print_ratio("all / the slower of the two", seconds[:, 2] / seconds[:, :2].max(1))
         if arguments.memory_videos:
-            memory(prior.all_cues(itertools.islice(itertools.cycle(groups), arguments.memory_videos), full, preprocess, 2),
-                   arguments.memory_videos)
+            memory(rows(full, 2, clip, itertools.islice(itertools.cycle(groups), arguments.memory_videos)), arguments.memory_videos)
 
 
 def memory(results, count):

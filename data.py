@@ -20,7 +20,7 @@ import decord
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
 
 decord.logging.set_level(decord.logging.QUIET)  # what is wrong with a video is in the exception; the rest is noise between the lines
@@ -61,7 +61,7 @@ class Example:
     reasoning: str = ""
     grounding: list[tuple[float, float, str]] = field(default_factory=list)  # (start s, end s, sentence)
     evidence: list[tuple[float, float]] = field(default_factory=list)  # (start s, end s) that the answer rests on
-    extra: dict = field(default_factory=dict)  # every other field of the row, untouched
+    extra: dict = field(default_factory=dict)  # path, and every other field of the row, untouched
 
 
 def strip_tag(text, tag):
@@ -116,7 +116,7 @@ def from_seed_bench(row):
         rng.shuffle(texts)
         letter = "ABCD"[texts.index(row["answer"])]
     video = bool(row["task_progress_metadata"])
-    return {**row, "problem_id": row["sample_id"], "problem": row["question"], "problem_type": "multiple choice", "solution": letter,
+    return {**row, "problem": row["question"], "problem_type": "multiple choice", "solution": letter,
             "options": [f"{name}. {text}" for name, text in zip("ABCD", texts, strict=True)], "data_type": "video" if video else "image",
             "path": f"videos/{row['video_source']}/{row['video_basename']}" if video else picture, "current_observation": picture}
 
@@ -159,7 +159,7 @@ def to_video_r1(row):
 
 def row_id(row, index):
     """What a row is known by everywhere: its problem_id (SEED-Bench-R1: sample_id), else its position in the file."""
-    return str(row.get("problem_id", row.get("sample_id", index)))
+    return str(next((row[name] for name in ("problem_id", "sample_id") if row.get(name) is not None), index))
 
 
 def parse_example(row, index, media_root):
@@ -184,7 +184,7 @@ def parse_example(row, index, media_root):
     if row["data_type"] != "text":
         if not row.get("path"):
             raise DataError(f"{where} has no {row['data_type']}: its path is empty")
-        if not isinstance(row["path"], str) or "\0" in row["path"]:
+        if not isinstance(row["path"], str) or "\0" in row["path"] or row["path"].encode(errors="replace").decode() != row["path"]:
             raise DataError(f"{where} has a path that is none: {row['path']!r}")
         media = resolve_media(row["path"], media_root, where)
     options, process = row.get("options") or [], row.get("process") or ""
@@ -196,7 +196,7 @@ def parse_example(row, index, media_root):
         evidence = [(float(start), float(end)) for start, end in row.get("evidence") or []]
     except (AttributeError, TypeError, ValueError) as error:
         raise DataError(f'{where}: grounding must be {{"MM:SS-MM:SS": sentence}}, evidence [[start, end], ...] ({error})') from error
-    known = {"problem_id", "problem", "options", "problem_type", "solution", "path", "data_type", "process", "grounding", "evidence"}
+    known = {"problem_id", "problem", "options", "problem_type", "solution", "data_type", "process", "grounding", "evidence"}
     return Example(
         id=row_id(row, index),
         question=str(row["problem"]),
@@ -309,7 +309,7 @@ def load_image(path):
     try:
         with Image.open(path) as image:
             return np.asarray(image.convert("RGB"))[None]
-    except (UnidentifiedImageError, Image.DecompressionBombError, OSError) as error:
+    except (Image.DecompressionBombError, OSError, SyntaxError, ValueError) as error:  # Pillow raises all of them, by the damage
         raise MediaError(f"{path}: not a readable image ({error})") from error
 
 

@@ -9,7 +9,7 @@
 Two cues vote on K frames spread evenly over the video: frames that begin a scene (jumps between colour histograms, or a detector of
 PySceneDetect) and frames that look like the question (CLIP). A frame's weight is w_base, plus w_scene if the first cue names it, plus
 w_sem if the second does; the weights divided by their sum are P.
-One JSON line an example: problem_id, question, media (file name), frames (indices in the video), times (s), scene_scores,
+One JSON line an example: problem_id, question, media (as the data set names it), frames (indices in the video), times (s), scene_scores,
 semantic_scores, scene and semantic (positions among the K frames), prior, settings. An image is one frame with P = [1.0] and no cues; a
 text-only example has no row. Worker processes decode; this one runs CLIP on what they send, so that the two overlap.
 """
@@ -19,22 +19,24 @@ import json
 import math
 import multiprocessing
 import os
+import shutil
 import signal
 import sys
 import textwrap
 import threading
 from concurrent.futures import FIRST_COMPLETED, wait
 from dataclasses import dataclass, field, fields
+from datetime import timedelta
 from itertools import islice
 from pathlib import Path
 from typing import Literal
 
 import cv2
-import decord
 import numpy as np
 import open_clip
 import scenedetect
 import torch
+import torch.distributed as dist
 from pebble import ProcessExpired, ProcessPool
 from PIL import Image
 from safetensors import SafetensorError
@@ -49,9 +51,9 @@ from data import (
     load_examples,
     load_image,
     open_video,
+    parse_example,
     read_frames,
     read_rows,
-    row_id,
     uniform_frames,
 )
 
@@ -61,7 +63,7 @@ DETECTORS = {"content": scenedetect.ContentDetector, "adaptive": scenedetect.Ada
              "histogram": scenedetect.HistogramDetector, "threshold": scenedetect.ThresholdDetector}
 CHUNK_BYTES = 1 << 26  # of decoded frames held at a time: all of them at 640x360, ten at 1080p, two in 4K
 SHORTEST_SCENE = "0.6s"  # of those detectors, as PySceneDetect's command line has it
-FUSION = ("prior", "w_base", "w_scene", "w_sem", "scene_threshold", "semantic_k")  # settings that can change without the pixels
+WEIGHTS = ("prior", "w_base", "w_scene", "w_sem")
 
 
 @dataclass
@@ -94,6 +96,11 @@ class PriorSettings:
     w_sem: float = field(default=3.0, metadata={"help": "lambda_sem of Eq. 1: added to a frame that is like the question"})
 
     def __post_init__(self):
+        for name in ("fps", "scene_threshold", "w_base", "w_scene", "w_sem"):
+            if getattr(self, name) is not None and not math.isfinite(getattr(self, name)):
+                raise DataError(f"--{name} must be a finite number")
+        if self.scene_threshold is not None and self.scene_threshold < 0:
+            raise DataError("--scene_threshold must be at least 0")
         if self.frames < 1 or (self.semantic_k is not None and self.semantic_k < 1):
             raise DataError("--frames and --semantic_k must be at least 1")
         if self.fps is not None and self.fps <= 0:
@@ -112,8 +119,8 @@ class PriorArguments(PriorSettings):
     video: str | None = field(default=None, metadata={"help": "one video instead of a data set: print its prior and draw it"})
     question: str | None = field(default=None, metadata={"help": "the question about --video"})
     scores: str | None = field(default=None, metadata={
-        "help": "a priors file instead of a data set: its stored scores with this command's --prior, --w_*, --semantic_k, "
-                "--scene_threshold"})
+        "help": "a priors file instead of a data set: its stored scores with this command's --prior, --w_base, --w_scene, --w_sem, "
+                "--semantic_k and, for --scene hsv, --scene_threshold. All else is as the file has it"})
     output: str | None = field(default=None, metadata={
         "help": "file to write; None: priors.jsonl, or prior.png with --video. Rows already in it are kept: the same command continues "
                 "an interrupted run. What cannot be used goes to OUTPUT.errors.jsonl, with its cause, and is tried again next time"})
@@ -140,11 +147,14 @@ class PriorArguments(PriorSettings):
         self.output = self.output or ("prior.png" if self.video else "priors.jsonl")
         if self.video and Path(self.output).suffix not in (".png", ".svg", ".pdf"):
             raise DataError(f"--output {self.output}: a video's prior is drawn as .png, .svg or .pdf")
-        for name in ("dataset_name", "video", "scores"):
-            source = getattr(self, name)
-            for target in (self.output, self.export_frame_sets):
-                if source and target and os.path.realpath(target) == os.path.realpath(source):
-                    raise DataError(f"{target} is the --{name} itself; choose another file to write")
+        if self.export_frame_sets and Path(self.export_frame_sets).suffix != ".json":
+            raise DataError(f"--export_frame_sets {self.export_frame_sets}: a JSON array is written, name it .json")
+        files = {name: os.path.realpath(getattr(self, name)) for name in ("dataset_name", "video", "scores", "output", "export_frame_sets")
+                 if getattr(self, name) is not None}
+        for name in ("output", "export_frame_sets"):
+            for other in files:
+                if name in files and name != other and files[name] == files[other]:
+                    raise DataError(f"--{name} {files[name]} is the --{other} itself; choose another file to write")
 
 
 # ------------------------------------------------------------------------------------------------- frames and the scene cue
@@ -183,9 +193,11 @@ def hsv_histogram(frame):
     Binned in the HSV cone, not in raw (H, S, V): x, y = C cos H, C sin H with C = S V / 255, and V. Raw hue is noise on grey pixels, and a
     hard bin border lets one grey level of flicker move all the mass, so static clips would show cuts. In the cone both are continuous.
     """
-    scale = HISTOGRAM_SIDE / max(frame.shape[:2])
+    height, width = frame.shape[:2]
+    scale = HISTOGRAM_SIDE / max(height, width)
     if scale < 1:
-        frame = cv2.resize(frame, None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA)
+        size = max(1, round(width * scale)), max(1, round(height * scale))
+        frame = cv2.resize(frame, size, interpolation=cv2.INTER_AREA)
     hue, saturation, value = cv2.split(cv2.cvtColor(frame, cv2.COLOR_RGB2HSV))  # each (h, w) uint8
     chroma = cv2.multiply(saturation, value, scale=1 / 255, dtype=cv2.CV_32F)  # (h, w)
     cone = [cv2.multiply(chroma, cv2.LUT(hue, COSINE)), cv2.multiply(chroma, cv2.LUT(hue, SINE)), value.astype(np.float32)]
@@ -280,7 +292,8 @@ class Clip:
 
 def load_clip(name, pretrained=None, device="cpu"):
     """open_clip model -> Clip. name: one of open_clip's, hf-hub:REPO or local-dir:FOLDER (open_clip_config.json, safetensors weights, and
-    tokenizer files if its text_cfg has hf_tokenizer_name). DataError if it cannot be loaded; missing or pickled weights are refused."""
+    tokenizer files if its text_cfg has hf_tokenizer_name). DataError if it cannot be loaded. Missing weights are refused, and so are local
+    pickled ones; what a hub has as pickles only, open_clip reads by torch's weights_only."""
     folder = Path(name.removeprefix("local-dir:"))
     try:
         if name.startswith("local-dir:"):
@@ -296,7 +309,7 @@ def load_clip(name, pretrained=None, device="cpu"):
         tokenizer = open_clip.get_tokenizer(name)
     except DataError:
         raise
-    except (OSError, RuntimeError, ValueError, SafetensorError) as error:
+    except (KeyError, OSError, RuntimeError, TypeError, ValueError, SafetensorError) as error:
         raise DataError(f"CLIP model {name} ({pretrained}) cannot be loaded, give --clip local-dir:FOLDER or --prior no_semantic: "
                         f"{' '.join(str(error).split())[:300]}") from error
     return Clip(model.eval(), preprocess, tokenizer, device)
@@ -342,20 +355,26 @@ def fuse(k, scene, semantic, w_base=0.1, w_scene=1.0, w_sem=3.0):
 
 
 def weigh(row, scene, semantic, settings):
-    """A row with these sets and the P that follows from them."""
+    """A row with these sets and the P that follows from them; its settings are added or replaced by the weights of these."""
     w_scene = settings.w_scene if settings.prior in ("full", "no_semantic") else 0.0
     w_sem = settings.w_sem if settings.prior in ("full", "no_scene") else 0.0
     prior = fuse(len(row["frames"]), scene, semantic, settings.w_base, w_scene, w_sem)  # (K,)
     return {**row, "scene": scene, "semantic": semantic, "prior": [float(f"{value:.9g}") for value in prior.tolist()],  # exact float32
-            "settings": {setting.name: getattr(settings, setting.name) for setting in fields(PriorSettings)}}
+            "settings": {**row["settings"], **{name: getattr(settings, name) for name in WEIGHTS}}}
 
 
 def weigh_scores(row, settings):
-    """A row with its sets and P from its stored scores: what --scores does; no pixels are needed."""
+    """A row with its sets and P from its stored scores: what --scores does; no pixels are needed. settings: all of PriorSettings."""
     scene = [position for position, score in enumerate(row["scene_scores"]) if score > 0]  # a detector's scores are 0 or 1
     if settings.scene == "hsv":
         scene = scene_set(row["scene_scores"], 0.2 if settings.scene_threshold is None else settings.scene_threshold)
-    return weigh(row, scene, semantic_set(row["semantic_scores"], settings.semantic_k), settings)
+    everything = {setting.name: getattr(settings, setting.name) for setting in fields(PriorSettings)}
+    return weigh({**row, "settings": everything}, scene, semantic_set(row["semantic_scores"], settings.semantic_k), settings)
+
+
+def media_name(example):
+    """The medium as the data set names it, which does not change with the media root."""
+    return example.extra.get("path") or os.path.basename(example.media)
 
 
 def media_rows(examples, cues, clip, settings):
@@ -370,7 +389,7 @@ def media_rows(examples, cues, clip, settings):
         likeness = encode_texts(texts, clip) @ encode_pixels(pixels, clip).T  # (N, D) @ (D, K)
     rows = []
     for example, scores in zip(examples, likeness, strict=True):
-        row = {"problem_id": example.id, "question": example.question, "media": os.path.basename(example.media), "frames": indices,
+        row = {"problem_id": example.id, "question": example.question, "media": media_name(example), "frames": indices,
                "times": times, "scene_scores": jumps, "semantic_scores": [round(float(value), 6) for value in scores]}
         rows.append(weigh_scores(row, settings))
     return rows
@@ -386,7 +405,6 @@ def start_worker():
     """A decoding process: one thread a library, and no life without the process that it works for."""
     torch.set_num_threads(1)
     cv2.setNumThreads(1)
-    decord.logging.set_level(decord.logging.QUIET)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that it works for
     threading.Thread(target=lambda: (multiprocessing.parent_process().join(), os._exit(1)), daemon=True).start()
 
@@ -409,7 +427,7 @@ def all_cues(media, settings, preprocess, workers=0, timeout=300.0):
     pool, waiting, media = ProcessPool(workers, max_tasks=1000, initializer=start_worker, context=context), {}, iter(media)
     try:
         while True:
-            for medium in islice(media, 2 * workers + 2 - len(waiting)):  # enough that none idles, few enough to hold their pixels
+            for medium in islice(media, workers + 2 - len(waiting)):  # enough that none idles, few enough to hold their pixels
                 waiting[pool.schedule(read_cues, args=(medium, settings, preprocess), timeout=timeout)] = medium
             if not waiting:
                 return
@@ -465,33 +483,38 @@ def frame_set_rows(examples, settings):
     The K frames are the uniform set; a frame of another set counts for the sampled frame nearest to it. The videos are opened for the
     frames' times, not decoded. DataError when a field is malformed or has another K.
     """
-    rows, errors = [], []
-    for example in examples:
+    rows, errors, times_of = [], [], {}
+    for example in tqdm(examples, desc="frame_sets", unit="example", disable=not examples):
         sets = example.extra["frame_sets"]
         good = isinstance(sets, dict) and all(
             isinstance(sets.get(name), list) and all(type(index) is int and index >= 0 for index in sets[name])
             for name in ("uniform", "scene", "semantic")) and sets["uniform"]
         if not good:
             raise DataError(f"{example.id}: frame_sets must have the lists uniform (not empty), scene and semantic of frame indices")
-        frames = sorted(set(sets["uniform"]))
-        if example.media_type == "video" and len(frames) != settings.frames and frames != list(range(len(frames))):  # the last: a short one
+        frames, video = sorted(set(sets["uniform"])), example.media_type == "video"
+        fewer = len(frames) < settings.frames and (settings.fps or frames == list(range(len(frames))))  # --fps, or a short video
+        if video and len(frames) != settings.frames and not fewer:
             raise DataError(f"{example.id}: its frame_sets have {len(frames)} uniform frames, this run uses --frames {settings.frames}")
-        scene, semantic = (sorted({int(np.abs(np.array(frames) - index).argmin()) for index in sets[name]})
-                           for name in ("scene", "semantic"))
+        key = (example.media, *frames)
         try:
-            times = [0.0]
-            if example.media_type == "video":
-                reader = open_video(example.media)
-                if frames[-1] >= len(reader):
-                    raise MediaError(f"{example.media}: its frame_sets name frame {frames[-1]}, the video ends with {len(reader) - 1}")
-                times = [round(float(time), 6) for time in reader.get_frame_timestamp(frames)[:, 0]]
+            if key not in times_of:
+                times_of[key] = frame_times(example.media, frames) if video else [0.0]
         except MediaError as error:
             errors += error_lines([example], error)
             continue
-        unscored = {"problem_id": example.id, "question": example.question, "media": os.path.basename(example.media), "frames": frames,
-                    "times": times, "scene_scores": [], "semantic_scores": []}
-        rows.append(weigh(unscored, scene, semantic, settings))
+        scene, semantic = (sorted({int(np.abs(np.array(frames) - index).argmin()) for index in sets[name]})
+                           for name in ("scene", "semantic"))
+        rows.append(weigh({"problem_id": example.id, "question": example.question, "media": media_name(example), "frames": frames,
+                           "times": times_of[key], "scene_scores": [], "semantic_scores": [], "settings": {}}, scene, semantic, settings))
     return rows, errors
+
+
+def frame_times(path, frames):
+    """Seconds of these frames of a video, without decoding them."""
+    reader = open_video(path)
+    if frames[-1] >= len(reader):
+        raise MediaError(f"{path}: its frame_sets name frame {frames[-1]}, the video ends with {len(reader) - 1}")
+    return [round(float(time), 6) for time in reader.get_frame_timestamp(frames)[:, 0]]
 
 
 # --------------------------------------------------------------------------------------------------------------------- files
@@ -505,6 +528,8 @@ def check_row(row):
     if missing:
         return f"has no {', '.join(missing)}"
     frames, times, prior = row["frames"], row["times"], row["prior"]
+    if not isinstance(row.get("settings", {}), dict):
+        return "has settings that are not an object"
     if not all(isinstance(values, list) and values for values in (frames, times, prior)):
         return "has frames, times or prior that are not non-empty lists"
     if not len(frames) == len(times) == len(prior):
@@ -517,15 +542,15 @@ def check_row(row):
     return "" if good else f"has a prior that is none: the least is {min(prior):.4g}, the sum {sum(prior):.4g}"
 
 
-def read_priors(path, unfinished=False):
-    """Yields the rows of a priors file. DataError (one sentence) when it or a row is malformed. unfinished: its last line may be torn."""
-    with open(path, encoding="utf-8") as file:
+def read_priors(path):
+    """Yields the rows of a priors file. DataError (one sentence) when it or a row is malformed."""
+    if not os.path.isfile(path):
+        raise DataError(f"priors file {path} not found (prior.py makes it)")
+    with open(path, "rb") as file:
         for number, line in enumerate(file, 1):
-            if unfinished and not line.endswith("\n"):
-                return
             try:
                 row = json.loads(line)
-            except json.JSONDecodeError as error:
+            except ValueError as error:  # not JSON, or not UTF-8
                 raise DataError(f"priors file {path}, line {number} is not valid JSON ({error}); build it again") from error
             fault = check_row(row)
             if fault:
@@ -535,17 +560,16 @@ def read_priors(path, unfinished=False):
 
 def other_question(row, example):
     """Whether a row was made for another question or medium than the example that has its problem_id."""
-    return row.get("question", example.question) != example.question or row.get("media", "") not in ("", os.path.basename(example.media))
+    return row.get("question", example.question) != example.question or row.get("media", media_name(example)) != media_name(example)
 
 
 def load_priors(path, examples, settings):
     """Priors file -> {problem_id: row} for the video and image examples given; text-only examples need none.
 
     settings: the run's PriorSettings. DataError (one sentence) when the file or a row is malformed, an example has no row, or a row was
-    made for another question, another K or with other weights. A video of fewer than K frames is fine: its row has all of its frames.
+    made for another question, another K or with other settings (the CLIP model's name is not compared). A video of fewer than K frames
+    is fine: its row has all of its frames.
     """
-    if not os.path.isfile(path):
-        raise DataError(f"priors file {path} not found (prior.py makes it)")
     needed = {example.id: example for example in examples if example.media_type != "text"}
     found = {row["problem_id"]: row for row in read_priors(path) if row["problem_id"] in needed}
     missing = [problem for problem in needed if problem not in found]
@@ -560,7 +584,7 @@ def load_priors(path, examples, settings):
         if example.media_type == "video" and len(indices) != settings.frames and not short:
             raise DataError(f"the priors file {path} was made for K={made_with.get('frames', len(indices))} frames, this run uses "
                             f"K={settings.frames} ({problem} has {len(indices)}); build it again with --frames {settings.frames}")
-        for name in FUSION:
+        for name in (setting.name for setting in fields(PriorSettings) if setting.name not in ("frames", "clip", "clip_pretrained")):
             if made_with.get(name, getattr(settings, name)) != getattr(settings, name):
                 raise DataError(f"the priors file {path} was made with --{name} {made_with[name]}, this run has {getattr(settings, name)}; "
                                 f"give the same here, or make another file by prior.py --scores {path}")
@@ -570,7 +594,7 @@ def load_priors(path, examples, settings):
 def write_lines(path, rows):
     """Rows -> JSON lines, whole or not at all."""
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    unfinished = Path(f"{path}.tmp{os.environ.get('RANK', '')}")
+    unfinished = Path(f"{path}.tmp")
     with open(unfinished, "w", encoding="utf-8") as file:
         file.writelines(json.dumps(row) + "\n" for row in rows)
     unfinished.replace(path)
@@ -584,37 +608,29 @@ def append_lines(file, rows):
 
 
 def shards(path):
-    """The file and what ranks have written aside for it, as far as they exist."""
-    return [file for file in (path, *sorted(path.parent.glob(f"{path.name}.shard*"))) if file.exists()]
-
-
-def whole_lines(file):
-    """Lines of a file that another rank may be writing to, or that a kill has cut: a torn last one is left out."""
-    text = file.read_bytes()
-    return text[: text.rfind(b"\n") + 1].decode().splitlines()
+    """What ranks have written aside for a file."""
+    return sorted(file for file in path.parent.iterdir() if file.name.startswith(f"{path.name}.shard"))
 
 
 def join_shards(path):
-    """One file of what several ranks have written. Any rank that sees all of it may do so; two at once write the same."""
-    files = shards(path)
-    if files in ([], [path]):
+    """A file and its shards -> one file of whole lines: a kill can have torn the last one of each."""
+    lines, aside = {}, shards(path)
+    if not aside and not path.exists():
         return
-    lines = dict.fromkeys(line for file in files for line in whole_lines(file))  # a row is the same whoever made it
-    unfinished = Path(f"{path}.tmp{os.getpid()}")
-    unfinished.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+    for file in (path, *aside):
+        text = file.read_bytes() if file.exists() else b""
+        lines.update(dict.fromkeys(text[: text.rfind(b"\n") + 1].splitlines(keepends=True)))
+    unfinished = Path(f"{path}.tmp")
+    unfinished.write_bytes(b"".join(lines))
     unfinished.replace(path)
-    for file in files:
-        if file != path:
-            file.unlink(missing_ok=True)
+    for file in aside:
+        file.unlink()
 
 
 def finished(output, examples, settings):
-    """problem_ids of the rows that this and other ranks have written so far.
-
-    DataError when they belong to another data set or were made with other settings.
-    """
+    """problem_ids of the rows in the output. DataError when they belong to another data set or were made with other settings."""
     by_id, done = {example.id: example for example in examples}, set()
-    for row in (row for file in shards(output) for row in read_priors(file, unfinished=True)):
+    for row in read_priors(output) if output.exists() else ():
         problem = row["problem_id"]
         if problem not in by_id or other_question(row, by_id[problem]):
             raise DataError(f"{output} has a row of another data set ({problem}); choose another --output")
@@ -644,11 +660,22 @@ def clip_of(arguments, workers):
 
 
 def run_dataset(arguments):
-    """Rows of a data set, appended to --output as they are made; the last of several ranks to end joins what they have written."""
+    """Rows of a data set, appended to --output as they are made; several ranks write aside, and rank 0 joins that when all have ended."""
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     output, errors_file, unusable = Path(arguments.output), Path(f"{arguments.output}.errors.jsonl"), []
     examples = load_examples(arguments.dataset_name, arguments.media_root, unusable)
-    groups, done = group_by_medium(examples), again_if_joined(finished, output, examples, arguments)
+    if world > 1 and "MASTER_ADDR" not in os.environ:
+        raise DataError("RANK and WORLD_SIZE are set without MASTER_ADDR; start ranks by torchrun or deepspeed")
+    if world > 1:
+        dist.init_process_group("gloo", timeout=timedelta(days=30))  # for its barrier: ranks end at different times
+    if rank == 0:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        join_shards(output)  # of an earlier run; its errors are tried again
+        for file in (errors_file, *shards(errors_file)):
+            file.unlink(missing_ok=True)
+    if world > 1:
+        dist.barrier()
+    groups, done = group_by_medium(examples), finished(output, examples, arguments)
     mine = [medium for index, medium in enumerate(groups) if index % world == rank]
     left = [medium for medium in mine if any(example.id not in done for example in groups[medium])]
     workers = arguments.workers
@@ -656,104 +683,98 @@ def run_dataset(arguments):
         on_cpu = arguments.prior in ("full", "no_scene") and not torch.cuda.is_available()
         workers = max(1, cores() // 2) if on_cpu else cores()
     clip = clip_of(arguments, workers) if left else None
-    own, own_errors = (file if world == 1 else Path(f"{file}.shard{rank}of{world}") for file in (output, errors_file))
-    own.parent.mkdir(parents=True, exist_ok=True)
-    for file in shards(errors_file) if rank == 0 else []:
-        if world == 1 or not file.name.endswith(f"of{world}"):
-            file.unlink()  # of an earlier run; what it names is tried again
-    with open(own, "ab+", buffering=0) as rows_out, open(own_errors, "wb", buffering=0) as errors_out:
-        rows_out.seek(0)
-        rows_out.truncate(rows_out.read().rfind(b"\n") + 1)  # a line that a kill has torn
-        append_lines(errors_out, unusable if rank == 0 else [])
+    rows_file, faults_file = (file if world == 1 else Path(f"{file}.shard{rank}") for file in (output, errors_file))
+    with open(rows_file, "ab", buffering=0) as rows_out, open(faults_file, "ab", buffering=0) as faults_out:
+        append_lines(faults_out, unusable if rank == 0 else [])
         made = all_cues(left, arguments, clip and clip.preprocess, workers, arguments.decode_timeout)
         for medium, cues in tqdm(made, desc="priors", unit="video", initial=len(mine) - len(left), total=len(mine), disable=rank > 0):
             if isinstance(cues, MediaError):
-                append_lines(errors_out, error_lines([example for example in groups[medium] if example.id not in done], cues))
+                append_lines(faults_out, error_lines([example for example in groups[medium] if example.id not in done], cues))
             else:
                 rows = media_rows(groups[medium], cues, clip, arguments)  # all of the medium's, so that a resumed run computes the same
                 append_lines(rows_out, [row for row in rows if row["problem_id"] not in done])
-    if not again_if_joined(conclude, output, errors_file, examples, arguments):
-        print(f"rank {rank} of {world} has done its part; the last rank to end writes {output}")
+    if world > 1:
+        dist.barrier()
+        dist.destroy_process_group()
+    if rank == 0:
+        for file in (output, errors_file) if world > 1 else ():
+            join_shards(file)
+        conclude(arguments, examples, output, errors_file)
 
 
-def again_if_joined(work, *arguments):
-    """work(*arguments), again when another rank joins the shards meanwhile: a listed file is gone then, and its lines are in the output."""
-    while True:
-        try:
-            return work(*arguments)
-        except FileNotFoundError as error:
-            if ".shard" not in str(error.filename):
-                raise
-
-
-def conclude(output, errors_file, examples, arguments):
-    """When every example has its row or its error line, by this rank or another: one file of all, and the summary. False when not yet."""
-    done = finished(output, examples, arguments)
-    errors = [json.loads(line) for file in shards(errors_file) for line in whole_lines(file)]
-    needed, named = [example for example in examples if example.media], {(error["problem_id"], error["media"]) for error in errors}
-    if any(example.id not in done and (example.id, example.media) not in named for example in needed):
-        return False
-    join_shards(output)
-    join_shards(errors_file)
+def conclude(arguments, examples, output, errors_file):
+    """The summary, and the data set with frame_sets if it is asked for."""
+    errors, done = errors_file.read_text(encoding="utf-8").splitlines(), sum(1 for _ in open(output, "rb"))
     if not errors:
-        errors_file.unlink(missing_ok=True)
+        errors_file.unlink()
     if errors and not done:
-        output.unlink(missing_ok=True)
-        raise DataError(f"none of the {len(errors)} examples can be used (see {errors_file}); the first: {errors[0]['cause']}")
-    print(f"{len(done)} priors are in {output}; {len(errors)} examples could not be used{f' (see {errors_file})' if errors else ''}; "
-          f"{len(examples) - len(needed)} text-only examples need none")
+        output.unlink()
+        raise DataError(f"none of the {len(errors)} examples can be used (see {errors_file}); the first: {json.loads(errors[0])['cause']}")
+    print(f"{done} priors are in {output}; {len(errors)} examples could not be used{f' (see {errors_file})' if errors else ''}; "
+          f"{sum(example.media_type == 'text' for example in examples)} text-only examples need none")
     report_evidence(output, examples)
     if arguments.export_frame_sets:
         export_frame_sets(arguments)
-    return True
 
 
 def report_evidence(path, examples):
     """Where the data set knows the evidence of an answer: how well the priors find it."""
-    known, found, mass = {example.id: example.evidence for example in examples if example.evidence}, [], []
+    known, hits, mass = {example.id: example.evidence for example in examples if example.evidence}, [], []
     for row in read_priors(path) if known else []:
-        inside = [any(start <= time < end for start, end in known.get(row["problem_id"], ())) for time in row["times"]]
-        if any(inside):
-            found.append(any(inside[position] for position in row["semantic"]))
-            mass.append((sum(value for value, here in zip(row["prior"], inside, strict=True) if here), sum(inside) / len(inside)))
-    if found:
-        prior, uniform = np.array(mass).T
-        print(f"{len(found)} questions of known evidence: {np.mean(found):.3f} have it among the semantic cue's frames; P's mass on it is "
-              f"{np.mean(prior / uniform):.2f} times uniform's (mean of ratios; ratio of means {prior.mean() / uniform.mean():.2f})")
+        if row["problem_id"] in known:
+            inside = np.array([any(start <= time < end for start, end in known[row["problem_id"]]) for time in row["times"]])
+            hits.append(inside[row["semantic"]].any())
+            mass.append((inside @ row["prior"], inside.mean()))
+    seen = [(prior, uniform) for prior, uniform in mass if uniform > 0]
+    if seen:
+        prior, uniform = np.array(seen).T
+        unseen = f" ({len(hits) - len(seen)} have no sampled frame there)" if len(seen) < len(hits) else ""
+        print(f"{len(hits)} questions of known evidence{unseen}: {np.mean(hits):.3f} have it among the semantic cue's frames; P's mass on "
+              f"it is {np.mean(prior / uniform):.2f} times uniform's (mean of ratios; ratio of means {prior.mean() / uniform.mean():.2f})")
 
 
 def export_frame_sets(arguments):
     """The data set with the release's frame_sets in every row that has a prior, the other rows as they are."""
-    sets, rows = {}, read_rows(arguments.dataset_name)
-    for made in read_priors(arguments.output):
-        frames = made["frames"]
-        sets[made["problem_id"]] = {"uniform": frames, **{name: [frames[at] for at in made[name]] for name in ("scene", "semantic")}}
+    made, rows, count = {row["problem_id"]: row for row in read_priors(arguments.output)}, read_rows(arguments.dataset_name), 0
     for index, row in enumerate(rows):
-        found = sets.pop(row_id(row, index), None) if isinstance(row, dict) else None  # a repeated id has no prior
-        if found:
-            row["frame_sets"] = found
-    Path(arguments.export_frame_sets).write_text(json.dumps(rows, indent=1), encoding="utf-8")
-    count = sum("frame_sets" in row for row in rows if isinstance(row, dict))
-    print(f"{count} of {len(rows)} rows have frame_sets in {arguments.export_frame_sets}")
+        try:
+            example = parse_example(row, index, arguments.media_root or Path(arguments.dataset_name).parent)
+        except DataError:
+            continue  # an unusable row
+        prior = made.pop(example.id, None)  # once: a row that repeats an id has none
+        if prior:
+            sets = {name: [prior["frames"][at] for at in prior[name]] for name in ("scene", "semantic")}
+            row["frame_sets"], count = {"uniform": prior["frames"], **sets}, count + 1
+    target = Path(arguments.export_frame_sets)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = Path(f"{target}.tmp")
+    unfinished.write_text(json.dumps(rows, indent=1), encoding="utf-8")
+    unfinished.replace(target)
+    print(f"{count} of {len(rows)} rows have frame_sets in {target}")
 
 
 def run_scores(arguments):
-    """The rows of --scores under this command's fusion settings. The cues' settings are the file's."""
-    if not os.path.isfile(arguments.scores):
-        raise DataError(f"--scores {arguments.scores} not found")
-    defaults, rows = PriorSettings(), []
+    """The rows of --scores under this command's weights, and its list of errors. The cues' settings are the file's."""
+    names, defaults, rows = [setting.name for setting in fields(PriorSettings)], PriorSettings(), []
     for row in read_priors(arguments.scores):
         made_with = row.get("settings", {})
-        for setting in fields(PriorSettings):
-            name, value = setting.name, getattr(arguments, setting.name)
-            if name not in FUSION and value not in (getattr(defaults, name), made_with.get(name)):
-                raise DataError(f"{arguments.scores} was made with --{name} {made_with.get(name)}, not {value}; that takes the videos")
-        settings = PriorSettings(**{**made_with, **{name: getattr(arguments, name) for name in FUSION}})
-        video = row["media"] and row["scene_scores"]
-        if video and settings.prior in ("full", "no_scene") and not row["semantic_scores"]:
+        if {"media", "scene_scores", "semantic_scores"} - row.keys() or set(names) - made_with.keys():
+            raise DataError(f"{arguments.scores}: the row of {row['problem_id']} has no stored scores and settings")
+        free = (*WEIGHTS, "semantic_k", *(["scene_threshold"] if made_with["scene"] == "hsv" else []))
+        for name in names:
+            value = getattr(arguments, name)
+            if name not in free and value not in (getattr(defaults, name), made_with[name]):
+                raise DataError(f"{arguments.scores} was made with --{name} {made_with[name]}, not {value}; that takes the videos")
+        settings = PriorSettings(**{name: getattr(arguments, name) if name in free else made_with[name] for name in names})
+        if row["scene_scores"] and settings.prior in ("full", "no_scene") and not row["semantic_scores"]:  # an image has neither
             raise DataError(f"{arguments.scores} has no semantic scores (it was made with --prior {made_with['prior']})")
         rows.append(weigh_scores(row, settings))
     write_lines(arguments.output, rows)
+    errors, listed = Path(f"{arguments.scores}.errors.jsonl"), Path(f"{arguments.output}.errors.jsonl")
+    if errors.is_file():
+        shutil.copyfile(errors, listed)  # train.py skips what it names
+    else:
+        listed.unlink(missing_ok=True)
     print(f"{len(rows)} priors are in {arguments.output}, from the scores in {arguments.scores}")
 
 
@@ -777,7 +798,7 @@ def draw_prior(row, frames, path):
     from matplotlib.figure import Figure
     count, settings = len(frames), row["settings"]
     figure = Figure(figsize=(max(6, 0.8 * count), 6), layout="constrained")
-    figure.suptitle(textwrap.fill(row["question"], max(60, 9 * count)))
+    figure.suptitle(textwrap.fill(row["question"], max(60, 9 * count)), parse_math=False)
     lines = (("scene_scores", "scene", "#0072B2"), ("semantic_scores", "semantic", "#D55E00"), ("prior", "P", "#009E73"))
     lines = [line for line in lines if row[line[0]]]  # without CLIP there are no semantic scores
     grid = figure.add_gridspec(1 + len(lines), count, height_ratios=(0.8, *(1 for _ in lines)))

@@ -61,7 +61,7 @@ def test_a_row_becomes_an_example(tmp_path):
         id="7", question="What moves?", options=["A. a ball", "B. a car"], problem_type="multiple choice", answer="A",
         media=str(tmp_path.resolve() / "videos/a.mp4"), media_type="video", reasoning="It rolls.",
         grounding=[(4.0, 68.0, "a ball rolls"), (10.0, 10.0, "it stops")], evidence=[(4, 8.5)],
-        extra={"data_source": "toy", "kind": "x"})
+        extra={"path": "./videos/a.mp4", "data_source": "toy", "kind": "x"})
 
 
 def test_json_lines_and_media_root(tmp_path):
@@ -111,6 +111,7 @@ def test_rows_without_optional_fields(tmp_path):
     ({"path": "/etc/passwd"}, "outside the media root"),
     ({"path": ["a.mp4"]}, "a path that is none"),
     ({"path": "a\0.mp4"}, "a path that is none"),
+    ({"path": "a\ud800.mp4"}, "a path that is none"),  # a lone surrogate, which no file system has
 ])
 def test_a_bad_row_is_named(tmp_path, change, message):
     with pytest.raises(DataError, match=rf"row 1 \(problem_id 8\).*{message}"):

@@ -503,9 +503,13 @@ def test_frame_sets_become_rows(media):
             prior.frame_set_rows(given[:1], arguments(frames=frames))
     given[0].extra["frame_sets"] = {**sets, "uniform": [0, 0, 1, 2]}  # a short video's, sampled with repeats
     assert prior.frame_set_rows(given[:1], arguments())[0][0]["frames"] == [0, 1, 2]
+    given[0].extra["frame_sets"] = {**sets, "uniform": [0, 47]}  # made with --fps
+    assert prior.frame_set_rows(given[:1], arguments(fps=0.3))[0][0]["frames"] == [0, 47]
 
 
-@pytest.mark.parametrize("changes", [{"fps": 0}, {"fps": -1.0}, {"frames": 0}, {"semantic_k": 0}, {"w_base": 0.0}, {"w_sem": -1.0}])
+@pytest.mark.parametrize("changes", [
+    {"fps": 0}, {"fps": -1.0}, {"fps": float("nan")}, {"frames": 0}, {"semantic_k": 0}, {"scene_threshold": -1.0}, {"w_base": 0.0},
+    {"w_base": float("nan")}, {"w_sem": -1.0}, {"w_sem": float("inf")}])
 def test_arguments_that_give_no_distribution(changes):
     with pytest.raises(DataError):
         arguments(**changes)
@@ -538,7 +542,8 @@ def test_load_priors_of_another_k(priors_file):
 
 @pytest.mark.parametrize("changes, words", [
     ({"w_sem": 5.0}, "made with --w_sem 3.0, this run has 5.0"), ({"prior": "uniform"}, "made with --prior full, this run has uniform"),
-    ({"scene_threshold": 0.3}, "made with --scene_threshold None"), ({"semantic_k": 2}, "made with --semantic_k None")])
+    ({"scene_threshold": 0.3}, "made with --scene_threshold None"), ({"semantic_k": 2}, "made with --semantic_k None"),
+    ({"scene": "content"}, "made with --scene hsv"), ({"semantic_options": True}, "made with --semantic_options False")])
 def test_load_priors_with_other_weights(priors_file, changes, words):
     with pytest.raises(DataError, match=words):
         prior.load_priors(priors_file.path, priors_file.examples, arguments(**changes))
@@ -563,6 +568,7 @@ def test_load_priors_of_another_data_set(priors_file, media):
     ({"prior": [0.5] * 8}, "the sum 4"),
     ({"prior": [-0.5, 1.5, 0, 0, 0, 0, 0, 0]}, "the least is -0.5, the sum 1"),
     ({"prior": [float("nan")] * 8}, "not numbers"),
+    ({"settings": None}, "settings that are not an object"),
     ({"prior": ["x"] * 8}, "not numbers"),
     ({"frames": [0, 0, 1, 2, 3, 4, 5, 6]}, "not ascending"),
     ({"frames": 3}, "not non-empty lists"),
@@ -700,32 +706,44 @@ def test_every_fault_is_one_line_with_its_cause(clip_folder, media, tmp_path):
         file.truncate(5 << 30)  # 5 GB of nothing
     Image.new("1", (14000, 14000)).save(folder / "huge.png")  # 196 million pixels
     (folder / "folder.mp4").mkdir()
-    good = ["scenes.mp4", "short.mp4", "picture.png", "turned.mp4", "vfr.mp4", "single.mp4"]
+    picture = bytearray((folder / "picture.png").read_bytes())
+    picture[8:12] = struct.pack(">I", 5)  # the length of the PNG's header
+    (folder / "header.png").write_bytes(picture)
+    write_video(folder / "thin.mp4", [np.full((2, 1280, 3), 90, np.uint8)] * 5)
+    good = ["scenes.mp4", "short.mp4", "picture.png", "turned.mp4", "vfr.mp4", "single.mp4", "thin.mp4"]
     bad = {"text.mp4": "not a readable video", "empty.mp4": "not a readable video", "truncated.mp4": "not a readable video",
            "front.mp4": "not a readable video", "rotten.mp4": "damaged video", "absent.mp4": "no such file", "absent.png": "no such file",
            "folder.mp4": "no such file", "zero.mp4": "not a readable video", "audio.mp4": "not a readable video",
            "huge.mp4": "not a readable video", "huge.png": "not a readable image", "text.png": "not a readable image",
+           "header.png": "not a readable image",
            "../scenes.mp4": "outside the media root", "/etc/hosts.mp4": "outside the media root"}
     names = [*good, *bad]
     dataset = write_dataset(tmp_path / "set.json", folder, [*names, "scenes.mp4"])
     rows = json.loads(dataset.read_text())
     rows[-1]["problem_id"] = 0  # a duplicate of the first
+    turns = [{"from": "human", "value": "<video>\nWho?"}, {"from": "gpt", "value": "<think>.</think><answer>A</answer>"}]
+    rows += [{"problem_id": "two", "video": ["a.mp4", "b.mp4"], "conversations": turns},
+             {**rows[0], "problem_id": "list", "path": ["a"]}, {"problem_id": "none"}]
     dataset.write_text(json.dumps(rows))
     output = tmp_path / "priors.jsonl"
     done = run("--dataset_name", dataset, "--media_root", folder, "--output", output, "--clip", f"local-dir:{clip_folder}", "--workers", 2,
                "--decode_timeout", 60)
     assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
-    assert f"{len(good)} priors are in {output}; {len(bad) + 1} examples could not be used" in done.stdout
+    assert f"{len(good)} priors are in {output}; {len(bad) + 4} examples could not be used" in done.stdout
     made = {row["media"]: row for row in prior.read_priors(output)}
     assert sorted(made) == sorted(good) and len(output.read_text().splitlines()) == len(good)
     assert len(made["single.mp4"]["frames"]) == 1 and made["single.mp4"]["prior"] == [1.0]
     errors = [json.loads(line) for line in Path(f"{output}.errors.jsonl").read_text().splitlines()]
-    causes = {names[int(error["problem_id"])]: error["cause"] for error in errors if "repeats" not in error["cause"]}
-    assert len(errors) == len(bad) + 1 and set(causes) == set(bad)
+    assert len(errors) == len(bad) + 4
+    odd = {error["problem_id"]: error["cause"] for error in errors if error["problem_id"] in ("two", "list", "none")}
+    assert "has 2 videos; one is supported" in odd["two"] and "a path that is none" in odd["list"] and "has no problem" in odd["none"]
+    causes = {names[int(error["problem_id"])]: error["cause"] for error in errors
+              if error["problem_id"] not in odd and "repeats" not in error["cause"]}
+    assert set(causes) == set(bad)
     for name, words in bad.items():
         assert words in causes[name] and "\n" not in causes[name] and Path(name).name in causes[name], (name, causes[name])
     [repeated] = [error for error in errors if "repeats" in error["cause"]]
-    assert repeated["problem_id"] == "0" and "row 21 repeats the problem_id 0 of row 0" in repeated["cause"]
+    assert repeated["problem_id"] == "0" and f"row {len(names)} repeats the problem_id 0 of row 0" in repeated["cause"]
 
 
 def test_a_second_run_keeps_the_rows_and_tries_the_broken_again(flags, media, tmp_path, monkeypatch, capsys):
@@ -768,85 +786,83 @@ def test_a_run_of_other_settings_or_data_is_not_continued(flags, tmp_path, monke
     assert output.read_text() == before
 
 
-@pytest.mark.parametrize("order", [[0, 1, 2], [2, 1, 0], [0, 2, 1]])
-def test_shards_of_several_ranks(flags, tmp_path, monkeypatch, capsys, order):
-    whole, output = tmp_path / "whole.jsonl", tmp_path / "shards" / "priors.jsonl"
+def ranks(count, flags, output, wait=True):
+    """torchrun with so many ranks. Its exit status, or the process, which leads a group of its own."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(count), "prior.py", *map(str, flags)]
+    process = subprocess.Popen([*command, "--output", str(output)], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                               env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}, start_new_session=True)
+    if not wait:
+        return process
+    told, _ = process.communicate(timeout=180)
+    assert process.returncode == 0, told
+    return told
+
+
+def test_several_ranks(flags, tmp_path, monkeypatch, capsys):
+    whole, output = tmp_path / "whole.jsonl", tmp_path / "ranks" / "priors.jsonl"
     works(monkeypatch, capsys, *flags, "--output", whole)
-    for rank in order[:2]:
-        told = works(monkeypatch, capsys, *flags, "--output", output, RANK=rank, WORLD_SIZE=3)
-        assert f"rank {rank} of 3 has done its part" in told and not output.exists()
-    assert "6 priors are in" in works(monkeypatch, capsys, *flags, "--output", output, RANK=order[2], WORLD_SIZE=3)
-    assert lines(output) == lines(whole) and lines(f"{output}.errors.jsonl") == lines(f"{whole}.errors.jsonl")
-    assert len(list(output.parent.iterdir())) == 2  # nothing is left aside
+    for count in (3, 2):  # anew, and once more when all is done: the broken are tried again
+        told = ranks(count, [*flags, "--export_frame_sets", tmp_path / "sets.json"], output)
+        assert told.count("6 priors are in") == 1 and "6 of 11 rows have frame_sets" in told
+        assert lines(output) == lines(whole) and lines(f"{output}.errors.jsonl") == lines(f"{whole}.errors.jsonl")
+        assert len(list(output.parent.iterdir())) == 2  # nothing is left aside
 
 
-def test_a_repeated_id_does_not_pass_for_the_row_of_another_rank(flags, tmp_path, monkeypatch, capsys):
-    rows = json.loads((tmp_path / "set.json").read_text())
-    (tmp_path / "set.json").write_text(json.dumps([rows[0], rows[1], rows[1]]))
-    output = tmp_path / "priors.jsonl"
-    assert "has done its part" in works(monkeypatch, capsys, *flags, "--output", output, RANK=0, WORLD_SIZE=2)  # it names 1 as repeated
-    assert "2 priors are in" in works(monkeypatch, capsys, *flags, "--output", output, RANK=1, WORLD_SIZE=2)
+def test_ranks_without_a_launcher(flags, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    assert "start ranks by torchrun or deepspeed" in fails(monkeypatch, capsys, *flags, "--output", tmp_path / "priors.jsonl")
 
 
-def test_a_shard_that_another_rank_joins_meanwhile(flags, tmp_path, monkeypatch, capsys):
-    output = tmp_path / "priors.jsonl"
-    works(monkeypatch, capsys, *flags, "--output", output, RANK=0, WORLD_SIZE=2)
-    whole_lines = prior.whole_lines
-
-    def joined(file):  # just before this rank reads them
-        monkeypatch.setattr(prior, "whole_lines", whole_lines)
-        for path in (output, Path(f"{output}.errors.jsonl")):
-            prior.join_shards(path)
-        return whole_lines(file)
-
-    monkeypatch.setattr(prior, "whole_lines", joined)
-    assert "6 priors are in" in works(monkeypatch, capsys, *flags, "--output", output, RANK=1, WORLD_SIZE=2)
-    assert len(lines(output)) == 6 and len(lines(f"{output}.errors.jsonl")) == 5
-
-
-def test_a_run_of_three_ranks_is_continued_by_one(flags, tmp_path, monkeypatch, capsys):
-    whole, output = tmp_path / "whole.jsonl", tmp_path / "shards" / "priors.jsonl"
-    works(monkeypatch, capsys, *flags, "--output", whole)
-    for rank in (0, 2):
-        works(monkeypatch, capsys, *flags, "--output", output, RANK=rank, WORLD_SIZE=3)
-    shard = Path(f"{output}.shard0of3")
-    shard.write_bytes(shard.read_bytes()[:-7])
-    assert "6 priors are in" in works(monkeypatch, capsys, *flags, "--output", output, RANK=0, WORLD_SIZE=1)
-    assert lines(output) == lines(whole) and lines(f"{output}.errors.jsonl") == lines(f"{whole}.errors.jsonl")
-    assert len(list(output.parent.iterdir())) == 2
-
-
-def test_torchrun(flags, tmp_path, monkeypatch, capsys):
-    works(monkeypatch, capsys, *flags, "--output", tmp_path / "whole.jsonl")
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29555", "prior.py"]
-    output = str(tmp_path / "priors.jsonl")
-    done = subprocess.run([*launcher, *map(str, flags), "--output", output], cwd=ROOT, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    assert lines(output) == lines(tmp_path / "whole.jsonl")
-
-
-def test_killed_at_ten_random_moments(clip_folder, tmp_path):
-    rng = np.random.default_rng(0)
+@pytest.fixture(scope="session")
+def long_run(clip_folder, tmp_path_factory):
+    """120 examples about 60 videos and one that is none, and the lines of an undisturbed run."""
+    folder, rng = tmp_path_factory.mktemp("long"), np.random.default_rng(0)
     for index in range(60):
-        write_video(tmp_path / f"{index}.mp4", [frame for picture in pictures(index)[:2] for frame in noisy(picture, 40, rng)])
-    (tmp_path / "text.mp4").write_text("this is no video")
-    dataset = write_dataset(tmp_path / "set.json", tmp_path, [f"{index % 60}.mp4" for index in range(120)] + ["text.mp4"])
-    flags = [sys.executable, str(ROOT / "prior.py"), "--dataset_name", str(dataset), "--clip", f"local-dir:{clip_folder}", "--workers", "2"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    whole, output = tmp_path / "whole.jsonl", tmp_path / "killed.jsonl"
-    subprocess.run([*flags, "--output", str(whole)], check=True, capture_output=True, env=environment)
-    size, kills = whole.stat().st_size, sorted(rng.random(10))
-    for kill in kills:
-        process = subprocess.Popen([*flags, "--output", str(output)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment)
-        while (output.stat().st_size if output.exists() else 0) < kill * size * 0.8 and process.poll() is None:
+        write_video(folder / f"{index}.mp4", [frame for picture in pictures(index)[:2] for frame in noisy(picture, 40, rng)])
+    (folder / "text.mp4").write_text("this is no video")
+    dataset = write_dataset(folder / "set.json", folder, [f"{index % 60}.mp4" for index in range(120)] + ["text.mp4"])
+    flags = ["--dataset_name", str(dataset), "--clip", f"local-dir:{clip_folder}", "--workers", "2"]
+    assert run(*flags, "--output", folder / "whole.jsonl").returncode == 0
+    return SimpleNamespace(flags=flags, whole=folder / "whole.jsonl", size=(folder / "whole.jsonl").stat().st_size)
+
+
+def written(output):
+    return sum(file.stat().st_size for file in output.parent.glob(f"{output.name}*") if ".errors" not in file.name)
+
+
+def test_killed_ranks_are_continued(long_run, tmp_path):
+    output = tmp_path / "ranks" / "priors.jsonl"
+    output.parent.mkdir()
+    for count, share in ((2, 0.2), (3, 0.6)):
+        process = ranks(count, long_run.flags, output, wait=False)
+        while written(output) < share * long_run.size and process.poll() is None:
+            time.sleep(0.002)
+        os.killpg(process.pid, signal.SIGKILL)
+        assert process.wait() == -signal.SIGKILL
+        process.stdout.close()
+    done = run(*long_run.flags, "--output", output)  # the rest in one process
+    assert "120 priors are in" in done.stdout, done.stderr
+    assert lines(output) == lines(long_run.whole) and len(lines(output)) == 120
+    assert len(lines(f"{output}.errors.jsonl")) == 1 and len(list(output.parent.iterdir())) == 2
+
+
+def test_killed_at_ten_random_moments(long_run, tmp_path):
+    output, rng = tmp_path / "killed.jsonl", np.random.default_rng(0)
+    for kill in sorted(rng.random(10)):  # wherever it is then: importing, loading, or at a line
+        process = subprocess.Popen([sys.executable, str(ROOT / "prior.py"), *long_run.flags, "--output", str(output)],
+                                   stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+                                   env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""})
+        limit = time.monotonic() + rng.uniform(1, 12)
+        while written(output) < kill * long_run.size * 0.8 and process.poll() is None and time.monotonic() < limit:
             time.sleep(0.002)
         process.kill()
         assert process.wait() == -signal.SIGKILL  # it was at work
     left = len(output.read_bytes().splitlines())
-    subprocess.run([*flags, "--output", str(output)], check=True, capture_output=True, env=environment)
-    assert 0 < left < 120
-    assert lines(output) == lines(whole) and len(lines(output)) == 120
-    assert lines(f"{output}.errors.jsonl") == lines(f"{whole}.errors.jsonl") and len(lines(f"{output}.errors.jsonl")) == 1
+    done = run(*long_run.flags, "--output", output)
+    assert 0 < left < 120 and "120 priors are in" in done.stdout
+    assert lines(output) == lines(long_run.whole) and len(lines(output)) == 120
+    assert lines(f"{output}.errors.jsonl") == lines(f"{long_run.whole}.errors.jsonl") and len(lines(f"{output}.errors.jsonl")) == 1
 
 
 def test_workers_end_with_the_process_they_work_for(tmp_path):
@@ -895,6 +911,35 @@ def test_other_weights_from_stored_scores(flags, tmp_path, monkeypatch, capsys):
     assert "6 priors are in" in works(monkeypatch, capsys, "--scores", bare, "--output", other, "--prior", "uniform")
 
 
+def test_stored_scores_carry_the_errors_and_know_their_limits(flags, media, tmp_path, monkeypatch, capsys):
+    output, other = tmp_path / "priors.jsonl", tmp_path / "other.jsonl"
+    works(monkeypatch, capsys, *flags, "--output", output)
+    works(monkeypatch, capsys, "--scores", output, "--output", other, "--prior", "uniform")
+    assert lines(f"{other}.errors.jsonl") == lines(f"{output}.errors.jsonl") and len(lines(f"{other}.errors.jsonl")) == 5
+    given = example(media, "scenes.mp4")
+    given.extra["frame_sets"] = {"uniform": [0, 7, 13, 20, 27, 34, 40, 47], "scene": [20], "semantic": [13]}
+    prior.write_lines(output, prior.frame_set_rows([given], arguments())[0])
+    assert "the row of scenes.mp4 has no stored scores" in fails(monkeypatch, capsys, "--scores", output, "--output", other)
+    prior.write_lines(output, [prior.make_prior(given, None, arguments(scene="content", scene_threshold=40, prior="no_semantic"))])
+    again = ["--scores", output, "--output", other, "--prior", "uniform"]
+    assert "--scene_threshold 40, not 50.0; that takes the videos" in fails(monkeypatch, capsys, *again, "--scene_threshold", 50)
+    works(monkeypatch, capsys, *again)
+    assert [row["settings"]["scene_threshold"] for row in prior.read_priors(other)] == [40]
+    output.write_bytes(b"\xff\n")
+    assert "line 1 is not valid JSON" in fails(monkeypatch, capsys, *again)
+
+
+def test_sets_of_a_row_that_shares_its_id_with_a_bad_one(flags, tmp_path, monkeypatch, capsys):
+    rows = json.loads((tmp_path / "set.json").read_text())[:3]
+    rows[0]["path"], rows[0]["problem_id"], rows[1]["problem_id"] = "../x.mp4", "same", "same"
+    (tmp_path / "set.json").write_text(json.dumps(rows))
+    exported = tmp_path / "new" / "sets.json"
+    works(monkeypatch, capsys, *flags, "--output", tmp_path / "priors.jsonl", "--export_frame_sets", exported)
+    assert ["frame_sets" in row for row in json.loads(exported.read_text())] == [False, True, True]
+    for path, words in ((tmp_path / "x.jsonl", "name it .json"), (tmp_path / "set.json", "is the --dataset_name itself")):
+        assert words in fails(monkeypatch, capsys, *flags, "--output", tmp_path / "priors.jsonl", "--export_frame_sets", path)
+
+
 def test_frame_sets_are_exported_and_read_back(flags, tmp_path, monkeypatch, capsys):
     output, exported = tmp_path / "priors.jsonl", tmp_path / "sets.json"
     assert "6 of 11 rows have frame_sets" in works(monkeypatch, capsys, *flags, "--output", output, "--export_frame_sets", exported)
@@ -911,7 +956,7 @@ def test_frame_sets_are_exported_and_read_back(flags, tmp_path, monkeypatch, cap
 
 
 def test_one_video_is_printed_and_drawn(clip_folder, media, tmp_path, monkeypatch, capsys):
-    asked = ["--video", media / "scenes.mp4", "--question", "which scene comes first", "--frames", 8]
+    asked = ["--video", media / "scenes.mp4", "--question", "which scene comes first, $5_$ or $6?", "--frames", 8]
     told = works(monkeypatch, capsys, *asked, "--clip", f"local-dir:{clip_folder}", "--output", tmp_path / "prior.png")
     table = [line.split() for line in told.splitlines()[1:9]]
     assert [int(line[0]) for line in table] == [0, 7, 13, 20, 27, 34, 40, 47]
