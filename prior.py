@@ -2,7 +2,7 @@
 
     python prior.py --video clip.mp4 --question "Who falls first?"                                  # one video: a table and prior.png
     python prior.py --dataset_name Video-R1-260k.json --media_root DATA --output priors.jsonl       # a data set; run again to continue
-    torchrun --nproc_per_node 8 prior.py --dataset_name ...                                         # or deepspeed; any number of machines
+    torchrun --nproc_per_node 8 prior.py --dataset_name ...                                         # or deepspeed; nodes share the folder
     python prior.py --scores priors.jsonl --prior no_scene --output no_scene.jsonl                  # other weights from stored scores
     python prior.py --dataset_name toy-seed0/heldout.json --clip local-dir:toy-seed0/clip           # the toy, on a CPU
 
@@ -107,6 +107,18 @@ class PriorSettings:
             raise DataError("--fps must be above 0")
         if self.w_base <= 0 or self.w_scene < 0 or self.w_sem < 0:
             raise DataError("--w_base must be above 0, --w_scene and --w_sem at least 0: P is a distribution over all frames")
+
+    @property
+    def has_scene(self):
+        return self.prior in ("full", "no_semantic")
+
+    @property
+    def has_semantic(self):
+        return self.prior in ("full", "no_scene")
+
+    @property
+    def hsv_threshold(self):
+        return 0.2 if self.scene_threshold is None else self.scene_threshold
 
 
 @dataclass(kw_only=True)
@@ -356,9 +368,8 @@ def fuse(k, scene, semantic, w_base=0.1, w_scene=1.0, w_sem=3.0):
 
 def weigh(row, scene, semantic, settings):
     """A row with these sets and the P that follows from them; its settings are added or replaced by the weights of these."""
-    w_scene = settings.w_scene if settings.prior in ("full", "no_semantic") else 0.0
-    w_sem = settings.w_sem if settings.prior in ("full", "no_scene") else 0.0
-    prior = fuse(len(row["frames"]), scene, semantic, settings.w_base, w_scene, w_sem)  # (K,)
+    cues = scene if settings.has_scene else [], semantic if settings.has_semantic else []
+    prior = fuse(len(row["frames"]), *cues, settings.w_base, settings.w_scene, settings.w_sem)  # (K,)
     return {**row, "scene": scene, "semantic": semantic, "prior": [float(f"{value:.9g}") for value in prior.tolist()],  # exact float32
             "settings": {**row["settings"], **{name: getattr(settings, name) for name in WEIGHTS}}}
 
@@ -367,7 +378,7 @@ def weigh_scores(row, settings):
     """A row with its sets and P from its stored scores: what --scores does; no pixels are needed. settings: all of PriorSettings."""
     scene = [position for position, score in enumerate(row["scene_scores"]) if score > 0]  # a detector's scores are 0 or 1
     if settings.scene == "hsv":
-        scene = scene_set(row["scene_scores"], 0.2 if settings.scene_threshold is None else settings.scene_threshold)
+        scene = scene_set(row["scene_scores"], settings.hsv_threshold)
     everything = {setting.name: getattr(settings, setting.name) for setting in fields(PriorSettings)}
     return weigh({**row, "settings": everything}, scene, semantic_set(row["semantic_scores"], settings.semantic_k), settings)
 
@@ -591,13 +602,18 @@ def load_priors(path, examples, settings):
     return {problem: found[problem] for problem in needed}
 
 
-def write_lines(path, rows):
-    """Rows -> JSON lines, whole or not at all."""
+def write_whole(path, parts):
+    """A file of these bytes, whole or not at all."""
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     unfinished = Path(f"{path}.tmp")
-    with open(unfinished, "w", encoding="utf-8") as file:
-        file.writelines(json.dumps(row) + "\n" for row in rows)
+    with open(unfinished, "wb") as file:
+        file.writelines(parts)
     unfinished.replace(path)
+
+
+def write_lines(path, rows):
+    """Rows -> JSON lines, whole or not at all."""
+    write_whole(path, (f"{json.dumps(row)}\n".encode() for row in rows))
 
 
 def append_lines(file, rows):
@@ -620,9 +636,7 @@ def join_shards(path):
     for file in (path, *aside):
         text = file.read_bytes() if file.exists() else b""
         lines.update(dict.fromkeys(text[: text.rfind(b"\n") + 1].splitlines(keepends=True)))
-    unfinished = Path(f"{path}.tmp")
-    unfinished.write_bytes(b"".join(lines))
-    unfinished.replace(path)
+    write_whole(path, lines)
     for file in aside:
         file.unlink()
 
@@ -652,7 +666,7 @@ def cores():
 
 def clip_of(arguments, workers):
     """The semantic cue's model, or None where P has no semantic cue; on a CPU it has the threads that the workers leave."""
-    if arguments.prior in ("no_semantic", "uniform"):
+    if not arguments.has_semantic:
         return None
     torch.set_num_threads(max(1, cores() - workers))
     device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
@@ -680,8 +694,7 @@ def run_dataset(arguments):
     left = [medium for medium in mine if any(example.id not in done for example in groups[medium])]
     workers = arguments.workers
     if workers is None:
-        on_cpu = arguments.prior in ("full", "no_scene") and not torch.cuda.is_available()
-        workers = max(1, cores() // 2) if on_cpu else cores()
+        workers = max(1, cores() // 2) if arguments.has_semantic and not torch.cuda.is_available() else cores()
     clip = clip_of(arguments, workers) if left else None
     rows_file, faults_file = (file if world == 1 else Path(f"{file}.shard{rank}") for file in (output, errors_file))
     with open(rows_file, "ab", buffering=0) as rows_out, open(faults_file, "ab", buffering=0) as faults_out:
@@ -745,12 +758,8 @@ def export_frame_sets(arguments):
         if prior:
             sets = {name: [prior["frames"][at] for at in prior[name]] for name in ("scene", "semantic")}
             row["frame_sets"], count = {"uniform": prior["frames"], **sets}, count + 1
-    target = Path(arguments.export_frame_sets)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = Path(f"{target}.tmp")
-    unfinished.write_text(json.dumps(rows, indent=1), encoding="utf-8")
-    unfinished.replace(target)
-    print(f"{count} of {len(rows)} rows have frame_sets in {target}")
+    write_whole(arguments.export_frame_sets, [json.dumps(rows, indent=1).encode()])
+    print(f"{count} of {len(rows)} rows have frame_sets in {arguments.export_frame_sets}")
 
 
 def run_scores(arguments):
@@ -766,7 +775,7 @@ def run_scores(arguments):
             if name not in free and value not in (getattr(defaults, name), made_with[name]):
                 raise DataError(f"{arguments.scores} was made with --{name} {made_with[name]}, not {value}; that takes the videos")
         settings = PriorSettings(**{name: getattr(arguments, name) if name in free else made_with[name] for name in names})
-        if row["scene_scores"] and settings.prior in ("full", "no_scene") and not row["semantic_scores"]:  # an image has neither
+        if row["scene_scores"] and settings.has_semantic and not row["semantic_scores"]:  # an image has neither
             raise DataError(f"{arguments.scores} has no semantic scores (it was made with --prior {made_with['prior']})")
         rows.append(weigh_scores(row, settings))
     write_lines(arguments.output, rows)
@@ -796,7 +805,7 @@ def run_video(arguments):
 def draw_prior(row, frames, path):
     """Picture of one row: its frames (K, H, W, 3) uint8 above the two cues and P; the frames that a cue names are filled."""
     from matplotlib.figure import Figure
-    count, settings = len(frames), row["settings"]
+    count, settings = len(frames), PriorSettings(**row["settings"])
     figure = Figure(figsize=(max(6, 0.8 * count), 6), layout="constrained")
     figure.suptitle(textwrap.fill(row["question"], max(60, 9 * count)), parse_math=False)
     lines = (("scene_scores", "scene", "#0072B2"), ("semantic_scores", "semantic", "#D55E00"), ("prior", "P", "#009E73"))
@@ -814,8 +823,8 @@ def draw_prior(row, frames, path):
         bars = axes.bar(range(count), [value - floor for value in values], bottom=floor, color="white", edgecolor=colour)
         for position in row.get(label, range(count)):
             bars[position].set_facecolor(colour)
-        if label == "scene" and settings["scene"] == "hsv":
-            axes.axhline(0.2 if settings["scene_threshold"] is None else settings["scene_threshold"], color="grey", linestyle="--")
+        if label == "scene" and settings.scene == "hsv":
+            axes.axhline(settings.hsv_threshold, color="grey", linestyle="--")
     axes.set_xlabel("sampled frame; filled: chosen by the cue; dashed: the least score of a scene cut")
     figure.savefig(path, dpi=110)
 

@@ -598,7 +598,7 @@ def priors_for(arguments, settings, examples, name, file=None):
         others = [example for example in examples if "frame_sets" not in example.extra]
         if others:
             clip = None
-            if settings.prior in ("full", "no_scene"):
+            if settings.has_semantic:
                 clip = prior.load_clip(settings.clip, settings.clip_pretrained, deepspeed.get_accelerator().current_device_name())
             more_rows, more_errors = prior.build_priors(others, clip, settings)
             rows, errors = rows + more_rows, errors + more_errors
