@@ -141,6 +141,8 @@ def from_video_r2(row):
     asked, told = (turn["value"] for turn in row["conversations"])
     question, options = split_options(re.sub(r"<(video|image)>\n?", "", asked))
     answer = strip_tag(told, "answer")
+    if answer_type(answer) == "multiple choice":
+        answer = answer.strip("().").upper()  # "(b)" and "B." mean the option B, which is what accuracy compares with
     return {**row, "problem": question, "options": options, "solution": answer, "process": told if "<think>" in told else "",
             "problem_type": answer_type(answer), "data_type": media_type, "path": path, "grounding": row.get("temporal_grounding")}
 

@@ -243,6 +243,10 @@ def test_rows_of_video_r2(tmp_path):
     assert (example.question, example.options, example.answer, path) == ("Who wins?", ["A. red", "B. blue"], "A", "v/abc.mp4")
     assert example.reasoning == "At 00:12 red passes." and example.grounding == [(10, 14, "Red car passes the blue car.")]
     assert one(tmp_path, {**row, "video": ["v/abc.mp4"]})[1] == "v/abc.mp4"
+    for told, answer, kind in (("(b)", "B", "multiple choice"), ("B.", "B", "multiple choice"), ("3.5", "3.5", "numerical"),
+                               ("red", "red", "OCR")):
+        turns = [row["conversations"][0], {"from": "gpt", "value": f"<think>.</think><answer>{told}</answer>"}]
+        assert (found := one(tmp_path, {**row, "conversations": turns})[0]).answer == answer and found.problem_type == kind
     image, path = one(tmp_path, {**{key: value for key, value in row.items() if key != "video"}, "image": "p.png"})
     assert (image.media_type, path) == ("image", "p.png")
     for change in ({"video": ["a.mp4", "b.mp4"]}, {"conversations": row["conversations"][:1]}, {"conversations": 3}):
