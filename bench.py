@@ -9,6 +9,7 @@
 once against repeated. Pixels and questions are random. One process, without DeepSpeed, which would add the same to both sides.
 `prior`: building priors without CLIP against decord's get_batch of the same frames; two workers against one; with CLIP, the whole
 against its slower half alone (decoding and preprocessing, or CLIP). On a CPU, CLIP has one thread, so that one worker has a core too.
+Processes that decode keep to a core each, those that only call get_batch too.
 `--memory_videos N` then builds N priors and prints the memory of all processes on the way.
 """
 
@@ -207,8 +208,8 @@ def bench_prior(arguments):
             paths = [example.media for example in examples]
             if workers == 0:
                 return [get_batch(path, arguments.frames) for path in paths]
-            with ProcessPoolExecutor(workers, mp_context=context) as pool:
-                return steady(pool.map(get_batch, paths, itertools.repeat(arguments.frames)), workers)
+            with ProcessPoolExecutor(workers, mp_context=context, initializer=prior.start_worker) as pool:
+                return steady(pool.map(get_batch, 3 * paths, itertools.repeat(arguments.frames)), workers)
 
         def rows(settings, workers, model=None, media=groups):
             """What prior.py does with every video."""
@@ -227,7 +228,8 @@ def bench_prior(arguments):
               f"timing      median of {arguments.repeats} alternating turns (lowest to highest); workers from their first results on\n")
         seconds = time_turns((bare, lambda: list(rows(hsv, 0))), arguments.repeats)
         print_ratio("hsv + uniform priors / get_batch", seconds[:, 1] / seconds[:, 0])
-        seconds = np.array([[steady(rows(hsv, 1)), steady(rows(hsv, 2), 2), bare(1), bare(2)] for _ in range(arguments.repeats)])
+        seconds = np.array([[*(steady(rows(hsv, workers, media=3 * list(groups)), workers) for workers in (1, 2)), bare(1), bare(2)]
+                            for _ in range(arguments.repeats)])
         print_ratio("one worker / two workers", seconds[:, 0] / seconds[:, 1])
         print_ratio("  get_batch alone, one process / two", seconds[:, 2] / seconds[:, 3])
         seconds = np.array([[steady(prior.all_cues(groups, full, preprocess, 1)), steady(encode()), steady(rows(full, 1, clip))]
