@@ -1,18 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 """Rewards for reinforcement learning on video question answering, each one a pure function.
 
-This file stands alone: copy it into your repository. It needs torch; only accuracy_reward(..., "free-form") also needs
-rouge-score. Text in, float out; tensors in, float32 tensors or floats out; nothing is differentiated through.
+This file stands alone: copy it into your repository. It needs torch; only accuracy_reward(..., "free-form") also needs rouge-score.
+Text in, float out; tensors in, float32 tensors or floats out; nothing is differentiated through. Adapters for TRL and verl, and for the
+outputs of a plain batched forward, are at the end.
 
-    from reward import accuracy_reward, consensus_frame_reward, format_reward, frame_use, merge_prior, total_reward
     accuracy = accuracy_reward(completion, "<answer>B</answer>", "multiple choice")
     use = frame_use(response_states, pool_frames(visual_states))               # (L, D), (t, M, D) -> (t,)
     consensus = consensus_frame_reward(merge_prior(prior, len(use)), use)      # prior (K,): where experts look
     reward = total_reward(accuracy, format_reward(completion), consensus, temporal=0.0)
 
 What to cite for which function:
-    VideoCFR / CF-GRPO, arXiv 2606.18441: pool_frames, frame_use (Eq. 3-5), merge_prior, consensus_frame_reward (Eq. 6),
-        gate, total_reward (Eq. 7). attention_use is this project's own counterpart of Eq. 3-5.
+    VideoCFR / CF-GRPO, arXiv 2606.18441: pool_frames, frame_use (Eq. 3-5), merge_prior, consensus_frame_reward (Eq. 6), gate,
+        total_reward (Eq. 7). attention_use is this project's own counterpart of Eq. 3-5.
     Video-R1 / T-GRPO, arXiv 2503.21776: accuracy_reward, format_reward, length_reward, temporal_reward.
     GRPO-CARE, arXiv 2506.16141: consistency_bonus.      TW-GRPO, arXiv 2505.24718: multi_choice_reward.
     Video-R2, arXiv 2511.23478: temporal_alignment_reward; parse_claims stands in for its LLM that extracts claims.
@@ -27,7 +27,6 @@ import torch
 import torch.nn.functional as F
 
 # ---- Answers: extraction, accuracy, format, length ----
-
 
 def _block(text: str, tag: str) -> str | None:
     """Trimmed content of the first <tag>...</tag> block, None when there is none. Two scans, whatever the text."""
@@ -62,9 +61,7 @@ def _number(text: str) -> float:
 
 
 def numerical_reward(answer: str, truth: str) -> float:
-    """1.0 when both numbers agree after round(., 2), else 0.0 (Video-R1).
-
-    Decimal rule: both or neither must contain "." or ",", so "5" against "5.0" and "1200" against "1,200" score 0.
+    """1.0 when both numbers agree after round(., 2), else 0.0 (Video-R1). Both or neither must contain "." or ",": "5" is not "5.0".
 
     >>> numerical_reward("5.00", "5.0"), numerical_reward("5", "5.0"), numerical_reward("5 cm", "5")
     (1.0, 0.0, 0.0)
@@ -77,8 +74,8 @@ def numerical_reward(answer: str, truth: str) -> float:
 def regression_reward(answer: str, truth: str) -> float:
     """1 - min(1, (|y_hat - y| + 1e-9) / (|y| + 1e-9)), in [0, 1] (Video-R1); 0 for anything that is no finite number.
 
-    "nan" scores 1.0 in the releases of Video-R1 and VideoCFR; here it scores 0, as in GRPO-CARE's. The formula has one
-    blind spot, kept: a truth of exactly 0 scores 0 for every answer.
+    "nan" scores 1.0 in the releases of Video-R1 and VideoCFR; here it scores 0, as in GRPO-CARE's. The formula has one blind spot, kept:
+    a truth of exactly 0 scores 0 for every answer.
     """
     y_hat, y = _number(answer), _number(truth)
     relative_error = (abs(y_hat - y) + 1e-9) / (abs(y) + 1e-9)
@@ -88,8 +85,7 @@ def regression_reward(answer: str, truth: str) -> float:
 def _edit_distance(reference: list[str], hypothesis: list[str]) -> int:
     """Levenshtein distance of two word lists (reference not empty); a column of the table is two integers.
 
-    Bit-vectors of Myers (1999) as put by Hyyro (2003): |hypothesis| steps on integers of |reference| bits. 50,000 words
-    against 50,000 take about a second; the masks take |reference|^2 / 16 bytes when all its words differ.
+    Bit-vectors of Myers (1999) as put by Hyyro (2003): |hypothesis| steps on integers of |reference| bits.
     """
     masks: dict[str, int] = {}  # word -> bit i is set where reference[i] is that word
     for i, word in enumerate(reference):
@@ -107,13 +103,10 @@ def _edit_distance(reference: list[str], hypothesis: list[str]) -> int:
 
 
 def ocr_reward(answer: str, truth: str) -> float:
-    """1 - word error rate, clipped to [0, 1]: words split at white space, case-sensitive (Video-R1).
-
-    An answer of at least twice the truth's words has WER >= 1 for certain and scores 0 without being aligned.
-    """
+    """1 - word error rate, clipped to [0, 1]: words split at white space, case-sensitive (Video-R1)."""
     reference, hypothesis = truth.split(), answer.split()
     if len(hypothesis) >= 2 * len(reference):
-        return 0.0
+        return 0.0  # the error rate is at least 1
     return max(0.0, 1.0 - _edit_distance(reference, hypothesis) / len(reference))
 
 
@@ -178,9 +171,7 @@ def length_reward(num_tokens: int, accuracy: float, low: int = 320, high: int = 
     return bonus if accuracy > 0.1 and low <= num_tokens <= high else 0.0
 
 
-def temporal_reward(
-    accuracy: float, ordered_accuracy: float, shuffled_accuracy: float, gamma: float = 0.3, ratio: float = 1.0
-) -> float:
+def temporal_reward(accuracy: float, ordered_accuracy: float, shuffled_accuracy: float, gamma: float = 0.3, ratio: float = 1.0) -> float:
     """T-GRPO (Video-R1): `gamma` for a correct (accuracy > 0.1) completion when frame order helps, else 0.
 
     It helps when ordered_accuracy >= ratio * shuffled_accuracy: mean accuracies over ONE question's group (never over a
@@ -191,13 +182,11 @@ def temporal_reward(
 
 # ---- Consensus frame reward (VideoCFR) ----
 
-
 @torch.no_grad()
 def pool_frames(visual_states: torch.Tensor, how: str = "max") -> torch.Tensor:
     """(K, M, D) last-layer states of the M visual tokens of each frame -> (K, D) frame vectors (Eq. 3).
 
-    "max" is channel-wise, the paper's sparse aggregation; "mean" is its ablation.
-    """
+    "max" is channel-wise, the paper's sparse aggregation; "mean" is its ablation."""
     if how not in ("max", "mean"):
         raise ValueError(f"unknown pooling {how!r}: expected 'max' or 'mean'")
     states = visual_states.float()  # (K, M, D)
@@ -205,9 +194,7 @@ def pool_frames(visual_states: torch.Tensor, how: str = "max") -> torch.Tensor:
 
 
 @torch.no_grad()
-def frame_use(
-    response_states: torch.Tensor, frame_states: torch.Tensor, tau: float = 0.1, order: str = "mean_softmax"
-) -> torch.Tensor:
+def frame_use(response_states: torch.Tensor, frame_states: torch.Tensor, tau: float = 0.1, order: str = "mean_softmax") -> torch.Tensor:
     """How much the response uses each frame: (L, D) response states, (K, D) frame vectors -> (K,), sums to 1 (Eq. 4-5).
 
     "mean_softmax" is the paper: S_i = mean_t cos(h_t, f_i), use = softmax(S / tau). "softmax_mean" is the release: a
@@ -234,8 +221,7 @@ def attention_use(weights: torch.Tensor, num_frames: int | None = None) -> torch
     if weights.dim() == 3 and num_frames and weights.shape[-1] % num_frames == 0:
         weights = weights.unflatten(-1, (num_frames, -1))  # (heads, L, K, M)
     if weights.dim() != 4 or num_frames not in (None, weights.shape[2]):
-        expected = "(heads, L, K, M), or (heads, L, K*M) with num_frames=K"
-        raise ValueError(f"attention_use: expected {expected}; got {tuple(weights.shape)} with num_frames={num_frames}")
+        raise ValueError(f"attention_use: expected (heads, L, K, M), or (heads, L, K*M) and num_frames=K; got {[*weights.shape]}, {num_frames}")
     mass = weights.float().sum(dim=(0, 1, 3))  # (K,)
     if not mass.sum() > 0:  # NaN ends here too
         raise ValueError("attention_use: no attention from the response to the video, so there is nothing to normalise")
@@ -255,8 +241,7 @@ def merge_prior(prior: torch.Tensor, slots: int) -> torch.Tensor:
     frames = prior.shape[0]
     patch = math.ceil(frames / slots) if slots > 0 else 0  # frames in a slot
     if patch == 0 or math.ceil(frames / patch) != slots:
-        reason = "the prior and the video do not describe the same frames"
-        raise ValueError(f"a prior over {frames} frames does not merge into {slots} equal slots: {reason}")
+        raise ValueError(f"a prior over {frames} frames and a video of {slots} slots do not describe the same frames")
     return F.pad(prior.float(), (0, patch * slots - frames)).view(slots, patch).sum(dim=1)  # (slots,)
 
 
@@ -282,27 +267,21 @@ def gate(accuracy: float, how: str = "soft") -> float:
     return {"soft": min(max(float(accuracy), 0.0), 1.0), "hard": float(accuracy > 0.01), "none": 1.0}[how]
 
 
-def total_reward(
-    accuracy: float, structure: float, consensus: float, temporal: float, weight: float = 3.0, how: str = "soft"
-) -> float:
+def total_reward(accuracy: float, structure: float, consensus: float, temporal: float, weight: float = 3.0, how: str = "soft") -> float:
     """R = R_acc + R_struct + weight * gate * R_cf + R_temp (Eq. 7); R_struct = format + length. Release: weight 5."""
     return accuracy + structure + weight * gate(accuracy, how) * consensus + temporal
 
 
 # ---- Consistency bonus (GRPO-CARE) ----
 
-
 @torch.no_grad()
-def consistency_bonus(
-    accuracy: torch.Tensor, likelihood: torch.Tensor, coef: float = 0.5, cap: float = 0.95, margin: float = 0.01,
-    floor: float = 0.1, dense: bool = False,
-) -> torch.Tensor:  # fmt: skip
+def consistency_bonus(accuracy: torch.Tensor, likelihood: torch.Tensor, coef: float = 0.5, cap: float = 0.95, margin: float = 0.01,
+                      floor: float = 0.1, dense: bool = False) -> torch.Tensor:
     """Bonus for an answer that follows from its own reasoning: one question's group (G,), (G,) -> (G,) in [0, coef].
 
-    likelihood: exp(mean log-prob) of the answer tokens under the slowly moving reference model, given the reasoning;
-    NaN without an answer block, then never selected. Selected: accuracy of at least max(group mean, floor). Those whose
-    likelihood, clipped at cap, reaches the mean of the selected minus margin get coef * accuracy.
-    dense: every answer gets coef * accuracy * clipped likelihood instead.
+    likelihood: exp(mean log-prob) of the answer tokens under the slowly moving reference model, given the reasoning; NaN without an answer
+    block, then never selected. Selected: accuracy of at least max(group mean, floor). Those whose likelihood, clipped at cap, reaches the
+    mean of the selected minus margin get coef * accuracy. dense: every answer gets coef * accuracy * clipped likelihood instead.
 
     >>> consistency_bonus(torch.tensor([1.0, 1.0, 0.0]), torch.tensor([0.75, 0.25, 0.9]))
     tensor([0.5000, 0.0000, 0.0000])
@@ -403,10 +382,9 @@ def lexical_similarity(a: str, b: str) -> float:
     return 2 * (words_a & words_b).total() / total if total else 0.0
 
 
-def temporal_alignment_reward(
-    predicted: list[tuple[float, float, str]], reference: list[tuple[float, float, str]],
-    similarity: Callable[[str, str], float] = lexical_similarity, buffer: float = 2.0, threshold: float = 0.75,
-) -> float:  # fmt: skip
+def temporal_alignment_reward(predicted: list[tuple[float, float, str]], reference: list[tuple[float, float, str]],
+                              similarity: Callable[[str, str], float] = lexical_similarity, buffer: float = 2.0,
+                              threshold: float = 0.75) -> float:
     """TAR of Video-R2: share of predicted claims that match a reference claim, in [0, 1]; 0 when either list is empty.
 
     Two claims match when their intervals, each widened by `buffer` seconds on both sides, touch or overlap, and
@@ -428,3 +406,45 @@ def temporal_alignment_reward(
             free.remove(near[scores.index(max(scores))])
             matched += 1
     return matched / len(predicted) if predicted else 0.0
+
+
+# ---- Adapters: TRL, verl, and the outputs of a plain batched forward of Qwen2-VL, Qwen2.5-VL or Qwen3-VL ----
+
+def trl_accuracy(completions: list, solution: list[str], problem_type: list[str], **columns) -> list[float]:
+    """accuracy_reward for TRL's GRPOTrainer(reward_funcs=[trl_accuracy, trl_format]); the data set has the other two columns."""
+    texts = [text if isinstance(text, str) else text[-1]["content"] for text in completions]  # a chat: its last message
+    return [accuracy_reward(*row) for row in zip(texts, solution, problem_type, strict=True)]
+
+
+def trl_format(completions: list, **columns) -> list[float]:
+    return [format_reward(text if isinstance(text, str) else text[-1]["content"]) for text in completions]
+
+
+def compute_score(data_source: str, solution_str: str, ground_truth: str, extra_info: dict) -> float:
+    """For verl's custom_reward_function: accuracy + format; extra_info["problem_type"] is the question's."""
+    return accuracy_reward(solution_str, ground_truth, extra_info["problem_type"]) + format_reward(solution_str)
+
+
+@torch.no_grad()
+def cfr_from_forward(hidden_states, input_ids, video_token_id, grid_thw, merge_size, completion_mask, prior, layer=-1, pool="max",
+                     tau=0.1, order="mean_softmax", attentions=None) -> torch.Tensor:
+    """R_cf (Eq. 6) of every row of a batch -> (B,) float32; 0 for a row without a video of two temporal slots, as train.py has it.
+    hidden_states: output.hidden_states, of which `layer` is taken, each (B, T, D). input_ids, completion_mask (B, T): prompt, response and
+    padding, True on the response. grid_thw (videos, 3): video_grid_thw, one video a row. prior: (K,) for each row, None without a video.
+    """
+    rewards, grids, states = torch.zeros(len(input_ids)), iter(grid_thw.tolist()), (attentions or hidden_states)[layer]
+    for row, ids in enumerate(input_ids):
+        visual, response = (ids == video_token_id).nonzero()[:, 0], completion_mask[row].bool()
+        slots, height, width = next(grids) if len(visual) else (0, 0, 0)
+        if len(visual) != slots * height * width // merge_size**2:
+            raise ValueError(f"row {row}: {len(visual)} video tokens, grid {slots} x {height} x {width}, merged by {merge_size}")
+        if slots > 1:
+            use = attention_use(states[row][:, response][:, :, visual], slots) if attentions else frame_use(
+                states[row, response], pool_frames(states[row, visual].unflatten(0, (slots, -1)), pool), tau, order)
+            rewards[row] = consensus_frame_reward(merge_prior(prior[row], slots), use)
+    return rewards
+
+
+def cfr_from_attentions(attentions, input_ids, video_token_id, grid_thw, merge_size, completion_mask, prior, layer=0) -> torch.Tensor:
+    """cfr_from_forward with attention_use of output.attentions[layer], (B, heads, T, T); the model needs attn_implementation="eager"."""
+    return cfr_from_forward(None, input_ids, video_token_id, grid_thw, merge_size, completion_mask, prior, layer, attentions=attentions)
