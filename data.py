@@ -13,7 +13,7 @@ import os
 import random
 import re
 from collections import OrderedDict
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import decord
@@ -31,6 +31,8 @@ PROBLEM_TYPES = ("multiple choice", "numerical", "regression", "free-form", "OCR
 PROMPT_TEMPLATE = """{question}
 {instruction}"""
 INSTRUCTIONS = {
+    "several letters": "Think inside <think></think>, then answer with the letters of all right options, joined by commas, inside "
+                       "<answer></answer>.",
     "multiple choice": "Think inside <think></think>, then answer with one letter inside <answer></answer>.",
     "numerical": "Think inside <think></think>, then answer with a number inside <answer></answer>.",
     "regression": "Think inside <think></think>, then answer with a number inside <answer></answer>.",
@@ -98,8 +100,8 @@ def split_options(text):
 def from_tw_grpo(row):
     """TW-GRPO: problem with the option lines in it, solution (letters joined by commas), video; NExT-GQA's `glue` are intervals."""
     question, options = split_options(row["problem"])
-    return {"data_type": "video", "problem_type": "multiple choice", "evidence": row.get("glue"), **row, "problem": question,
-            "options": options or row.get("options"), "path": row["video"].lstrip("/")}
+    return {"data_type": "video", "problem_type": "multiple choice", "evidence": row.get("glue"), "multi_answer": True, **row,
+            "problem": question, "options": options or row.get("options"), "path": row["video"].lstrip("/")}
 
 
 def from_seed_bench(row):
@@ -262,6 +264,62 @@ def load_examples(dataset_name, media_root=None, errors=None):
     return examples
 
 
+# ------------------------------------------------------------------------------------------- question-answer inversion
+
+NEGATED = {**{word: f"{word}n't" for word in "is are was were do does did has have had would could should".split()},
+           "will": "won't", "can": "can't", "must": "mustn't"}
+ASK_FOR_WRONG = "Which of these is not a right answer to this question: "
+NEGATIVE = re.compile(r"\b(not|cannot|never|no|none|neither|nor|nobody|nothing|except|false|wrong|incorrect|unlikely)\b|n['’]t\b", re.I)
+# options that stand or fall with others, whose truth a negation does not just turn round
+ABOUT_OPTIONS = re.compile(r"\b(all|both|neither|none|either|any|each|every\w*|nothing|nobody|above|following)\b|\b[A-H] (and|or) [A-H]\b"
+                           r"|\b(cannot|can['’]t|not) (be )?(determine|tell|know|say|enough|sure)", re.I)
+
+
+def negate_question(question):
+    """A question -> one that its wrong answers answer; None when it has a negation already, so that another would be no clear one.
+
+    "What will he do next?" -> "What won't he do next?": what, which, who, where or when and the auxiliary of the same clause. Else the
+    question is put after "Which of these is not a right answer to this question:": how and why (negated, they ask something else), a
+    leading auxiliary ("Isn't he tall?" negates nothing), no auxiliary ("What falls first?"), or a clause or verb before it.
+    """
+    if NEGATIVE.search(question):
+        return None
+    asks = re.search(r"(?:^|[,.:;?!]\s+)(what|which|who|where|when)\s+", question, re.I)
+    words = question[asks.end() :].split(" ") if asks else []
+    reach = 6 if asks and asks[1].lower() in ("what", "which") else 1  # "which of the two red balls will"; "who will"
+    for at, word in enumerate(words[:reach]):
+        if word in NEGATED:
+            return question[: asks.end()] + " ".join([*words[:at], NEGATED[word], *words[at + 1 :]])
+        if not word.isalpha() or re.fullmatch(r"that|who|which|whose|where|when|while|after|before|as|if|and|or|to|by|\w+(s|ed)", word):
+            break
+    return ASK_FOR_WRONG + question
+
+
+def invert_question(example, rng):
+    """Question-answer inversion of TW-GRPO (arXiv 2505.24718): a multiple-choice Example -> a new one, or None if it cannot be inverted.
+
+    The question is negated, the right option becomes the wrong one, a random number (at least 1) of the wrong ones become the right
+    ones, the others are dropped; shuffled and lettered anew. `answer` is the letters joined by commas. The id stays: the medium, its
+    prior and its evidence are the same. The reasoning argued for the old answer and is dropped. rng: random.Random.
+    """
+    question = negate_question(example.question)
+    options = [re.fullmatch(r"\(?([A-Z])[.):]\s*(.+)", option, re.DOTALL) for option in example.options]
+    if example.problem_type != "multiple choice" or question is None or None in options:
+        return None
+    texts = {option[1]: option[2].strip() for option in options}
+    if example.answer not in texts or len({text.lower() for text in texts.values()}) < len(options) or len(options) < 2 \
+            or any(ABOUT_OPTIONS.search(text) for text in texts.values()):
+        return None
+    wrong = texts.pop(example.answer)
+    right = rng.sample(list(texts.values()), rng.randint(1, len(texts)))
+    shuffled = rng.sample([wrong, *right], 1 + len(right))
+    letters = [chr(ord("A") + place) for place in range(len(shuffled))]
+    return replace(example, question=question, reasoning="",
+                   extra={**example.extra, "multi_answer": True, "inverted_from": example.question},
+                   options=[f"{letter}. {text}" for letter, text in zip(letters, shuffled, strict=True)],
+                   answer=",".join(letter for letter, text in zip(letters, shuffled, strict=True) if text != wrong))
+
+
 # ---------------------------------------------------------------------------------------------------------------- media
 
 
@@ -330,7 +388,8 @@ def build_prompt(example, template=PROMPT_TEMPLATE):
     question = example.question
     if example.options:
         question += "\nOptions:\n" + "\n".join(example.options)
-    return template.format(question=question, instruction=INSTRUCTIONS[example.problem_type])
+    several = example.problem_type == "multiple choice" and (example.extra.get("multi_answer") or "," in example.answer)
+    return template.format(question=question, instruction=INSTRUCTIONS["several letters" if several else example.problem_type])
 
 
 def chat_text(processor, example, template=PROMPT_TEMPLATE):

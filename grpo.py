@@ -8,6 +8,7 @@ Letters in shapes: B prompts, G completions of each, P prompt tokens (left-padde
 D hidden size, V vocabulary, K frames, t temporal slots of M visual tokens.
 """
 
+from bisect import bisect_left, bisect_right
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, fields, replace
 
@@ -195,10 +196,11 @@ class Policy(torch.nn.Module):
             raise ValueError(f"{int(prompts.visual.sum())} visual tokens in the prompts, {len(features)} features from the vision tower")
         return embeds.masked_scatter(prompts.visual[..., None], features)
 
-    def forward(self, prompts, completions, completion_mask, hidden_layers=(), attention_layer=None):
+    def forward(self, prompts, completions, completion_mask, hidden_layers=(), attention_layer=None, weight_alpha=None, group_size=None):
         """completions, completion_mask (B, G, T) -> logp (B, G, T) of the completion tokens, entropy (B, G, T),
         hidden {layer: (B, S, D)} of `hidden_layers` (0 embeddings ... -1 after the last norm), without gradient,
-        attention (B, G, T, P) of completion tokens to prompt tokens in `attention_layer` (1 is the first), mean over heads, or None.
+        attention (B, G, T, P) of completion tokens to prompt tokens in `attention_layer` (1 is the first), mean over heads, or None,
+        weights (B, G, T): TW-GRPO's token_weights with alpha `weight_alpha`, or None. group_size: G where rows hold one completion each.
         """
         batch, group, length = completions.shape
         prompt_length = prompts.input_ids.shape[1]
@@ -223,8 +225,13 @@ class Policy(torch.nn.Module):
         logp = normalised.gather(-1, tail[..., None]).squeeze(-1).view(batch, group, length)
         with torch.no_grad():
             entropy = -(normalised.exp() * normalised).sum(-1).view(batch, group, length)
+        weights = None
+        if weight_alpha is not None:
+            groups = (-1, group_size or group, length)
+            weights = torch.stack([token_weights(one, valid, weight_alpha) for one, valid in zip(
+                logits.detach().view(*groups, logits.shape[-1]), completion_mask.reshape(groups), strict=True)]).view(batch, group, length)
         states = {layer: (hidden if layer == -1 else output.hidden_states[layer]).detach() for layer in hidden_layers}
-        return logp, entropy, states, recorded.get("weights")
+        return logp, entropy, states, recorded.get("weights"), weights
 
 
 @contextmanager
@@ -265,13 +272,15 @@ def group_logps(policy, prompts, completions, completion_mask, packed=True, **la
         return policy(prompts, completions, completion_mask, **layers)
     batch, group, length = completions.shape
     flat = (batch * group, 1, length)
-    logp, entropy, hidden, attention = policy(prompts.repeat(group), completions.view(flat), completion_mask.view(flat), **layers)
+    logp, entropy, hidden, attention, weights = policy(
+        prompts.repeat(group), completions.view(flat), completion_mask.view(flat), group_size=group, **layers)
     prompt_length = prompts.input_ids.shape[1]
     for layer, states in hidden.items():  # back to the packed layout; the prompt's states are the same in every copy
         states = states.view(batch, group, prompt_length + length, -1)
         hidden[layer] = torch.cat([states[:, 0, :prompt_length], states[:, :, prompt_length:].flatten(1, 2)], dim=1)
     attention = None if attention is None else attention.view(batch, group, length, prompt_length)
-    return logp.view(batch, group, length), entropy.view(batch, group, length), hidden, attention
+    weights = None if weights is None else weights.view(batch, group, length)
+    return logp.view(batch, group, length), entropy.view(batch, group, length), hidden, attention, weights
 
 
 # ------------------------------------------------------------------------------------------------------------ rollouts
@@ -400,6 +409,28 @@ def rollout_frame_use(prompts, completion_mask, hidden=None, attention=None, tau
                 uses.append(reward.attention_use(attention[b, g][valid][None][..., columns], slots))  # (1, L, t*M)
         rows.append(uses)
     return rows
+
+
+@torch.no_grad()
+def answer_likelihoods(tokenizer, completions, mask, logp):
+    """GRPO-CARE's likelihood of the answers (arXiv 2506.16141): exp(mean log-prob of the tokens inside the last answer block).
+
+    completions, mask, logp (N, T), logp by the reference model -> (N,), NaN without an answer block or with nothing in it.
+    """
+    rows = []
+    for tokens, valid, values in zip(completions, mask, logp, strict=True):
+        ids = tokens[valid.bool()].tolist()
+        length = lambda count: len(tokenizer.decode(ids[:count]))  # noqa: B023, E731  characters in the first tokens
+        text = tokenizer.decode(ids)
+        end = text.rfind("</answer>")
+        begin = text.rfind("<answer>", 0, max(end, 0)) + len("<answer>")
+        if begin < len("<answer>") or begin == end:
+            rows.append(torch.tensor(float("nan")))
+            continue
+        first = bisect_right(range(len(ids) + 1), begin, key=length) - 1  # the last token border that is not after the tag
+        last = bisect_left(range(len(ids) + 1), end, key=length)
+        rows.append(values[first:last].float().mean().exp().cpu())
+    return torch.stack(rows)
 
 
 def slot_shares(times, intervals, slots):

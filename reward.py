@@ -221,7 +221,7 @@ def attention_use(weights: torch.Tensor, num_frames: int | None = None) -> torch
     if weights.dim() == 3 and num_frames and weights.shape[-1] % num_frames == 0:
         weights = weights.unflatten(-1, (num_frames, -1))  # (heads, L, K, M)
     if weights.dim() != 4 or num_frames not in (None, weights.shape[2]):
-        raise ValueError(f"attention_use: expected (heads, L, K, M), or (heads, L, K*M) and num_frames=K; got {[*weights.shape]}, {num_frames}")
+        raise ValueError(f"attention_use: expected (heads, L, K, M) or (heads, L, K*M) and K, got {[*weights.shape]}, {num_frames}")
     mass = weights.float().sum(dim=(0, 1, 3))  # (K,)
     if not mass.sum() > 0:  # NaN ends here too
         raise ValueError("attention_use: no attention from the response to the video, so there is nothing to normalise")

@@ -32,8 +32,19 @@ from transformers.utils import logging as hf_logging
 import prior
 import reward
 import toy
-from data import PROMPT_TEMPLATE, DataError, Encoder, MediaError, load_examples, target_text
-from grpo import Policy, collate, group_advantages, group_logps, policy_loss, rollout_frame_use, sample_texts, sampling, slot_shares
+from data import PROMPT_TEMPLATE, DataError, Encoder, MediaError, invert_question, load_examples, target_text
+from grpo import (
+    Policy,
+    answer_likelihoods,
+    collate,
+    group_advantages,
+    group_logps,
+    policy_loss,
+    rollout_frame_use,
+    sample_texts,
+    sampling,
+    slot_shares,
+)
 
 
 def flag(default, text, **more):
@@ -67,6 +78,8 @@ class TrainArguments:
     temperature: float = flag(1.0, "Sampling temperature of rollouts.")
     top_p: float = flag(0.95, "Nucleus of rollouts.")
     # rewards
+    recipe: str = flag("cfgrpo", "Which system's terms and constants are the defaults; any other flag on the command line wins over it. "
+                       "The README has a table.", choices=["cfgrpo", "grpo", "tgrpo", "care", "tw", "video_r2", "release"])
     cfr_weight: float = flag(3.0, "Lambda of the consensus frame reward, Eq. 7 (the release has 5).")
     gate: str = flag("soft", "What conditions it: soft (times accuracy), hard (accuracy > 0.01, the release), none (Eq. 7).",
                      choices=["soft", "hard", "none"])
@@ -82,12 +95,22 @@ class TrainArguments:
     length_low: int = flag(320, "Fewest tokens that earn the length bonus.")
     length_high: int = flag(512, "Most tokens that earn it.")
     length_bonus: float = flag(0.2, "Length bonus of a correct completion; 0 turns it off.")
+    consistency_coef: float = flag(0.0, "GRPO-CARE: bonus of an answer that the reference finds likely after its reasoning (CARE has 0.5).")
+    consistency_margin: float = flag(0.01, "How far its likelihood may lie below the mean of the selected (0 for SEED-Bench-R1).")
+    consistency_dense: bool = flag(False, "The bonus is coef * accuracy * likelihood for every answer, without the selection.")
+    alignment_weight: float = flag(0.0, "Video-R2: weight of the temporal alignment reward; gated as the consensus is (there by an LLM).")
+    alignment_threshold: float = flag(0.75, "Least similarity of two matching claims; words are compared, not meanings.")
+    alignment_buffer: float = flag(2.0, "Seconds by which both intervals are widened on each side.")
+    invert_questions: float = flag(0.0, "TW-GRPO: share of the questions to be inverted (negated, right and wrong options exchanged).")
     # optimisation
     learning_rate: float = flag(5e-6, "Peak learning rate of GRPO (the release has 1e-6).")
     weight_decay: float = flag(0.01, "AdamW's.")
     max_grad_norm: float = flag(5.0, "Gradient clipping.")
     warmup_ratio: float = flag(0.05, "Share of the steps in which the learning rate rises; over the last 30 % it falls to a tenth.")
-    beta: float = flag(0.04, "Weight of the KL penalty to the frozen reference, Eq. 10; 0 loads no reference.")
+    beta: float = flag(0.04, "Weight of the KL penalty to the reference, Eq. 10; 0 loads none, unless the consistency bonus needs it.")
+    ema_decay: float = flag(1.0, "Reference <- decay * reference + (1 - decay) * policy; 1: frozen (GRPO-CARE has 0.995).")
+    ema_steps: int = flag(10, "Steps between two such updates.")
+    token_weight_alpha: float = flag(1.0, "TW-GRPO: greatest weight of a token; 1: all have weight 1 (TW-GRPO has 1.7).")
     clip_low: float = flag(0.2, "Epsilon below, Eq. 10.")
     clip_high: float = flag(0.2, "Epsilon above.")
     reduction: str = flag("sequence", "Token losses to one: sequence (GRPO), token (DAPO, in a forward), constant (Dr. GRPO).",
@@ -102,6 +125,20 @@ class TrainArguments:
     seed: int = flag(0, "Of everything random.")
     deepspeed: str = flag("ds_zero3.json", "DeepSpeed configuration; 'auto' values are filled from the flags.")
     local_rank: int = flag(-1, "Set by the deepspeed launcher.")
+
+
+PLAIN = dict(cfr_weight=0.0, temporal=False, length_bonus=0.0)  # accuracy and format alone
+RECIPES = {  # what each changes in the defaults above
+    "cfgrpo": {},
+    "grpo": PLAIN,
+    "tgrpo": dict(cfr_weight=0.0),
+    "care": dict(PLAIN, consistency_coef=0.5, ema_decay=0.995, beta=0.0, learning_rate=1e-6),
+    "tw": dict(PLAIN, token_weight_alpha=1.7, reduction="token", clip_high=0.28, invert_questions=0.5, beta=0.0, learning_rate=1e-6,
+               top_p=1.0),
+    "video_r2": dict(PLAIN, alignment_weight=1.0, learning_rate=1e-6, temperature=0.9, top_p=1.0),
+    "release": dict(cfr_weight=5.0, gate="hard", frame_use="hidden", frame_use_layer=-1, tau=0.5, use_order="softmax_mean",
+                    temporal_ratio=0.8, learning_rate=1e-6),
+}
 
 
 def toy_defaults(world_size):
@@ -146,7 +183,8 @@ def agree(count, device):
 
 
 def deepspeed_config(arguments, micro_batch=1, accumulation=1, learning_rate=None):
-    """The JSON file with its 'auto' values filled in; without a learning rate, one for inference (reference, scoring)."""
+    """The JSON file with its 'auto' values filled in; without a learning rate, one for inference (reference, scoring), all of it in shards.
+    """
     file = Path(arguments.deepspeed)
     if not file.is_file():
         raise DataError(f"DeepSpeed configuration {file} not found (--deepspeed)")
@@ -159,6 +197,7 @@ def deepspeed_config(arguments, micro_batch=1, accumulation=1, learning_rate=Non
         config["bf16"]["enabled"] = torch.cuda.is_available()
     if learning_rate is None:
         config.pop("optimizer", None)
+        config.get("zero_optimization", {})["stage3_param_persistence_threshold"] = 0  # update_reference() writes to the shards
     else:
         parameters = config["optimizer"]["params"]
         parameters["lr"] = learning_rate
@@ -307,6 +346,20 @@ def accuracies(example, texts):
     return [reward.accuracy_reward(text, example.answer, example.problem_type) for text in texts]
 
 
+def update_reference(reference, engine, averages, decay):
+    """Reference <- decay * reference + (1 - decay) * policy (GRPO-CARE's), each rank on its shards of both.
+
+    averages {name: float32 shard} starts empty and is kept between the calls: in bf16 a step of 0.5 % would be rounded away.
+    """
+    def shard(parameter):
+        return getattr(parameter, "ds_tensor", parameter.data)
+
+    for (name, kept), moved in zip(reference.module.named_parameters(), engine.module.parameters(), strict=True):
+        average = averages.setdefault(name, shard(kept).float().clone())
+        average.lerp_(shard(moved).float(), 1 - decay)
+        shard(kept).copy_(average)
+
+
 def text_rewards(arguments, example, texts, lengths, shuffled):
     """The terms that need text only: {name: G values}. shuffled: accuracies of the control with shuffled frames, None without one."""
     accuracy = accuracies(example, texts)
@@ -317,6 +370,10 @@ def text_rewards(arguments, example, texts, lengths, shuffled):
                    for length, value in zip(lengths, accuracy, strict=True)],
         "temporal": [0.0] * len(texts),
     }
+    if arguments.alignment_weight:
+        terms["alignment"] = [arguments.alignment_weight * reward.gate(right, arguments.gate) * reward.temporal_alignment_reward(
+            reward.parse_claims(reward.extract_think(text)), example.grounding, buffer=arguments.alignment_buffer,
+            threshold=arguments.alignment_threshold) for text, right in zip(texts, accuracy, strict=True)]
     if shuffled is not None:  # means over this question's own rollouts, never over the batch
         means = sum(accuracy) / len(accuracy), sum(shuffled) / len(shuffled)
         terms["temporal"] = [reward.temporal_reward(value, *means, arguments.temporal_gamma, arguments.temporal_ratio)
@@ -347,7 +404,7 @@ def sample_groups(arguments, engine, processor, items, examples, controls, seeds
 
 
 METRICS = (
-    *(f"reward/{name}" for name in ("total", "accuracy", "format", "length", "temporal", "consensus")),
+    *(f"reward/{name}" for name in ("total", "accuracy", "format", "length", "temporal", "alignment", "consensus", "consistency")),
     *(f"consensus/{name}" for name in ("score", "evidence_use", "paper_score", "paper_evidence_use")),
     *(f"loss/{name}" for name in ("policy", "kl", "ratio", "clip_fraction", "zero_variance_groups")),
     *(f"rollout/{name}" for name in ("length", "truncated", "entropy", "shuffled_accuracy")),
@@ -376,10 +433,12 @@ def grpo_micro_batch(arguments, engine, reference, processor, encoder, usable, r
     prompts, ref_logp = collate(items, engine.module.model).to(engine.device), None
     if reference is not None:
         with torch.no_grad():
-            ref_logp = group_logps(reference, prompts, completions, mask, arguments.packed)[0].flatten(0, 1)  # (N, T)
+            ref_logp = group_logps(reference, prompts, completions, mask, arguments.packed)[0]  # (B, G, T)
     values["time/reference"].append(time.perf_counter() - clock)
     clock = time.perf_counter()
-    logp, entropy, hidden, attention = group_logps(engine, prompts, completions, mask, arguments.packed, **use_layers(arguments))
+    alpha = arguments.token_weight_alpha if arguments.token_weight_alpha != 1 else None
+    logp, entropy, hidden, attention, weights = group_logps(engine, prompts, completions, mask, arguments.packed, weight_alpha=alpha,
+                                                            **use_layers(arguments))
     uses, paper_uses = frame_uses(arguments, prompts, mask, hidden, attention)
 
     # 3. rewards (Eq. 6-8)
@@ -397,13 +456,18 @@ def grpo_micro_batch(arguments, engine, reference, processor, encoder, usable, r
                 consensus = [score for score, _ in scores] if names[0] == "score" else consensus
         terms["consensus"] = [arguments.cfr_weight * reward.gate(right, arguments.gate) * score
                               for right, score in zip(terms["accuracy"], consensus, strict=True)]
+        if arguments.consistency_coef:
+            likelihoods = answer_likelihoods(processor.tokenizer, completions[index], mask[index], ref_logp[index])  # (G,)
+            terms["consistency"] = reward.consistency_bonus(
+                torch.tensor(terms["accuracy"]), likelihoods, arguments.consistency_coef, margin=arguments.consistency_margin,
+                dense=arguments.consistency_dense).tolist()
         terms["total"] = [sum(column) for column in zip(*terms.values(), strict=True)]
         totals.append(terms["total"])
         for name, column in terms.items():
             values[f"reward/{name}"] += column
         for number, text in enumerate(texts[index]):
             use = uses[index][number]
-            lines.append({"problem_id": example.id, "text": text, "answer": example.answer,
+            lines.append({"problem_id": example.id, "question": example.question, "text": text, "answer": example.answer,
                           "rewards": {name: column[number] for name, column in terms.items()},
                           "prior": rows[example.id]["prior"] if use is not None else None,
                           "use": None if use is None else [round(value, 4) for value in use.tolist()]})
@@ -412,8 +476,9 @@ def grpo_micro_batch(arguments, engine, reference, processor, encoder, usable, r
     totals = torch.tensor(totals, device=engine.device)  # (B, G)
     advantages = group_advantages(totals, scale=arguments.scale_rewards).flatten()  # (N,)
     logp, flat_mask = logp.flatten(0, 1), mask.flatten(0, 1)  # (N, T)
+    ref_logp, weights = (tensor if tensor is None else tensor.flatten(0, 1) for tensor in (ref_logp, weights))  # (N, T)
     loss, stats = policy_loss(logp, logp.detach(), advantages, flat_mask, ref_logp, arguments.beta, arguments.clip_low,
-                              arguments.clip_high, arguments.reduction)
+                              arguments.clip_high, arguments.reduction, weights)
     engine.backward(loss * share)
     values["time/policy"].append(time.perf_counter() - clock)
     for name, value in {**stats, "policy": loss.item()}.items():
@@ -430,7 +495,7 @@ def train_grpo(arguments, model_path, processor, encoder, stream, rows, skipped,
     world, rank = dist.get_world_size(), dist.get_rank()
     batch, accumulation = arguments.per_device_train_batch_size, arguments.gradient_accumulation_steps
     engine = start_engine(arguments, model_path, batch, accumulation, arguments.learning_rate)
-    reference = start_engine(arguments, model_path) if arguments.beta > 0 else None
+    reference, averages = start_engine(arguments, model_path) if arguments.beta > 0 or arguments.consistency_coef else None, {}
     steps = len(stream) // (batch * world * accumulation)
     lost = len(skipped)
     progress = tqdm(range(steps), desc="GRPO", unit="step", mininterval=1, disable=not is_main())
@@ -454,6 +519,8 @@ def train_grpo(arguments, model_path, processor, encoder, stream, rows, skipped,
             clock = time.perf_counter()
             engine.step()
             values["time/update"].append(time.perf_counter() - clock)
+        if reference is not None and arguments.ema_decay < 1 and (step + 1) % arguments.ema_steps == 0:
+            update_reference(reference, engine, averages, arguments.ema_decay)
         values["time/step"].append(time.perf_counter() - begin)
         metrics = average(values, METRICS, engine.device)
         norm = {"loss/grad_norm": float(engine.get_global_grad_norm())} if micro_batches else {}
@@ -474,6 +541,18 @@ def question_stream(arguments, examples, world):
     while examples and len(stream) < wanted:
         stream += rng.sample(examples, len(examples))
     return stream[:wanted], per_step
+
+
+def invert_share(stream, share, seed):
+    """TW-GRPO's question-answer inversion of a share of the stream -> (stream, how many are inverted, how many could not be)."""
+    inverted, left = 0, 0
+    for place, example in enumerate(stream if share else []):
+        rng = random.Random(f"{seed}-{place}")
+        if rng.random() < share:
+            new = invert_question(example, rng)
+            inverted, left = inverted + (new is not None), left + (new is None)
+            stream[place] = new or example
+    return stream, inverted, left
 
 
 # ------------------------------------------------------------------------------------------------------ held-out score
@@ -503,7 +582,7 @@ def score_heldout(arguments, model_path, processor, encoder, examples, rows, bat
                     if example.extra.get("salient_is_asked") is False:
                         values[f"{decoding}/conflict"].append(accuracy)
             values["length"] += mask.sum(-1).tolist()
-            _, _, hidden, attention = Policy(model)(prompts, tokens[:, None], mask[:, None], **use_layers(arguments))  # the sampled ones
+            _, _, hidden, attention, _ = Policy(model)(prompts, tokens[:, None], mask[:, None], **use_layers(arguments))  # the sampled ones
             for prefix, uses in zip(("", "paper_"), frame_uses(arguments, prompts, mask[:, None], hidden, attention), strict=True):
                 for example, (use,) in zip(part, uses, strict=True):
                     if use is None:
@@ -548,17 +627,20 @@ def parse_arguments():
     parser = HfArgumentParser((TrainArguments, prior.PriorSettings), allow_abbrev=False, description=__doc__,
                               formatter_class=argparse.RawDescriptionHelpFormatter)
     first = parser.parse_args()
+    recipe = dict(RECIPES[first.recipe])
     if first.dataset_name is None:
         if first.model_name_or_path is None and first.stage == "grpo":
             raise DataError("--stage grpo without a model would train an untrained toy; give --model_name_or_path or leave --stage out")
         folder = first.toy_dir or f"toy-seed{first.seed}"
         defaults = {name: value.format(toy=folder) if isinstance(value, str) else value
                     for name, value in toy_defaults(int(os.environ.get("WORLD_SIZE", 1))).items()}
+        recipe.pop("learning_rate", None)  # for billions of parameters
         parser.set_defaults(**defaults, toy_dir=folder)
     elif first.model_name_or_path is None:
         raise DataError("--dataset_name needs --model_name_or_path (a Qwen2-VL or Qwen2.5-VL checkpoint)")
     elif first.stage == "both":
         raise DataError("--stage both is for the toy; with your own data run --stage sft, then --stage grpo")
+    parser.set_defaults(**recipe)
     arguments, settings = parser.parse_args_into_dataclasses()
     if arguments.frame_use == "attention" and arguments.frame_use_layer < 1:
         raise DataError("--frame_use attention needs --frame_use_layer 1 (the first layer) or higher")
@@ -677,6 +759,9 @@ def run(arguments, settings):
         rows, skipped = priors_for(arguments, settings, asked, "training", arguments.priors)
         lap("training priors")
         stream = [example for example in stream if example.id not in skipped]
+        stream, result["inverted"], result["not_invertible"] = invert_share(stream, arguments.invert_questions, arguments.seed)
+        if arguments.invert_questions:
+            say(f"{result['inverted']} questions are inverted; {result['not_invertible']} chosen ones cannot be and stay as they are")
         if len(stream) < per_step:
             raise DataError(f"{len(stream)} usable questions ({len(skipped)} skipped) are fewer than one step's {per_step}")
         folder = train_grpo(arguments, model_path, processor, encoder, stream, rows, skipped,

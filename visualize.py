@@ -40,6 +40,8 @@ PANELS = [
     ("grpo", "reward/total", "Reward, total", "reward", "", "Sum of the terms: accuracy and those that follow."),
     ("grpo", "reward/consensus", "Reward term: consensus", "reward", "", "λ × gate × consensus score, Eq. 7."),
     ("grpo", "reward/temporal", "Reward term: temporal", "reward", "", "For correct completions where frame order helps."),
+    ("grpo", "reward/alignment", "Reward term: temporal alignment", "reward", "", "Share of timed claims that match, if correct."),
+    ("grpo", "reward/consistency", "Reward term: consistency", "reward", "", "For correct answers that the reference finds likely too."),
     ("grpo", "reward/format", "Reward term: format", "reward", "0 to 1", "1 for a think block followed by an answer block."),
     ("grpo", "reward/length", "Reward term: length", "reward", "", "Bonus of correct completions within the length band."),
     ("grpo", "time/step", "Time per GRPO step", "seconds", "", "Wall clock, rollouts included."),

@@ -1,6 +1,8 @@
 """data.py: data set files and their errors, real videos and images written here, and the encoder with the toy's processor."""
 
 import json
+import random
+from dataclasses import replace
 
 import cv2
 import numpy as np
@@ -9,6 +11,7 @@ import torch
 from PIL import Image
 
 from data import (
+    ASK_FOR_WRONG,
     INSTRUCTIONS,
     PROBLEM_TYPES,
     DataError,
@@ -19,8 +22,10 @@ from data import (
     build_prompt,
     chat_text,
     decode_frames,
+    invert_question,
     load_examples,
     load_image,
+    negate_question,
     open_video,
     parse_example,
     parse_time,
@@ -383,7 +388,7 @@ def example_of(**change):
 def test_prompt_has_question_options_each_on_a_line_and_instruction():
     assert build_prompt(example_of()).split("\n") == ["What moves?", "Options:", "A. a ball", "B. a car", INSTRUCTIONS["multiple choice"]]
     assert build_prompt(example_of(options=[], problem_type="OCR")).split("\n") == ["What moves?", INSTRUCTIONS["OCR"]]
-    assert set(INSTRUCTIONS) == set(PROBLEM_TYPES)
+    assert set(INSTRUCTIONS) == {*PROBLEM_TYPES, "several letters"}
 
 
 def test_prompt_template_replaces_the_wording():
@@ -560,3 +565,74 @@ def test_a_broken_video_is_not_cached(tmp_path, toy_processor):
         encoder.encode(example)
     write_video(tmp_path / "late.mp4")
     assert encoder.encode(example)["grid_thw"] is not None
+
+
+# ------------------------------------------------------------------------------------------------- question-answer inversion
+
+
+@pytest.mark.parametrize(("question", "negated"), [
+    ("What will the man do next?", "What won't the man do next?"),
+    ("Which of the following will happen if the cube is removed?", "Which of the following won't happen if the cube is removed?"),
+    ("In the video, which ball is red?", "In the video, which ball isn't red?"),
+    ("Who was running?", "Who wasn't running?"),
+    ("Where does the boy who was hit go?", "Where doesn't the boy who was hit go?"),
+    ("When did it rain?", "When didn't it rain?"),
+    ("A man walks. What can he do?", "A man walks. What can't he do?"),
+])
+def test_the_auxiliary_is_negated(question, negated):
+    assert negate_question(question) == negated
+
+
+@pytest.mark.parametrize("question", [
+    "Why did the man fall?", "How is she feeling?", "How many balls are there?",  # negated, these ask for something else
+    "Is the man running?", "Did it rain?",  # "Isn't he running?" expects a yes
+    "What falls first?", "What happens after the man has left?", "Who moved the ball the man has?", "Name the colour of the ball.",
+    "Which of the balls that are red will fall?",  # the first auxiliary is the clause's
+    "When the ball has stopped, what does he do?", "What caused the ball, which is red, to fall?",
+])
+def test_other_questions_are_asked_for_a_wrong_answer(question):
+    assert negate_question(question) == ASK_FOR_WRONG + question
+
+
+@pytest.mark.parametrize("question", ["Which ball is not red?", "What didn't he do?", "Who never falls?", "All are red except which?",
+                                      "Which statement is false?", "What isn’t shown?", "Which is incorrect?"])
+def test_a_negated_question_is_left_out(question):
+    assert negate_question(question) is None
+
+
+CHOICE = Example("q", "What will he do next?", ["A. sit", "B. (stand) up", "C. run", "D. sleep"], "multiple choice", "B", "/a.mp4", "video",
+                 reasoning="He stands.", evidence=[(1.0, 2.0)], extra={"path": "a.mp4"})
+
+
+def test_inversion_exchanges_right_and_wrong():
+    counts = set()
+    for seed in range(40):
+        new = invert_question(CHOICE, random.Random(seed))
+        assert (new.id, new.media, new.evidence, new.extra["path"]) == ("q", "/a.mp4", [(1.0, 2.0)], "a.mp4")
+        assert new.question == "What won't he do next?" and new.extra["inverted_from"] == CHOICE.question and new.reasoning == ""
+        letters, texts = zip(*(option.split(". ", 1) for option in new.options), strict=True)
+        assert list(letters) == ["A", "B", "C", "D"][: len(letters)]
+        right = new.answer.split(",")
+        assert [letter for letter, text in zip(letters, texts, strict=True) if text != "(stand) up"] == right  # all but the old right one
+        assert "(stand) up" in texts and set(texts) <= {"sit", "(stand) up", "run", "sleep"}
+        counts.add((len(right), texts.index("(stand) up")))
+        assert "letters" in build_prompt(new) and "letters" not in build_prompt(CHOICE)
+    assert counts == {(right, place) for right in (1, 2, 3) for place in range(right + 1)}  # 1 to 3 right ones; the wrong one anywhere
+    assert invert_question(CHOICE, random.Random(3)) == invert_question(CHOICE, random.Random(3))
+    assert (CHOICE.answer, CHOICE.reasoning) == ("B", "He stands.")
+
+
+@pytest.mark.parametrize("change", [
+    {"question": "What will he not do?"}, {"problem_type": "numerical"}, {"options": []}, {"answer": "A,C"}, {"answer": "E"},
+    {"options": ["sit", "stand", "run"]}, {"options": ["A. sit", "B. Sit"]}, {"options": ["B. sit"]},
+    {"options": ["A. sit", "B. stand", "C. both of them"]}, {"options": ["A. sit", "B. none of the above"]},
+    {"options": ["A. sit", "B. stand", "C. A and B"]}, {"options": ["A. it cannot be determined", "B. sit"]},
+])
+def test_what_cannot_be_inverted(change):
+    assert invert_question(replace(CHOICE, **change), random.Random(0)) is None
+
+
+def test_a_data_set_of_several_answers_says_so_in_every_prompt():
+    row = {"problem_id": 1, "problem": "What happens?\nA. a\nB. b", "solution": "<answer>A</answer>", "video": "/x.mp4"}  # TW-GRPO's
+    assert INSTRUCTIONS["several letters"] in build_prompt(parse_example(row, 0, "/"))  # not a hint that this one has a single answer
+    assert INSTRUCTIONS["multiple choice"] in build_prompt(CHOICE)

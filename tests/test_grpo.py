@@ -12,6 +12,7 @@ from data import Encoder, load_examples
 from grpo import (
     Policy,
     Prompts,
+    answer_likelihoods,
     collate,
     group_advantages,
     group_logps,
@@ -416,12 +417,63 @@ def test_entropy_is_that_of_the_plain_forward(items, group, toy_model):
     torch.testing.assert_close(entropy[0, 2][mask[0, 2]], torch.distributions.Categorical(logits=logits).entropy(), atol=1e-4, rtol=1e-4)
 
 
+def test_token_weights_of_the_forward_are_those_of_each_groups_logits(items, group, toy_model):
+    prompts, completions, mask = group
+    with torch.no_grad():
+        packed, repeated = (group_logps(Policy(toy_model), prompts, completions, mask, one, weight_alpha=1.7)[4] for one in (True, False))
+        assert group_logps(Policy(toy_model), prompts, completions, mask)[4] is None
+        for b, item in enumerate(items):
+            logits = torch.full((3, 5, toy_model.config.text_config.vocab_size), NAN)  # poison where a rollout has ended
+            for g in range(3):
+                completion = completions[b, g][mask[b, g]]
+                plain = toy_model(**hf_inputs(item, toy_model, completion)).logits[0, len(item["input_ids"]) - 1 : -1]
+                logits[g, : len(completion)] = plain
+            expected = token_weights(logits, mask[b], alpha=1.7)
+            assert expected.max() == pytest.approx(1.7) and expected[:, mask[b].any(0)].min() == pytest.approx(1)
+            torch.testing.assert_close(packed[b], expected, atol=1e-4, rtol=0)
+            torch.testing.assert_close(repeated[b], expected, atol=1e-4, rtol=0)
+
+
+class Letters:
+    """A tokenizer whose token i is the i-th piece."""
+
+    pieces = ["<think>", "so", "</think>", "<answer>", "B", " C", "</answer>", "<ans", "wer>A", "</", "answer>.", "é"]
+
+    def decode(self, ids):
+        return "".join(self.pieces[i] for i in ids)
+
+
+@pytest.mark.parametrize(("ids", "inside"), [
+    ([0, 1, 2, 3, 4, 5, 6], [4, 5]),  # <think>so</think><answer>B C</answer>: the tokens B and C
+    ([3, 4, 6, 1, 3, 5, 6], [5]),  # the last of two blocks
+    ([11, 7, 8, 9, 10], [2]),  # tags and answer share tokens: the token that holds the A
+    ([3, 4, 6, 3, 5], [1]),  # a block that is not closed is none; the one before it is
+    ([3, 6], []), ([0, 1, 2], []), ([4, 6], []), ([3, 4], []), ([6, 3, 4], []),
+])
+def test_answer_likelihoods(ids, inside):
+    logp = -torch.arange(1.0, 9.0)  # of token t: -(t + 1)
+    row = torch.tensor([ids + [1] * (8 - len(ids))])
+    mask = torch.arange(8)[None] < len(ids)
+    (value,) = answer_likelihoods(Letters(), row, mask, logp.masked_fill(~mask[0], NAN)[None])
+    expected = torch.tensor([-(t + 1.0) for t in inside]).mean().exp()  # of nothing: NaN
+    torch.testing.assert_close(value, expected, equal_nan=True)
+
+
+def test_answer_likelihoods_with_a_real_tokenizer(toy_processor):
+    tokenizer, text = toy_processor.tokenizer, "<think>0s red 2. é</think><answer>B</answer>"
+    ids = tokenizer(text).input_ids
+    logp = torch.tensor([[float(-place) for place in range(len(ids))]])
+    (value,) = answer_likelihoods(tokenizer, torch.tensor([ids]), torch.ones(1, len(ids)), logp)
+    place = round(-value.log().item())
+    assert value.log().item() == pytest.approx(-place) and "B" in tokenizer.decode(ids[place]) and ids[place] != tokenizer.eos_token_id
+
+
 def test_hidden_states_and_attention_agree_with_repeated_and_eager(items, group, toy_model):
     prompts, completions, mask = group
     layers = {"hidden_layers": (0, 2, -1), "attention_layer": 2}
     with torch.no_grad():
-        _, _, hidden, attention = group_logps(Policy(toy_model), prompts, completions, mask, **layers)
-        _, _, hidden_repeated, attention_repeated = group_logps(Policy(toy_model), prompts, completions, mask, packed=False, **layers)
+        _, _, hidden, attention, _ = group_logps(Policy(toy_model), prompts, completions, mask, **layers)
+        _, _, hidden_repeated, attention_repeated, _ = group_logps(Policy(toy_model), prompts, completions, mask, packed=False, **layers)
     assert set(hidden) == {0, 2, -1} and not any(states.requires_grad for states in hidden.values())
     valid = torch.cat([prompts.mask, mask.flatten(1)], dim=1)
     for layer in hidden:
@@ -456,7 +508,7 @@ def test_padding_tokens_change_nothing(group, toy_model, packed):
     poisoned = torch.where(mask, completions, torch.tensor(99))
     results = []
     for inputs in ((prompts, completions), (other, poisoned)):
-        logp, _, hidden, attention = group_logps(Policy(toy_model), *inputs, mask, packed=packed, hidden_layers=(-1,), attention_layer=1)
+        logp, _, hidden, attention, _ = group_logps(Policy(toy_model), *inputs, mask, packed=packed, hidden_layers=(-1,), attention_layer=1)
         valid = torch.cat([prompts.mask, mask.flatten(1)], dim=1)
         results.append((logp[mask], hidden[-1][valid], attention[mask], gradients(toy_model, logp[mask].sum())))
     for one, two in zip(results[0][:3], results[1][:3], strict=True):
@@ -507,7 +559,7 @@ def test_qwen2_vl_agrees_with_its_plain_forward(items, toy_model):
     completions, mask = torch.randint(0, 256, (2, 2, 3), generator=torch.Generator().manual_seed(0)), torch.ones(2, 2, 3).bool()
     rows = []
     with torch.no_grad():
-        logp, _, _, attention = Policy(model)(prompts, completions, mask, attention_layer=1)
+        logp, _, _, attention, _ = Policy(model)(prompts, completions, mask, attention_layer=1)
         for b, g in ((0, 0), (0, 1), (1, 0), (1, 1)):
             inputs = hf_inputs(items[b], model, completions[b, g])
             inputs.pop("second_per_grid_ts", None)

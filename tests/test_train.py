@@ -6,10 +6,13 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from transformers import AutoModelForImageTextToText
+
+from train import update_reference
 
 ROOT = Path(__file__).parent.parent
 BIN = Path(sys.executable).parent
@@ -164,3 +167,72 @@ def test_frame_sets_in_the_data_are_the_prior(small_toy, first_run, tmp_path):
 
 def test_an_earlier_run_is_not_written_over(small_toy, first_run):
     assert "earlier run" in complain("--toy_dir", small_toy, "--output_dir", first_run[0])
+
+
+# ------------------------------------------------------------------------------------------------------------ the recipes
+
+
+@pytest.fixture(scope="session")
+def cold_start(small_toy, tmp_path_factory):
+    """A checkpoint that has learned short answers ("0s striped red 2."), so that every reward varies, and flags to go on from it."""
+    folder = tmp_path_factory.mktemp("cold")
+    rows = [row for row in json.loads((small_toy / "train_cot.json").read_text()) if row["data_type"] == "video" and row["options"]]
+    for row in rows:
+        row["process"] = f"<think>0s {row['grounding'][min(row['grounding'])]}.</think>"
+    data = folder / "data.json"
+    data.write_text(json.dumps(rows))
+    flags = ["--dataset_name", data, "--media_root", small_toy, "--min_pixels", 3136, "--max_pixels", 3136]
+    launch(*flags, "--stage", "sft", "--model_name_or_path", small_toy / "model", "--sft_learning_rate", 2e-3, "--sft_max_steps", 150,
+           "--sft_per_device_batch_size", 8, "--output_dir", folder / "run")
+    return folder / "run" / "sft", [*flags, "--model_name_or_path", folder / "run" / "sft", "--clip", f"local-dir:{small_toy}/clip",
+                                    "--max_steps", 3, "--num_generations", 4, "--max_completion_length", 40]
+
+
+TERMS = {  # recipe -> terms that may differ from 0 beside accuracy and format
+    "cfgrpo": {"length", "temporal", "consensus"}, "grpo": set(), "tgrpo": {"length", "temporal"}, "care": {"consistency"}, "tw": set(),
+    "video_r2": {"alignment"}, "release": {"length", "temporal", "consensus"}}
+CONSTANTS = {  # method.md's, and evaluation.md's table of settings
+    "cfgrpo": dict(cfr_weight=3.0, gate="soft", tau=0.1, use_order="mean_softmax", temporal_ratio=1.0, beta=0.04, learning_rate=5e-6),
+    "grpo": dict(beta=0.04, clip_high=0.2, reduction="sequence"), "tgrpo": dict(temporal_gamma=0.3, length_bonus=0.2),
+    "care": dict(consistency_coef=0.5, consistency_margin=0.01, beta=0.0, ema_decay=0.995, ema_steps=10, learning_rate=1e-6),
+    "tw": dict(token_weight_alpha=1.7, reduction="token", clip_low=0.2, clip_high=0.28, beta=0.0, top_p=1.0, learning_rate=1e-6),
+    "video_r2": dict(alignment_weight=1.0, alignment_buffer=2.0, alignment_threshold=0.75, temperature=0.9, beta=0.04),
+    "release": dict(cfr_weight=5.0, gate="hard", tau=0.5, use_order="softmax_mean", temporal_ratio=0.8, learning_rate=1e-6)}
+
+
+@pytest.mark.parametrize("recipe", TERMS)
+def test_every_recipe_trains(recipe, cold_start, tmp_path):
+    checkpoint, flags = cold_start
+    output = tmp_path / "out"
+    launch(*flags, "--recipe", recipe, "--per_device_train_batch_size", 4, "--length_low", 5, "--weight_decay", 0, "--output_dir", output)
+    records, settings = metrics(output, "grpo"), json.loads((output / "run.json").read_text())
+    assert CONSTANTS[recipe].items() <= settings.items() and settings["length_low"] == 5
+    assert len(records) == 3 and any(record["loss/zero_variance_groups"] < 1 for record in records)
+    terms = {name.removeprefix("reward/") for name in records[0] if name.startswith("reward/")} - {"total"}
+    for record in records:
+        assert record["reward/total"] == pytest.approx(sum(record[f"reward/{name}"] for name in terms), abs=1e-5)
+    assert {name for name in terms if any(record[f"reward/{name}"] for record in records)} - {"accuracy", "format"} == TERMS[recipe]
+    assert ("rollout/shuffled_accuracy" in records[0]) == ("temporal" in TERMS[recipe])
+    result = json.loads((output / "result.json").read_text())
+    assert (result["inverted"] > 0) == (recipe == "tw") and result["inverted"] + result["not_invertible"] <= 12
+    before, after = weights(checkpoint), weights(output / "grpo")
+    assert [name for name in before if torch.equal(before[name], after[name])] == []
+
+
+def test_the_reference_follows_the_policy_on_every_rank(cold_start, tmp_path):
+    launch(*cold_start[1], "--recipe", "care", "--beta", 0.1, "--ema_decay", 0, "--ema_steps", 2, "--learning_rate", 1e-3, "--output_dir",
+           tmp_path / "out", "--per_device_train_batch_size", 2, ranks=2)
+    start, moved, followed = (record["loss/kl"] for record in metrics(tmp_path / "out", "grpo"))
+    assert start == pytest.approx(0, abs=1e-7) and moved > 1e-5 and followed == pytest.approx(0, abs=1e-7)
+
+
+def test_a_moving_average_is_kept_in_float32():
+    kept, moved = (SimpleNamespace(module=torch.nn.Linear(3, 2, bias=False).to(torch.bfloat16)) for _ in range(2))
+    with torch.no_grad():
+        kept.module.weight.fill_(1.0)
+        moved.module.weight.fill_(2.0)
+    averages = {}
+    for _ in range(20):  # 2 - 0.995^20 = 1.0954; in bf16 1 + 0.005 is 1.0078 at best, or 1
+        update_reference(kept, moved, averages, 0.995)
+    torch.testing.assert_close(averages["weight"], torch.full((2, 3), 2 - 0.995**20))
+    torch.testing.assert_close(kept.module.weight.data, torch.full((2, 3), 2 - 0.995**20).bfloat16())
