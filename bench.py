@@ -73,8 +73,8 @@ def load_model(arguments, device):
         return model.to(device, dtype).train(), processor
     if not (Path(folder) / "config.json").is_file():
         raise DataError(f"{folder} is not a folder with a checkpoint (--model_name_or_path)")
-    if AutoConfig.from_pretrained(folder).model_type not in ("qwen2_vl", "qwen2_5_vl"):
-        raise DataError(f"{folder} is no Qwen2-VL or Qwen2.5-VL checkpoint")
+    if AutoConfig.from_pretrained(folder).model_type not in ("qwen2_vl", "qwen2_5_vl", "qwen3_vl"):
+        raise DataError(f"{folder} is no Qwen2-VL, Qwen2.5-VL or Qwen3-VL checkpoint")
     model = AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype, attn_implementation="sdpa", use_safetensors=True)
     return model.to(device).train(), AutoProcessor.from_pretrained(folder)
 

@@ -8,12 +8,14 @@ Letters in shapes: B prompts, G completions of each, P prompt tokens (left-padde
 D hidden size, V vocabulary, K frames, t temporal slots of M visual tokens.
 """
 
+import math
 from bisect import bisect_left, bisect_right
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, fields, replace
 
 import deepspeed
 import torch
+from torch.utils.checkpoint import checkpoint
 from transformers import DynamicCache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -74,20 +76,31 @@ def policy_loss(logp, old_logp, advantages, mask, ref_logp=None, beta=0.04, clip
     return loss, stats
 
 
-@torch.no_grad()
 def token_weights(logits, mask, alpha=1.7):
     """TW-GRPO's weight of each position from how much the group's next-token distributions differ there (arXiv 2505.24718).
 
-    logits (G, T, V), mask (G, T) -> (G, T), the same row for every rollout. With p_g uniform where rollout g has ended and m the mean
-    of the log-probabilities: divergence(t) = mean_g sum_v exp(d) - d - 1, d = m - log p_g clamped to +-11; min-max over the positions
-    that any rollout reaches, then weight = 1 + (alpha - 1) * divergence, in [1, alpha]. Positions nobody reaches get 1.
+    logits (G, T, V), mask (G, T) -> (G, T) in [1, alpha], the same row for every rollout: weights_of_divergence(group_divergence).
     """
+    return weights_of_divergence(group_divergence(torch.log_softmax(logits.float(), dim=-1), mask), mask, alpha)
+
+
+@torch.no_grad()
+def group_divergence(logp, mask):
+    """How much the group's next-token distributions differ at each position: logp (..., G, T, V), mask (..., G, T) -> (..., T).
+
+    mean_g sum_v exp(d) - d - 1 with d = m - log p_g clamped to +-11, m the mean of the log-probabilities, p_g uniform where rollout g has
+    ended. Each position stands alone, so any chunk of T can be computed by itself.
+    """
+    d = torch.where(mask.bool()[..., None], logp, -math.log(logp.shape[-1]))  # (..., G, T, V)
+    d = (d.mean(dim=-3, keepdim=True) - d).clamp_(-11, 11)
+    return (torch.exp(d) - d - 1).sum(dim=-1).mean(dim=-2)
+
+
+@torch.no_grad()
+def weights_of_divergence(divergence, mask, alpha=1.7):
+    """Divergence (T,) of one group, mask (G, T) -> weights (G, T): 1 + (alpha - 1) * divergence, min-max scaled over the positions that any
+    rollout reaches; the others get 1."""
     mask = mask.bool()
-    vocabulary = logits.shape[-1]
-    logp = torch.log_softmax(logits.float(), dim=-1)
-    logp = torch.where(mask[..., None], logp, -torch.log(torch.tensor(float(vocabulary))))  # (G, T, V)
-    d = (logp.mean(dim=0, keepdim=True) - logp).clamp(-11, 11)
-    divergence = (torch.exp(d) - d - 1).sum(dim=-1).mean(dim=0)  # (T,)
     reached = mask.any(dim=0)
     if not reached.any():
         return torch.ones_like(mask, dtype=torch.float32)
@@ -110,9 +123,10 @@ class Prompts:
     pixel_values: torch.Tensor | None  # (patches, C) of all media, in batch order; None when the whole batch is text
     grid_thw: torch.Tensor | None  # (media, 3) patches in time, height, width
     slots: list[int]  # temporal slots of each row's medium, 0 for text
+    features: tuple | None = None  # Policy.encode's, when the vision tower is frozen and has seen these media
 
     def to(self, device):
-        moved = {f.name: getattr(self, f.name) for f in fields(self)}
+        moved = {f.name: getattr(self, f.name) for f in fields(self)}  # features are made on the device
         return Prompts(**{name: value.to(device) if torch.is_tensor(value) else value for name, value in moved.items()})
 
     def repeat(self, times):
@@ -125,7 +139,7 @@ class Prompts:
         return replace(
             self, input_ids=self.input_ids.repeat_interleave(times, 0), mask=self.mask.repeat_interleave(times, 0),
             position_ids=self.position_ids.repeat_interleave(times, 1), visual=self.visual.repeat_interleave(times, 0),
-            pixel_values=torch.cat(pixels) if pixels else None, grid_thw=torch.stack(grid) if grid else None,
+            pixel_values=torch.cat(pixels) if pixels else None, grid_thw=torch.stack(grid) if grid else None, features=None,
             slots=[count for count in self.slots for _ in range(times)])
 
 
@@ -169,32 +183,69 @@ def group_mask(prompt_mask, completion_mask):
     return (allowed | torch.eye(len(segment), dtype=torch.bool, device=device))[:, None]  # padding sees itself: no empty softmax row
 
 
+CHUNK_LOGITS = 1 << 25  # float32 values of (tokens, vocabulary) that exist at a time: 128 MiB
+
+
+class ScoringHead(torch.nn.Linear):
+    """The model's lm_head, which can also score tokens without all their logits. One module call, so that ZeRO-3 gathers its weight once,
+    whatever the number of chunks: ranks differ in it."""
+
+    def forward(self, hidden, targets=None, mask=None, divergence=False):
+        """hidden (..., D) -> logits; with targets, mask (B, G, T): hidden (B, G, T, D) -> logp, entropy (B, G, T), and if asked for the
+        group_divergence (B, T); in chunks of T under activation checkpointing, if there are several."""
+        if targets is None:
+            return super().forward(hidden)
+        size = max(1, CHUNK_LOGITS // (targets.shape[0] * targets.shape[1] * self.out_features))
+        chunks = list(zip(hidden.split(size, 2), targets.split(size, 2), mask.split(size, 2), strict=True))
+        parts = [checkpoint(self.score, *chunk, divergence, use_reentrant=False) if len(chunks) > 1 else self.score(*chunk, divergence)
+                 for chunk in chunks]
+        logp, entropy, differences = zip(*parts, strict=True)
+        return torch.cat(logp, 2), torch.cat(entropy, 2), torch.cat(differences, 1) if divergence else None
+
+    def score(self, hidden, targets, mask, divergence):
+        normalised = torch.log_softmax(super().forward(hidden).float(), dim=-1)  # (B, G, t, V)
+        logp = normalised.gather(-1, targets[..., None]).squeeze(-1)
+        with torch.no_grad():
+            entropy = -torch.linalg.vecdot(normalised.exp(), normalised)
+            return logp, entropy, group_divergence(normalised, mask) if divergence else None
+
+
 class Policy(torch.nn.Module):
-    """A Qwen2-VL or Qwen2.5-VL checkpoint behind one forward, so that ZeRO-3 sees one entry and image and video rows run the vision
-    tower once, in the same order on every rank."""
+    """A Qwen2-VL, Qwen2.5-VL or Qwen3-VL checkpoint behind one forward, so that ZeRO-3 sees one entry and image and video rows run the
+    vision tower once, in the same order on every rank."""
 
     def __init__(self, model):
         super().__init__()
         kernel = model.model.language_model.config._attn_implementation
         if kernel != "sdpa":
             raise ValueError(f"the group mask needs attn_implementation='sdpa', the model was loaded with {kernel!r}")
+        if type(model.lm_head) is torch.nn.Linear:
+            model.lm_head.__class__ = ScoringHead
         self.model = model
 
-    def embed(self, prompts):
-        """(B, P, D): token embeddings with the vision tower's features on the visual tokens."""
-        embeds = self.model.get_input_embeddings()(prompts.input_ids)
+    def encode(self, prompts):
+        """The vision tower's features of all media, (visual tokens, D) each: its output, and for Qwen3-VL those of its DeepStack layers."""
         pixels, grid = prompts.pixel_values, prompts.grid_thw
         if pixels is None:  # text alone: a blank image keeps this rank's ZeRO-3 gathers in step with the ranks that have videos
             vision = self.model.config.vision_config
-            side = vision.spatial_merge_size
-            pixels = embeds.new_zeros(side * side, vision.in_channels * vision.temporal_patch_size * vision.patch_size**2)
-            grid = torch.tensor([[1, side, side]], device=embeds.device)
-        features = self.model.model.visual(pixels, grid_thw=grid).pooler_output.to(embeds.dtype)  # (visual tokens, D)
+            side, device = vision.spatial_merge_size, prompts.input_ids.device
+            pixels = torch.zeros(side * side, vision.in_channels * vision.temporal_patch_size * vision.patch_size**2, device=device)
+            grid = torch.tensor([[1, side, side]], device=device)
+        output = self.model.model.visual(pixels, grid_thw=grid)
+        features = (output.pooler_output, *(getattr(output, "deepstack_features", None) or ()))
+        if prompts.pixel_values is not None and len(features[0]) != int(prompts.visual.sum()):
+            raise ValueError(f"{int(prompts.visual.sum())} visual tokens in the prompts, {len(features[0])} features from the vision tower")
+        return features
+
+    def embed(self, prompts):
+        """-> (B, P, D) token embeddings with the vision tower's features on the visual tokens, and what else the language model needs."""
+        embeds = self.model.get_input_embeddings()(prompts.input_ids)
+        features = self.encode(prompts) if prompts.features is None else prompts.features
+        features = [feature.to(embeds.dtype) for feature in features]
         if prompts.pixel_values is None:
-            return embeds + 0 * features.sum()
-        if len(features) != int(prompts.visual.sum()):
-            raise ValueError(f"{int(prompts.visual.sum())} visual tokens in the prompts, {len(features)} features from the vision tower")
-        return embeds.masked_scatter(prompts.visual[..., None], features)
+            return embeds + 0 * sum(feature.sum() for feature in features), {}
+        deeper = {"visual_pos_masks": prompts.visual, "deepstack_visual_embeds": features[1:]} if features[1:] else {}
+        return embeds.masked_scatter(prompts.visual[..., None], features[0]), deeper
 
     def forward(self, prompts, completions, completion_mask, hidden_layers=(), attention_layer=None, weight_alpha=None, group_size=None):
         """completions, completion_mask (B, G, T) -> logp (B, G, T) of the completion tokens, entropy (B, G, T),
@@ -205,7 +256,10 @@ class Policy(torch.nn.Module):
         batch, group, length = completions.shape
         prompt_length = prompts.input_ids.shape[1]
         tail = completions.reshape(batch, group * length)
-        embeds = torch.cat([self.embed(prompts), self.model.get_input_embeddings()(tail)], dim=1)  # (B, S, D)
+        embeds, deeper = self.embed(prompts)
+        embeds = torch.cat([embeds, self.model.get_input_embeddings()(tail)], dim=1)  # (B, S, D)
+        if deeper:
+            deeper["visual_pos_masks"] = torch.nn.functional.pad(prompts.visual, (0, group * length))  # (B, S)
         start = prompts.position_ids.amax(dim=(0, 2)) + 1  # (B,) every completion restarts right after the prompt
         steps = torch.arange(length, device=tail.device).repeat(group)  # (G*T,)
         positions = torch.cat([prompts.position_ids, (start[:, None] + steps)[None].expand(3, -1, -1)], dim=2)  # (3, B, S)
@@ -216,22 +270,20 @@ class Policy(torch.nn.Module):
         with recorder as recorded:
             output = self.model.model.language_model(
                 inputs_embeds=embeds, position_ids=positions, attention_mask=mask, use_cache=False,
-                output_hidden_states=any(layer != -1 for layer in hidden_layers))
+                output_hidden_states=any(layer != -1 for layer in hidden_layers), **deeper)
         hidden = output.last_hidden_state  # (B, S, D)
         index = torch.arange(group * length, device=tail.device)
         source = torch.where(index % length == 0, prompt_length - 1, prompt_length + index - 1)  # the token before; t=0: the prompt's last
-        logits = self.model.lm_head(hidden[:, source]).float()  # (B, G*T, V)
-        normalised = torch.log_softmax(logits, dim=-1)
-        logp = normalised.gather(-1, tail[..., None]).squeeze(-1).view(batch, group, length)
-        with torch.no_grad():
-            entropy = -(normalised.exp() * normalised).sum(-1).view(batch, group, length)
+        groups = (-1, group_size or group, length)
+        scored = hidden[:, source].view(*groups, hidden.shape[-1])
+        valid = completion_mask.view(groups)
+        logp, entropy, divergence = self.model.lm_head(scored, completions.view(groups), valid, weight_alpha is not None)
         weights = None
         if weight_alpha is not None:
-            groups = (-1, group_size or group, length)
-            weights = torch.stack([token_weights(one, valid, weight_alpha) for one, valid in zip(
-                logits.detach().view(*groups, logits.shape[-1]), completion_mask.reshape(groups), strict=True)]).view(batch, group, length)
+            weights = torch.stack([weights_of_divergence(*one, weight_alpha) for one in zip(divergence, valid, strict=True)])
+            weights = weights.view(completions.shape)
         states = {layer: (hidden if layer == -1 else output.hidden_states[layer]).detach() for layer in hidden_layers}
-        return logp, entropy, states, recorded.get("weights"), weights
+        return logp.view(completions.shape), entropy.view(completions.shape), states, recorded.get("weights"), weights
 
 
 @contextmanager
@@ -313,8 +365,9 @@ def rollout(model, prompts, counts, seeds, max_new_tokens, eos_ids, banned_ids=(
     policy = Policy(model)
     language, device = model.model.language_model, prompts.input_ids.device
     cache = DynamicCache(config=language.config)
-    output = language(inputs_embeds=policy.embed(prompts), position_ids=prompts.position_ids, attention_mask=prompts.mask.long(),
-                      past_key_values=cache, use_cache=True)
+    embeds, deeper = policy.embed(prompts)
+    output = language(inputs_embeds=embeds, position_ids=prompts.position_ids, attention_mask=prompts.mask.long(), past_key_values=cache,
+                      use_cache=True, **deeper)
     owner = torch.arange(len(counts), device=device).repeat_interleave(torch.tensor(counts, device=device))  # (N,) prompt of each row
     cache.batch_select_indices(owner)
     hidden = output.last_hidden_state[owner, -1]  # (N, D)

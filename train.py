@@ -18,7 +18,7 @@ import re
 import sys
 import time
 from collections import defaultdict
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import deepspeed
@@ -54,7 +54,7 @@ def flag(default, text, **more):
 @dataclass
 class TrainArguments:
     # what to train on what
-    model_name_or_path: str | None = flag(None, "Qwen2-VL or Qwen2.5-VL checkpoint, folder or hub id. Without one: the toy model.")
+    model_name_or_path: str | None = flag(None, "Qwen2-VL, Qwen2.5-VL or Qwen3-VL checkpoint, folder or hub id. None: the toy model.")
     dataset_name: str | None = flag(None, "Training questions, Video-R1 JSON (SFT needs reasoning in `process`). Without one: the toy's.")
     eval_dataset_name: str | None = flag(None, "Held-out questions, scored before and after; never trained on. The toy brings its own.")
     media_root: str | None = flag(None, "Folder that media paths start from. Default: the data set file's folder.")
@@ -121,6 +121,8 @@ class TrainArguments:
     max_steps: int = flag(-1, "GRPO steps; -1: num_train_epochs.")
     num_train_epochs: float = flag(1.0, "GRPO epochs.")
     packed: bool = flag(True, "Score a group in one packed row; false repeats the prompt, as the releases do (same numbers, slower).")
+    num_iterations: int = flag(1, "Updates on the same rollouts; from the second on the ratio of Eq. 10 is not 1.")
+    freeze_vision: bool = flag(False, "Do not train the vision tower. Rollouts, reference and policy then share one pass through it.")
     gradient_checkpointing: bool = flag(False, "Recompute activations in the backward pass: less memory, a third more time.")
     seed: int = flag(0, "Of everything random.")
     deepspeed: str = flag("ds_zero3.json", "DeepSpeed configuration; 'auto' values are filled from the flags.")
@@ -134,8 +136,8 @@ RECIPES = {  # what each changes in the defaults above
     "tgrpo": dict(cfr_weight=0.0),
     "care": dict(PLAIN, consistency_coef=0.5, ema_decay=0.995, beta=0.0, learning_rate=1e-6),
     "tw": dict(PLAIN, token_weight_alpha=1.7, reduction="token", clip_high=0.28, invert_questions=0.5, beta=0.0, learning_rate=1e-6,
-               top_p=1.0),
-    "video_r2": dict(PLAIN, alignment_weight=1.0, learning_rate=1e-6, temperature=0.9, top_p=1.0),
+               top_p=1.0, freeze_vision=True),
+    "video_r2": dict(PLAIN, alignment_weight=1.0, learning_rate=1e-6, temperature=0.9, top_p=1.0, freeze_vision=True),
     "release": dict(cfr_weight=5.0, gate="hard", frame_use="hidden", frame_use_layer=-1, tau=0.5, use_order="softmax_mean",
                     temporal_ratio=0.8, learning_rate=1e-6),
 }
@@ -218,6 +220,7 @@ def start_engine(arguments, model_path, micro_batch=1, accumulation=1, learning_
         engine, *_ = deepspeed.initialize(model=policy, config=config)
         engine.eval()
     else:
+        model.model.visual.requires_grad_(not arguments.freeze_vision)
         if arguments.gradient_checkpointing:
             model.gradient_checkpointing_enable()
         engine, *_ = deepspeed.initialize(model=policy, config=config, model_parameters=[p for p in policy.parameters() if p.requires_grad])
@@ -385,7 +388,7 @@ def sample_groups(arguments, engine, processor, items, examples, controls, seeds
     """G completions of every question and G/2 of every control in one batch.
 
     controls: {index of the question: model inputs with shuffled frames}; seeds: one int a question.
-    -> completions, mask (B, G, T), texts (B lists of G), texts of the controls {index: list}.
+    -> completions, mask (B, G, T), texts (B lists of G), texts of the controls {index: list}, the questions' features from a frozen tower.
     """
     model, group, half = engine.module.model, arguments.num_generations, max(1, arguments.num_generations // 2)
     counts = [group] * len(items) + [half] * len(controls)
@@ -393,14 +396,18 @@ def sample_groups(arguments, engine, processor, items, examples, controls, seeds
                  for seed in [seeds[index]] for number in range(count)]
     with sampling(engine) as bare:
         prompts = collate([*items, *controls.values()], model).to(engine.device)
+        if arguments.freeze_vision:
+            with torch.no_grad():
+                prompts.features = Policy(bare).encode(prompts)
         tokens, mask, texts = sample_texts(bare, processor, prompts, counts, row_seeds, arguments.max_completion_length,
                                            arguments.temperature, arguments.top_p)
     own = len(items) * group
     longest = int(mask[:own].sum(-1).max())
     groups = [texts[start : start + group] for start in range(0, own, group)]
     control_texts = {index: texts[own + place * half : own + (place + 1) * half] for place, index in enumerate(controls)}
-    shape = (len(items), group, longest)
-    return tokens[:own, :longest].reshape(shape), mask[:own, :longest].reshape(shape), groups, control_texts
+    shape, visual = (len(items), group, longest), int(prompts.visual[: len(items)].sum())
+    features = prompts.features and tuple(feature[:visual] if visual else feature for feature in prompts.features)  # 0: text, a blank image
+    return tokens[:own, :longest].reshape(shape), mask[:own, :longest].reshape(shape), groups, control_texts, features
 
 
 METRICS = (
@@ -413,8 +420,11 @@ METRICS = (
 
 
 def grpo_micro_batch(arguments, engine, reference, processor, encoder, usable, rows, share, values):
-    """One forward's worth of questions: sample, score, advantages, loss, backward. Adds to `values` ({metric: list}); returns a log line
-    per rollout. usable: (place in the run, which seeds it, example, model inputs); share: this rank's weight in the mean over ranks."""
+    """One forward's worth of questions: sample, score, advantages, loss, backward. Adds to `values` ({metric: list}).
+
+    usable: (place in the run, which seeds it, example, model inputs); share: this rank's weight in the mean over ranks.
+    -> a log line per rollout, and what another update on these rollouts needs (backward_loss).
+    """
     clock, controls = time.perf_counter(), {}
     positions, examples, items = zip(*usable, strict=True)
     seeds = [arguments.seed * 1_000_003 + position for position in positions]
@@ -424,21 +434,20 @@ def grpo_micro_batch(arguments, engine, reference, processor, encoder, usable, r
             controls[index] = encoder.encode(example, rows[example.id], shuffle=random.Random(seed).sample(range(frames), frames))
 
     # 1. sample
-    completions, mask, texts, control_texts = sample_groups(arguments, engine, processor, items, examples, controls, seeds)
+    completions, mask, texts, control_texts, features = sample_groups(arguments, engine, processor, items, examples, controls, seeds)
     lengths = mask.sum(-1)  # (B, G)
     values["time/rollout"].append(time.perf_counter() - clock)
 
     # 2. log-probs of the reference, then one packed policy forward: log-probs and frame use
     clock = time.perf_counter()
-    prompts, ref_logp = collate(items, engine.module.model).to(engine.device), None
+    prompts, ref_logp = replace(collate(items, engine.module.model).to(engine.device), features=features), None
     if reference is not None:
         with torch.no_grad():
             ref_logp = group_logps(reference, prompts, completions, mask, arguments.packed)[0]  # (B, G, T)
     values["time/reference"].append(time.perf_counter() - clock)
     clock = time.perf_counter()
-    alpha = arguments.token_weight_alpha if arguments.token_weight_alpha != 1 else None
-    logp, entropy, hidden, attention, weights = group_logps(engine, prompts, completions, mask, arguments.packed, weight_alpha=alpha,
-                                                            **use_layers(arguments))
+    logp, entropy, hidden, attention, weights = group_logps(engine, prompts, completions, mask, arguments.packed,
+                                                            weight_alpha=weight_alpha(arguments), **use_layers(arguments))
     uses, paper_uses = frame_uses(arguments, prompts, mask, hidden, attention)
 
     # 3. rewards (Eq. 6-8)
@@ -475,19 +484,30 @@ def grpo_micro_batch(arguments, engine, reference, processor, encoder, usable, r
     # 4. advantages, loss, backward (Eq. 9-10)
     totals = torch.tensor(totals, device=engine.device)  # (B, G)
     advantages = group_advantages(totals, scale=arguments.scale_rewards).flatten()  # (N,)
-    logp, flat_mask = logp.flatten(0, 1), mask.flatten(0, 1)  # (N, T)
-    ref_logp, weights = (tensor if tensor is None else tensor.flatten(0, 1) for tensor in (ref_logp, weights))  # (N, T)
-    loss, stats = policy_loss(logp, logp.detach(), advantages, flat_mask, ref_logp, arguments.beta, arguments.clip_low,
-                              arguments.clip_high, arguments.reduction, weights)
-    engine.backward(loss * share)
+    replay = {"prompts": prompts, "completions": completions, "mask": mask, "old_logp": logp.detach(), "advantages": advantages,
+              "ref_logp": ref_logp, "share": share}
+    backward_loss(arguments, engine, replay, logp, weights, values)
     values["time/policy"].append(time.perf_counter() - clock)
-    for name, value in {**stats, "policy": loss.item()}.items():
-        values[f"loss/{name}"] += [value] * len(items)
     values["loss/zero_variance_groups"] += (totals.amax(1) - totals.amin(1) < 1e-6).float().tolist()
     values["rollout/length"] += lengths.flatten().tolist()
     values["rollout/truncated"] += (lengths.flatten() >= arguments.max_completion_length).float().tolist()
     values["rollout/entropy"].append(((entropy * mask).sum() / mask.sum()).item())
-    return lines
+    return lines, replay
+
+
+def weight_alpha(arguments):
+    return arguments.token_weight_alpha if arguments.token_weight_alpha != 1 else None
+
+
+def backward_loss(arguments, engine, replay, logp, weights, values):
+    """Eq. 10 of one forward (logp, weights (B, G, T)) and its backward."""
+    logp, old_logp, mask, ref_logp, weights = (tensor if tensor is None else tensor.flatten(0, 1) for tensor in (
+        logp, replay["old_logp"], replay["mask"], replay["ref_logp"], weights))  # (N, T)
+    loss, stats = policy_loss(logp, old_logp, replay["advantages"], mask, ref_logp, arguments.beta, arguments.clip_low,
+                              arguments.clip_high, arguments.reduction, weights)
+    engine.backward(loss * replay["share"])
+    for name, value in {**stats, "policy": loss.item()}.items():
+        values[f"loss/{name}"] += [value] * len(replay["completions"])
 
 
 def train_grpo(arguments, model_path, processor, encoder, stream, rows, skipped, writer, log_rollouts):
@@ -511,14 +531,23 @@ def train_grpo(arguments, model_path, processor, encoder, stream, rows, skipped,
             if fewest > 0:
                 share = len(usable) * world / everywhere  # DeepSpeed averages over ranks, which may hold different numbers of questions
                 micro_batches.append(([(start + index, *rest) for index, *rest in usable], share))
-        for number, (usable, share) in enumerate(micro_batches):
-            engine.set_gradient_accumulation_boundary(number == len(micro_batches) - 1)
-            lines = grpo_micro_batch(arguments, engine, reference, processor, encoder, usable, rows,
-                                     share * accumulation / len(micro_batches), values)
-            log_rollouts([{"step": step, **line} for line in lines])
-            clock = time.perf_counter()
-            engine.step()
-            values["time/update"].append(time.perf_counter() - clock)
+        replays = []
+        for iteration in range(arguments.num_iterations):
+            for number, (usable, share) in enumerate(micro_batches):
+                engine.set_gradient_accumulation_boundary(number == len(micro_batches) - 1)
+                if iteration == 0:
+                    lines, replay = grpo_micro_batch(arguments, engine, reference, processor, encoder, usable, rows,
+                                                     share * accumulation / len(micro_batches), values)
+                    replays.append(replay)
+                    log_rollouts([{"step": step, **line} for line in lines])
+                else:
+                    replay = replays[number]
+                    logp, *_, weights = group_logps(engine, replay["prompts"], replay["completions"], replay["mask"], arguments.packed,
+                                                    weight_alpha=weight_alpha(arguments))
+                    backward_loss(arguments, engine, replay, logp, weights, values)
+                clock = time.perf_counter()
+                engine.step()
+                values["time/update"].append(time.perf_counter() - clock)
         if reference is not None and arguments.ema_decay < 1 and (step + 1) % arguments.ema_steps == 0:
             update_reference(reference, engine, averages, arguments.ema_decay)
         values["time/step"].append(time.perf_counter() - begin)
@@ -637,7 +666,7 @@ def parse_arguments():
         recipe.pop("learning_rate", None)  # for billions of parameters
         parser.set_defaults(**defaults, toy_dir=folder)
     elif first.model_name_or_path is None:
-        raise DataError("--dataset_name needs --model_name_or_path (a Qwen2-VL or Qwen2.5-VL checkpoint)")
+        raise DataError("--dataset_name needs --model_name_or_path (a Qwen2-VL, Qwen2.5-VL or Qwen3-VL checkpoint)")
     elif first.stage == "both":
         raise DataError("--stage both is for the toy; with your own data run --stage sft, then --stage grpo")
     parser.set_defaults(**recipe)
@@ -721,8 +750,8 @@ def run(arguments, settings):
     if not Path(model_path).is_dir() and os.environ.get("HF_HUB_OFFLINE") == "1":
         raise DataError(f"model {model_path} is not a folder, and HF_HUB_OFFLINE forbids the hub")
     processor = AutoProcessor.from_pretrained(model_path)
-    if AutoConfig.from_pretrained(model_path).model_type not in ("qwen2_vl", "qwen2_5_vl"):
-        raise DataError(f"{model_path} is no Qwen2-VL or Qwen2.5-VL checkpoint")
+    if AutoConfig.from_pretrained(model_path).model_type not in ("qwen2_vl", "qwen2_5_vl", "qwen3_vl"):
+        raise DataError(f"{model_path} is no Qwen2-VL, Qwen2.5-VL or Qwen3-VL checkpoint")
     encoder = Encoder(processor, arguments.min_pixels, arguments.max_pixels, settings.frames, template_text(arguments),
                       arguments.media_cache_gb)
     metrics_file, rollouts_file = (open(output / name, "w", encoding="utf-8") if is_main() else None
