@@ -430,16 +430,16 @@ def cfr_from_forward(hidden_states, input_ids, video_token_id, grid_thw, merge_s
                      tau=0.1, order="mean_softmax", attentions=None) -> torch.Tensor:
     """R_cf (Eq. 6) of every row of a batch -> (B,) float32; 0 for a row without a video of two temporal slots, as train.py has it.
     hidden_states: output.hidden_states, of which `layer` is taken, each (B, T, D). input_ids, completion_mask (B, T): prompt, response and
-    padding, True on the response. grid_thw (videos, 3): video_grid_thw, one video a row. prior: (K,) for each row, None without a video.
-    """
-    rewards, grids, states = torch.zeros(len(input_ids)), iter(grid_thw.tolist()), (attentions or hidden_states)[layer]
+    padding, True on the response. grid_thw (videos, 3): video_grid_thw, one video a row. prior: (K,) a row, or None without a video."""
+    rewards, states = torch.zeros(len(input_ids)), (hidden_states if attentions is None else attentions)[layer]
+    grids = iter([] if grid_thw is None else grid_thw.tolist())
     for row, ids in enumerate(input_ids):
         visual, response = (ids == video_token_id).nonzero()[:, 0], completion_mask[row].bool()
-        slots, height, width = next(grids) if len(visual) else (0, 0, 0)
+        slots, height, width = next(grids, (0, 0, 0)) if len(visual) else (0, 0, 0)
         if len(visual) != slots * height * width // merge_size**2:
             raise ValueError(f"row {row}: {len(visual)} video tokens, grid {slots} x {height} x {width}, merged by {merge_size}")
         if slots > 1:
-            use = attention_use(states[row][:, response][:, :, visual], slots) if attentions else frame_use(
+            use = attention_use(states[row][:, response][:, :, visual], slots) if attentions is not None else frame_use(
                 states[row, response], pool_frames(states[row, visual].unflatten(0, (slots, -1)), pool), tau, order)
             rewards[row] = consensus_frame_reward(merge_prior(prior[row], slots), use)
     return rewards
