@@ -6,8 +6,11 @@ from dataclasses import replace
 
 import pytest
 import torch
+import transformers
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+import grpo
 from data import Encoder, load_examples
 from grpo import (
     Policy,
@@ -542,31 +545,110 @@ def test_eager_attention_gives_the_same_numbers_or_an_error(items, toy_model):
     torch.testing.assert_close(logp, expected, atol=1e-5, rtol=0)
 
 
-def test_qwen2_vl_agrees_with_its_plain_forward(items, toy_model):
-    from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
-
+@pytest.fixture(scope="module", params=["Qwen2VL", "Qwen3VL"])
+def other_family(request, items, toy_model):
+    """(model, items) of another family with the toy's token ids: a video, an image, a text. Qwen3-VL has its times between the slots."""
     config, text = toy_model.config, toy_model.config.text_config
     torch.manual_seed(0)
-    model = Qwen2VLForConditionalGeneration(Qwen2VLConfig(
-        text_config=dict(vocab_size=text.vocab_size, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
-                         num_key_value_heads=2, tie_word_embeddings=False, bos_token_id=None, eos_token_id=text.eos_token_id,
-                         pad_token_id=text.pad_token_id, initializer_range=0.1,
-                         rope_parameters={"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]}),
-        vision_config=dict(depth=1, embed_dim=64, hidden_size=64, num_heads=4, patch_size=14, temporal_patch_size=2, spatial_merge_size=2),
-        image_token_id=config.image_token_id, video_token_id=config.video_token_id, vision_start_token_id=config.vision_start_token_id,
+    vision = dict(depth=2, num_heads=4, patch_size=14, temporal_patch_size=2, spatial_merge_size=2, initializer_range=0.1)
+    vision |= {"Qwen2VL": dict(embed_dim=64, hidden_size=64),
+               "Qwen3VL": dict(hidden_size=64, intermediate_size=96, out_hidden_size=64, num_position_embeddings=16,
+                               deepstack_visual_indexes=[0, 1])}[request.param]
+    options = dict(vocab_size=text.vocab_size, hidden_size=64, intermediate_size=128, num_hidden_layers=3, num_attention_heads=4,
+                   num_key_value_heads=2, head_dim=16, bos_token_id=None, eos_token_id=text.eos_token_id, pad_token_id=text.pad_token_id,
+                   initializer_range=0.1, rope_parameters={"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]})
+    options = {name: value for name, value in options.items() if name != "head_dim" or request.param == "Qwen3VL"}
+    model = getattr(transformers, f"{request.param}ForConditionalGeneration")(getattr(transformers, f"{request.param}Config")(
+        text_config=options, vision_config=vision, tie_word_embeddings=False, image_token_id=config.image_token_id,
+        video_token_id=config.video_token_id, vision_start_token_id=config.vision_start_token_id,
         vision_end_token_id=config.vision_end_token_id)).eval()
-    prompts = collate(items[:2], model)
-    completions, mask = torch.randint(0, 256, (2, 2, 3), generator=torch.Generator().manual_seed(0)), torch.ones(2, 2, 3).bool()
+    video, image, words = dict(items[0]), items[1], items[3]
+    if request.param == "Qwen3VL":  # one run of video tokens becomes a run for every slot
+        ids, token = video["input_ids"].tolist(), config.video_token_id
+        first, count = ids.index(token), ids.count(token) // int(video["grid_thw"][0])
+        run = [config.vision_start_token_id, *[token] * count, config.vision_end_token_id]
+        slots = [[65 + slot, 66, *run] for slot in range(int(video["grid_thw"][0]))]
+        video["input_ids"] = torch.tensor(ids[: first - 1] + sum(slots, []) + ids[first + ids.count(token) + 1 :])
+    return model, [video, image, words]
+
+
+def test_other_families_agree_with_their_plain_forward(other_family):
+    model, family_items = other_family
+    prompts = collate(family_items, model)
+    completions = torch.randint(0, 256, (3, 2, 4), generator=torch.Generator().manual_seed(0))
+    mask = torch.arange(4) < torch.tensor([[4, 2], [3, 4], [1, 4]])[..., None]
     rows = []
-    with torch.no_grad():
-        logp, _, _, attention, _ = Policy(model)(prompts, completions, mask, attention_layer=1)
-        for b, g in ((0, 0), (0, 1), (1, 0), (1, 1)):
-            inputs = hf_inputs(items[b], model, completions[b, g])
+    for b, item in enumerate(family_items):
+        for completion, valid in zip(completions[b], mask[b], strict=True):
+            inputs = hf_inputs(item, model, completion[valid])
             inputs.pop("second_per_grid_ts", None)
-            logits = model(**inputs).logits[0, len(items[b]["input_ids"]) - 1 : -1]
-            rows.append(torch.log_softmax(logits, -1).gather(-1, completions[b, g][:, None]).squeeze(1))
-    torch.testing.assert_close(logp, torch.stack(rows).view(2, 2, 3), atol=1e-5, rtol=0)
-    assert attention.shape == (2, 2, 3, prompts.mask.shape[1])
+            logits = model(**inputs).logits[0, len(item["input_ids"]) - 1 : -1]
+            logp = torch.log_softmax(logits, -1).gather(-1, completion[valid][:, None]).squeeze(1)
+            rows.append(torch.nn.functional.pad(logp, (0, 4 - len(logp))))
+    expected = torch.stack(rows).view(3, 2, 4)
+    weights = torch.randn(mask.shape, generator=torch.Generator().manual_seed(2)) * mask
+    grads = gradients(model, (expected * weights).sum())
+    assert all(grad.abs().max() > 1e-4 for name, grad in grads.items() if name.endswith("weight"))
+    for packed in (True, False):
+        layers = {"hidden_layers": (-1,), "attention_layer": 1}
+        logp, _, hidden, attention, _ = group_logps(Policy(model), prompts, completions, mask, packed, **layers)
+        torch.testing.assert_close(logp * mask, expected, atol=1e-5, rtol=0)
+        assert_same_gradients(grads, gradients(model, (logp * weights).sum()))
+        uses = rollout_frame_use(prompts, mask, hidden[-1]), rollout_frame_use(prompts, mask, attention=attention)
+        assert all(len(use[0][0]) == 3 and use[1] == use[2] == [None, None] for use in uses)
+
+
+def test_other_families_sample_what_their_plain_forward_likes_best(other_family):
+    model, family_items = other_family
+    tokens, mask = rollout(model, collate(family_items, model), [1, 1, 1], [0, 1, 2], 5, [NO_EOS], temperature=0)
+    assert mask.all()
+    for item, row in zip(family_items, tokens, strict=True):
+        inputs = hf_inputs(item, model, row)
+        inputs.pop("second_per_grid_ts", None)
+        with torch.no_grad():
+            assert torch.equal(model(**inputs).logits[0, len(item["input_ids"]) - 1 : -1].argmax(-1), row)
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_chunks_of_the_vocabulary_change_nothing(group, toy_model, packed, monkeypatch):
+    prompts, completions, mask = group
+    results = []
+    for size in (1 << 25, 4 * 3 * 2 * toy_model.config.text_config.vocab_size):  # one chunk; chunks of two positions, the last of one
+        monkeypatch.setattr(grpo, "CHUNK_LOGITS", size)
+        logp, entropy, _, _, weights = group_logps(Policy(toy_model), prompts, completions, mask, packed, weight_alpha=1.7)
+        results.append((logp, entropy, weights, gradients(toy_model, (logp * mask).sum())))
+    for one, two in zip(results[0][:3], results[1][:3], strict=True):
+        torch.testing.assert_close(one, two, atol=1e-6, rtol=0)
+    assert_same_gradients(results[0][3], results[1][3])
+
+
+def test_no_tensor_of_all_logits_lives(toy_model, group, monkeypatch):
+    prompts, completions, mask = group
+    vocabulary, largest = toy_model.config.text_config.vocab_size, 0
+    monkeypatch.setattr(grpo, "CHUNK_LOGITS", 4 * 3 * vocabulary)  # one position
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            nonlocal largest
+            output = func(*args, **(kwargs or {}))
+            for tensor in output if isinstance(output, (tuple, list)) else [output]:
+                if torch.is_tensor(tensor) and tensor.shape[-1:] == (vocabulary,) and tensor.shape != toy_model.lm_head.weight.T.shape:
+                    largest = max(largest, tensor.numel())
+            return output
+
+    with Watch():
+        logp, *_, weights = group_logps(Policy(toy_model), prompts, completions, mask, weight_alpha=1.7)
+        (logp * weights)[mask].sum().backward()
+    assert largest == grpo.CHUNK_LOGITS
+
+
+def test_features_of_a_frozen_tower_are_shared(group, toy_model):
+    prompts, completions, mask = group
+    with torch.no_grad():
+        features = Policy(toy_model).encode(prompts)
+        expected = group_logps(Policy(toy_model), prompts, completions, mask)[0]
+        shared = replace(prompts, features=features, pixel_values=torch.full_like(prompts.pixel_values, NAN))  # not read again
+        torch.testing.assert_close(group_logps(Policy(toy_model), shared, completions, mask)[0], expected, atol=1e-6, rtol=0)
 
 
 def test_one_step_moves_every_parameter(group, toy_model):
