@@ -414,12 +414,12 @@ def sample_texts(model, processor, prompts, counts, seeds, max_new_tokens, tempe
 @contextmanager
 def sampling(engine):
     """The bare model for a rollout phase: ZeRO-3 parameters gathered once and its hooks off, both put back on leaving."""
-    offload = getattr(engine.optimizer, "parameter_offload", None)
+    offload = getattr(engine.optimizer, "parameter_offload", engine.optimizer)  # an engine for inference has it in the optimizer's place
     model = engine.module.model
     training = model.training
     model.eval()
     try:
-        if offload is None:  # not ZeRO-3
+        if not hasattr(offload, "setup_zero_stage3_hooks"):  # not ZeRO-3
             yield model
         else:
             with deepspeed.zero.GatheredParameters(list(model.parameters())):
