@@ -4,22 +4,28 @@
     python bench.py step --model_name_or_path Qwen2.5-VL-7B-Instruct --frames 16 --frame_size 224      # a checkpoint's folder
     python bench.py prior                                                                   # random videos, a random ViT-B-32, a minute
     python bench.py prior --memory_videos 2000
+    python bench.py trl                                                                     # a whole step against TRL's (pip install trl)
 
 `step`: policy forward and backward, group packed in one row against the prompt repeated for every completion; and rollout, prompt encoded
 once against repeated. Pixels and questions are random. One process, without DeepSpeed, which would add the same to both sides.
 `prior`: building priors without CLIP against decord's get_batch of the same frames; two workers against one; with CLIP, the whole
 against its slower half alone (decoding and preprocessing, or CLIP). On a CPU, CLIP has one thread, so that one worker has a core too.
 Processes that decode keep to a core each, those that only call get_batch too.
+`trl`: sampling, reference, policy, update of one question about a picture (TRL scores no videos), against TRL's GRPOTrainer with the same
+weights, picture, group and lengths. Each side in processes of its own, in turns; both without DeepSpeed, with AdamW in float32 on the CPU.
 `--memory_videos N` then builds N priors and prints the memory of all processes on the way.
 """
 
 import argparse
+import importlib.util
 import itertools
 import json
 import multiprocessing
 import os
 import platform
 import random
+import resource
+import subprocess
 import sys
 import tempfile
 import time
@@ -33,6 +39,7 @@ import open_clip
 import psutil
 import torch
 import transformers
+from PIL import Image
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 from transformers.utils import logging as hf_logging
 
@@ -52,7 +59,14 @@ PRIOR_FLAGS = {
     "repeats": (5, 1, "timed turns"), "memory_videos": (0, 0, "0: without the memory figures"), "seed": (0, 0, "of everything random")}
 
 
-def make_toy(seed):
+TRL_FLAGS = {
+    "num_generations": (8, 2, "completions of a question"), "completion_length": (128, 1, "tokens of every completion"),
+    "visual_tokens": (2048, 16, "of the picture, 28x28 pixels each; rounded to 2 n^2"), "hidden": (256, 32, "width of the model"),
+    "layers": (6, 1, "of the model"), "steps": (2, 1, "timed steps of a process, after one that is not"), "repeats": (3, 1, "timed pairs"),
+    "seed": (0, 0, "of everything random")}
+
+
+def make_toy(seed, **size):
     """A random tiny Qwen2.5-VL and its processor; the tokenizer learns from toy questions, no video is made."""
     rng, rows = random.Random(seed), []
     for index in range(60):
@@ -62,7 +76,7 @@ def make_toy(seed):
         rows = [{**row, "problem_id": index} for index, row in enumerate(rows)]
         (Path(folder) / "train_cot.json").write_text(json.dumps(rows), encoding="utf-8")
         processor = toy.make_processor(Path(folder))
-    return toy.make_model(processor, seed), processor
+    return toy.make_model(processor, seed, **size), processor
 
 
 def load_model(arguments, device):
@@ -161,6 +175,114 @@ def bench_step(arguments):
            f"{(sampled['once'] == sampled['repeated']).float().mean():.1%} of tokens equal")
 
 
+def picture_question(arguments, folder):
+    """A random picture of 2n x n visual tokens beside the weights in `folder`; its path."""
+    side = 28 * max(1, round((arguments.visual_tokens / 2) ** 0.5))
+    pixels = np.random.default_rng(arguments.seed).integers(0, 256, (side, 2 * side, 3), dtype=np.uint8)
+    path = str(Path(folder) / "picture.png")
+    Image.fromarray(pixels).save(path)
+    return path
+
+
+def our_steps(arguments, folder, processor, path):
+    """Yields after every whole step of ours: rollouts, reference, one packed forward with frame use, loss, AdamW."""
+    load = lambda: AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32, attn_implementation="sdpa")  # noqa: E731
+    model, reference = load().train(), load().eval()
+    policy, group = Policy(model), arguments.num_generations
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6)
+    item = Encoder(processor, 0, 1 << 40).encode(Example("0", "Which ball is red?", [], "numerical", "1", path, "image"))
+    config = model.config
+    banned = [config.image_token_id, config.video_token_id, config.vision_start_token_id, config.vision_end_token_id]
+    eos = model.generation_config.eos_token_id or processor.tokenizer.eos_token_id
+    while True:
+        prompts = collate([item], model)
+        model.eval()
+        tokens, mask = rollout(model, prompts, [group], list(range(group)), arguments.completion_length, [eos], [*banned, eos])
+        model.train()
+        completions, mask = tokens[None], mask[None]
+        with torch.no_grad():
+            ref_logp = group_logps(Policy(reference), prompts, completions, mask)[0][0]
+        logp = group_logps(policy, prompts, completions, mask, hidden_layers=(-1,))[0][0]
+        advantages = group_advantages(torch.rand(1, group))[0]
+        policy_loss(logp, logp.detach(), advantages, mask[0], ref_logp)[0].backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 5.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        yield
+
+
+def trl_steps(arguments, folder, processor, path):
+    """Seconds of the timed steps of TRL's GRPOTrainer, which runs its own loop."""
+    from datasets import Dataset
+    from datasets import Image as Picture
+    from transformers import TrainerCallback
+    from trl import GRPOConfig, GRPOTrainer
+
+    ends = []
+    clock = type("Clock", (TrainerCallback,), {"on_step_end": lambda self, *_, **__: ends.append(time.perf_counter())})
+    question = {"prompt": [{"role": "user", "content": "Which ball is red?"}], "image": path}
+    length = arguments.completion_length
+    with tempfile.TemporaryDirectory() as output:
+        GRPOTrainer(
+            model=str(folder), processing_class=processor, callbacks=[clock()],
+            reward_funcs=lambda completions, **_: [random.random() for _ in completions],
+            train_dataset=Dataset.from_list([question] * 4).cast_column("image", Picture()),
+            args=GRPOConfig(output_dir=output, max_steps=arguments.steps + 1, per_device_train_batch_size=arguments.num_generations,
+                            num_generations=arguments.num_generations, max_completion_length=length, beta=0.04, learning_rate=1e-6,
+                            generation_kwargs={"min_new_tokens": length}, save_strategy="no", report_to=[], use_cpu=True, bf16=False,
+                            gradient_checkpointing=False, disable_tqdm=True, logging_strategy="no",
+                            model_init_kwargs={"dtype": "float32", "attn_implementation": "sdpa"})).train()
+    return np.diff(ends).tolist()
+
+
+def run_side(arguments, side):
+    """One process: prints the seconds of its steps and its peak memory over what it had with its libraries loaded."""
+    if side == "trl":  # not part of the peak
+        from datasets import Dataset  # noqa: F401
+        from trl import GRPOTrainer  # noqa: F401
+    processor = AutoProcessor.from_pretrained(arguments.folder)
+    processor.image_processor.size = {"shortest_edge": 1, "longest_edge": 1 << 40}
+    before = psutil.Process().memory_info().rss
+    if side == "trl":
+        seconds = trl_steps(arguments, arguments.folder, processor, f"{arguments.folder}/picture.png")
+    else:
+        steps, ends = our_steps(arguments, arguments.folder, processor, f"{arguments.folder}/picture.png"), []
+        for _ in range(arguments.steps + 1):
+            next(steps)
+            ends.append(time.perf_counter())
+        seconds = np.diff(ends).tolist()
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before
+    print(json.dumps({"seconds": float(np.median(seconds)), "MB": peak / 1e6}))
+
+
+def bench_trl(arguments):
+    torch.manual_seed(arguments.seed)
+    with tempfile.TemporaryDirectory() as folder:
+        model, processor = make_toy(arguments.seed, hidden=arguments.hidden, layers=arguments.layers)
+        model.save_pretrained(folder)
+        processor.save_pretrained(folder)
+        picture_question(arguments, folder)
+        flags = [value for name in TRL_FLAGS for value in (f"--{name}", str(getattr(arguments, name)))]
+        results = {"ours": [], "trl": []}
+        for _ in range(arguments.repeats):
+            for side, found in results.items():
+                command = [sys.executable, __file__, "trl", *flags, "--side", side, "--folder", folder]
+                done = subprocess.run(command, capture_output=True, text=True)
+                if done.returncode:
+                    raise DataError(f"the process of {side} failed: {done.stderr.strip().splitlines()[-1]}")
+                found.append(json.loads(done.stdout.strip().splitlines()[-1]))
+    import trl
+    print(f"machine     {platform.machine()} CPU, {os.cpu_count()} cores, {torch.get_num_threads()} threads; torch {torch.__version__}, "
+          f"transformers {transformers.__version__}, trl {trl.__version__}\n"
+          f"step        {sum(parameter.numel() for parameter in model.parameters()) / 1e6:.1f} M parameters, a picture of "
+          f"{arguments.visual_tokens} visual tokens, {arguments.num_generations} completions of {arguments.completion_length} tokens\n"
+          f"timing      median of {arguments.repeats} alternating pairs of processes, {arguments.steps} steps each; ratio TRL / ours "
+          "(lowest to highest)\n")
+    for name, unit in (("seconds", "s a step"), ("MB", "MB, peak over the loaded libraries")):
+        ours, theirs = (np.array([found[name] for found in results[side]]) for side in ("ours", "trl"))
+        print_ratio(f"{np.median(ours):.1f} against TRL's {np.median(theirs):.1f} {unit}", theirs / ours)
+
+
 def make_videos(arguments, folder):
     """Example of every random video: four scenes of drifting coarse colours, MPEG-4 with a key frame every half second."""
     examples, size = [], (arguments.width, arguments.height)
@@ -255,24 +377,32 @@ def print_ratio(title, ratios):
 
 def main():
     hf_logging.set_verbosity_error()
+    known_flags = {"step": FLAGS, "prior": PRIOR_FLAGS, "trl": TRL_FLAGS}
     parser = argparse.ArgumentParser(allow_abbrev=False, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     step = commands.add_parser("step", allow_abbrev=False, help="policy update and rollout, shared prompt against repeated prompt")
     step.add_argument("--model_name_or_path", help="folder of a Qwen2-VL or Qwen2.5-VL checkpoint; without one a random tiny model")
     build = commands.add_parser("prior", allow_abbrev=False, help="building priors, against decord alone; workers; overlap; memory")
     build.add_argument("--clip", default="ViT-B-32", help="open_clip's name of the architecture, with random weights (default ViT-B-32)")
-    for command, known in ((step, FLAGS), (build, PRIOR_FLAGS)):
+    against = commands.add_parser("trl", allow_abbrev=False, help="a whole step, against TRL's GRPOTrainer")
+    for name in ("side", "folder"):
+        against.add_argument(f"--{name}", help=argparse.SUPPRESS)  # of the processes that it starts
+    for command, known in zip((step, build, against), known_flags.values(), strict=True):
         for name, (default, _, text) in known.items():
             command.add_argument(f"--{name}", type=int, default=default, help=f"{text} (default {default})")
     arguments = parser.parse_args()
     try:
-        for name, (_, least, _) in (FLAGS if arguments.command == "step" else PRIOR_FLAGS).items():
+        for name, (_, least, _) in known_flags[arguments.command].items():
             if getattr(arguments, name) < least:
                 raise DataError(f"--{name} {getattr(arguments, name)} is too small; at least {least}")
         if arguments.command == "prior":
             if arguments.clip not in open_clip.list_models():
                 raise DataError(f"--clip {arguments.clip} is no architecture of open_clip")
             return bench_prior(arguments)
+        if arguments.command == "trl":
+            if importlib.util.find_spec("trl") is None:
+                raise DataError("TRL is not installed (pip install trl)")
+            return run_side(arguments, arguments.side) if arguments.side else bench_trl(arguments)
         if arguments.frame_size % 28:
             raise DataError(f"--frame_size {arguments.frame_size} is not a multiple of 28, the pixels of a visual token")
         bench_step(arguments)
