@@ -100,8 +100,8 @@ def split_options(text):
 def from_tw_grpo(row):
     """TW-GRPO: problem with the option lines in it, solution (letters joined by commas), video; NExT-GQA's `glue` are intervals."""
     question, options = split_options(row["problem"])
-    return {"data_type": "video", "problem_type": "multiple choice", "evidence": row.get("glue"), "multi_answer": True, **row,
-            "problem": question, "options": options or row.get("options"), "path": row["video"].lstrip("/")}
+    return {"data_type": "video", "problem_type": "multiple choice", "evidence": row.get("glue"), **row, "problem": question,
+            "options": options or row.get("options"), "path": row["video"].lstrip("/")}
 
 
 def from_seed_bench(row):
@@ -261,38 +261,45 @@ def load_examples(dataset_name, media_root=None, errors=None):
             continue
         seen[example.id] = index
         examples.append(example)
+    choices = [example for example in examples if example.problem_type == "multiple choice"]
+    if any(re.fullmatch(r"[A-Z](\s*,\s*[A-Z])+", example.answer) for example in choices):
+        for example in choices:  # those with a single letter too: the prompt must not tell how many are right
+            example.extra["multi_answer"] = True
     return examples
 
 
 # ------------------------------------------------------------------------------------------- question-answer inversion
 
-NEGATED = {**{word: f"{word}n't" for word in "is are was were do does did has have had would could should".split()},
-           "will": "won't", "can": "can't", "must": "mustn't"}
 ASK_FOR_WRONG = "Which of these is not a right answer to this question: "
 NEGATIVE = re.compile(r"\b(not|cannot|never|no|none|neither|nor|nobody|nothing|except|false|wrong|incorrect|unlikely)\b|n['’]t\b", re.I)
-# options that stand or fall with others, whose truth a negation does not just turn round
-ABOUT_OPTIONS = re.compile(r"\b(all|both|neither|none|either|any|each|every\w*|nothing|nobody|above|following)\b|\b[A-H] (and|or) [A-H]\b"
-                           r"|\b(cannot|can['’]t|not) (be )?(determine|tell|know|say|enough|sure)", re.I)
+AUXILIARY = re.compile(
+    r"(?:^|[,.:;?!]\s+)(?:"
+    r"(?:(?:what|which)(?: of (?:the following|these)(?: \w+)?| \w+(?<!s)(?<!ed))?|who|where|when) "  # "Which ball will", "Who is"
+    r"(is|are|was|were|will|would|can|could|should)(?! (?:do|does|did|is|are|was|were)\b)"
+    r"|(?:what|which|where|when) (do|does|did)(?= (?:the|an?|this|that|these|those|his|her|their|its|he|she|it|they|you|we|i|people)\b)) ",
+    re.I)  # "Which person does a handstand", "Who did the dishes": a full verb
+# options that stand or fall with others, or that name others by a letter that inversion gives to another one
+ABOUT_OPTIONS = re.compile(
+    r"\b(all|both|neither|none|either|any|each|every\w*|nothing|nobody|above|following|only|options?|choices?|least|most|more|less|fewer)\b"
+    r"|\b[A-H] ?(and|or|,|&|/) ?[A-H]\b|^[A-H]$|\b(cannot|can['’]t|not) |insufficient|unknown|unclear|undetermined|uncertain", re.I)
 
 
 def negate_question(question):
     """A question -> one that its wrong answers answer; None when it has a negation already, so that another would be no clear one.
 
-    "What will he do next?" -> "What won't he do next?": what, which, who, where or when and the auxiliary of the same clause. Else the
-    question is put after "Which of these is not a right answer to this question:": how and why (negated, they ask something else), a
-    leading auxiliary ("Isn't he tall?" negates nothing), no auxiliary ("What falls first?"), or a clause or verb before it.
+    "Which ball will fall?" -> "Which ball won't fall?": what, which, who, where or when and the auxiliary after it, in a question of one
+    clause. Every other question is put after "Which of these is not a right answer to this question:": how and why (negated, they ask
+    something else), a leading auxiliary ("Isn't he tall?" negates nothing), a full verb ("What falls first?", "Who did the dishes?"), must
+    (which turns into a ban), and whatever has more clauses, any of which might get the negation.
     """
     if NEGATIVE.search(question):
         return None
-    asks = re.search(r"(?:^|[,.:;?!]\s+)(what|which|who|where|when)\s+", question, re.I)
-    words = question[asks.end() :].split(" ") if asks else []
-    reach = 6 if asks and asks[1].lower() in ("what", "which") else 1  # "which of the two red balls will"; "who will"
-    for at, word in enumerate(words[:reach]):
-        if word in NEGATED:
-            return question[: asks.end()] + " ".join([*words[:at], NEGATED[word], *words[at + 1 :]])
-        if not word.isalpha() or re.fullmatch(r"that|who|which|whose|where|when|while|after|before|as|if|and|or|to|by|\w+(s|ed)", word):
-            break
-    return ASK_FOR_WRONG + question
+    found = AUXILIARY.search(question)
+    if found is None or re.search(r"[,.:;?!].", question[found.end() :]):
+        return ASK_FOR_WRONG + question
+    auxiliary = found[1] or found[2]
+    negated = {"will": "won't", "can": "can't"}.get(auxiliary.lower(), f"{auxiliary}n't")
+    return question[: found.end() - len(auxiliary) - 1] + negated + question[found.end() - 1 :]
 
 
 def invert_question(example, rng):
@@ -304,7 +311,7 @@ def invert_question(example, rng):
     """
     question = negate_question(example.question)
     options = [re.fullmatch(r"\(?([A-Z])[.):]\s*(.+)", option, re.DOTALL) for option in example.options]
-    if example.problem_type != "multiple choice" or question is None or None in options:
+    if example.problem_type != "multiple choice" or question is None or None in options or re.search(r"\b[A-H][.)]\s", example.question):
         return None
     texts = {option[1]: option[2].strip() for option in options}
     if example.answer not in texts or len({text.lower() for text in texts.values()}) < len(options) or len(options) < 2 \
@@ -388,7 +395,7 @@ def build_prompt(example, template=PROMPT_TEMPLATE):
     question = example.question
     if example.options:
         question += "\nOptions:\n" + "\n".join(example.options)
-    several = example.problem_type == "multiple choice" and (example.extra.get("multi_answer") or "," in example.answer)
+    several = example.problem_type == "multiple choice" and example.extra.get("multi_answer")
     return template.format(question=question, instruction=INSTRUCTIONS["several letters" if several else example.problem_type])
 
 

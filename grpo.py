@@ -473,15 +473,16 @@ def answer_likelihoods(tokenizer, completions, mask, logp):
     rows = []
     for tokens, valid, values in zip(completions, mask, logp, strict=True):
         ids = tokens[valid.bool()].tolist()
-        length = lambda count: len(tokenizer.decode(ids[:count]))  # noqa: B023, E731  characters in the first tokens
+        decode = lambda count: tokenizer.decode(ids[:count])  # noqa: B023, E731
         text = tokenizer.decode(ids)
         end = text.rfind("</answer>")
         begin = text.rfind("<answer>", 0, max(end, 0)) + len("<answer>")
         if begin < len("<answer>") or begin == end:
             rows.append(torch.tensor(float("nan")))
             continue
-        first = bisect_right(range(len(ids) + 1), begin, key=length) - 1  # the last token border that is not after the tag
-        last = bisect_left(range(len(ids) + 1), end, key=length)
+        borders = range(len(ids) + 1)  # a text that ends within a character is shorter or other than the whole
+        first = bisect_right(borders, begin, key=lambda count: len(decode(count))) - 1  # noqa: B023  the last border not after the tag
+        last = bisect_left(borders, True, key=lambda count: decode(count).startswith(text[:end]))  # noqa: B023
         rows.append(values[first:last].float().mean().exp().cpu())
     return torch.stack(rows)
 

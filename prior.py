@@ -143,6 +143,9 @@ class PriorArguments(PriorSettings):
     workers: int | None = field(default=None, metadata={
         "help": "processes that decode; None: the cores, half of them where CLIP runs on the CPU, shared by the ranks of a machine; "
                 "0: decode in this process, without a timeout"})
+    pin_workers: bool = field(default=True, metadata={
+        "help": "each of them keeps to a core of its own. false where other containers run this on the same machine: all begin with its "
+                "first cores"})
     decode_timeout: float = field(default=300.0, metadata={
         "help": "seconds after which a video's decoder counts as hung; it is killed and the video is listed as broken"})
     local_rank: int = field(default=-1, metadata={"help": "set by the deepspeed launcher"})
@@ -415,16 +418,16 @@ def make_prior(example, clip, settings):
 
 
 def take_core():
-    """Keeps this process on one core that no other worker of the machine has, if one is left; not in a container with a quota of cores.
+    """Keeps this process on one core that no other worker has, if one is left; not under a quota of cores, which does not say which ones.
 
     Why: decord decodes in a thread of its own. Where the scheduler moves the threads of two workers over the cores, both took 1.6 times as
-    long (README, Building priors).
+    long (README, Building priors). Other containers of the machine are not seen (--pin_workers).
     """
     cores = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else []  # Linux only
     for core in sorted(cores) if len(cores) == cv2.getNumberOfCPUs() else []:
         claim = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
         try:
-            claim.bind(f"\0{CORE_CLAIM}{core}")  # an abstract name: one process of the machine has it, until it ends
+            claim.bind(f"\0{CORE_CLAIM}{core}")  # an abstract name: one process has it, until it ends
         except OSError:
             claim.close()
             continue
@@ -433,20 +436,21 @@ def take_core():
         return
 
 
-def start_worker():
+def start_worker(pin=True):
     """A decoding process: one thread a library, and no life without the process that it works for."""
     torch.set_num_threads(1)
     cv2.setNumThreads(1)
-    take_core()
+    if pin:
+        take_core()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that it works for
     threading.Thread(target=lambda: (multiprocessing.parent_process().join(), os._exit(1)), daemon=True).start()
 
 
-def all_cues(media, settings, preprocess, workers=0, timeout=300.0):
+def all_cues(media, settings, preprocess, workers=0, timeout=300.0, pin=True):
     """[(media type, path), ...] -> yields (medium, its cues or a MediaError) in the order in which they are finished.
 
     workers: processes that decode, each one medium at a time; one that dies or takes more than `timeout` seconds costs its medium and is
-    replaced. 0: in this process, where a decoder that hangs, hangs.
+    replaced. 0: in this process, where a decoder that hangs, hangs. pin: every worker keeps to a core of its own (take_core).
     """
     if workers == 0:
         for medium in media:
@@ -457,7 +461,7 @@ def all_cues(media, settings, preprocess, workers=0, timeout=300.0):
         return
     context = multiprocessing.get_context("forkserver")  # forks of a process without threads or CUDA, with the slow imports done
     context.set_forkserver_preload(["cv2", "decord", "open_clip", "pebble", "scenedetect", "torch", "transformers"])
-    pool, waiting, media = ProcessPool(workers, max_tasks=1000, initializer=start_worker, context=context), {}, iter(media)
+    pool, waiting, media = ProcessPool(workers, max_tasks=1000, initializer=start_worker, initargs=(pin,), context=context), {}, iter(media)
     try:
         while True:
             for medium in islice(media, workers + 2 - len(waiting)):  # enough that none idles, few enough to hold their pixels
@@ -721,7 +725,7 @@ def run_dataset(arguments):
     rows_file, faults_file = (file if world == 1 else Path(f"{file}.shard{rank}") for file in (output, errors_file))
     with open(rows_file, "ab", buffering=0) as rows_out, open(faults_file, "ab", buffering=0) as faults_out:
         append_lines(faults_out, unusable if rank == 0 else [])
-        made = all_cues(left, arguments, clip and clip.preprocess, workers, arguments.decode_timeout)
+        made = all_cues(left, arguments, clip and clip.preprocess, workers, arguments.decode_timeout, arguments.pin_workers)
         for medium, cues in tqdm(made, desc="priors", unit="video", initial=len(mine) - len(left), total=len(mine), disable=rank > 0):
             if isinstance(cues, MediaError):
                 append_lines(faults_out, error_lines([example for example in groups[medium] if example.id not in done], cues))

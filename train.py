@@ -129,15 +129,16 @@ class TrainArguments:
     local_rank: int = flag(-1, "Set by the deepspeed launcher.")
 
 
-PLAIN = dict(cfr_weight=0.0, temporal=False, length_bonus=0.0)  # accuracy and format alone
+PLAIN = dict(cfr_weight=0.0, temporal=False, length_bonus=0.0, prior="uniform")  # accuracy and format alone; no prior is needed
 RECIPES = {  # what each changes in the defaults above
     "cfgrpo": {},
     "grpo": PLAIN,
-    "tgrpo": dict(cfr_weight=0.0),
+    "tgrpo": dict(cfr_weight=0.0, prior="uniform", learning_rate=1e-6),
     "care": dict(PLAIN, consistency_coef=0.5, ema_decay=0.995, beta=0.0, learning_rate=1e-6),
     "tw": dict(PLAIN, token_weight_alpha=1.7, reduction="token", clip_high=0.28, invert_questions=0.5, beta=0.0, learning_rate=1e-6,
-               top_p=1.0, freeze_vision=True),
-    "video_r2": dict(PLAIN, alignment_weight=1.0, learning_rate=1e-6, temperature=0.9, top_p=1.0, freeze_vision=True),
+               top_p=1.0, freeze_vision=True, max_completion_length=4096),
+    "video_r2": dict(PLAIN, alignment_weight=1.0, learning_rate=1e-6, temperature=0.9, top_p=1.0, freeze_vision=True, frames=32, fps=2.0,
+                     max_completion_length=1024),
     "release": dict(cfr_weight=5.0, gate="hard", frame_use="hidden", frame_use_layer=-1, tau=0.5, use_order="softmax_mean",
                     temporal_ratio=0.8, learning_rate=1e-6),
 }
@@ -185,8 +186,7 @@ def agree(count, device):
 
 
 def deepspeed_config(arguments, micro_batch=1, accumulation=1, learning_rate=None):
-    """The JSON file with its 'auto' values filled in; without a learning rate, one for inference (reference, scoring), all of it in shards.
-    """
+    """The JSON file with its 'auto' values filled in; without a learning rate, one for inference (reference, scoring)."""
     file = Path(arguments.deepspeed)
     if not file.is_file():
         raise DataError(f"DeepSpeed configuration {file} not found (--deepspeed)")
@@ -199,7 +199,11 @@ def deepspeed_config(arguments, micro_batch=1, accumulation=1, learning_rate=Non
         config["bf16"]["enabled"] = torch.cuda.is_available()
     if learning_rate is None:
         config.pop("optimizer", None)
-        config.get("zero_optimization", {})["stage3_param_persistence_threshold"] = 0  # update_reference() writes to the shards
+        zero = config.get("zero_optimization", {})
+        if zero.get("stage") in (1, 2):
+            zero["stage"] = 0  # these partition what an optimizer has
+        if arguments.ema_decay < 1:
+            zero["stage3_param_persistence_threshold"] = 0  # update_reference() writes to the shards
     else:
         parameters = config["optimizer"]["params"]
         parameters["lr"] = learning_rate
@@ -476,7 +480,8 @@ def grpo_micro_batch(arguments, engine, reference, processor, encoder, usable, r
             values[f"reward/{name}"] += column
         for number, text in enumerate(texts[index]):
             use = uses[index][number]
-            lines.append({"problem_id": example.id, "question": example.question, "text": text, "answer": example.answer,
+            lines.append({"problem_id": example.id, "question": example.question, "options": example.options, "text": text,
+                          "answer": example.answer,
                           "rewards": {name: column[number] for name, column in terms.items()},
                           "prior": rows[example.id]["prior"] if use is not None else None,
                           "use": None if use is None else [round(value, 4) for value in use.tolist()]})
@@ -515,6 +520,8 @@ def train_grpo(arguments, model_path, processor, encoder, stream, rows, skipped,
     world, rank = dist.get_world_size(), dist.get_rank()
     batch, accumulation = arguments.per_device_train_batch_size, arguments.gradient_accumulation_steps
     engine = start_engine(arguments, model_path, batch, accumulation, arguments.learning_rate)
+    if arguments.ema_decay < 1 and '"nvme"' in Path(arguments.deepspeed).read_text(encoding="utf-8"):
+        raise DataError("--ema_decay below 1 needs the parameters in memory, not offloaded to nvme")
     reference, averages = start_engine(arguments, model_path) if arguments.beta > 0 or arguments.consistency_coef else None, {}
     steps = len(stream) // (batch * world * accumulation)
     lost = len(skipped)
@@ -663,12 +670,15 @@ def parse_arguments():
         folder = first.toy_dir or f"toy-seed{first.seed}"
         defaults = {name: value.format(toy=folder) if isinstance(value, str) else value
                     for name, value in toy_defaults(int(os.environ.get("WORLD_SIZE", 1))).items()}
-        recipe.pop("learning_rate", None)  # for billions of parameters
+        for name in ("learning_rate", "frames", "fps", "max_completion_length", "prior"):  # made for billions of parameters
+            recipe.pop(name, None)
         parser.set_defaults(**defaults, toy_dir=folder)
     elif first.model_name_or_path is None:
         raise DataError("--dataset_name needs --model_name_or_path (a Qwen2-VL, Qwen2.5-VL or Qwen3-VL checkpoint)")
     elif first.stage == "both":
         raise DataError("--stage both is for the toy; with your own data run --stage sft, then --stage grpo")
+    if first.priors is not None:
+        recipe.pop("prior", None)  # the file's cues are there to be looked at
     parser.set_defaults(**recipe)
     arguments, settings = parser.parse_args_into_dataclasses()
     if arguments.frame_use == "attention" and arguments.frame_use_layer < 1:
@@ -789,6 +799,12 @@ def run(arguments, settings):
         lap("training priors")
         stream = [example for example in stream if example.id not in skipped]
         stream, result["inverted"], result["not_invertible"] = invert_share(stream, arguments.invert_questions, arguments.seed)
+        if arguments.alignment_weight and not any(example.grounding for example in stream):
+            raise DataError(f"--alignment_weight needs claims to compare with, and no question of {data} has the field grounding")
+        if arguments.invert_questions and not result["inverted"]:
+            raise DataError(f"--invert_questions: none of the chosen questions of {data} can be inverted")
+        if arguments.alignment_weight:
+            say(f"{sum(bool(example.grounding) for example in stream)} of {len(stream)} questions have timed claims (grounding)")
         if arguments.invert_questions:
             say(f"{result['inverted']} questions are inverted; {result['not_invertible']} chosen ones cannot be and stay as they are")
         if len(stream) < per_step:

@@ -573,11 +573,15 @@ def test_a_broken_video_is_not_cached(tmp_path, toy_processor):
 @pytest.mark.parametrize(("question", "negated"), [
     ("What will the man do next?", "What won't the man do next?"),
     ("Which of the following will happen if the cube is removed?", "Which of the following won't happen if the cube is removed?"),
+    ("Which of these objects is red?", "Which of these objects isn't red?"),
     ("In the video, which ball is red?", "In the video, which ball isn't red?"),
-    ("Who was running?", "Who wasn't running?"),
+    ("What color are the balls in the striped scene?", "What color aren't the balls in the striped scene?"),
+    ("Who was running?", "Who wasn't running?"), ("Who were they?", "Who weren't they?"), ("Who would win?", "Who wouldn't win?"),
     ("Where does the boy who was hit go?", "Where doesn't the boy who was hit go?"),
-    ("When did it rain?", "When didn't it rain?"),
+    ("What do people eat?", "What don't people eat?"), ("What should he take", "What shouldn't he take"),
+    ("When did it rain?", "When didn't it rain?"), ("WHAT COULD IT BE?", "WHAT COULDn't IT BE?"),
     ("A man walks. What can he do?", "A man walks. What can't he do?"),
+    ("When the ball has stopped, what does he do?", "When the ball has stopped, what doesn't he do?"),
 ])
 def test_the_auxiliary_is_negated(question, negated):
     assert negate_question(question) == negated
@@ -587,17 +591,24 @@ def test_the_auxiliary_is_negated(question, negated):
     "Why did the man fall?", "How is she feeling?", "How many balls are there?",  # negated, these ask for something else
     "Is the man running?", "Did it rain?",  # "Isn't he running?" expects a yes
     "What falls first?", "What happens after the man has left?", "Who moved the ball the man has?", "Name the colour of the ball.",
-    "Which of the balls that are red will fall?",  # the first auxiliary is the clause's
-    "When the ball has stopped, what does he do?", "What caused the ball, which is red, to fall?",
+    "Who did the dishes?", "Which team did better?", "Which person does a handstand?", "Who has the ball?",  # full verbs
+    "What made the baby do that?", "What made the man think he was late?", "Which fell because it was hit?",
+    "Which can did the person open?", "What type of will does the man have?", "Which must be true?",
+    "Which of the balls that are red will fall?", "What happens is odd?", "What moved is red?",  # the first auxiliary is a clause's
+    "What caused the ball, which is red, to fall?",
+    "The video shows a girl, who is dancing. What color is her dress?", "A man enters a room, which is dark. What does he do?",
+    "In the triangle shown, which is drawn to scale, what is the angle A?", "In the room, which is dark, does he sit?",
+    "In the first scene, where is the cat? And in the second, where is it?",
 ])
 def test_other_questions_are_asked_for_a_wrong_answer(question):
     assert negate_question(question) == ASK_FOR_WRONG + question
 
 
-@pytest.mark.parametrize("question", ["Which ball is not red?", "What didn't he do?", "Who never falls?", "All are red except which?",
-                                      "Which statement is false?", "What isn’t shown?", "Which is incorrect?"])
-def test_a_negated_question_is_left_out(question):
-    assert negate_question(question) is None
+@pytest.mark.parametrize("word", ["not", "cannot", "never", "no", "none", "neither", "nor", "nobody", "nothing", "except", "false", "wrong",
+                                  "incorrect", "unlikely", "didn't", "isn’t", "Not"])
+def test_a_negated_question_is_left_out(word):
+    assert negate_question(f"Which ball is {word} red?") is None
+    assert negate_question(f"Which ball is x{word}y red?") is not None
 
 
 CHOICE = Example("q", "What will he do next?", ["A. sit", "B. (stand) up", "C. run", "D. sleep"], "multiple choice", "B", "/a.mp4", "video",
@@ -616,7 +627,7 @@ def test_inversion_exchanges_right_and_wrong():
         assert [letter for letter, text in zip(letters, texts, strict=True) if text != "(stand) up"] == right  # all but the old right one
         assert "(stand) up" in texts and set(texts) <= {"sit", "(stand) up", "run", "sleep"}
         counts.add((len(right), texts.index("(stand) up")))
-        assert "letters" in build_prompt(new) and "letters" not in build_prompt(CHOICE)
+        assert INSTRUCTIONS["several letters"] in build_prompt(new) and INSTRUCTIONS["multiple choice"] in build_prompt(CHOICE)
     assert counts == {(right, place) for right in (1, 2, 3) for place in range(right + 1)}  # 1 to 3 right ones; the wrong one anywhere
     assert invert_question(CHOICE, random.Random(3)) == invert_question(CHOICE, random.Random(3))
     assert (CHOICE.answer, CHOICE.reasoning) == ("B", "He stands.")
@@ -625,14 +636,25 @@ def test_inversion_exchanges_right_and_wrong():
 @pytest.mark.parametrize("change", [
     {"question": "What will he not do?"}, {"problem_type": "numerical"}, {"options": []}, {"answer": "A,C"}, {"answer": "E"},
     {"options": ["sit", "stand", "run"]}, {"options": ["A. sit", "B. Sit"]}, {"options": ["B. sit"]},
-    {"options": ["A. sit", "B. stand", "C. both of them"]}, {"options": ["A. sit", "B. none of the above"]},
-    {"options": ["A. sit", "B. stand", "C. A and B"]}, {"options": ["A. it cannot be determined", "B. sit"]},
+    {"question": "Which is right? A. sit B. stand"}, {"question": "(A) sit or (B) stand?"},
+    *({"options": ["A. sit", f"B. {text}"]} for text in (
+        "both of them", "none of the above", "neither", "all", "any", "each of them", "everything", "nothing", "nobody", "either",
+        "only A", "the following", "option A", "choice A", "the least", "the most", "more than 2", "less", "fewer", "A and B", "A or B",
+        "A, B", "A & B",
+        "A/B", "B", "it cannot be said", "can't tell", "not enough", "insufficient information", "unknown", "Unclear", "undetermined",
+        "uncertain")),
 ])
 def test_what_cannot_be_inverted(change):
-    assert invert_question(replace(CHOICE, **change), random.Random(0)) is None
+    assert invert_question(replace(CHOICE, answer="A"), random.Random(0)) is not None
+    assert invert_question(replace(CHOICE, **{"answer": "A", **change}), random.Random(0)) is None
 
 
-def test_a_data_set_of_several_answers_says_so_in_every_prompt():
-    row = {"problem_id": 1, "problem": "What happens?\nA. a\nB. b", "solution": "<answer>A</answer>", "video": "/x.mp4"}  # TW-GRPO's
-    assert INSTRUCTIONS["several letters"] in build_prompt(parse_example(row, 0, "/"))  # not a hint that this one has a single answer
-    assert INSTRUCTIONS["multiple choice"] in build_prompt(CHOICE)
+def test_a_file_of_several_answers_says_so_in_every_prompt(tmp_path):
+    rows = [{"problem_id": index, "problem": "What happens?\nA. a\nB. b", "solution": f"<answer>{answer}</answer>", "video": "/x.mp4"}
+            for index, answer in enumerate(("A", "A,B"))]  # TW-GRPO's
+    for example in load_examples(write_dataset(tmp_path, rows), tmp_path):
+        assert INSTRUCTIONS["several letters"] in build_prompt(example)  # not a hint that this one has a single answer
+    (single,) = load_examples(write_dataset(tmp_path, rows[:1]), tmp_path)
+    assert INSTRUCTIONS["multiple choice"] in build_prompt(single)
+    words = {**ROW, "problem_id": 8, "problem_type": "free-form", "solution": "A, B"}  # no letters of options
+    assert not any("multi_answer" in example.extra for example in load_examples(write_dataset(tmp_path, [ROW, words]), tmp_path))

@@ -462,13 +462,15 @@ def test_answer_likelihoods(ids, inside):
     torch.testing.assert_close(value, expected, equal_nan=True)
 
 
-def test_answer_likelihoods_with_a_real_tokenizer(toy_processor):
-    tokenizer, text = toy_processor.tokenizer, "<think>0s red 2. é</think><answer>B</answer>"
-    ids = tokenizer(text).input_ids
-    logp = torch.tensor([[float(-place) for place in range(len(ids))]])
-    (value,) = answer_likelihoods(tokenizer, torch.tensor([ids]), torch.ones(1, len(ids)), logp)
-    place = round(-value.log().item())
-    assert value.log().item() == pytest.approx(-place) and "B" in tokenizer.decode(ids[place]) and ids[place] != tokenizer.eos_token_id
+@pytest.mark.parametrize("answer", ["B", "é", "a é", "日本", "😀", "12.5"])
+def test_answer_likelihoods_with_a_real_tokenizer(toy_processor, answer):
+    tokenizer, text = toy_processor.tokenizer, f"<think>0s red 2. é</think><answer>{answer}</answer>"
+    encoded = tokenizer(text, return_offsets_mapping=True)  # characters in two tokens: both have its offsets
+    begin = text.index("<answer>") + len("<answer>")
+    inside = [place for place, (start, end) in enumerate(encoded["offset_mapping"]) if end > begin and start < begin + len(answer)]
+    logp = torch.tensor([[-0.01 * place**2 for place in range(len(encoded["input_ids"]))]])
+    (value,) = answer_likelihoods(tokenizer, torch.tensor([encoded["input_ids"]]), torch.ones_like(logp), logp)
+    torch.testing.assert_close(value, logp[0, inside].mean().exp())
 
 
 def test_hidden_states_and_attention_agree_with_repeated_and_eager(items, group, toy_model):

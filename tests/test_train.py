@@ -1,17 +1,22 @@
 """train.py as a user runs it: the deepspeed launcher, ZeRO-3, a small toy, one and two CPU ranks; and what it says to bad input."""
 
+import copy
 import json
 import os
 import shutil
 import subprocess
 import sys
+from collections import defaultdict
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from transformers import AutoModelForImageTextToText
+from transformers import AutoModelForImageTextToText, HfArgumentParser
 
+import train
+from data import Encoder, load_examples
+from grpo import Policy, collate, group_logps
 from train import update_reference
 
 ROOT = Path(__file__).parent.parent
@@ -236,6 +241,81 @@ def test_the_reference_follows_the_policy_on_every_rank(cold_start, tmp_path):
     assert 10 < result["before"]["length"] < 40  # scored, though the ranks' completions end at different times
     start, moved, followed = (record["loss/kl"] for record in metrics(tmp_path / "out", "grpo"))
     assert start == pytest.approx(0, abs=1e-7) and moved > 1e-5 and followed == pytest.approx(0, abs=1e-7)
+
+
+def micro_batch(monkeypatch, toy_folder, toy_processor, toy_model, texts, *flags):
+    """One question's group with these completions through grpo_micro_batch: its loss, values, mask, log-probs of policy and reference."""
+    example = next(example for example in load_examples(toy_folder / "train.json") if example.options and example.media_type == "video")
+    arguments = HfArgumentParser(train.TrainArguments).parse_args_into_dataclasses(
+        ["--temporal", "false", "--length_bonus", "0", "--cfr_weight", "0", *flags])[0]
+    texts = [text.format(right=example.answer, wrong="BA"[ord(example.answer) - 65]) for text in texts]
+    encoder, tokenizer = Encoder(toy_processor, 56 * 56, 56 * 56), toy_processor.tokenizer
+    ids = [tokenizer(text).input_ids for text in texts]
+    completions = torch.full((1, len(ids), max(map(len, ids))), tokenizer.eos_token_id)
+    for row, tokens in zip(completions[0], ids, strict=True):
+        row[: len(tokens)] = torch.tensor(tokens)
+    mask = torch.tensor([[[place < len(tokens) for place in range(completions.shape[2])] for tokens in ids]])
+    monkeypatch.setattr(train, "sample_groups", lambda *_: (completions, mask, [texts], {}, None))
+    torch.manual_seed(0)
+    other = copy.deepcopy(toy_model)
+    with torch.no_grad():
+        other.lm_head.weight.add_(0.3 * torch.randn_like(other.lm_head.weight))
+    losses = []
+
+    class Engine(Policy):
+        device, module, backward = torch.device("cpu"), SimpleNamespace(model=toy_model), staticmethod(losses.append)
+
+    values, rows = defaultdict(list), {example.id: {"frames": [0, 10, 20, 30], "times": [0.0, 2.5, 5.0, 7.5], "prior": [0.25] * 4}}
+    item = encoder.encode(example, rows[example.id])
+    train.grpo_micro_batch(arguments, Engine(toy_model), Policy(other), toy_processor, encoder, [(0, example, item)], rows, 1.0, values)
+    with torch.no_grad():
+        logps = [group_logps(Policy(model), collate([item], model), completions, mask, weight_alpha=1.7)
+                 for model in (toy_model, other)]
+    return losses[0], values, mask[0], logps, example, texts
+
+
+def test_the_consistency_bonus_asks_the_reference(monkeypatch, toy_folder, toy_processor, toy_model):
+    texts = ["<think>a</think><answer>{right}</answer>", "<think>red it is</think><answer>{right}</answer>",
+             "<think>a</think><answer>{wrong}</answer>", "<think>b</think>"]
+    _, values, mask, ((own, *_), (reference, *_)), _, texts = micro_batch(
+        monkeypatch, toy_folder, toy_processor, toy_model, texts, "--consistency_coef", "0.5", "--consistency_dense", "true")
+    answered = [toy_processor.tokenizer(text.split("<answer>")[0] + "<answer>").input_ids for text in texts[:3]]
+    likelihoods = [[logp[0, row, len(ids)].exp().item() for row, ids in enumerate(answered)] for logp in (own, reference)]  # of one letter
+    assert all(abs(a / b - 1) > 0.1 for a, b in zip(*likelihoods, strict=True))
+    bonus = [0.5 * likelihoods[1][0], 0.5 * likelihoods[1][1], 0.0, 0.0]  # right, right, wrong, no answer
+    assert values["reward/consistency"] == pytest.approx(bonus, rel=1e-4)
+    assert values["reward/total"] == pytest.approx([2 + bonus[0], 2 + bonus[1], 1, 0], rel=1e-4)
+
+
+def test_the_token_weights_enter_the_loss(monkeypatch, toy_folder, toy_processor, toy_model):
+    texts = ["<think>a</think><answer>{right}</answer>", "<think>b c d</think><answer>{wrong}</answer>"]
+    flags = ["--token_weight_alpha", "1.7", "--reduction", "token", "--beta", "0"]
+    loss, values, mask, ((*_, weights), _), *_ = micro_batch(monkeypatch, toy_folder, toy_processor, toy_model, texts, *flags)
+    # rewards 2 and 1: mean 1.5, unbiased std 0.7071; at ratio 1 the loss is -sum(A w) / tokens
+    advantage = 0.5 / (0.5**0.5 + 1e-4)
+    expected = -(advantage * weights[0, 0][mask[0]].sum() - advantage * weights[0, 1][mask[1]].sum()) / mask.sum()
+    assert loss.item() == pytest.approx(expected.item(), abs=1e-5)
+    assert abs(loss.item() + advantage * (mask[0].sum() - mask[1].sum()).item() / mask.sum().item()) > 1e-3  # not that of weights 1
+
+
+def test_the_alignment_reward_is_gated_and_weighed(monkeypatch, toy_folder, toy_processor, toy_model):
+    rows = json.loads((toy_folder / "train.json").read_text())
+    row = next(row for row in rows if row["options"] and row["data_type"] == "video")
+    start, sentence = next(iter(row["grounding"].items()))
+    texts = [f"<think>At {start[:5]} {sentence}.</think><answer>{{right}}</answer>",
+             f"<think>At {start[:5]} {sentence}. At 00:01 an elephant.</think><answer>{{right}}</answer>",
+             f"<think>At {start[:5]} {sentence}.</think><answer>{{wrong}}</answer>"]
+    _, values, *_ = micro_batch(monkeypatch, toy_folder, toy_processor, toy_model, texts, "--alignment_weight", "0.8")
+    assert values["reward/alignment"] == pytest.approx([0.8, 0.4, 0.0])  # all claims match, one of two, a wrong answer
+
+
+def test_terms_that_can_give_nothing_are_refused(small_toy, first_run, tmp_path):
+    rows = [{key: value for key, value in row.items() if key != "grounding"} for row in rows_of(small_toy) if not row["options"]][:4]
+    data = tmp_path / "data.json"
+    data.write_text(json.dumps(rows))
+    flags = ["--dataset_name", data, "--media_root", small_toy, "--model_name_or_path", first_run[0] / "sft"]
+    assert "no question of" in complain(*flags, "--recipe", "video_r2", "--output_dir", tmp_path / "a")
+    assert "can be inverted" in complain(*flags, "--recipe", "tw", "--output_dir", tmp_path / "b")
 
 
 def test_a_moving_average_is_kept_in_float32():
