@@ -12,6 +12,7 @@ import math
 from bisect import bisect_left, bisect_right
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, fields, replace
+from itertools import accumulate
 
 import deepspeed
 import torch
@@ -357,10 +358,12 @@ def row_uniforms(seeds, length):
 
 @torch.no_grad()
 def rollout(model, prompts, counts, seeds, max_new_tokens, eos_ids, banned_ids=(), temperature=1.0, top_p=0.95):
-    """Sample `counts[b]` completions of prompt b: encode and prefill once, then the KV cache is repeated.
+    """Sample `counts[b]` completions of prompt b: encode and prefill once; all completions of a prompt then read the one KV cache.
 
+    A step appends one column a completion to its prompt's cache, [prompt | first tokens | second tokens | ...], and a completion sees the
+    prompt and its own columns. So the prompt's keys and values are neither repeated nor copied, and what has ended just leaves.
     seeds: one int per completion (sum of counts). banned_ids are never sampled (vision placeholders break the next forward).
-    Rows that have ended leave the batch once they are more than half of it. Returns completions (N, T) right-padded with eos, mask (N, T).
+    Returns completions (N, T) right-padded with eos, mask (N, T).
     """
     policy = Policy(model)
     language, device = model.model.language_model, prompts.input_ids.device
@@ -368,34 +371,39 @@ def rollout(model, prompts, counts, seeds, max_new_tokens, eos_ids, banned_ids=(
     embeds, deeper = policy.embed(prompts)
     output = language(inputs_embeds=embeds, position_ids=prompts.position_ids, attention_mask=prompts.mask.long(), past_key_values=cache,
                       use_cache=True, **deeper)
-    owner = torch.arange(len(counts), device=device).repeat_interleave(torch.tensor(counts, device=device))  # (N,) prompt of each row
-    cache.batch_select_indices(owner)
-    hidden = output.last_hidden_state[owner, -1]  # (N, D)
-    position = (prompts.position_ids.amax(dim=(0, 2)) + 1)[owner]  # (N,)
-    mask = prompts.mask[owner]  # (N, P + t)
+    active = torch.full((len(counts), max(counts)), -1, device=device)  # (B, W): the completion that a query belongs to, -1: none
+    for row, (count, before) in enumerate(zip(counts, accumulate(counts, initial=0), strict=False)):
+        active[row, :count] = torch.arange(before, before + count, device=device)
+    hidden = output.last_hidden_state[:, -1:].expand(-1, active.shape[1], -1)  # (B, W, D)
+    position, mask, owners = prompts.position_ids.amax(dim=(0, 2)) + 1, prompts.mask, active[:, :0]  # owners (B, cached columns)
     uniforms = row_uniforms(seeds, max_new_tokens).to(device)
     eos, banned = torch.tensor(eos_ids, device=device), torch.tensor(list(banned_ids), dtype=torch.long, device=device)
-    total = len(owner)
-    tokens = torch.full((total, max_new_tokens), eos_ids[0], device=device)
-    lengths = torch.full((total,), max_new_tokens, device=device)
-    alive = torch.arange(total, device=device)  # rows still in the batch
-    ended = torch.zeros(total, dtype=torch.bool, device=device)
+    tokens = torch.full((sum(counts), max_new_tokens), eos_ids[0], device=device)
+    lengths = torch.zeros(sum(counts), dtype=torch.long, device=device)
     for step in range(max_new_tokens):
-        logits = model.lm_head(hidden).index_fill(-1, banned, float("-inf"))  # (rows, V)
-        token = sample_tokens(logits, uniforms[alive, step], temperature, top_p)
-        tokens[alive[~ended], step] = token[~ended]
-        lengths[alive[~ended & torch.isin(token, eos)]] = step + 1
-        ended = ended | torch.isin(token, eos)
-        if step + 1 == max_new_tokens or bool(ended.all()):
+        alive = active >= 0
+        rows = active[alive]  # (n,) completions
+        logits = model.lm_head(hidden[alive]).index_fill(-1, banned, float("-inf"))  # (n, V)
+        token = sample_tokens(logits, uniforms[rows, step], temperature, top_p)
+        tokens[rows, step], lengths[rows] = token, step + 1
+        rows = rows.masked_fill(torch.isin(token, eos), -1)
+        if step + 1 == max_new_tokens or bool((rows < 0).all()):
             break
-        if int(ended.sum()) * 2 > len(alive):
-            keep = (~ended).nonzero().squeeze(1)
+        inputs = torch.zeros_like(active)
+        inputs[alive], active[alive] = token, rows
+        order = (active < 0).int().argsort(dim=1, stable=True)[:, : int((active >= 0).sum(1).max())]  # what has ended goes to the end
+        active, inputs = active.gather(1, order), inputs.gather(1, order)
+        going = (active >= 0).any(1)
+        if int(going.sum()) * 2 <= len(going):  # prompts whose completions have all ended leave the batch
+            keep = going.nonzero().squeeze(1)
             cache.batch_select_indices(keep)
-            alive, position, mask, token, ended = alive[keep], position[keep], mask[keep], token[keep], ended[keep]
-        mask = torch.cat([mask, torch.ones_like(mask[:, :1])], dim=1)
-        output = language(inputs_embeds=model.get_input_embeddings()(token[:, None]), attention_mask=mask[:, None, None],
-                          position_ids=(position + step)[None, :, None].expand(3, -1, 1), past_key_values=cache, use_cache=True)
-        hidden = output.last_hidden_state[:, -1]
+            active, inputs, position, mask, owners = (tensor[keep] for tensor in (active, inputs, position, mask, owners))
+        owners = torch.cat([owners, active], dim=1)
+        own = (owners[:, None] == active[..., None]) & (active >= 0)[..., None]  # (B, W, columns)
+        seen = torch.cat([mask[:, None].expand(-1, active.shape[1], -1), own], dim=2)  # (B, W, P + columns)
+        output = language(inputs_embeds=model.get_input_embeddings()(inputs), attention_mask=seen[:, None], past_key_values=cache,
+                          position_ids=(position + step)[None, :, None].expand(3, -1, active.shape[1]), use_cache=True)
+        hidden = output.last_hidden_state
     longest = int(lengths.max())
     return tokens[:, :longest], torch.arange(longest, device=device)[None] < lengths[:, None]
 
