@@ -1,7 +1,7 @@
 """Stage 3: the group-relative policy optimisation of CF-GRPO (arXiv 2606.18441, Eq. 9-10) for Qwen-VL checkpoints.
 
 The maths are pure functions: group_advantages, policy_loss, token_weights. The model side is one module, Policy, and two functions:
-rollout() samples a group (vision encoder and prefill once, KV cache repeated) and group_logps() scores it with the group packed in
+rollout() samples a group (vision encoder and prefill once, one KV cache a prompt) and group_logps() scores it with the group packed in
 one row, [prompt | c_1 | ... | c_G], where a completion sees the prompt and itself only (Prefix Grouper, arXiv 2506.05433).
 
 Letters in shapes: B prompts, G completions of each, P prompt tokens (left-padded), T completion tokens (right-padded), S = P + G*T,
