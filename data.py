@@ -275,8 +275,8 @@ NEGATIVE = re.compile(r"\b(not|cannot|never|no|none|neither|nor|nobody|nothing|e
 AUXILIARY = re.compile(
     r"(?:^|[,.:;?!]\s+)(?:"
     r"(?:(?:what|which)(?: of (?:the following|these)(?: \w+)?| \w+(?<!s)(?<!ed))?|who|where|when) "  # "Which ball will", "Who is"
-    r"(is|are|was|were|will|would|can|could|should)(?! (?:do|does|did|is|are|was|were)\b)"
-    r"|(?:what|which|where|when) (do|does|did)(?= (?:the|an?|this|that|these|those|his|her|their|its|he|she|it|they|you|we|i|people)\b)) ",
+    r"(is|are|was|were|will|would)(?! (?:do|does|did|is|are|was|were)\b)"
+    r"|(?:what|which|where|when) (do|does|did)(?= (?:the|an?|this|that|these|those|his|her|their|its|he|she|it|they|people)\b)) ",
     re.I)  # "Which person does a handstand", "Who did the dishes": a full verb
 # options that stand or fall with others, or that name others by a letter that inversion gives to another one
 ABOUT_OPTIONS = re.compile(
@@ -289,16 +289,17 @@ def negate_question(question):
 
     "Which ball will fall?" -> "Which ball won't fall?": what, which, who, where or when and the auxiliary after it, in a question of one
     clause. Every other question is put after "Which of these is not a right answer to this question:": how and why (negated, they ask
-    something else), a leading auxiliary ("Isn't he tall?" negates nothing), a full verb ("What falls first?", "Who did the dishes?"), must
-    (which turns into a ban), and whatever has more clauses, any of which might get the negation.
+    something else), a leading auxiliary ("Isn't he tall?" negates nothing), a full verb ("What falls first?", "Who did the dishes?"), must,
+    should, can and could (they turn into a ban or an impossibility), and whatever has more clauses, any of which might get the negation.
     """
     if NEGATIVE.search(question):
         return None
     found = AUXILIARY.search(question)
-    if found is None or re.search(r"[,.:;?!].", question[found.end() :]):
+    more = r"[,.:;?!].|\b(and|or|but) (what|which|who|where|when|why|how|is|are|was|were|will|do|does|did)\b"  # other clauses
+    if found is None or re.search(more, question[found.end() :], re.I):
         return ASK_FOR_WRONG + question
     auxiliary = found[1] or found[2]
-    negated = {"will": "won't", "can": "can't"}.get(auxiliary.lower(), f"{auxiliary}n't")
+    negated = "won't" if auxiliary.lower() == "will" else f"{auxiliary}n't"
     return question[: found.end() - len(auxiliary) - 1] + negated + question[found.end() - 1 :]
 
 

@@ -222,6 +222,8 @@ class Policy(torch.nn.Module):
             raise ValueError(f"the group mask needs attn_implementation='sdpa', the model was loaded with {kernel!r}")
         if type(model.lm_head) is torch.nn.Linear:
             model.lm_head.__class__ = ScoringHead
+        if not isinstance(model.lm_head, ScoringHead):
+            raise ValueError(f"the head must be a plain Linear layer, not {type(model.lm_head).__name__}")
         self.model = model
 
     def encode(self, prompts):
@@ -361,7 +363,7 @@ def rollout(model, prompts, counts, seeds, max_new_tokens, eos_ids, banned_ids=(
     """Sample `counts[b]` completions of prompt b: encode and prefill once; all completions of a prompt then read the one KV cache.
 
     A step appends one column a completion to its prompt's cache, [prompt | first tokens | second tokens | ...], and a completion sees the
-    prompt and its own columns. So the prompt's keys and values are neither repeated nor copied, and what has ended just leaves.
+    prompt and its own columns. So the prompt's keys and values exist once, not once a completion, and what has ended just leaves.
     seeds: one int per completion (sum of counts). banned_ids are never sampled (vision placeholders break the next forward).
     Returns completions (N, T) right-padded with eos, mask (N, T).
     """

@@ -293,17 +293,18 @@ def make_processor(folder):
                                tokenizer=fast, chat_template=CHAT_TEMPLATE)
 
 
-def make_model(processor, seed, hidden=128, layers=4):
+def make_model(processor, seed, hidden=128, layers=4, group=1):
     """An untrained Qwen2.5-VL of the real classes, 1.2 M parameters. Weights start at 1/sqrt(width): at the usual 0.02, made for
-    widths of thousands, a model this narrow takes three times as many steps to begin to see."""
+    widths of thousands, a model this narrow takes three times as many steps to begin to see. group: query heads of a key head."""
     torch.manual_seed(seed)
     tokenizer = processor.tokenizer
     token = tokenizer.convert_tokens_to_ids
     config = Qwen2_5_VLConfig(
         text_config=dict(
             vocab_size=len(tokenizer), hidden_size=hidden, intermediate_size=3 * hidden, num_hidden_layers=layers,
-            num_attention_heads=hidden // 32, num_key_value_heads=hidden // 32, max_position_embeddings=4096, tie_word_embeddings=True,
-            bos_token_id=None, initializer_range=0.1, eos_token_id=token("<|im_end|>"), pad_token_id=token("<|endoftext|>"),
+            num_attention_heads=hidden // 32, num_key_value_heads=hidden // 32 // group, max_position_embeddings=4096,
+            tie_word_embeddings=True, bos_token_id=None, initializer_range=0.1, eos_token_id=token("<|im_end|>"),
+            pad_token_id=token("<|endoftext|>"),
             rope_parameters={"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 6, 6]}),
         vision_config=dict(depth=2, hidden_size=64, intermediate_size=128, num_heads=4, out_hidden_size=hidden, patch_size=14,
                            temporal_patch_size=2, spatial_merge_size=2, window_size=56, fullatt_block_indexes=[0, 1], tokens_per_second=1,

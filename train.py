@@ -203,6 +203,8 @@ def deepspeed_config(arguments, micro_batch=1, accumulation=1, learning_rate=Non
         if zero.get("stage") in (1, 2):
             zero["stage"] = 0  # these partition what an optimizer has
         if arguments.ema_decay < 1:
+            if zero.get("offload_param", {}).get("device") == "nvme":
+                raise DataError("--ema_decay below 1 needs the parameters in memory, not offloaded to nvme")
             zero["stage3_param_persistence_threshold"] = 0  # update_reference() writes to the shards
     else:
         parameters = config["optimizer"]["params"]
@@ -520,8 +522,6 @@ def train_grpo(arguments, model_path, processor, encoder, stream, rows, skipped,
     world, rank = dist.get_world_size(), dist.get_rank()
     batch, accumulation = arguments.per_device_train_batch_size, arguments.gradient_accumulation_steps
     engine = start_engine(arguments, model_path, batch, accumulation, arguments.learning_rate)
-    if arguments.ema_decay < 1 and '"nvme"' in Path(arguments.deepspeed).read_text(encoding="utf-8"):
-        raise DataError("--ema_decay below 1 needs the parameters in memory, not offloaded to nvme")
     reference, averages = start_engine(arguments, model_path) if arguments.beta > 0 or arguments.consistency_coef else None, {}
     steps = len(stream) // (batch * world * accumulation)
     lost = len(skipped)
@@ -545,7 +545,8 @@ def train_grpo(arguments, model_path, processor, encoder, stream, rows, skipped,
                 if iteration == 0:
                     lines, replay = grpo_micro_batch(arguments, engine, reference, processor, encoder, usable, rows,
                                                      share * accumulation / len(micro_batches), values)
-                    replays.append(replay)
+                    if arguments.num_iterations > 1:
+                        replays.append(replay)
                     log_rollouts([{"step": step, **line} for line in lines])
                 else:
                     replay = replays[number]

@@ -60,3 +60,15 @@ def test_bad_flags(flags, words, capsys, monkeypatch):
         bench.main()
     told = capsys.readouterr()
     assert stop.value.code == 2 and told.out == "" and words in told.err and "Traceback" not in told.err
+
+
+def test_smallest_step_against_trl():
+    pytest.importorskip("trl")
+    flags = ["--visual_tokens", "18", "--completion_length", "3", "--hidden", "128", "--layers", "1", "--repeats", "1", "--steps", "1"]
+    done = subprocess.run([sys.executable, "bench.py", "trl", *flags], cwd=ROOT, capture_output=True, text=True, timeout=300,
+                          env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"})
+    assert done.returncode == 0, done.stderr
+    assert "picture of 18 visual tokens, 8 completions of 3 tokens" in done.stdout and "trl 1." in done.stdout
+    lines = [re.match(r"([\d.]+) against TRL's ([\d.]+) .*? ([\d.]+) \(", line) for line in done.stdout.splitlines() if "against TRL" in line]
+    (_, _, speed), (ours, theirs, memory) = (map(float, line.groups()) for line in lines)
+    assert speed > 0 and memory == pytest.approx(theirs / ours, rel=0.05)  # one pair
