@@ -51,7 +51,8 @@ def test_copied_alone_it_imports_with_torch_only(tmp_path):
         f"assert reward.__file__.startswith({str(tmp_path)!r}); "
         "ours = {'data', 'prior', 'grpo', 'train', 'toy', 'rouge_score', 'nltk', 'transformers'} & set(sys.modules); "
         "assert not ours, ours; "
-        "assert reward.accuracy_reward('<answer>B</answer>', 'B', 'multiple choice') == 1.0"
+        "assert reward.accuracy_reward('<answer>B</answer>', 'B', 'multiple choice') == 1.0; "
+        "import doctest; found = doctest.testmod(reward); assert found.attempted >= 7 and not found.failed, found"
     )
     subprocess.run([sys.executable, "-I", "-B", "-c", code], cwd=tmp_path, check=True, timeout=120)
 
