@@ -15,6 +15,7 @@ import json
 import os
 import random
 import re
+import socket
 import sys
 import time
 from collections import defaultdict
@@ -689,8 +690,11 @@ def parse_arguments():
 
 
 def start_ranks():
-    """One process alone is a world of one; the deepspeed launcher or torchrun set these variables themselves."""
-    for name, value in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1"), ("MASTER_ADDR", "127.0.0.1"), ("MASTER_PORT", "29511")):
+    """One process alone is a world of one, on any free port; the deepspeed launcher or torchrun set these variables themselves."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = "29511" if "WORLD_SIZE" in os.environ else str(free.getsockname()[1])
+    for name, value in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1"), ("MASTER_ADDR", "127.0.0.1"), ("MASTER_PORT", port)):
         os.environ.setdefault(name, value)
     deepspeed.init_distributed()
     if not torch.cuda.is_available():
