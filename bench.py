@@ -2,7 +2,7 @@
 
     python bench.py step --num_generations 8 --completion_length 64 --frames 16             # a random tiny Qwen2.5-VL, about a minute
     python bench.py step --model_name_or_path Qwen2.5-VL-7B-Instruct --frames 16 --frame_size 224      # a checkpoint's folder
-    python bench.py prior                                                                   # random videos, a random ViT-B-32, a minute
+    python bench.py prior                                                                   # random videos, a random ViT-B-32, some minutes
     python bench.py prior --memory_videos 2000
     python bench.py trl                                                                     # a whole step against TRL's (pip install trl)
 
