@@ -46,7 +46,7 @@ from transformers.utils import logging as hf_logging
 import prior
 import toy
 from data import DataError, Encoder, Example, chat_text
-from grpo import Policy, collate, group_advantages, group_logps, policy_loss, rollout
+from grpo import Policy, collate, group_advantages, group_logps, policy_loss, rollout, special_tokens
 
 FLAGS = {  # default, least, help
     "num_generations": (8, 2, "completions of a question"), "completion_length": (64, 1, "tokens of every completion"),
@@ -131,11 +131,9 @@ def bench_step(arguments):
     torch.manual_seed(arguments.seed)
     model, processor = load_model(arguments, device)
     prompts = make_prompts(arguments, model, processor)
-    questions, group, config = arguments.questions, arguments.num_generations, model.config
+    questions, group = arguments.questions, arguments.num_generations
     seeds = list(range(questions * group))
-    eos = model.generation_config.eos_token_id or processor.tokenizer.eos_token_id
-    eos = eos if isinstance(eos, list) else [eos]
-    banned = [config.image_token_id, config.video_token_id, config.vision_start_token_id, config.vision_end_token_id]
+    eos, banned = special_tokens(model, processor)
     banned += eos  # every completion reaches its full length
     sampled = {}
 
@@ -175,33 +173,22 @@ def bench_step(arguments):
            f"{(sampled['once'] == sampled['repeated']).float().mean():.1%} of tokens equal")
 
 
-def picture_question(arguments, folder):
-    """A random picture of 2n x n visual tokens beside the weights in `folder`; its path."""
-    side = 28 * max(1, round((arguments.visual_tokens / 2) ** 0.5))
-    pixels = np.random.default_rng(arguments.seed).integers(0, 256, (side, 2 * side, 3), dtype=np.uint8)
-    path = str(Path(folder) / "picture.png")
-    Image.fromarray(pixels).save(path)
-    return path
-
-
-def our_steps(arguments, folder, processor, path):
+def our_steps(arguments, processor, path):
     """Yields after every whole step of ours: the picture, rollouts, reference, one packed forward, loss, AdamW."""
-    load = lambda: AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32, attn_implementation="sdpa")  # noqa: E731
-    model, reference = load().train(), load().eval()
+    model, reference = (AutoModelForImageTextToText.from_pretrained(arguments.folder, dtype=torch.float32, attn_implementation="sdpa")
+                        for _ in range(2))
     policy, group = Policy(model), arguments.num_generations
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6)
-    config = model.config
-    banned = [config.image_token_id, config.video_token_id, config.vision_start_token_id, config.vision_end_token_id]
-    eos = model.generation_config.eos_token_id or processor.tokenizer.eos_token_id
+    eos, banned = special_tokens(model, processor)
     while True:
         item = Encoder(processor, 0, 1 << 40).encode(Example("0", "Which ball is red?", [], "numerical", "1", path, "image"))
         prompts = collate([item], model)
         model.eval()
-        tokens, mask = rollout(model, prompts, [group], list(range(group)), arguments.completion_length, [eos], [*banned, eos])
+        tokens, mask = rollout(model, prompts, [group], list(range(group)), arguments.completion_length, eos, banned + eos)
         model.train()
         completions, mask = tokens[None], mask[None]
         with torch.no_grad():
-            ref_logp = group_logps(Policy(reference), prompts, completions, mask)[0][0]
+            ref_logp = group_logps(Policy(reference.eval()), prompts, completions, mask)[0][0]
         logp = group_logps(policy, prompts, completions, mask, hidden_layers=(-1,))[0][0]
         advantages = group_advantages(torch.rand(1, group))[0]
         policy_loss(logp, logp.detach(), advantages, mask[0], ref_logp)[0].backward()
@@ -211,7 +198,7 @@ def our_steps(arguments, folder, processor, path):
         yield
 
 
-def trl_steps(arguments, folder, processor, path):
+def trl_steps(arguments, processor, path):
     """Seconds of the timed steps of TRL's GRPOTrainer, which runs its own loop."""
     from datasets import Dataset
     from datasets import Image as Picture
@@ -224,7 +211,7 @@ def trl_steps(arguments, folder, processor, path):
     length = arguments.completion_length
     with tempfile.TemporaryDirectory() as output:
         GRPOTrainer(
-            model=str(folder), processing_class=processor, callbacks=[clock()],
+            model=arguments.folder, processing_class=processor, callbacks=[clock()],
             reward_funcs=lambda completions, **_: [random.random() for _ in completions],
             train_dataset=Dataset.from_list([question] * 4).cast_column("image", Picture()),
             args=GRPOConfig(output_dir=output, max_steps=arguments.steps + 1, per_device_train_batch_size=arguments.num_generations,
@@ -240,13 +227,13 @@ def run_side(arguments, side):
     if side == "trl":  # not part of the peak
         from datasets import Dataset  # noqa: F401
         from trl import GRPOTrainer  # noqa: F401
-    processor = AutoProcessor.from_pretrained(arguments.folder)
+    processor, path = AutoProcessor.from_pretrained(arguments.folder), str(Path(arguments.folder) / "picture.png")
     processor.image_processor.size = {"shortest_edge": 1, "longest_edge": 1 << 40}
     before = psutil.Process().memory_info().rss
     if side == "trl":
-        seconds = trl_steps(arguments, arguments.folder, processor, f"{arguments.folder}/picture.png")
+        seconds = trl_steps(arguments, processor, path)
     else:
-        steps, ends = our_steps(arguments, arguments.folder, processor, f"{arguments.folder}/picture.png"), []
+        steps, ends = our_steps(arguments, processor, path), []
         for _ in range(arguments.steps + 1):
             next(steps)
             ends.append(time.perf_counter())
@@ -261,7 +248,9 @@ def bench_trl(arguments):
         model, processor = make_toy(arguments.seed, hidden=arguments.hidden, layers=arguments.layers, group=4)
         model.save_pretrained(folder)
         processor.save_pretrained(folder)
-        picture_question(arguments, folder)
+        side = 28 * round((arguments.visual_tokens / 2) ** 0.5)
+        pixels = np.random.default_rng(arguments.seed).integers(0, 256, (side, 2 * side, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(Path(folder) / "picture.png")
         flags = [value for name in TRL_FLAGS for value in (f"--{name}", str(getattr(arguments, name)))]
         results = {"ours": [], "trl": []}
         for _ in range(arguments.repeats):

@@ -410,13 +410,17 @@ def rollout(model, prompts, counts, seeds, max_new_tokens, eos_ids, banned_ids=(
     return tokens[:, :longest], torch.arange(longest, device=device)[None] < lengths[:, None]
 
 
-def sample_texts(model, processor, prompts, counts, seeds, max_new_tokens, temperature=1.0, top_p=0.95):
-    """rollout() with the checkpoint's own stop and vision tokens -> completions (N, T), mask (N, T), decoded texts."""
+def special_tokens(model, processor):
+    """The checkpoint's own token ids: those that end a completion, and the vision placeholders that none may contain."""
     config, eos = model.config, model.generation_config.eos_token_id
     eos = processor.tokenizer.eos_token_id if eos is None else eos
     banned = [config.image_token_id, config.video_token_id, config.vision_start_token_id, config.vision_end_token_id]
-    eos = eos if isinstance(eos, list) else [eos]
-    tokens, mask = rollout(model, prompts, counts, seeds, max_new_tokens, eos, banned, temperature, top_p)
+    return eos if isinstance(eos, list) else [eos], banned
+
+
+def sample_texts(model, processor, prompts, counts, seeds, max_new_tokens, temperature=1.0, top_p=0.95):
+    """rollout() with the checkpoint's own stop and vision tokens -> completions (N, T), mask (N, T), decoded texts."""
+    tokens, mask = rollout(model, prompts, counts, seeds, max_new_tokens, *special_tokens(model, processor), temperature, top_p)
     texts = [processor.tokenizer.decode(row[valid], skip_special_tokens=True) for row, valid in zip(tokens, mask, strict=True)]
     return tokens, mask, texts
 
