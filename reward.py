@@ -2,9 +2,9 @@
 """Rewards for reinforcement learning on video question answering, each one a pure function.
 
 This file stands alone: copy it into your repository. It needs torch; only accuracy_reward(..., "free-form") also needs rouge-score.
-Text in, float out; tensors in, float32 tensors or floats out; nothing is differentiated through. Adapters for TRL and verl, and for the
-outputs of a plain batched forward, are at the end.
+Text in, float out; tensors in, float32 tensors or floats out; nothing is differentiated through. Adapters for trainers are at the end.
 
+    from reward import accuracy_reward, consensus_frame_reward, format_reward, frame_use, merge_prior, pool_frames, total_reward
     accuracy = accuracy_reward(completion, "<answer>B</answer>", "multiple choice")
     use = frame_use(response_states, pool_frames(visual_states))               # (L, D), (t, M, D) -> (t,)
     consensus = consensus_frame_reward(merge_prior(prior, len(use)), use)      # prior (K,): where experts look
