@@ -2,7 +2,11 @@
 
 import copy
 import math
+import os
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -31,6 +35,7 @@ from grpo import (
 )
 
 NAN, INF = float("nan"), float("inf")
+ROOT = Path(__file__).resolve().parents[1]
 
 
 # ---------------------------------------------------------------------------------------------------------- advantages
@@ -642,6 +647,38 @@ def test_no_tensor_of_all_logits_lives(toy_model, group, monkeypatch):
         logp, *_, weights = group_logps(Policy(toy_model), prompts, completions, mask, weight_alpha=1.7)
         (logp * weights)[mask].sum().backward()
     assert largest == grpo.CHUNK_LOGITS
+
+
+PEAK = """
+import re, sys, torch
+from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+from grpo import Policy, Prompts, group_logps, policy_loss
+memory = lambda name: int(re.search(name + r":\\s+(\\d+) kB", open("/proc/self/status").read())[1]) * 1024 / 1e9
+text = dict(vocab_size=151936, hidden_size=256, intermediate_size=512, num_hidden_layers=6, num_attention_heads=4, num_key_value_heads=2,
+            pad_token_id=None, eos_token_id=None, bos_token_id=None,
+            rope_parameters={"rope_type": "default", "rope_theta": 1e4, "mrope_section": [8, 12, 12]})
+vision = dict(depth=1, hidden_size=64, num_heads=4, intermediate_size=128, out_hidden_size=256)
+config = Qwen2_5_VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=True)
+model = Qwen2_5_VLForConditionalGeneration._from_config(config, attn_implementation="sdpa")
+prompts = Prompts(torch.randint(20, 9999, (1, 512)), torch.ones(1, 512).bool(), torch.arange(512).expand(3, 1, -1),
+                  torch.zeros(1, 512).bool(), None, None, [0])
+completions, mask = torch.randint(20, 9999, (1, 8, 512)), torch.ones(1, 8, 512).bool()
+before = memory("VmRSS")
+logp, *_, weights = group_logps(Policy(model), prompts, completions, mask, weight_alpha=1.7)
+logp, mask, weights = logp[0], mask[0], weights[0]
+policy_loss(logp, logp.detach(), torch.randn(8), mask, weights=weights)[0].backward()
+assert model.lm_head.weight.grad.abs().max() > 0
+print("GB over the model:", memory("VmHWM") - before)
+"""
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="Linux only")
+def test_peak_memory_of_a_large_vocabulary():
+    # 4,096 tokens x 151,936 x 4 bytes are 2.5 GB once; the logits, their log-softmax and two gradients would be four times that
+    done = subprocess.run([sys.executable, "-c", PEAK], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    print(done.stdout)
+    assert float(done.stdout.split("model:")[1]) < 2.5
 
 
 def test_features_of_a_frozen_tower_are_shared(group, toy_model):
