@@ -46,7 +46,7 @@ from transformers.utils import logging as hf_logging
 import prior
 import toy
 from data import DataError, Encoder, Example, chat_text
-from grpo import Policy, collate, group_advantages, group_logps, policy_loss, rollout, special_tokens
+from grpo import FAMILIES, Policy, collate, group_advantages, policy_loss, rollout, special_tokens
 
 FLAGS = {  # default, least, help
     "num_generations": (8, 2, "completions of a question"), "completion_length": (64, 1, "tokens of every completion"),
@@ -87,8 +87,8 @@ def load_model(arguments, device):
         return model.to(device, dtype).train(), processor
     if not (Path(folder) / "config.json").is_file():
         raise DataError(f"{folder} is not a folder with a checkpoint (--model_name_or_path)")
-    if AutoConfig.from_pretrained(folder).model_type not in ("qwen2_vl", "qwen2_5_vl", "qwen3_vl"):
-        raise DataError(f"{folder} is no Qwen2-VL, Qwen2.5-VL or Qwen3-VL checkpoint")
+    if (family := AutoConfig.from_pretrained(folder).model_type) not in FAMILIES:
+        raise DataError(f"{folder} is a {family} checkpoint, not one of {', '.join(FAMILIES)}")
     model = AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype, attn_implementation="sdpa", use_safetensors=True)
     return model.to(device).train(), AutoProcessor.from_pretrained(folder)
 
@@ -143,14 +143,14 @@ def bench_step(arguments):
         model.train()
 
     rollouts = time_turns((lambda: sample("once", prompts, [group] * questions),
-                           lambda: sample("repeated", prompts.repeat(group), [1] * len(seeds))), arguments.repeats)
+                           lambda: sample("repeated", prompts.repeat([group] * questions), [1] * len(seeds))), arguments.repeats)
     completions = sampled["once"].view(questions, group, -1)  # (B, G, T)
     mask, policy, logps = torch.ones_like(completions, dtype=torch.bool), Policy(model), {}
     advantages = group_advantages(torch.rand(questions, group)).flatten().to(device)
 
     def update(packed):
         model.zero_grad(set_to_none=True)
-        logp = group_logps(policy, prompts, completions, mask, packed)[0].flatten(0, 1)  # (N, T)
+        logp = policy(prompts, completions, mask, packed)[0].flatten(0, 1)  # (N, T)
         policy_loss(logp, logp.detach(), advantages, mask.flatten(0, 1))[0].backward()
         logps[packed] = logp.detach()
 
@@ -188,8 +188,8 @@ def our_steps(arguments, processor, path):
         model.train()
         completions, mask = tokens[None], mask[None]
         with torch.no_grad():
-            ref_logp = group_logps(Policy(reference.eval()), prompts, completions, mask)[0][0]
-        logp = group_logps(policy, prompts, completions, mask, hidden_layers=(-1,))[0][0]
+            ref_logp = Policy(reference.eval())(prompts, completions, mask)[0][0]
+        logp = policy(prompts, completions, mask, hidden_layers=(-1,))[0][0]
         advantages = group_advantages(torch.rand(1, group))[0]
         policy_loss(logp, logp.detach(), advantages, mask[0], ref_logp)[0].backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 5.0)

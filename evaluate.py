@@ -116,7 +116,7 @@ def check_frame_use(model, processor, pairs, tau=0.1):
         states, weights = {}, {}
         for layer in range(1, layers + 1):
             hidden_layers = (*range(layers), -1) if layer == 1 else ()
-            _, _, hidden, weights[layer], _ = policy(prompts, completion, torch.ones_like(completion), hidden_layers, layer)
+            _, _, hidden, weights[layer], _ = policy(prompts, completion, torch.ones_like(completion), True, hidden_layers, layer)
             states.update(hidden)
         offset = prompts.input_ids.shape[1]
         for index, span in intervals.items():

@@ -1,7 +1,7 @@
 """Stage 3: the group-relative policy optimisation of CF-GRPO (arXiv 2606.18441, Eq. 9-10) for Qwen-VL checkpoints.
 
 The maths are pure functions: group_advantages, policy_loss, token_weights. The model side is one module, Policy, and two functions:
-rollout() samples a group (vision encoder and prefill once, one KV cache a prompt) and group_logps() scores it with the group packed in
+rollout() samples a group (vision encoder and prefill once, one KV cache a prompt) and Policy scores it with the group packed in
 one row, [prompt | c_1 | ... | c_G], where a completion sees the prompt and itself only (Prefix Grouper, arXiv 2506.05433).
 
 Letters in shapes: B prompts, G completions of each, P prompt tokens (left-padded), T completion tokens (right-padded), S = P + G*T,
@@ -10,17 +10,26 @@ D hidden size, V vocabulary, K frames, t temporal slots of M visual tokens.
 
 import math
 from bisect import bisect_left, bisect_right
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from itertools import accumulate
 
 import deepspeed
 import torch
+from torch.nn.attention.bias import causal_lower_right
+from torch.nn.functional import pad, scaled_dot_product_attention
 from torch.utils.checkpoint import checkpoint
 from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.utils import logging
 
 import reward
+
+logger = logging.get_logger(__name__)
 
 # ------------------------------------------------------------------------------------------------------ pure functions
 
@@ -130,18 +139,23 @@ class Prompts:
         moved = {f.name: getattr(self, f.name) for f in fields(self)}  # features are made on the device
         return Prompts(**{name: value.to(device) if torch.is_tensor(value) else value for name, value in moved.items()})
 
+    def padding(self):
+        """(B,) columns of padding before each prompt."""
+        return (~self.mask).sum(1).tolist()
+
     def repeat(self, times):
-        """Every row `times` times in a row, its media too: what the releases do, kept as the oracle of the tests."""
-        pixels, grid = [], []
-        if self.pixel_values is not None:
-            for patches, thw in zip(self.pixel_values.split(self.grid_thw.prod(1).tolist()), self.grid_thw, strict=True):
-                pixels += [patches] * times
-                grid += [thw] * times
+        """Row b times[b] times in a row, its medium too: what the releases do."""
+        again = lambda tensor, dim: tensor.repeat_interleave(torch.tensor(times, device=tensor.device), dim)  # noqa: E731
+        pixels, grid = self.pixel_values, self.grid_thw
+        if pixels is not None:
+            media = [count for count, slots in zip(times, self.slots, strict=True) if slots]
+            parts = zip(pixels.split(grid.prod(1).tolist()), grid, media, strict=True)
+            pixels, grid = zip(*((patches, thw) for patches, thw, count in parts for _ in range(count)), strict=True)
+            pixels, grid = torch.cat(pixels), torch.stack(grid)
         return replace(
-            self, input_ids=self.input_ids.repeat_interleave(times, 0), mask=self.mask.repeat_interleave(times, 0),
-            position_ids=self.position_ids.repeat_interleave(times, 1), visual=self.visual.repeat_interleave(times, 0),
-            pixel_values=torch.cat(pixels) if pixels else None, grid_thw=torch.stack(grid) if grid else None, features=None,
-            slots=[count for count in self.slots for _ in range(times)])
+            self, input_ids=again(self.input_ids, 0), mask=again(self.mask, 0), position_ids=again(self.position_ids, 1),
+            visual=again(self.visual, 0), pixel_values=pixels, grid_thw=grid, features=None,
+            slots=[slots for slots, count in zip(self.slots, times, strict=True) for _ in range(count)])
 
 
 def collate(items, model):
@@ -170,19 +184,71 @@ def collate(items, model):
         slots=[int(item["grid_thw"][0]) if item["grid_thw"] is not None else 0 for item in items])
 
 
-def group_mask(prompt_mask, completion_mask):
-    """Who sees whom in [prompt | c_1 | ... | c_G]. (B, P), (B, G, T) -> (B, 1, S, S) bool: causal, own completion only, no padding."""
-    batch, group, length = completion_mask.shape
-    prompt_length = prompt_mask.shape[1]
-    device = prompt_mask.device
-    segment = torch.cat([torch.zeros(prompt_length, dtype=torch.long, device=device),
-                         1 + torch.arange(group, device=device).repeat_interleave(length)])  # (S,) 0 prompt, g completion
-    order = torch.arange(len(segment), device=device)
-    allowed = (order[:, None] >= order[None]) & ((segment[:, None] == segment[None]) | (segment[None] == 0))  # (S, S)
-    valid = torch.cat([prompt_mask, completion_mask.reshape(batch, -1)], dim=1).bool()  # (B, S)
-    allowed = allowed[None] & valid[:, None, :]
-    return (allowed | torch.eye(len(segment), dtype=torch.bool, device=device))[:, None]  # padding sees itself: no empty softmax row
+@dataclass
+class Layout:
+    """What group_attention has to know of its rows, [padding | prompt | c_1 | ... | c_G]; the language model hands it through."""
 
+    padding: list[int]  # (B,) columns before each prompt
+    group: int = 0  # G, 0: prompts alone
+    length: int = 0  # T
+    layer: int | None = None  # whose attention is recorded, 1 is the first
+    recorded: torch.Tensor | None = None  # (B, G, T, P) of completion tokens to prompt tokens, mean over heads, no gradient
+    checkpointed: bool = False  # whole layers are, so that nothing inside needs to be
+
+
+def group_attention(module, query, key, value, attention_mask, layout=None, scaling=None, dropout=0.0, **kwargs):
+    """transformers' attention function "group": a completion sees its prompt and itself. query (B, heads, S, d), key and value
+    (B, key heads, S, d) -> (B, S, heads, d), None. There is no (S, S) mask: the prompt attends to itself and then every completion to
+    [prompt | itself], both causal by position alone, so that padding on the right is never seen; padding on the left is cut off.
+
+    Without a layout it is sdpa, but where there is a mask, the query heads of a key head become rows: sdpa would repeat the keys.
+    """
+    if layout is None:
+        shared = query.shape[1] // key.shape[1]
+        if attention_mask is None or shared == 1:
+            return sdpa_attention_forward(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
+        rows = query.unflatten(1, (-1, shared)).flatten(2, 3)  # (B, key heads, shared * S, d)
+        attended = scaled_dot_product_attention(rows, key, value, attention_mask.repeat(1, 1, shared, 1), dropout, scale=scaling)
+        return attended.unflatten(2, (shared, -1)).flatten(1, 2).transpose(1, 2), None
+    attend = partial(scaled_dot_product_attention, dropout_p=dropout, scale=scaling, enable_gqa=True)
+    ends, rows, recorded = layout.group * layout.length, [], []
+    for padding, *row in zip(layout.padding, query, key, value, strict=True):
+        prompt, tail = zip(*(states[None, :, padding:].split([states.shape[1] - padding - ends, ends], 2) for states in row), strict=True)
+        parts = [attend(*prompt, is_causal=True)]  # (1, heads, prompt, d)
+        if layout.group:
+            own = [states[0].unflatten(1, (layout.group, layout.length)).transpose(0, 1) for states in tail]  # (G, heads, T, d)
+            both = attend_to_both if layout.checkpointed else partial(checkpoint, attend_to_both, use_reentrant=False)  # keeps no G copies
+            parts.append(both(attend, *own, *prompt[1:]).transpose(0, 1).flatten(1, 2)[None])
+            if layout.layer == module.layer_idx + 1:
+                recorded.append(pad(prompt_weights(own[0], own[1], prompt[1], scaling), (padding, 0)))
+        rows.append(pad(torch.cat(parts, 2), (0, 0, padding, 0)))  # (1, heads, S, d)
+    if recorded:
+        layout.recorded = torch.stack(recorded)
+    return torch.cat(rows).transpose(1, 2), None
+
+
+def attend_to_both(attend, query, key, value, prompt_key, prompt_value):
+    """Completions (G, heads, T, d) to [prompt (1, heads, P, d) | themselves] -> (G, heads, T, d)."""
+    keys, values = (torch.cat([prompt.expand(len(own), -1, -1, -1), own], 2) for prompt, own in ((prompt_key, key), (prompt_value, value)))
+    shape = query.shape[2], keys.shape[2]  # a mask on a GPU would rule out its flash kernel, which knows causal_lower_right
+    own = causal_lower_right(*shape) if query.is_cuda else torch.ones(shape, dtype=torch.bool).tril(shape[1] - shape[0])
+    return attend(query, keys, values, own)
+
+
+@torch.no_grad()
+def prompt_weights(query, key, prompt_key, scaling):
+    """Attention of completions (G, heads, T, d) to their prompt (1, key heads, P, d) -> (G, T, P), mean over heads."""
+    shared, rows = query.shape[1] // key.shape[1], []
+    for queries, keys in zip(query, key, strict=True):  # one completion's scores at a time
+        keys = torch.cat([prompt_key[0], keys], 1).repeat_interleave(shared, 0).float()  # (heads, P + T, d)
+        scores = queries.float() @ keys.transpose(1, 2) * scaling
+        own = torch.ones(scores.shape[1:], dtype=torch.bool, device=scores.device).tril(prompt_key.shape[2])
+        rows.append(scores.masked_fill(~own, float("-inf")).softmax(-1)[..., : prompt_key.shape[2]].mean(0))
+    return torch.stack(rows)
+
+
+ALL_ATTENTION_FUNCTIONS.register("group", group_attention)
+ALL_MASK_ATTENTION_FUNCTIONS.register("group", sdpa_mask)
 
 CHUNK_LOGITS = 1 << 25  # float32 values of (tokens, vocabulary) that exist at a time: 128 MiB
 
@@ -211,19 +277,27 @@ class ScoringHead(torch.nn.Linear):
             return logp, entropy, group_divergence(normalised, mask) if divergence else None
 
 
+PACKED_FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
+FAMILIES = (*PACKED_FAMILIES, "qwen3_vl_moe", "qwen3_5", "qwen3_5_moe")
+
+
 class Policy(torch.nn.Module):
     """A Qwen2-VL, Qwen2.5-VL or Qwen3-VL checkpoint behind one forward, so that ZeRO-3 sees one entry and image and video rows run the
     vision tower once, in the same order on every rank."""
 
     def __init__(self, model):
         super().__init__()
-        kernel = model.model.language_model.config._attn_implementation
-        if kernel != "sdpa":
-            raise ValueError(f"the group mask needs attn_implementation='sdpa', the model was loaded with {kernel!r}")
         if type(model.lm_head) is torch.nn.Linear:
             model.lm_head.__class__ = ScoringHead
         if not isinstance(model.lm_head, ScoringHead):
             raise ValueError(f"the head must be a plain Linear layer, not {type(model.lm_head).__name__}")
+        text = model.model.language_model.config
+        self.packs = model.config.model_type in PACKED_FAMILIES and text._attn_implementation in ("sdpa", "group")
+        if self.packs:
+            text._attn_implementation = "group"  # the language model's alone, and in memory alone
+        else:
+            logger.warning_once(f"{model.config.model_type} with {text._attn_implementation} attention: groups are not packed, every "
+                                f"completion repeats its prompt (packed: {', '.join(PACKED_FAMILIES)} with sdpa)")
         self.model = model
 
     def encode(self, prompts):
@@ -250,92 +324,49 @@ class Policy(torch.nn.Module):
         deeper = {"visual_pos_masks": prompts.visual, "deepstack_visual_embeds": features[1:]} if features[1:] else {}
         return embeds.masked_scatter(prompts.visual[..., None], features[0]), deeper
 
-    def forward(self, prompts, completions, completion_mask, hidden_layers=(), attention_layer=None, weight_alpha=None, group_size=None):
+    def forward(self, prompts, completions, completion_mask, packed=True, hidden_layers=(), attention_layer=None, weight_alpha=None):
         """completions, completion_mask (B, G, T) -> logp (B, G, T) of the completion tokens, entropy (B, G, T),
         hidden {layer: (B, S, D)} of `hidden_layers` (0 embeddings ... -1 after the last norm), without gradient,
         attention (B, G, T, P) of completion tokens to prompt tokens in `attention_layer` (1 is the first), mean over heads, or None,
-        weights (B, G, T): TW-GRPO's token_weights with alpha `weight_alpha`, or None. group_size: G where rows hold one completion each.
+        weights (B, G, T): TW-GRPO's token_weights with alpha `weight_alpha`, or None.
+
+        packed: a group is one row; otherwise a row [prompt | completion] each, the oracle and the way of models that cannot pack. Shapes
+        and numbers are the same.
         """
-        batch, group, length = completions.shape
-        prompt_length = prompts.input_ids.shape[1]
-        tail = completions.reshape(batch, group * length)
-        embeds, deeper = self.embed(prompts)
+        (batch, group, length), prompt_length = completions.shape, prompts.input_ids.shape[1]
+        packed = packed and self.packs
+        rows, share = (prompts, group) if packed else (prompts.repeat([group] * batch), 1)  # share: completions in a row
+        tail, valid = (tensor.reshape(-1, share * length) for tensor in (completions, completion_mask))
+        embeds, more = self.embed(rows)
         embeds = torch.cat([embeds, self.model.get_input_embeddings()(tail)], dim=1)  # (B, S, D)
-        if deeper:
-            deeper["visual_pos_masks"] = torch.nn.functional.pad(prompts.visual, (0, group * length))  # (B, S)
-        start = prompts.position_ids.amax(dim=(0, 2)) + 1  # (B,) every completion restarts right after the prompt
-        steps = torch.arange(length, device=tail.device).repeat(group)  # (G*T,)
-        positions = torch.cat([prompts.position_ids, (start[:, None] + steps)[None].expand(3, -1, -1)], dim=2)  # (3, B, S)
-        mask = group_mask(prompts.mask, completion_mask)
-        recorder = nullcontext({})
-        if attention_layer is not None:
-            recorder = record_attention(self.model, attention_layer, mask, prompt_length, group)
-        with recorder as recorded:
-            output = self.model.model.language_model(
-                inputs_embeds=embeds, position_ids=positions, attention_mask=mask, use_cache=False,
-                output_hidden_states=any(layer != -1 for layer in hidden_layers), **deeper)
+        if more:
+            more["visual_pos_masks"] = pad(rows.visual, (0, share * length))  # (B, S)
+        start = rows.position_ids.amax(dim=(0, 2)) + 1  # (B,) every completion restarts right after the prompt
+        steps = torch.arange(length, device=tail.device).repeat(share)  # (G*T,)
+        positions = torch.cat([rows.position_ids, (start[:, None] + steps)[None].expand(3, -1, -1)], dim=2)  # (3, B, S)
+        layers = self.model.config.text_config.num_hidden_layers
+        if attention_layer is not None and not (self.packs and 1 <= attention_layer <= layers):
+            raise ValueError(f"no attention of layer {attention_layer}: the model has layers 1 to {layers}, and packs: {self.packs}")
+        checkpointed = self.training and self.model.model.language_model.layers[0].gradient_checkpointing
+        layout = Layout(rows.padding(), share, length, attention_layer, checkpointed=checkpointed)
+        more |= {"layout": layout} if self.packs else {"attention_mask": torch.cat([rows.mask, valid], dim=1).long()}
+        output = self.model.model.language_model(inputs_embeds=embeds, position_ids=positions, use_cache=False,
+                                                 output_hidden_states=any(layer != -1 for layer in hidden_layers), **more)
         hidden = output.last_hidden_state  # (B, S, D)
-        index = torch.arange(group * length, device=tail.device)
+        index = torch.arange(share * length, device=tail.device)
         source = torch.where(index % length == 0, prompt_length - 1, prompt_length + index - 1)  # the token before; t=0: the prompt's last
-        groups = (-1, group_size or group, length)
-        scored = hidden[:, source].view(*groups, hidden.shape[-1])
-        valid = completion_mask.view(groups)
-        logp, entropy, divergence = self.model.lm_head(scored, completions.view(groups), valid, weight_alpha is not None)
+        scored = hidden[:, source].view(*completions.shape, -1)
+        logp, entropy, divergence = self.model.lm_head(scored, completions, completion_mask, weight_alpha is not None)
         weights = None
         if weight_alpha is not None:
-            weights = torch.stack([weights_of_divergence(*one, weight_alpha) for one in zip(divergence, valid, strict=True)])
-            weights = weights.view(completions.shape)
+            weights = torch.stack([weights_of_divergence(*one, weight_alpha) for one in zip(divergence, completion_mask, strict=True)])
         states = {layer: (hidden if layer == -1 else output.hidden_states[layer]).detach() for layer in hidden_layers}
-        return logp.view(completions.shape), entropy.view(completions.shape), states, recorded.get("weights"), weights
-
-
-@contextmanager
-def record_attention(model, layer, mask, prompt_length, group):
-    """While open, the attention of `layer` (1 is the first) from completion tokens to prompt tokens is computed beside the model's own
-    kernel, from that layer's queries and keys after rotary. Yields a dict whose 'weights' is (B, G, T, P), mean over heads, no gradient."""
-    layers = model.config.text_config.num_hidden_layers
-    if not 1 <= layer <= layers:
-        raise ValueError(f"attention layer {layer} does not exist: the model has layers 1 to {layers}")
-    name = model.model.language_model.config._attn_implementation
-    kernel, local, recorded = ALL_ATTENTION_FUNCTIONS[name], ALL_ATTENTION_FUNCTIONS._local_mapping, {}
-    before = local.get(name)
-
-    def attention(module, query, key, value, attention_mask, **kwargs):
-        if getattr(module, "layer_idx", None) == layer - 1:
-            with torch.no_grad():  # query (B, heads, S, d), key (B, kv heads, S, d)
-                keys = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1).float().transpose(2, 3)
-                parts = []
-                for rows in torch.arange(prompt_length, query.shape[2], device=query.device).chunk(group):
-                    scores = query[:, :, rows].float() @ keys * kwargs["scaling"]  # (B, heads, T, S)
-                    scores = scores.masked_fill(~mask[:, :, rows], float("-inf"))
-                    parts.append(scores.softmax(-1)[..., :prompt_length].mean(1))  # (B, T, P)
-                recorded["weights"] = torch.stack(parts, dim=1)
-        return kernel(module, query, key, value, attention_mask, **kwargs)
-
-    ALL_ATTENTION_FUNCTIONS[name] = attention
-    try:
-        yield recorded
-    finally:
-        del ALL_ATTENTION_FUNCTIONS[name]
-        if before is not None:
-            ALL_ATTENTION_FUNCTIONS[name] = before
-
-
-def group_logps(policy, prompts, completions, completion_mask, packed=True, **layers):
-    """Policy.forward on a group: packed, or with the prompt repeated for every completion (the oracle). Same shapes and numbers."""
-    if packed:
-        return policy(prompts, completions, completion_mask, **layers)
-    batch, group, length = completions.shape
-    flat = (batch * group, 1, length)
-    logp, entropy, hidden, attention, weights = policy(
-        prompts.repeat(group), completions.view(flat), completion_mask.view(flat), group_size=group, **layers)
-    prompt_length = prompts.input_ids.shape[1]
-    for layer, states in hidden.items():  # back to the packed layout; the prompt's states are the same in every copy
-        states = states.view(batch, group, prompt_length + length, -1)
-        hidden[layer] = torch.cat([states[:, 0, :prompt_length], states[:, :, prompt_length:].flatten(1, 2)], dim=1)
-    attention = None if attention is None else attention.view(batch, group, length, prompt_length)
-    weights = None if weights is None else weights.view(batch, group, length)
-    return logp.view(batch, group, length), entropy.view(batch, group, length), hidden, attention, weights
+        if not packed:  # the prompt's states are the same in every copy
+            apart = {layer: values.view(batch, group, prompt_length + length, -1) for layer, values in states.items()}
+            states = {layer: torch.cat([values[:, 0, :prompt_length], values[:, :, prompt_length:].flatten(1, 2)], dim=1)
+                      for layer, values in apart.items()}
+        attention = None if layout.recorded is None else layout.recorded.view(batch, group, length, prompt_length)
+        return logp, entropy, states, attention, weights
 
 
 # ------------------------------------------------------------------------------------------------------------ rollouts
@@ -358,6 +389,27 @@ def row_uniforms(seeds, length):
     return torch.stack([torch.rand(length, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
 
 
+class RoomyLayer(DynamicLayer):
+    """A layer of the KV cache with room for tokens to come: transformers' copies the whole cache for every one of them."""
+
+    def update(self, key_states, value_states, *args, **kwargs):
+        """Appends (B, key heads, n, d) each -> all keys, all values."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+            self.room = [states[:, :, :0] for states in (key_states, value_states)]
+        before = self.get_seq_length()
+        after = before + key_states.shape[2]
+        if after > self.room[0].shape[2]:
+            self.room = [pad(states[:, :, :before], (0, 0, 0, after - before + 1024)) for states in self.room]
+        for room, states in zip(self.room, (key_states, value_states), strict=True):
+            room[:, :, before:after] = states
+        self.keys, self.values = (room[:, :, :after] for room in self.room)
+        return self.keys, self.values
+
+    def batch_select_indices(self, indices):
+        self.room = [states[indices] for states in self.room]
+
+
 @torch.no_grad()
 def rollout(model, prompts, counts, seeds, max_new_tokens, eos_ids, banned_ids=(), temperature=1.0, top_p=0.95):
     """Sample `counts[b]` completions of prompt b: encode and prefill once; all completions of a prompt then read the one KV cache.
@@ -368,11 +420,14 @@ def rollout(model, prompts, counts, seeds, max_new_tokens, eos_ids, banned_ids=(
     Returns completions (N, T) right-padded with eos, mask (N, T).
     """
     policy = Policy(model)
+    if not policy.packs:
+        prompts, counts = prompts.repeat(counts), [1] * sum(counts)
     language, device = model.model.language_model, prompts.input_ids.device
     cache = DynamicCache(config=language.config)
-    embeds, deeper = policy.embed(prompts)
-    output = language(inputs_embeds=embeds, position_ids=prompts.position_ids, attention_mask=prompts.mask.long(), past_key_values=cache,
-                      use_cache=True, **deeper)
+    cache.layers = [RoomyLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
+    embeds, more = policy.embed(prompts)
+    more |= {"layout": Layout(prompts.padding())} if policy.packs else {"attention_mask": prompts.mask.long()}
+    output = language(inputs_embeds=embeds, position_ids=prompts.position_ids, past_key_values=cache, use_cache=True, **more)
     active = torch.full((len(counts), max(counts)), -1, device=device)  # (B, W): the completion that a query belongs to, -1: none
     for row, (count, before) in enumerate(zip(counts, accumulate(counts, initial=0), strict=False)):
         active[row, :count] = torch.arange(before, before + count, device=device)
@@ -403,7 +458,8 @@ def rollout(model, prompts, counts, seeds, max_new_tokens, eos_ids, banned_ids=(
         owners = torch.cat([owners, active], dim=1)
         own = (owners[:, None] == active[..., None]) & (active >= 0)[..., None]  # (B, W, columns)
         seen = torch.cat([mask[:, None].expand(-1, active.shape[1], -1), own], dim=2)  # (B, W, P + columns)
-        output = language(inputs_embeds=model.get_input_embeddings()(inputs), attention_mask=seen[:, None], past_key_values=cache,
+        seen = seen[:, None] if policy.packs else seen[:, 0].long()
+        output = language(inputs_embeds=model.get_input_embeddings()(inputs), attention_mask=seen, past_key_values=cache,
                           position_ids=(position + step)[None, :, None].expand(3, -1, active.shape[1]), use_cache=True)
         hidden = output.last_hidden_state
     longest = int(lengths.max())

@@ -35,11 +35,12 @@ import reward
 import toy
 from data import PROMPT_TEMPLATE, DataError, Encoder, MediaError, invert_question, load_examples, target_text
 from grpo import (
+    FAMILIES,
+    PACKED_FAMILIES,
     Policy,
     answer_likelihoods,
     collate,
     group_advantages,
-    group_logps,
     policy_loss,
     rollout_frame_use,
     sample_texts,
@@ -450,11 +451,11 @@ def grpo_micro_batch(arguments, engine, reference, processor, encoder, usable, r
     prompts, ref_logp = replace(collate(items, engine.module.model).to(engine.device), features=features), None
     if reference is not None:
         with torch.no_grad():
-            ref_logp = group_logps(reference, prompts, completions, mask, arguments.packed)[0]  # (B, G, T)
+            ref_logp = reference(prompts, completions, mask, arguments.packed)[0]  # (B, G, T)
     values["time/reference"].append(time.perf_counter() - clock)
     clock = time.perf_counter()
-    logp, entropy, hidden, attention, weights = group_logps(engine, prompts, completions, mask, arguments.packed,
-                                                            weight_alpha=weight_alpha(arguments), **use_layers(arguments))
+    logp, entropy, hidden, attention, weights = engine(prompts, completions, mask, arguments.packed,
+                                                    weight_alpha=weight_alpha(arguments), **use_layers(arguments))
     uses, paper_uses = frame_uses(arguments, prompts, mask, hidden, attention)
 
     # 3. rewards (Eq. 6-8)
@@ -551,8 +552,8 @@ def train_grpo(arguments, model_path, processor, encoder, stream, rows, skipped,
                     log_rollouts([{"step": step, **line} for line in lines])
                 else:
                     replay = replays[number]
-                    logp, *_, weights = group_logps(engine, replay["prompts"], replay["completions"], replay["mask"], arguments.packed,
-                                                    weight_alpha=weight_alpha(arguments))
+                    logp, *_, weights = engine(replay["prompts"], replay["completions"], replay["mask"], arguments.packed,
+                                               weight_alpha=weight_alpha(arguments))
                     backward_loss(arguments, engine, replay, logp, weights, values)
                 clock = time.perf_counter()
                 engine.step()
@@ -765,8 +766,11 @@ def run(arguments, settings):
     if not Path(model_path).is_dir() and os.environ.get("HF_HUB_OFFLINE") == "1":
         raise DataError(f"model {model_path} is not a folder, and HF_HUB_OFFLINE forbids the hub")
     processor = AutoProcessor.from_pretrained(model_path)
-    if AutoConfig.from_pretrained(model_path).model_type not in ("qwen2_vl", "qwen2_5_vl", "qwen3_vl"):
-        raise DataError(f"{model_path} is no Qwen2-VL, Qwen2.5-VL or Qwen3-VL checkpoint")
+    family = AutoConfig.from_pretrained(model_path).model_type
+    if family not in FAMILIES:
+        raise DataError(f"{model_path} is a {family} checkpoint, not one of {', '.join(FAMILIES)}")
+    if arguments.frame_use == "attention" and family not in PACKED_FAMILIES:
+        raise DataError(f"--frame_use attention works with {', '.join(PACKED_FAMILIES)}, not with {family}")
     encoder = Encoder(processor, arguments.min_pixels, arguments.max_pixels, settings.frames, template_text(arguments),
                       arguments.media_cache_gb)
     metrics_file, rollouts_file = (open(output / name, "w", encoding="utf-8") if is_main() else None

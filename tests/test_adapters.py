@@ -16,7 +16,7 @@ import transformers
 
 import reward
 from data import Encoder, build_prompt, load_examples
-from grpo import Policy, collate, group_logps, rollout_frame_use
+from grpo import Policy, collate, rollout_frame_use
 
 RIGHT, WRONG, LOOSE = "<think>a</think><answer>B</answer>", "<think>a</think><answer>C</answer>", "so: <answer>B</answer>"
 
@@ -252,7 +252,7 @@ def test_cfr_from_forward_is_what_the_packed_path_gives(toy_folder, toy_processo
     completions = torch.randint(0, 256, (3, group, 5), generator=torch.Generator().manual_seed(3))
     mask = torch.arange(5) < torch.tensor([[5, 2], [4, 5], [3, 5]])[..., None]
     with torch.no_grad():
-        hidden = group_logps(Policy(toy_model), prompts, completions, mask, hidden_layers=(-1,))[2][-1]
+        hidden = Policy(toy_model)(prompts, completions, mask, hidden_layers=(-1,))[2][-1]
     uses = rollout_frame_use(prompts, mask, hidden)
     expected = torch.tensor([0.0 if use is None else reward.consensus_frame_reward(reward.merge_prior(priors[b], len(use)), use)
                              for b in range(3) for use in uses[b]])

@@ -5,27 +5,28 @@ import math
 import os
 import subprocess
 import sys
+from contextlib import contextmanager
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 import transformers
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import grpo
 from data import Encoder, load_examples
 from grpo import (
+    Layout,
     Policy,
     Prompts,
     answer_likelihoods,
     collate,
     group_advantages,
-    group_logps,
-    group_mask,
+    group_attention,
     policy_loss,
-    record_attention,
     rollout,
     rollout_frame_use,
     row_uniforms,
@@ -253,18 +254,51 @@ def test_slot_shares_by_hand():
     assert slot_shares([0, 1, 2], [], 3).tolist() == [0, 0, 0]
 
 
-def test_group_mask_by_hand():
-    prompt = torch.tensor([[False, True]])
-    completions = torch.tensor([[[True, True], [True, False]]])
-    # columns: p0 (padding) p1 a0 a1 b0 b1 (padding)
-    expected = torch.tensor([
-        [1, 0, 0, 0, 0, 0],  # p0 sees itself, for its softmax's sake
-        [0, 1, 0, 0, 0, 0],
-        [0, 1, 1, 0, 0, 0],
-        [0, 1, 1, 1, 0, 0],
-        [0, 1, 0, 0, 1, 0],  # b0: not a
-        [0, 1, 0, 0, 1, 1]])
-    assert torch.equal(group_mask(prompt, completions), expected.bool()[None, None])
+def test_group_attention_sees_what_a_mask_by_hand_allows():
+    # two rows, 4 query heads on 2 key heads; columns: p0 p1 p2 a0 a1 b0 b1, p0 of the second row is padding
+    causal = torch.tensor([
+        [1, 0, 0, 0, 0, 0, 0],
+        [1, 1, 0, 0, 0, 0, 0],
+        [1, 1, 1, 0, 0, 0, 0],
+        [1, 1, 1, 1, 0, 0, 0],
+        [1, 1, 1, 1, 1, 0, 0],
+        [1, 1, 1, 0, 0, 1, 0],  # b0: not a
+        [1, 1, 1, 0, 0, 1, 1]]).bool()
+    allowed = torch.stack([causal, causal])[:, None].clone()
+    allowed[1, :, 1:, 0] = False
+    generator = torch.Generator().manual_seed(0)
+    query, key, value = (torch.randn(2, heads, 7, 8, generator=generator, requires_grad=True) for heads in (4, 2, 2))
+    scores = query @ key.repeat_interleave(2, 1).transpose(2, 3) * 0.3
+    weights = scores.masked_fill(~allowed, -INF).softmax(-1)
+    expected = (weights @ value.repeat_interleave(2, 1)).transpose(1, 2)  # (B, S, heads, d)
+    valid = torch.ones(2, 7, 1, 1)
+    valid[1, 0] = 0
+    probe = torch.randn(2, 7, 4, 8, generator=generator) * valid
+    grads = torch.autograd.grad((expected * probe).sum(), (query, key, value))
+    module = SimpleNamespace(layer_idx=1)
+    for checkpointed in (False, True):
+        layout = Layout([0, 1], group=2, length=2, layer=2, checkpointed=checkpointed)
+        with torch.no_grad():
+            key[1, :, 0], value[1, :, 0] = 99.0, NAN  # padding holds poison
+        attended, _ = group_attention(module, query, key, value, None, layout, scaling=0.3)
+        torch.testing.assert_close(attended * probe, expected * probe)
+        for one, two in zip(torch.autograd.grad((attended * probe).sum(), (query, key, value)), grads, strict=True):
+            torch.testing.assert_close(one[0], two[0], atol=1e-6, rtol=1e-5)
+            torch.testing.assert_close(one[1, :, 1:], two[1, :, 1:], atol=1e-6, rtol=1e-5)
+            assert one[1, :, 0].abs().max() == 0
+        shares = weights.mean(1)[:, 3:, :3].unflatten(1, (2, 2))  # (B, G, T, P)
+        torch.testing.assert_close(layout.recorded, shares.detach())
+        assert layout.recorded[1, :, :, 0].abs().max() == 0 and not layout.recorded.requires_grad
+
+
+def test_group_attention_of_a_masked_step_folds_the_query_heads():
+    generator = torch.Generator().manual_seed(0)
+    query, key, value = (torch.randn(2, heads, columns, 8, generator=generator) for heads, columns in ((4, 3), (2, 6), (2, 6)))
+    allowed = torch.rand(2, 1, 3, 6, generator=generator) < 0.6
+    allowed[..., 0] = True
+    expected = (query @ key.repeat_interleave(2, 1).transpose(2, 3) * 0.3).masked_fill(~allowed, -INF).softmax(-1)
+    attended, _ = group_attention(SimpleNamespace(), query, key, value, allowed, scaling=0.3)
+    torch.testing.assert_close(attended, (expected @ value.repeat_interleave(2, 1)).transpose(1, 2))
 
 
 def prompts_of(visual, slots):
@@ -382,10 +416,21 @@ def gradients(model, loss):
     return {name: torch.zeros_like(parameters[name]) if grad is None else grad for name, grad in zip(parameters, grads, strict=True)}
 
 
-def assert_same_gradients(one, other):
+@contextmanager
+def checkpointing(model, on):
+    """The model in train mode with its layers checkpointed, or as it is."""
+    if on:
+        model.gradient_checkpointing_enable()
+        model.train()
+    yield
+    model.gradient_checkpointing_disable()
+    model.eval()
+
+
+def assert_same_gradients(one, other, atol=1e-5):
     for name in one:
         scale = max(1.0, one[name].abs().max().item())
-        torch.testing.assert_close(other[name] / scale, one[name] / scale, atol=1e-5, rtol=0, msg=lambda text, name=name: f"{name}: {text}")
+        torch.testing.assert_close(other[name] / scale, one[name] / scale, atol=atol, rtol=0, msg=lambda text, name=name: f"{name}: {text}")
 
 
 def test_collate_gives_hf_positions(items, toy_model):
@@ -409,17 +454,18 @@ def test_packed_repeated_and_plain_forward_agree(items, group, toy_model):
     expected = hf_logps(toy_model, items, completions, mask)
     expected_grads = gradients(toy_model, (expected * weights).sum())
     assert all(grad.abs().max() > 1e-3 for name, grad in expected_grads.items() if name.endswith("weight"))  # the comparison says something
-    for packed in (True, False):
-        logp = group_logps(policy, prompts, completions, mask, packed=packed)[0]
-        assert logp.shape == mask.shape
-        torch.testing.assert_close(logp * mask, expected, atol=1e-5, rtol=0)
-        assert_same_gradients(expected_grads, gradients(toy_model, (logp * weights).sum()))
+    for packed, on in product((True, False), (True, False)):
+        with checkpointing(toy_model, on):
+            logp = policy(prompts, completions, mask, packed=packed)[0]
+            assert logp.shape == mask.shape
+            torch.testing.assert_close(logp * mask, expected, atol=1e-5, rtol=0)
+            assert_same_gradients(expected_grads, gradients(toy_model, (logp * weights).sum()))
 
 
 def test_entropy_is_that_of_the_plain_forward(items, group, toy_model):
     prompts, completions, mask = group
     with torch.no_grad():
-        entropy = group_logps(Policy(toy_model), prompts, completions, mask)[1]
+        entropy = Policy(toy_model)(prompts, completions, mask)[1]
         completion = completions[0, 2][mask[0, 2]]
         logits = toy_model(**hf_inputs(items[0], toy_model, completion)).logits[0, len(items[0]["input_ids"]) - 1 : -1]
     torch.testing.assert_close(entropy[0, 2][mask[0, 2]], torch.distributions.Categorical(logits=logits).entropy(), atol=1e-4, rtol=1e-4)
@@ -428,8 +474,8 @@ def test_entropy_is_that_of_the_plain_forward(items, group, toy_model):
 def test_token_weights_of_the_forward_are_those_of_each_groups_logits(items, group, toy_model):
     prompts, completions, mask = group
     with torch.no_grad():
-        packed, repeated = (group_logps(Policy(toy_model), prompts, completions, mask, one, weight_alpha=1.7)[4] for one in (True, False))
-        assert group_logps(Policy(toy_model), prompts, completions, mask)[4] is None
+        packed, repeated = (Policy(toy_model)(prompts, completions, mask, one, weight_alpha=1.7)[4] for one in (True, False))
+        assert Policy(toy_model)(prompts, completions, mask)[4] is None
         for b, item in enumerate(items):
             logits = torch.full((3, 5, toy_model.config.text_config.vocab_size), NAN)  # poison where a rollout has ended
             for g in range(3):
@@ -482,8 +528,8 @@ def test_hidden_states_and_attention_agree_with_repeated_and_eager(items, group,
     prompts, completions, mask = group
     layers = {"hidden_layers": (0, 2, -1), "attention_layer": 2}
     with torch.no_grad():
-        _, _, hidden, attention, _ = group_logps(Policy(toy_model), prompts, completions, mask, **layers)
-        _, _, hidden_repeated, attention_repeated, _ = group_logps(Policy(toy_model), prompts, completions, mask, packed=False, **layers)
+        _, _, hidden, attention, _ = Policy(toy_model)(prompts, completions, mask, **layers)
+        _, _, hidden_repeated, attention_repeated, _ = Policy(toy_model)(prompts, completions, mask, packed=False, **layers)
     assert set(hidden) == {0, 2, -1} and not any(states.requires_grad for states in hidden.values())
     valid = torch.cat([prompts.mask, mask.flatten(1)], dim=1)
     for layer in hidden:
@@ -518,7 +564,7 @@ def test_padding_tokens_change_nothing(group, toy_model, packed):
     poisoned = torch.where(mask, completions, torch.tensor(99))
     results = []
     for inputs in ((prompts, completions), (other, poisoned)):
-        logp, _, hidden, attention, _ = group_logps(Policy(toy_model), *inputs, mask, packed=packed, hidden_layers=(-1,), attention_layer=1)
+        logp, _, hidden, attention, _ = Policy(toy_model)(*inputs, mask, packed=packed, hidden_layers=(-1,), attention_layer=1)
         valid = torch.cat([prompts.mask, mask.flatten(1)], dim=1)
         results.append((logp[mask], hidden[-1][valid], attention[mask], gradients(toy_model, logp[mask].sum())))
     for one, two in zip(results[0][:3], results[1][:3], strict=True):
@@ -537,40 +583,63 @@ def test_text_alone_keeps_the_vision_tower_in_the_graph(items, toy_model):
     assert all(grad.abs().max() == 0 for grad in grads)
 
 
-def test_eager_attention_gives_the_same_numbers_or_an_error(items, toy_model):
-    # eager adds the mask to the scores: a boolean mask there is +1 and +0, silently no mask at all
-    prompts = collate(items[:1], toy_model)
-    completions, mask = torch.randint(0, 256, (1, 2, 3), generator=torch.Generator().manual_seed(0)), torch.ones(1, 2, 3).bool()
+def test_other_kernels_repeat_the_prompt_and_say_so(items, group, toy_model, talker, monkeypatch):
+    said = []
+    monkeypatch.setattr(grpo.logger, "warning_once", said.append)
+    prompts, completions, mask = group
     eager = copy.deepcopy(toy_model)
     eager.set_attn_implementation("eager")
     with torch.no_grad():
-        expected = hf_logps(eager, items[:1], completions, mask)
-        try:
-            logp = Policy(eager)(prompts, completions, mask)[0]
-        except (ValueError, RuntimeError):
-            return
-    torch.testing.assert_close(logp, expected, atol=1e-5, rtol=0)
+        logp, _, hidden, attention, _ = Policy(eager)(prompts, completions, mask, hidden_layers=(-1,))
+        expected, _, states, *_ = Policy(toy_model)(prompts, completions, mask, hidden_layers=(-1,))
+    assert len(said) == 1 and "eager" in said[0] and "repeats its prompt" in said[0]
+    torch.testing.assert_close(logp[mask], expected[mask], atol=1e-5, rtol=0)
+    valid = torch.cat([prompts.mask, mask.flatten(1)], dim=1)
+    torch.testing.assert_close(hidden[-1][valid], states[-1][valid], atol=2e-5, rtol=0)
+    assert attention is None
+    with pytest.raises(ValueError, match="no attention of layer 1"):
+        Policy(eager)(prompts, completions, mask, attention_layer=1)
+
+    eager = copy.deepcopy(talker)
+    eager.set_attn_implementation("eager")
+    counts, seeds = [2, 1, 3, 1], list(range(7))
+    ours, same = (rollout(model, prompts, counts, seeds, 6, [2], banned_ids(model)) for model in (eager, talker))
+    assert torch.equal(ours[0], same[0]) and torch.equal(ours[1], same[1]) and len({int(row.sum()) for row in ours[1]}) > 1
 
 
-@pytest.fixture(scope="module", params=["Qwen2VL", "Qwen3VL"])
+def test_a_packing_model_still_generates_alone_and_saves_no_trace(items, toy_model, talker, tmp_path):
+    plain = copy.deepcopy(talker)
+    plain.model.language_model.config._attn_implementation = "sdpa"
+    packing = Policy(copy.deepcopy(plain)).model
+    ids = torch.tensor([[0, 0, 40, 41, 42], [50, 51, 52, 53, 54]])
+    options = dict(attention_mask=torch.tensor([[0, 0, 1, 1, 1], [1] * 5]), max_new_tokens=4, do_sample=False)
+    assert torch.equal(packing.generate(ids, **options), plain.generate(ids, **options))
+    packing.save_pretrained(tmp_path)
+    assert '"group"' not in (tmp_path / "config.json").read_text()
+
+
+@pytest.fixture(scope="module", params=["Qwen2VL", "Qwen3VL", "Qwen3VLMoe", "Qwen3_5"])
 def other_family(request, items, toy_model):
-    """(model, items) of another family with the toy's token ids: a video, an image, a text. Qwen3-VL has its times between the slots."""
-    config, text = toy_model.config, toy_model.config.text_config
+    """(model, items) of another family with the toy's token ids: a video, an image, a text. Since Qwen3 times stand between the slots."""
+    name, config, text = request.param, toy_model.config, toy_model.config.text_config
     torch.manual_seed(0)
     vision = dict(depth=2, num_heads=4, patch_size=14, temporal_patch_size=2, spatial_merge_size=2, initializer_range=0.1)
-    vision |= {"Qwen2VL": dict(embed_dim=64, hidden_size=64),
-               "Qwen3VL": dict(hidden_size=64, intermediate_size=96, out_hidden_size=64, num_position_embeddings=16,
-                               deepstack_visual_indexes=[0, 1])}[request.param]
+    later = dict(hidden_size=64, intermediate_size=96, out_hidden_size=64, num_position_embeddings=16)
     options = dict(vocab_size=text.vocab_size, hidden_size=64, intermediate_size=128, num_hidden_layers=3, num_attention_heads=4,
-                   num_key_value_heads=2, head_dim=16, bos_token_id=None, eos_token_id=text.eos_token_id, pad_token_id=text.pad_token_id,
+                   num_key_value_heads=2, bos_token_id=None, eos_token_id=text.eos_token_id, pad_token_id=text.pad_token_id,
                    initializer_range=0.1, rope_parameters={"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]})
-    options = {name: value for name, value in options.items() if name != "head_dim" or request.param == "Qwen3VL"}
-    model = getattr(transformers, f"{request.param}ForConditionalGeneration")(getattr(transformers, f"{request.param}Config")(
-        text_config=options, vision_config=vision, tie_word_embeddings=False, image_token_id=config.image_token_id,
+    more = {"Qwen2VL": {}, "Qwen3VL": dict(head_dim=16),
+            "Qwen3VLMoe": dict(head_dim=16, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=64),
+            "Qwen3_5": dict(head_dim=16, linear_key_head_dim=16, linear_value_head_dim=16, linear_num_key_heads=2, linear_num_value_heads=4,
+                            layer_types=["linear_attention", "full_attention", "linear_attention"])}[name]
+    vision |= dict(embed_dim=64, hidden_size=64) if name == "Qwen2VL" else later
+    vision |= dict(deepstack_visual_indexes=[0, 1]) if name in ("Qwen3VL", "Qwen3VLMoe") else {}
+    model = getattr(transformers, f"{name}ForConditionalGeneration")(getattr(transformers, f"{name}Config")(
+        text_config=options | more, vision_config=vision, tie_word_embeddings=False, image_token_id=config.image_token_id,
         video_token_id=config.video_token_id, vision_start_token_id=config.vision_start_token_id,
         vision_end_token_id=config.vision_end_token_id)).eval()
     video, image, words = dict(items[0]), items[1], items[3]
-    if request.param == "Qwen3VL":  # one run of video tokens becomes a run for every slot
+    if name != "Qwen2VL":  # one run of video tokens becomes a run for every slot
         ids, token = video["input_ids"].tolist(), config.video_token_id
         first, count = ids.index(token), ids.count(token) // int(video["grid_thw"][0])
         run = [config.vision_start_token_id, *[token] * count, config.vision_end_token_id]
@@ -596,12 +665,16 @@ def test_other_families_agree_with_their_plain_forward(other_family):
     weights = torch.randn(mask.shape, generator=torch.Generator().manual_seed(2)) * mask
     grads = gradients(model, (expected * weights).sum())
     assert all(grad.abs().max() > 1e-4 for name, grad in grads.items() if name.endswith("weight"))
-    for packed in (True, False):
-        layers = {"hidden_layers": (-1,), "attention_layer": 1}
-        logp, _, hidden, attention, _ = group_logps(Policy(model), prompts, completions, mask, packed, **layers)
-        torch.testing.assert_close(logp * mask, expected, atol=1e-5, rtol=0)
-        assert_same_gradients(grads, gradients(model, (logp * weights).sum()))
-        uses = rollout_frame_use(prompts, mask, hidden[-1]), rollout_frame_use(prompts, mask, attention=attention)
+    policy, atol = Policy(model), 1e-4 if model.config.model_type == "qwen3_5" else 1e-5  # its recurrence adds up in another order
+    assert policy.packs == (model.config.model_type in ("qwen2_vl", "qwen3_vl"))
+    layer = 1 if policy.packs else None
+    for packed, on in product((True, False), (True, False)):
+        with checkpointing(model, on):
+            logp, _, hidden, attention, _ = policy(prompts, completions, mask, packed, hidden_layers=(-1,), attention_layer=layer)
+            torch.testing.assert_close(logp * mask, expected, atol=1e-5, rtol=0)
+            assert_same_gradients(grads, gradients(model, (logp * weights).sum()), atol)
+        uses = [rollout_frame_use(prompts, mask, hidden[-1])]
+        uses += [rollout_frame_use(prompts, mask, attention=attention)] if policy.packs else []
         assert all(len(use[0][0]) == 3 and use[1] == use[2] == [None, None] for use in uses)
 
 
@@ -622,7 +695,7 @@ def test_chunks_of_the_vocabulary_change_nothing(group, toy_model, packed, monke
     results = []
     for size in (1 << 25, 4 * 3 * 2 * toy_model.config.text_config.vocab_size):  # one chunk; chunks of two positions, the last of one
         monkeypatch.setattr(grpo, "CHUNK_LOGITS", size)
-        logp, entropy, _, _, weights = group_logps(Policy(toy_model), prompts, completions, mask, packed, weight_alpha=1.7)
+        logp, entropy, _, _, weights = Policy(toy_model)(prompts, completions, mask, packed, weight_alpha=1.7)
         results.append((logp, entropy, weights, gradients(toy_model, (logp * mask).sum())))
     for one, two in zip(results[0][:3], results[1][:3], strict=True):
         torch.testing.assert_close(one, two, atol=1e-6, rtol=0)
@@ -644,7 +717,7 @@ def test_no_tensor_of_all_logits_lives(toy_model, group, monkeypatch):
             return output
 
     with Watch():
-        logp, *_, weights = group_logps(Policy(toy_model), prompts, completions, mask, weight_alpha=1.7)
+        logp, *_, weights = Policy(toy_model)(prompts, completions, mask, weight_alpha=1.7)
         (logp * weights)[mask].sum().backward()
     assert largest == grpo.CHUNK_LOGITS
 
@@ -652,7 +725,7 @@ def test_no_tensor_of_all_logits_lives(toy_model, group, monkeypatch):
 PEAK = """
 import re, sys, torch
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
-from grpo import Policy, Prompts, group_logps, policy_loss
+from grpo import Policy, Prompts, policy_loss
 memory = lambda name: int(re.search(name + r":\\s+(\\d+) kB", open("/proc/self/status").read())[1]) * 1024 / 1e9
 text = dict(vocab_size=151936, hidden_size=256, intermediate_size=512, num_hidden_layers=6, num_attention_heads=4, num_key_value_heads=2,
             pad_token_id=None, eos_token_id=None, bos_token_id=None,
@@ -664,7 +737,7 @@ prompts = Prompts(torch.randint(20, 9999, (1, 512)), torch.ones(1, 512).bool(), 
                   torch.zeros(1, 512).bool(), None, None, [0])
 completions, mask = torch.randint(20, 9999, (1, 8, 512)), torch.ones(1, 8, 512).bool()
 before = memory("VmRSS")
-logp, *_, weights = group_logps(Policy(model), prompts, completions, mask, weight_alpha=1.7)
+logp, *_, weights = Policy(model)(prompts, completions, mask, weight_alpha=1.7)
 logp, mask, weights = logp[0], mask[0], weights[0]
 policy_loss(logp, logp.detach(), torch.randn(8), mask, weights=weights)[0].backward()
 assert model.lm_head.weight.grad.abs().max() > 0
@@ -685,9 +758,9 @@ def test_features_of_a_frozen_tower_are_shared(group, toy_model):
     prompts, completions, mask = group
     with torch.no_grad():
         features = Policy(toy_model).encode(prompts)
-        expected = group_logps(Policy(toy_model), prompts, completions, mask)[0]
+        expected = Policy(toy_model)(prompts, completions, mask)[0]
         shared = replace(prompts, features=features, pixel_values=torch.full_like(prompts.pixel_values, NAN))  # not read again
-        torch.testing.assert_close(group_logps(Policy(toy_model), shared, completions, mask)[0], expected, atol=1e-6, rtol=0)
+        torch.testing.assert_close(Policy(toy_model)(shared, completions, mask)[0], expected, atol=1e-6, rtol=0)
 
 
 def test_one_step_moves_every_parameter(group, toy_model):
@@ -695,47 +768,15 @@ def test_one_step_moves_every_parameter(group, toy_model):
     model = copy.deepcopy(toy_model).train()
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
-    logp = group_logps(Policy(model), prompts, completions, mask)[0].flatten(0, 1)
+    logp = Policy(model)(prompts, completions, mask)[0].flatten(0, 1)
     advantages = group_advantages(torch.arange(12.0).view(4, 3)).flatten()
     loss, _ = policy_loss(logp, logp.detach(), advantages, mask.flatten(0, 1), logp.detach() - 0.1)
     loss.backward()
     optimizer.step()
     still = [name for name, parameter in model.named_parameters() if torch.equal(parameter, before[name])]
     assert not still, f"did not move: {still}"
-    after = group_logps(Policy(model), prompts, completions, mask)[0].flatten(0, 1)
+    after = Policy(model)(prompts, completions, mask)[0].flatten(0, 1)
     assert policy_loss(after, logp.detach(), advantages, mask.flatten(0, 1), logp.detach() - 0.1)[0] < loss
-
-
-# --------------------------------------------------------------------------------------------------- recording attention
-
-
-@pytest.fixture
-def attention_functions():
-    """Leaves transformers' table as it was, whatever the test does."""
-    before = dict(ALL_ATTENTION_FUNCTIONS._local_mapping)
-    yield ALL_ATTENTION_FUNCTIONS
-    ALL_ATTENTION_FUNCTIONS._local_mapping.clear()
-    ALL_ATTENTION_FUNCTIONS._local_mapping.update(before)
-
-
-def test_attention_function_is_restored(toy_model, attention_functions):
-    before = ALL_ATTENTION_FUNCTIONS["sdpa"]
-    with record_attention(toy_model, 1, torch.ones(1, 1, 1, 1).bool(), 0, 1):
-        assert ALL_ATTENTION_FUNCTIONS["sdpa"] is not before
-    assert ALL_ATTENTION_FUNCTIONS["sdpa"] is before
-    with pytest.raises(RuntimeError, match="out of memory"), record_attention(toy_model, 1, torch.ones(1, 1, 1, 1).bool(), 0, 1):
-        raise RuntimeError("out of memory")
-    assert ALL_ATTENTION_FUNCTIONS["sdpa"] is before
-
-
-def test_attention_function_of_somebody_else_is_restored(toy_model, attention_functions):
-    def kernel(*args, **kwargs):
-        raise AssertionError
-
-    ALL_ATTENTION_FUNCTIONS["sdpa"] = kernel
-    with record_attention(toy_model, 1, torch.ones(1, 1, 1, 1).bool(), 0, 1):
-        pass
-    assert ALL_ATTENTION_FUNCTIONS["sdpa"] is kernel
 
 
 @pytest.mark.parametrize("layer", [-1, 0, 5])

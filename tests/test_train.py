@@ -16,7 +16,7 @@ from transformers import AutoModelForImageTextToText, HfArgumentParser
 
 import train
 from data import Encoder, load_examples
-from grpo import Policy, collate, group_logps
+from grpo import Policy, collate
 from train import update_reference
 
 ROOT = Path(__file__).parent.parent
@@ -269,7 +269,7 @@ def micro_batch(monkeypatch, toy_folder, toy_processor, toy_model, texts, *flags
     item = encoder.encode(example, rows[example.id])
     train.grpo_micro_batch(arguments, Engine(toy_model), Policy(other), toy_processor, encoder, [(0, example, item)], rows, 1.0, values)
     with torch.no_grad():
-        logps = [group_logps(Policy(model), collate([item], model), completions, mask, weight_alpha=1.7)
+        logps = [Policy(model)(collate([item], model), completions, mask, weight_alpha=1.7)
                  for model in (toy_model, other)]
     return losses[0], values, mask[0], logps, example, texts
 
