@@ -1,22 +1,23 @@
 """Times the same code the stages run (grpo.py, prior.py) against named baselines, in turns that alternate in one run.
 
-    python bench.py step --num_generations 8 --completion_length 64 --frames 16             # a random tiny Qwen2.5-VL, about a minute
-    python bench.py step --model_name_or_path Qwen2.5-VL-7B-Instruct --frames 16 --frame_size 224      # a checkpoint's folder
-    python bench.py prior                                                                   # random videos, a random ViT-B-32, some minutes
+    python bench.py step                                         # a random small Qwen2.5-VL; with TRL beside it after pip install trl
+    python bench.py step --model_name_or_path Qwen2.5-VL-3B-Instruct --visual_tokens 4096 --completion_length 512
+    python bench.py grow --plot growth.png                       # the same for more completions and for more visual tokens, half an hour
+    python bench.py prior                                        # random videos, a random ViT-B-32, some minutes
     python bench.py prior --memory_videos 2000
-    python bench.py trl                                                                     # a whole step against TRL's (pip install trl)
 
-`step`: policy forward and backward, group packed in one row against the prompt repeated for every completion; and rollout, prompt encoded
-once against repeated. Pixels and questions are random. One process, without DeepSpeed, which would add the same to both sides.
+`step`: one question about a picture (TRL scores no videos): sampling, reference, policy, update. Sides: `packed`, the group in one row
+and the prompt encoded once; `repeated`, the prompt repeated for every completion; `zero3`, packed under DeepSpeed's ZeRO-3 on one rank;
+`trl`, TRL's GRPOTrainer. The same weights, picture, group and lengths; each side in processes of its own, in turns; AdamW, in float32
+on a CPU and bfloat16 on a GPU. Memory is the peak of a phase over what the process had with its libraries loaded.
 `prior`: building priors without CLIP against decord's get_batch of the same frames; two workers against one; with CLIP, the whole
 against its slower half alone (decoding and preprocessing, or CLIP). On a CPU, CLIP has one thread, so that one worker has a core too.
 Processes that decode keep to a core each, those that only call get_batch too.
-`trl`: sampling, reference, policy, update of one question about a picture (TRL scores no videos), against TRL's GRPOTrainer with the same
-weights, picture, group and lengths. Each side in processes of its own, in turns; both without DeepSpeed, with AdamW in float32 on the CPU.
 `--memory_videos N` then builds N priors and prints the memory of all processes on the way.
 """
 
 import argparse
+import importlib.metadata
 import importlib.util
 import itertools
 import json
@@ -30,6 +31,7 @@ import sys
 import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import cv2
@@ -38,32 +40,28 @@ import numpy as np
 import open_clip
 import psutil
 import torch
-import transformers
 from PIL import Image
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 from transformers.utils import logging as hf_logging
 
 import prior
 import toy
-from data import DataError, Encoder, Example, chat_text
-from grpo import FAMILIES, Policy, collate, group_advantages, policy_loss, rollout, special_tokens
+import train
+from data import DataError, Encoder, Example
+from grpo import FAMILIES, Policy, collate, group_advantages, policy_loss, rollout, sampling, special_tokens
 
-FLAGS = {  # default, least, help
-    "num_generations": (8, 2, "completions of a question"), "completion_length": (64, 1, "tokens of every completion"),
-    "frames": (16, 2, "frames of a video"), "frame_size": (56, 28, "pixels a side, a multiple of 28"),
-    "questions": (1, 1, "questions in a forward"), "repeats": (5, 1, "timed pairs"), "seed": (0, 0, "of everything random")}
+SIDES = ("packed", "repeated", "zero3", "trl")
+PHASES = ("rollout", "reference", "policy", "optimizer", "step")
+STEP_FLAGS = {  # default, least, help
+    "num_generations": (8, 2, "completions of the question"), "completion_length": (128, 2, "tokens of every completion"),
+    "visual_tokens": (2048, 16, "of the picture; rounded to 2 n^2"), "hidden": (256, 128, "width of the random model, a multiple of 128"),
+    "layers": (6, 1, "of the random model"), "steps": (2, 1, "timed steps of a process, after one that is not"),
+    "repeats": (3, 1, "timed turns"), "seed": (0, 0, "of everything random")}
 
 PRIOR_FLAGS = {
     "videos": (32, 3, "videos to make and build the priors of"), "seconds": (10, 1, "length of a video, at 24 frames a second"),
     "width": (640, 32, "pixels"), "height": (360, 32, "pixels"), "frames": (16, 2, "K, frames sampled from a video"),
     "repeats": (5, 1, "timed turns"), "memory_videos": (0, 0, "0: without the memory figures"), "seed": (0, 0, "of everything random")}
-
-
-TRL_FLAGS = {
-    "num_generations": (8, 2, "completions of a question"), "completion_length": (128, 1, "tokens of every completion"),
-    "visual_tokens": (2048, 16, "of the picture, 28x28 pixels each; rounded to 2 n^2"), "hidden": (256, 128, "width, a multiple of 128"),
-    "layers": (6, 1, "of the model"), "steps": (2, 1, "timed steps of a process, after one that is not"), "repeats": (3, 1, "timed pairs"),
-    "seed": (0, 0, "of everything random")}
 
 
 def make_toy(seed, **size):
@@ -77,32 +75,6 @@ def make_toy(seed, **size):
         (Path(folder) / "train_cot.json").write_text(json.dumps(rows), encoding="utf-8")
         processor = toy.make_processor(Path(folder))
     return toy.make_model(processor, seed, **size), processor
-
-
-def load_model(arguments, device):
-    """-> model in train mode (bf16 on a GPU, fp32 on the CPU, as train.py has it) and processor."""
-    dtype, folder = torch.bfloat16 if device == "cuda" else torch.float32, arguments.model_name_or_path
-    if folder is None:
-        model, processor = make_toy(arguments.seed)
-        return model.to(device, dtype).train(), processor
-    if not (Path(folder) / "config.json").is_file():
-        raise DataError(f"{folder} is not a folder with a checkpoint (--model_name_or_path)")
-    if (family := AutoConfig.from_pretrained(folder).model_type) not in FAMILIES:
-        raise DataError(f"{folder} is a {family} checkpoint, not one of {', '.join(FAMILIES)}")
-    model = AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype, attn_implementation="sdpa", use_safetensors=True)
-    return model.to(device).train(), AutoProcessor.from_pretrained(folder)
-
-
-def make_prompts(arguments, model, processor):
-    """Random questions about random pixels, through the stages' own encoder and collate."""
-    rng, generator = random.Random(arguments.seed), torch.Generator().manual_seed(arguments.seed)
-    encoder, items, words = Encoder(processor, 0, 0), [], [*toy.COLOURS, *toy.TEXTURES, *toy.WORDS]
-    for index in range(arguments.questions):
-        example = Example(str(index), " ".join(rng.choices(words, k=30)) + "?", [], "numerical", "1", "", "video")
-        shape = (arguments.frames, 3, arguments.frame_size, arguments.frame_size)
-        frames = torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
-        items.append(encoder.process(example, chat_text(processor, example), frames, {"fps": 1.0, "times": list(range(arguments.frames))}))
-    return collate(items, model).to(model.device)
 
 
 def time_turns(works, repeats):
@@ -120,157 +92,216 @@ def time_turns(works, repeats):
     return seconds[1:]
 
 
-def report(title, names, seconds, agreement):
-    ratios, medians = seconds[:, 1] / seconds[:, 0], np.median(seconds, axis=0)
-    sides = "".join(f"{name:>13s} {value:8.4f} s" for name, value in zip(names, medians, strict=True))
-    print(f"{title:26s}{sides}{np.median(ratios):8.2f} ({ratios.min():.2f} to {ratios.max():.2f})   {agreement}")
+def prepare(arguments, folder):
+    """The random model, unless there is a checkpoint, and the picture; -> the checkpoint's folder and the picture's path."""
+    path = Path(arguments.model_name_or_path or folder)
+    if arguments.model_name_or_path is None:
+        model, processor = make_toy(arguments.seed, hidden=arguments.hidden, layers=arguments.layers, group=4)
+        model.save_pretrained(folder)
+        processor.save_pretrained(folder)
+    elif not (path / "config.json").is_file():
+        raise DataError(f"{path} is not a folder with a checkpoint (--model_name_or_path)")
+    config = AutoConfig.from_pretrained(path)
+    if config.model_type not in FAMILIES:
+        raise DataError(f"{path} is a {config.model_type} checkpoint, not one of {', '.join(FAMILIES)}")
+    side = config.vision_config.patch_size * config.vision_config.spatial_merge_size * round((arguments.visual_tokens / 2) ** 0.5)
+    pixels = np.random.default_rng(arguments.seed).integers(0, 256, (side, 2 * side, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(Path(folder) / "picture.png")
+    return str(path), str(Path(folder) / "picture.png")
 
 
-def bench_step(arguments):
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    torch.manual_seed(arguments.seed)
-    model, processor = load_model(arguments, device)
-    prompts = make_prompts(arguments, model, processor)
-    questions, group = arguments.questions, arguments.num_generations
-    seeds = list(range(questions * group))
+def reset_peak():
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    Path("/proc/self/clear_refs").write_text("5")  # VmHWM <- VmRSS
+
+
+def peak():
+    """Bytes, the most since reset_peak: of the GPU's memory if there is one, else of this process's."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated()
+    return int(re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024  # ru_maxrss inherits the parent's
+
+
+@contextmanager
+def phase(found, name, base):
+    reset_peak()
+    begin = time.perf_counter()
+    yield
+    top = peak()  # waits for the GPU
+    found[name] = [time.perf_counter() - begin, (top - base) / 1e6]
+
+
+def our_steps(arguments, side, base):
+    """Yields ({phase: [seconds, MB]}, the log-probs and the tokens) of every whole step of ours."""
+    zero3, group, device = side == "zero3", arguments.num_generations, "cuda" if torch.cuda.is_available() else "cpu"
+    if zero3:
+        train.start_ranks()
+        settings = train.TrainArguments(deepspeed=str(Path(__file__).with_name("ds_zero3.json")), output_dir=None)
+        reference = train.start_engine(settings, arguments.folder)
+        policy = train.start_engine(settings, arguments.folder, learning_rate=1e-6)
+        model = policy.module.model
+    else:
+        dtype = torch.bfloat16 if device == "cuda" else torch.float32
+        policy, reference = (Policy(AutoModelForImageTextToText.from_pretrained(arguments.folder, dtype=dtype, attn_implementation="sdpa"))
+                             .to(device) for _ in range(2))
+        reference.eval()
+        model, optimizer = policy.model, torch.optim.AdamW(policy.parameters(), lr=1e-6)
+    processor = big_pictures(AutoProcessor.from_pretrained(arguments.folder))
+    encoder = Encoder(processor, 0, 1 << 40)
     eos, banned = special_tokens(model, processor)
-    banned += eos  # every completion reaches its full length
-    sampled = {}
-
-    def sample(name, rows, counts):
-        model.eval()
-        sampled[name] = rollout(model, rows, counts, seeds, arguments.completion_length, eos, banned)[0]
-        model.train()
-
-    rollouts = time_turns((lambda: sample("once", prompts, [group] * questions),
-                           lambda: sample("repeated", prompts.repeat([group] * questions), [1] * len(seeds))), arguments.repeats)
-    completions = sampled["once"].view(questions, group, -1)  # (B, G, T)
-    mask, policy, logps = torch.ones_like(completions, dtype=torch.bool), Policy(model), {}
-    advantages = group_advantages(torch.rand(questions, group)).flatten().to(device)
-
-    def update(packed):
-        model.zero_grad(set_to_none=True)
-        logp = policy(prompts, completions, mask, packed)[0].flatten(0, 1)  # (N, T)
-        policy_loss(logp, logp.detach(), advantages, mask.flatten(0, 1))[0].backward()
-        logps[packed] = logp.detach()
-
-    updates = time_turns((lambda: update(True), lambda: update(False)), arguments.repeats)
-    machine = f"{platform.machine()} CPU, {os.cpu_count()} cores, {torch.get_num_threads()} threads"
-    if device == "cuda":
-        machine = f"{torch.cuda.get_device_name()}, {machine}"
-    parameters = sum(parameter.numel() for parameter in model.parameters()) / 1e6
-    print(f"machine     {machine}; torch {torch.__version__}, transformers {transformers.__version__}\n"
-          f"model       {arguments.model_name_or_path or 'random toy model'}, {parameters:.1f} M parameters, {str(model.dtype)[6:]}\n"
-          f"batch       {questions} x {prompts.input_ids.shape[1]} prompt tokens ({int(prompts.visual[0].sum())} visual, "
-          f"{arguments.frames} frames), {group} completions of {arguments.completion_length} tokens each\n"
-          "held equal  weights, pixels, prompts, sampling seeds, completions and their length\n"
-          f"timing      median of {arguments.repeats} alternating pairs after a warm-up; ratio second / first, median "
-          "(lowest to highest)\n\n"
-          f"{'':26s}{'first':>24s}{'second':>24s}{'ratio':>8s}")
-    report("policy forward + backward", ("packed", "repeated"), updates,
-           f"log-probs differ by {(logps[True] - logps[False]).abs().max():.0e} at most")
-    report("rollout", ("encoded once", "repeated"), rollouts,
-           f"{(sampled['once'] == sampled['repeated']).float().mean():.1%} of tokens equal")
-
-
-def our_steps(arguments, processor, path):
-    """Yields after every whole step of ours: the picture, rollouts, reference, one packed forward, loss, AdamW."""
-    model, reference = (AutoModelForImageTextToText.from_pretrained(arguments.folder, dtype=torch.float32, attn_implementation="sdpa")
-                        for _ in range(2))
-    policy, group = Policy(model), arguments.num_generations
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6)
-    eos, banned = special_tokens(model, processor)
+    packed = side != "repeated"
+    example = Example("0", "Which ball is red?", [], "numerical", "1", arguments.picture, "image")
     while True:
-        item = Encoder(processor, 0, 1 << 40).encode(Example("0", "Which ball is red?", [], "numerical", "1", path, "image"))
-        prompts = collate([item], model)
-        model.eval()
-        tokens, mask = rollout(model, prompts, [group], list(range(group)), arguments.completion_length, eos, banned + eos)
+        found = {}
+        with phase(found, "rollout", base), sampling(policy) if zero3 else nullcontext(model.eval()) as bare:
+            prompts = collate([encoder.encode(example)], model).to(device)
+            rows, numbers = (prompts, [group]) if packed else (prompts.repeat([group]), [1] * group)
+            tokens, mask = rollout(bare, rows, numbers, range(group), arguments.completion_length, eos, banned + eos)
         model.train()
         completions, mask = tokens[None], mask[None]
-        with torch.no_grad():
-            ref_logp = Policy(reference.eval())(prompts, completions, mask)[0][0]
-        logp = policy(prompts, completions, mask, hidden_layers=(-1,))[0][0]
-        advantages = group_advantages(torch.rand(1, group))[0]
-        policy_loss(logp, logp.detach(), advantages, mask[0], ref_logp)[0].backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 5.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        yield
+        with phase(found, "reference", base), torch.no_grad():
+            ref_logp = reference(prompts, completions, mask, packed)[0][0]
+        with phase(found, "policy", base):
+            logp = policy(prompts, completions, mask, packed, hidden_layers=(-1,))[0][0]
+            loss, _ = policy_loss(logp, logp.detach(), group_advantages(torch.rand(1, group))[0].to(device), mask[0], ref_logp)
+            policy.backward(loss) if zero3 else loss.backward()
+        with phase(found, "optimizer", base):
+            if zero3:
+                policy.step()
+            else:
+                torch.nn.utils.clip_grad_norm_(policy.parameters(), 5.0)
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
+        found["step"] = [sum(seconds for seconds, _ in found.values()), max(top for _, top in found.values())]
+        yield found, {"logp": logp.flatten().tolist(), "tokens": tokens.flatten().tolist()}
 
 
-def trl_steps(arguments, processor, path):
-    """Seconds of the timed steps of TRL's GRPOTrainer, which runs its own loop."""
+def big_pictures(processor):
+    """The processor without limits: the picture keeps its size."""
+    processor.image_processor.size = {"shortest_edge": 1, "longest_edge": 1 << 40}
+    return processor
+
+
+def trl_steps(arguments, base):
+    """{"step": [seconds, MB]} of TRL's GRPOTrainer, which runs its own loop."""
     from datasets import Dataset
     from datasets import Image as Picture
     from transformers import TrainerCallback
     from trl import GRPOConfig, GRPOTrainer
 
-    ends = []
+    ends, length, gpu = [], arguments.completion_length, torch.cuda.is_available()
     clock = type("Clock", (TrainerCallback,), {"on_step_end": lambda self, *_, **__: ends.append(time.perf_counter())})
-    question = {"prompt": [{"role": "user", "content": "Which ball is red?"}], "image": path}
-    length = arguments.completion_length
+    question = {"prompt": [{"role": "user", "content": "Which ball is red?"}], "image": arguments.picture}
+    reset_peak()
     with tempfile.TemporaryDirectory() as output:
         GRPOTrainer(
-            model=arguments.folder, processing_class=processor, callbacks=[clock()],
+            model=arguments.folder, processing_class=big_pictures(AutoProcessor.from_pretrained(arguments.folder)), callbacks=[clock()],
             reward_funcs=lambda completions, **_: [random.random() for _ in completions],
             train_dataset=Dataset.from_list([question] * 4).cast_column("image", Picture()),
             args=GRPOConfig(output_dir=output, max_steps=arguments.steps + 1, per_device_train_batch_size=arguments.num_generations,
                             num_generations=arguments.num_generations, max_completion_length=length, beta=0.04, learning_rate=1e-6,
-                            generation_kwargs={"min_new_tokens": length}, save_strategy="no", report_to=[], use_cpu=True, bf16=False,
+                            generation_kwargs={"min_new_tokens": length}, save_strategy="no", report_to=[], use_cpu=not gpu, bf16=gpu,
                             gradient_checkpointing=False, disable_tqdm=True, logging_strategy="no",
-                            model_init_kwargs={"dtype": "float32", "attn_implementation": "sdpa"})).train()
-    return np.diff(ends).tolist()
+                            model_init_kwargs={"dtype": "bfloat16" if gpu else "float32", "attn_implementation": "sdpa"})).train()
+    return {"step": [float(np.median(np.diff(ends))), (peak() - base) / 1e6]}
 
 
-def run_side(arguments, side):
-    """One process: prints the seconds of its steps and its peak memory over what it had with its libraries loaded."""
-    if side == "trl":  # not part of the peak
+def run_side(arguments):
+    """One process: prints {phase: [seconds, MB]} as JSON, medians over its steps."""
+    if arguments.side == "trl":  # not part of the peak
         from datasets import Dataset  # noqa: F401
         from trl import GRPOTrainer  # noqa: F401
-    processor, path = AutoProcessor.from_pretrained(arguments.folder), str(Path(arguments.folder) / "picture.png")
-    processor.image_processor.size = {"shortest_edge": 1, "longest_edge": 1 << 40}
-    before = psutil.Process().memory_info().rss
-    if side == "trl":
-        seconds = trl_steps(arguments, processor, path)
-    else:
-        steps, ends = our_steps(arguments, processor, path), []
-        for _ in range(arguments.steps + 1):
-            next(steps)
-            ends.append(time.perf_counter())
-        seconds = np.diff(ends).tolist()
-    peak = int(re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024  # of this process; ru_maxrss inherits
-    print(json.dumps({"seconds": float(np.median(seconds)), "MB": (peak - before) / 1e6}))
+    base = 0 if torch.cuda.is_available() else psutil.Process().memory_info().rss
+    if arguments.side == "trl":
+        return print(json.dumps(trl_steps(arguments, base)))
+    (_, first), *steps = itertools.islice(our_steps(arguments, arguments.side, base), arguments.steps + 1)
+    print(json.dumps({**{name: np.median([found[name] for found, _ in steps], axis=0).tolist() for name in PHASES}, **first}))
 
 
-def bench_trl(arguments):
-    torch.manual_seed(arguments.seed)
+def time_sides(arguments, sides):
+    """{side: list of what its processes printed}, in `repeats` turns."""
+    results = {side: [] for side in sides}
     with tempfile.TemporaryDirectory() as folder:
-        model, processor = make_toy(arguments.seed, hidden=arguments.hidden, layers=arguments.layers, group=4)
-        model.save_pretrained(folder)
-        processor.save_pretrained(folder)
-        side = 28 * round((arguments.visual_tokens / 2) ** 0.5)
-        pixels = np.random.default_rng(arguments.seed).integers(0, 256, (side, 2 * side, 3), dtype=np.uint8)
-        Image.fromarray(pixels).save(Path(folder) / "picture.png")
-        flags = [value for name in TRL_FLAGS for value in (f"--{name}", str(getattr(arguments, name)))]
-        results = {"ours": [], "trl": []}
-        for _ in range(arguments.repeats):
-            for side, found in results.items():
-                command = [sys.executable, __file__, "trl", *flags, "--side", side, "--folder", folder]
-                done = subprocess.run(command, capture_output=True, text=True)
-                if done.returncode:
-                    raise DataError(f"the process of {side} failed: {done.stderr.strip().splitlines()[-1]}")
-                found.append(json.loads(done.stdout.strip().splitlines()[-1]))
-    import trl
-    print(f"machine     {platform.machine()} CPU, {os.cpu_count()} cores, {torch.get_num_threads()} threads; torch {torch.__version__}, "
-          f"transformers {transformers.__version__}, trl {trl.__version__}\n"
-          f"step        {sum(parameter.numel() for parameter in model.parameters()) / 1e6:.1f} M parameters, 4 query heads a key head; a "
-          f"picture of {arguments.visual_tokens} visual tokens, {arguments.num_generations} completions of {arguments.completion_length} "
-          "tokens\n"
-          f"timing      median of {arguments.repeats} alternating pairs of processes, {arguments.steps} steps each; ratio TRL / ours "
-          "(lowest to highest)\n")
-    for name, unit in (("seconds", "s a step"), ("MB", "MB, peak over the loaded libraries")):
-        ours, theirs = (np.array([found[name] for found in results[side]]) for side in ("ours", "trl"))
-        print_ratio(f"{np.median(ours):.1f} against TRL's {np.median(theirs):.1f} {unit}", theirs / ours)
+        torch.manual_seed(arguments.seed)
+        checkpoint, picture = prepare(arguments, folder)
+        flags = [value for name in STEP_FLAGS for value in (f"--{name}", str(getattr(arguments, name)))]
+        for side in [*sides] * arguments.repeats:
+            command = [sys.executable, __file__, "step", *flags, "--side", side, "--folder", checkpoint, "--picture", picture]
+            done = subprocess.run(command, capture_output=True, text=True)
+            if done.returncode:
+                raise DataError(f"the process of {side} failed: {(done.stderr.strip() or str(done.returncode)).splitlines()[-1]}")
+            results[side].append(json.loads(done.stdout.strip().splitlines()[-1]))
+    return results
+
+
+def phase_values(results, side, phase, column):
+    """(turns,) seconds (column 0) or MB (column 1) of a phase."""
+    return np.array([found[phase][column] for found in results[side]])
+
+
+def machine():
+    gpu = f"{torch.cuda.get_device_name()}, " if torch.cuda.is_available() else ""
+    return f"{gpu}{platform.machine()} CPU, {os.cpu_count()} cores, {torch.get_num_threads()} threads"
+
+
+def bench_step(arguments):
+    sides = arguments.sides
+    results = time_sides(arguments, sides)
+    model = f"random Qwen2.5-VL, width {arguments.hidden}, {arguments.layers} layers, 4 query heads a key head"
+    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("torch", "transformers", "trl")
+                         if name != "trl" or "trl" in sides)
+    print(f"machine     {machine()}; {versions}\n"
+          f"model       {arguments.model_name_or_path or model}\n"
+          f"step        a picture of {arguments.visual_tokens} visual tokens, {arguments.num_generations} completions of "
+          f"{arguments.completion_length} tokens\n"
+          f"timing      median of {arguments.repeats} alternating turns of processes, {arguments.steps} steps each; seconds and MB at the "
+          f"peak of a phase\n\n{'':12s}" + "".join(f"{side:>22s}" for side in sides))
+    for phase in PHASES:
+        cells = [f"{np.median(phase_values(results, side, phase, 0)):10.4f} s{np.median(phase_values(results, side, phase, 1)):7.0f} MB"
+                 if phase in results[side][0] else "" for side in sides]
+        print(f"{phase:12s}" + "".join(f"{cell:>22s}" for cell in cells))
+    print()
+    for title, side, phase, column in (
+            ("step, TRL / packed", "trl", "step", 0), ("memory, TRL / packed", "trl", "step", 1),
+            ("step, repeated / packed", "repeated", "step", 0), ("memory, repeated / packed", "repeated", "step", 1),
+            ("policy, repeated / packed", "repeated", "policy", 0), ("rollout, repeated / packed", "repeated", "rollout", 0),
+            ("rollout, zero3 / packed", "zero3", "rollout", 0)):
+        if side in sides and "packed" in sides:
+            print_ratio(title, phase_values(results, side, phase, column) / phase_values(results, "packed", phase, column))
+    if {"packed", "repeated"} <= set(sides):
+        one, two = (results[side][0] for side in ("packed", "repeated"))
+        apart = np.abs(np.array(one["logp"]) - np.array(two["logp"])).max() if one["tokens"] == two["tokens"] else float("nan")
+        equal = np.mean(np.array(one["tokens"]) == np.array(two["tokens"]))
+        print(f"packed and repeated: {equal:.1%} of the sampled tokens equal, log-probs {apart:.0e} apart at most")
+
+
+def bench_grow(arguments):
+    """The step's seconds and MB for several sizes of the group and of the picture, as Markdown tables and a plot."""
+    import matplotlib.pyplot as plt
+
+    sides = [side for side in arguments.sides if side != "zero3"]
+    colours = {"packed": "#0072B2", "repeated": "#D55E00", "trl": "#009E73"}  # Okabe and Ito's
+    figure, axes = plt.subplots(2, 2, figsize=(9, 6.4), layout="constrained")
+    print(f"{machine()}; median of {arguments.repeats} turns of {arguments.steps} steps\n")
+    for row, (name, label, sizes) in enumerate((("num_generations", "completions G", (2, 4, 8, 16)),
+                                                ("visual_tokens", "visual tokens", (256, 512, 1024, 2048, 4096)))):
+        table = {size: time_sides(argparse.Namespace(**{**vars(arguments), name: size}), sides) for size in sizes}
+        print(f"| {label} | " + " | ".join(f"{side}, s | {side}, MB" for side in sides) + " |\n|" + "---|" * (2 * len(sides) + 1))
+        for size, results in table.items():
+            cells = [f"{np.median(phase_values(results, side, 'step', 0)):.2f} | {np.median(phase_values(results, side, 'step', 1)):,.0f}"
+                     for side in sides]
+            print(f"| {size:,} | {' | '.join(cells)} |", flush=True)
+        print()
+        for column, unit in enumerate(("seconds a step", "MB at the peak")):
+            for side in sides:
+                values = [np.median(phase_values(results, side, "step", column)) for results in table.values()]
+                axes[row, column].plot(sizes, values, "o-", color=colours[side], label={"trl": "TRL"}.get(side, side))
+            axes[row, column].set(xlabel=label, ylabel=unit, ylim=0, xticks=sizes[:1] + sizes[-3:])
+            axes[row, column].spines[["top", "right"]].set_visible(False)
+    axes[0, 0].legend(frameon=False)
+    figure.savefig(arguments.plot, dpi=150)
 
 
 def make_videos(arguments, folder):
@@ -367,17 +398,21 @@ def print_ratio(title, ratios):
 
 def main():
     hf_logging.set_verbosity_error()
-    known_flags = {"step": FLAGS, "prior": PRIOR_FLAGS, "trl": TRL_FLAGS}
+    known_flags = {"step": STEP_FLAGS, "grow": STEP_FLAGS, "prior": PRIOR_FLAGS}
     parser = argparse.ArgumentParser(allow_abbrev=False, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
-    step = commands.add_parser("step", allow_abbrev=False, help="policy update and rollout, shared prompt against repeated prompt")
-    step.add_argument("--model_name_or_path", help="folder of a Qwen2-VL or Qwen2.5-VL checkpoint; without one a random tiny model")
+    step = commands.add_parser("step", allow_abbrev=False, help="a whole step: packed, repeated, under ZeRO-3, TRL's")
+    grow = commands.add_parser("grow", allow_abbrev=False, help="the same over the size of the group and of the picture; tables and a plot")
     build = commands.add_parser("prior", allow_abbrev=False, help="building priors, against decord alone; workers; overlap; memory")
     build.add_argument("--clip", default="ViT-B-32", help="open_clip's name of the architecture, with random weights (default ViT-B-32)")
-    against = commands.add_parser("trl", allow_abbrev=False, help="a whole step, against TRL's GRPOTrainer")
-    for name in ("side", "folder"):
-        against.add_argument(f"--{name}", help=argparse.SUPPRESS)  # of the processes that it starts
-    for command, known in zip((step, build, against), known_flags.values(), strict=True):
+    grow.add_argument("--plot", default="growth.png", help="file of the plot (default growth.png)")
+    installed = [side for side in SIDES if side != "trl" or importlib.util.find_spec("trl")]
+    for command in (step, grow):
+        command.add_argument("--model_name_or_path", help="folder of a checkpoint; without one a random small Qwen2.5-VL")
+        command.add_argument("--sides", nargs="+", choices=SIDES, default=installed, help="default: all, trl if it is installed")
+    for name in ("side", "folder", "picture"):
+        step.add_argument(f"--{name}", help=argparse.SUPPRESS)  # of the processes that it starts
+    for command, known in zip((step, grow, build), known_flags.values(), strict=True):
         for name, (default, _, text) in known.items():
             command.add_argument(f"--{name}", type=int, default=default, help=f"{text} (default {default})")
     arguments = parser.parse_args()
@@ -389,13 +424,11 @@ def main():
             if arguments.clip not in open_clip.list_models():
                 raise DataError(f"--clip {arguments.clip} is no architecture of open_clip")
             return bench_prior(arguments)
-        if arguments.command == "trl":
-            if importlib.util.find_spec("trl") is None:
-                raise DataError("TRL is not installed (pip install trl)")
-            return run_side(arguments, arguments.side) if arguments.side else bench_trl(arguments)
-        if arguments.frame_size % 28:
-            raise DataError(f"--frame_size {arguments.frame_size} is not a multiple of 28, the pixels of a visual token")
-        bench_step(arguments)
+        if "trl" in arguments.sides and "trl" not in installed:
+            raise DataError("TRL is not installed (pip install trl)")
+        if arguments.command == "step" and arguments.side:
+            return run_side(arguments)
+        return bench_step(arguments) if arguments.command == "step" else bench_grow(arguments)
     except DataError as error:
         print(f"bench.py: error: {error}", file=sys.stderr)
         sys.exit(2)

@@ -483,7 +483,8 @@ def sample_texts(model, processor, prompts, counts, seeds, max_new_tokens, tempe
 
 @contextmanager
 def sampling(engine):
-    """The bare model for a rollout phase: ZeRO-3 parameters gathered once and its hooks off, both put back on leaving."""
+    """The bare model for a rollout phase: ZeRO-3 parameters gathered once, its hooks and its torch.nn.functional.linear (an autograd
+    function that binds a signature on every call) off; all put back on leaving."""
     offload = getattr(engine.optimizer, "parameter_offload", engine.optimizer)  # an engine for inference has it in the optimizer's place
     model = engine.module.model
     training = model.training
@@ -496,9 +497,11 @@ def sampling(engine):
                 offload._remove_module_hooks()
                 offload.forward_hooks.clear()
                 offload.backward_hooks.clear()
+                linear, torch.nn.functional.linear = torch.nn.functional.linear, torch._C._nn.linear
                 try:
                     yield model
                 finally:
+                    torch.nn.functional.linear = linear
                     offload.setup_zero_stage3_hooks()
     finally:
         model.train(training)

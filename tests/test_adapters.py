@@ -257,7 +257,7 @@ def test_cfr_from_forward_is_what_the_packed_path_gives(toy_folder, toy_processo
     expected = torch.tensor([0.0 if use is None else reward.consensus_frame_reward(reward.merge_prior(priors[b], len(use)), use)
                              for b in range(3) for use in uses[b]])
 
-    repeated, flat = prompts.repeat(group), mask.flatten(0, 1)
+    repeated, flat = prompts.repeat([group] * 3), mask.flatten(0, 1)
     ids = torch.cat([repeated.input_ids, completions.flatten(0, 1).masked_fill(~flat, config.text_config.pad_token_id)], dim=1)
     seconds = torch.tensor([item["second_per_grid"] for item in (items[0], items[2]) for _ in range(group)])
     with torch.no_grad():

@@ -5,7 +5,7 @@ import math
 import os
 import subprocess
 import sys
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
@@ -888,3 +888,24 @@ def test_banned_ids_never_appear(items, talker):
     for temperature in (0, 1.0):
         tokens, _ = rollout(talker, prompts, [4, 4], list(range(8)), 10, [NO_EOS], favourites, temperature=temperature)
         assert not set(tokens.flatten().tolist()) & set(favourites)
+
+
+@pytest.mark.parametrize("place", ["parameter_offload", "optimizer"])  # an engine that trains, one for inference
+def test_sampling_takes_hooks_and_linear_off_and_puts_them_back(toy_model, place, monkeypatch):
+    hooks = []
+    offload = SimpleNamespace(setup_zero_stage3_hooks=lambda: hooks.append("on"), _remove_module_hooks=lambda: hooks.append("off"),
+                              forward_hooks=[1], backward_hooks=[2])
+    engine = SimpleNamespace(module=SimpleNamespace(model=toy_model),
+                             optimizer=SimpleNamespace(parameter_offload=offload) if place == "parameter_offload" else offload)
+    plain = torch.nn.functional.linear
+    monkeypatch.setattr(torch.nn.functional, "linear", lambda *args: plain(*args))  # as DeepSpeed's zero.Init leaves it
+    wrapped = torch.nn.functional.linear
+    for error in (None, RuntimeError("out of memory")):
+        toy_model.train()
+        with pytest.raises(RuntimeError, match="out of memory") if error else nullcontext(), grpo.sampling(engine) as bare:
+            assert bare is toy_model and not bare.training and torch.nn.functional.linear is plain
+            assert hooks[-1] == "off" and offload.forward_hooks == offload.backward_hooks == []
+            if error:
+                raise error
+        assert hooks[-1] == "on" and torch.nn.functional.linear is wrapped and toy_model.training
+    toy_model.eval()
