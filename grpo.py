@@ -34,17 +34,21 @@ logger = logging.get_logger(__name__)
 # ------------------------------------------------------------------------------------------------------ pure functions
 
 
-def group_advantages(rewards, eps=1e-4, scale=True):
+def group_advantages(rewards, eps=1e-4, scale=True, anchors=None):
     """Advantages within each question's group (Eq. 9): (r - mean) / (std + eps). rewards (B, G) -> (B, G).
 
-    std is unbiased (G - 1), as in the release; scale=False leaves the division out (Dr. GRPO). Equal rewards give zeros, but for rounding.
+    std is unbiased (G - 1), as in the release; scale=False leaves the division out (Dr. GRPO). Equal rewards give zeros, but for rounding;
+    with anchors (B,), a virtual rollout's reward joins the mean and the std of such groups (after TW-GRPO's SOVA), so that one whose
+    rollouts are all right, or all wrong, still says so.
     """
-    centred = rewards - rewards.mean(dim=1, keepdim=True)
-    if not scale:
-        return centred
-    if rewards.shape[1] < 2:
+    if scale and rewards.shape[1] < 2:
         raise ValueError("a group needs at least two rollouts for its standard deviation (--num_generations)")
-    return centred / (rewards.std(dim=1, keepdim=True) + eps)
+    mean, std = rewards.mean(dim=1, keepdim=True), rewards.std(dim=1, keepdim=True)
+    if anchors is not None:
+        equal = rewards.amax(dim=1, keepdim=True) - rewards.amin(dim=1, keepdim=True) < 1e-6
+        more = torch.cat([rewards, anchors[:, None]], dim=1)
+        mean, std = torch.where(equal, more.mean(dim=1, keepdim=True), mean), torch.where(equal, more.std(dim=1, keepdim=True), std)
+    return (rewards - mean) / (std + eps) if scale else rewards - mean
 
 
 def policy_loss(logp, old_logp, advantages, mask, ref_logp=None, beta=0.04, clip_low=0.2, clip_high=0.2, reduction="sequence",
@@ -372,15 +376,18 @@ class Policy(torch.nn.Module):
 # ------------------------------------------------------------------------------------------------------------ rollouts
 
 
-def sample_tokens(logits, uniform, temperature=1.0, top_p=1.0):
-    """Inverse-CDF sampling: logits (N, V), uniform (N,) in [0, 1) -> (N,). temperature 0 is greedy; top_p keeps the nucleus."""
+def sample_tokens(logits, uniform, temperature=1.0, top_p=1.0, top_k=0):
+    """Inverse-CDF sampling: logits (N, V), uniform (N,) in [0, 1) -> (N,). temperature 0 is greedy; top_k keeps the k likeliest (0: all),
+    top_p then the nucleus of their distribution, as in transformers."""
     if temperature == 0:
         return logits.argmax(dim=-1)
     probs, order = torch.softmax(logits.float() / temperature, dim=-1).sort(dim=-1, descending=True)
+    if top_k:
+        probs, order = probs[:, :top_k] / probs[:, :top_k].sum(dim=-1, keepdim=True), order[:, :top_k]
     cumulative = probs.cumsum(dim=-1)
     probs = probs.masked_fill(cumulative - probs >= top_p, 0.0)  # the token that crosses top_p stays
     cumulative = probs.cumsum(dim=-1)
-    chosen = (cumulative <= uniform[:, None] * cumulative[:, -1:]).sum(dim=-1).clamp(max=logits.shape[-1] - 1)
+    chosen = (cumulative <= uniform[:, None] * cumulative[:, -1:]).sum(dim=-1).clamp(max=probs.shape[-1] - 1)
     return order.gather(-1, chosen[:, None]).squeeze(-1)
 
 
@@ -411,7 +418,7 @@ class RoomyLayer(DynamicLayer):
 
 
 @torch.no_grad()
-def rollout(model, prompts, counts, seeds, max_new_tokens, eos_ids, banned_ids=(), temperature=1.0, top_p=0.95):
+def rollout(model, prompts, counts, seeds, max_new_tokens, eos_ids, banned_ids=(), temperature=1.0, top_p=0.95, top_k=0):
     """Sample `counts[b]` completions of prompt b: encode and prefill once; all completions of a prompt then read the one KV cache.
 
     A step appends one column a completion to its prompt's cache, [prompt | first tokens | second tokens | ...], and a completion sees the
@@ -441,7 +448,7 @@ def rollout(model, prompts, counts, seeds, max_new_tokens, eos_ids, banned_ids=(
         alive = active >= 0
         rows = active[alive]  # (n,) completions
         logits = model.lm_head(hidden[alive]).index_fill(-1, banned, float("-inf"))  # (n, V)
-        token = sample_tokens(logits, uniforms[rows, step], temperature, top_p)
+        token = sample_tokens(logits, uniforms[rows, step], temperature, top_p, top_k)
         tokens[rows, step], lengths[rows] = token, step + 1
         rows = rows.masked_fill(torch.isin(token, eos), -1)
         if step + 1 == max_new_tokens or bool((rows < 0).all()):
@@ -474,9 +481,10 @@ def special_tokens(model, processor):
     return eos if isinstance(eos, list) else [eos], banned
 
 
-def sample_texts(model, processor, prompts, counts, seeds, max_new_tokens, temperature=1.0, top_p=0.95):
+def sample_texts(model, processor, prompts, counts, seeds, max_new_tokens, temperature=1.0, top_p=0.95, top_k=0):
     """rollout() with the checkpoint's own stop and vision tokens -> completions (N, T), mask (N, T), decoded texts."""
-    tokens, mask = rollout(model, prompts, counts, seeds, max_new_tokens, *special_tokens(model, processor), temperature, top_p)
+    stop_and_banned = special_tokens(model, processor)
+    tokens, mask = rollout(model, prompts, counts, seeds, max_new_tokens, *stop_and_banned, temperature, top_p, top_k)
     texts = [processor.tokenizer.decode(row[valid], skip_special_tokens=True) for row, valid in zip(tokens, mask, strict=True)]
     return tokens, mask, texts
 

@@ -38,6 +38,7 @@ from grpo import (
     FAMILIES,
     PACKED_FAMILIES,
     Policy,
+    Prompts,
     answer_likelihoods,
     collate,
     group_advantages,
@@ -79,6 +80,7 @@ class TrainArguments:
     max_completion_length: int = flag(768, "Most tokens of a completion.")
     temperature: float = flag(1.0, "Sampling temperature of rollouts.")
     top_p: float = flag(0.95, "Nucleus of rollouts.")
+    top_k: int = flag(0, "Likeliest tokens that rollouts choose from, 0: all.")
     # rewards
     recipe: str = flag("cfgrpo", "Which system's terms and constants are the defaults; any other flag on the command line wins over it. "
                        "The README has a table.", choices=["cfgrpo", "grpo", "tgrpo", "care", "tw", "video_r2", "release"])
@@ -115,7 +117,9 @@ class TrainArguments:
     token_weight_alpha: float = flag(1.0, "TW-GRPO: greatest weight of a token; 1: all have weight 1 (TW-GRPO has 1.7).")
     clip_low: float = flag(0.2, "Epsilon below, Eq. 10.")
     clip_high: float = flag(0.2, "Epsilon above.")
-    reduction: str = flag("sequence", "Token losses to one: sequence (GRPO), token (DAPO, in a forward), constant (Dr. GRPO).",
+    degenerate: str = flag("keep", "Groups of equal rewards: keep (their KL alone), drop (no KL either), virtual_anchor (a virtual "
+                           "rollout of the other accuracy joins mean and deviation).", choices=["keep", "drop", "virtual_anchor"])
+    reduction: str = flag("sequence", "Token losses to one, a step: sequence (GRPO), token (TW-GRPO, DAPO), constant (Dr. GRPO).",
                           choices=["sequence", "token", "constant"])
     scale_rewards: bool = flag(True, "Divide advantages by the group's standard deviation.")
     per_device_train_batch_size: int = flag(1, "Questions per device and forward.")
@@ -135,14 +139,14 @@ PLAIN = dict(cfr_weight=0.0, temporal=False, length_bonus=0.0, prior="uniform") 
 RECIPES = {  # what each changes in the defaults above
     "cfgrpo": {},
     "grpo": PLAIN,
-    "tgrpo": dict(cfr_weight=0.0, prior="uniform", learning_rate=1e-6),
-    "care": dict(PLAIN, consistency_coef=0.5, ema_decay=0.995, beta=0.0, learning_rate=1e-6),
+    "tgrpo": dict(cfr_weight=0.0, prior="uniform", learning_rate=1e-6, top_k=50),
+    "care": dict(PLAIN, consistency_coef=0.5, ema_decay=0.995, beta=0.0, learning_rate=1e-6, top_k=50),
     "tw": dict(PLAIN, token_weight_alpha=1.7, reduction="token", clip_high=0.28, invert_questions=0.5, beta=0.0, learning_rate=1e-6,
-               top_p=1.0, freeze_vision=True, max_completion_length=4096),
-    "video_r2": dict(PLAIN, alignment_weight=1.0, learning_rate=1e-6, temperature=0.9, top_p=1.0, freeze_vision=True, frames=32, fps=2.0,
-                     max_completion_length=1024),
+               top_p=1.0, top_k=50, freeze_vision=True, max_completion_length=4096),
+    "video_r2": dict(PLAIN, alignment_weight=1.0, learning_rate=1e-6, temperature=0.9, top_p=1.0, top_k=50, freeze_vision=True, frames=32,
+                     fps=2.0, max_completion_length=1024),
     "release": dict(cfr_weight=5.0, gate="hard", frame_use="hidden", frame_use_layer=-1, tau=0.5, use_order="softmax_mean",
-                    temporal_ratio=0.8, learning_rate=1e-6),
+                    temporal_ratio=0.8, learning_rate=1e-6, top_k=50),
 }
 
 
@@ -392,30 +396,47 @@ def text_rewards(arguments, example, texts, lengths, shuffled):
     return terms
 
 
-def sample_groups(arguments, engine, processor, items, examples, controls, seeds):
-    """G completions of every question and G/2 of every control in one batch.
+@dataclass
+class Rollouts:
+    """One forward's worth of questions and what was sampled for them."""
 
-    controls: {index of the question: model inputs with shuffled frames}; seeds: one int a question.
-    -> completions, mask (B, G, T), texts (B lists of G), texts of the controls {index: list}, the questions' features from a frozen tower.
+    examples: tuple
+    prompts: Prompts
+    completions: torch.Tensor  # (B, G, T)
+    mask: torch.Tensor  # (B, G, T)
+    texts: list  # B lists of G
+    control_texts: dict  # {index of the question: texts with shuffled frames}
+
+
+def sample_groups(arguments, model, processor, encoder, usable, rows):
+    """G completions of every question and, with --temporal, G/2 of every video's with shuffled frames, in one batch -> Rollouts.
+
+    model: the bare one of sampling(); usable: (place in the run, which seeds it, example, model inputs).
     """
-    model, group, half = engine.module.model, arguments.num_generations, max(1, arguments.num_generations // 2)
+    positions, examples, items = zip(*usable, strict=True)
+    group, half, device = arguments.num_generations, max(1, arguments.num_generations // 2), model.get_input_embeddings().weight.device
+    seeds, controls = [arguments.seed * 1_000_003 + position for position in positions], {}
+    for index, (example, seed) in enumerate(zip(examples, seeds, strict=True)):
+        if arguments.temporal and example.media_type == "video":
+            frames = len(rows[example.id]["frames"])
+            controls[index] = encoder.encode(example, rows[example.id], shuffle=random.Random(seed).sample(range(frames), frames))
     counts = [group] * len(items) + [half] * len(controls)
-    row_seeds = [seed * 1_009 + number for index, count in zip([*range(len(items)), *controls], counts, strict=True)
-                 for seed in [seeds[index]] for number in range(count)]
-    with sampling(engine) as bare:
-        prompts = collate([*items, *controls.values()], model).to(engine.device)
-        if arguments.freeze_vision:
-            with torch.no_grad():
-                prompts.features = Policy(bare).encode(prompts)
-        tokens, mask, texts = sample_texts(bare, processor, prompts, counts, row_seeds, arguments.max_completion_length,
-                                           arguments.temperature, arguments.top_p)
+    row_seeds = [seeds[index] * 1_009 + number for index, count in zip([*range(len(items)), *controls], counts, strict=True)
+                 for number in range(count)]
+    prompts = collate([*items, *controls.values()], model).to(device)
+    if arguments.freeze_vision:
+        with torch.no_grad():
+            prompts.features = Policy(model).encode(prompts)
+    tokens, mask, texts = sample_texts(model, processor, prompts, counts, row_seeds, arguments.max_completion_length,
+                                       arguments.temperature, arguments.top_p, arguments.top_k)
     own = len(items) * group
     longest = int(mask[:own].sum(-1).max())
-    groups = [texts[start : start + group] for start in range(0, own, group)]
-    control_texts = {index: texts[own + place * half : own + (place + 1) * half] for place, index in enumerate(controls)}
     shape, visual = (len(items), group, longest), int(prompts.visual[: len(items)].sum())
     features = prompts.features and tuple(feature[:visual] if visual else feature for feature in prompts.features)  # 0: text, a blank image
-    return tokens[:own, :longest].reshape(shape), mask[:own, :longest].reshape(shape), groups, control_texts, features
+    return Rollouts(
+        examples, replace(collate(items, model), features=features), tokens[:own, :longest].reshape(shape),
+        mask[:own, :longest].reshape(shape), [texts[start : start + group] for start in range(0, own, group)],
+        {index: texts[own + place * half : own + (place + 1) * half] for place, index in enumerate(controls)})
 
 
 METRICS = (
@@ -427,41 +448,36 @@ METRICS = (
 )
 
 
-def grpo_micro_batch(arguments, engine, reference, processor, encoder, usable, rows, share, values):
-    """One forward's worth of questions: sample, score, advantages, loss, backward. Adds to `values` ({metric: list}).
+def spend(values, name, begin):
+    """Adds the seconds since `begin` to a stage of this step; -> now."""
+    now = time.perf_counter()
+    values[f"time/{name}"] = [sum(values[f"time/{name}"]) + now - begin]
+    return now
 
-    usable: (place in the run, which seeds it, example, model inputs); share: this rank's weight in the mean over ranks.
-    -> a log line per rollout, and what another update on these rollouts needs (backward_loss).
+
+def grpo_micro_batch(arguments, engine, reference, processor, rollouts, rows, share, values):
+    """One forward's worth of rollouts: score, advantages, loss, backward. Adds to `values` ({metric: list}).
+
+    share: what this loss counts in the mean of DeepSpeed. -> a log line per rollout, and what another update on these rollouts needs.
     """
-    clock, controls = time.perf_counter(), {}
-    positions, examples, items = zip(*usable, strict=True)
-    seeds = [arguments.seed * 1_000_003 + position for position in positions]
-    for index, (example, seed) in enumerate(zip(examples, seeds, strict=True)):
-        if arguments.temporal and example.media_type == "video":
-            frames = len(rows[example.id]["frames"])
-            controls[index] = encoder.encode(example, rows[example.id], shuffle=random.Random(seed).sample(range(frames), frames))
-
-    # 1. sample
-    completions, mask, texts, control_texts, features = sample_groups(arguments, engine, processor, items, examples, controls, seeds)
+    examples, texts, completions, mask = rollouts.examples, rollouts.texts, rollouts.completions, rollouts.mask
     lengths = mask.sum(-1)  # (B, G)
-    values["time/rollout"].append(time.perf_counter() - clock)
 
-    # 2. log-probs of the reference, then one packed policy forward: log-probs and frame use
+    # 1. log-probs of the reference, then one packed policy forward: log-probs and frame use
     clock = time.perf_counter()
-    prompts, ref_logp = replace(collate(items, engine.module.model).to(engine.device), features=features), None
+    prompts, ref_logp = rollouts.prompts.to(engine.device), None
     if reference is not None:
         with torch.no_grad():
             ref_logp = reference(prompts, completions, mask, arguments.packed)[0]  # (B, G, T)
-    values["time/reference"].append(time.perf_counter() - clock)
-    clock = time.perf_counter()
+    clock = spend(values, "reference", clock)
     logp, entropy, hidden, attention, weights = engine(prompts, completions, mask, arguments.packed,
-                                                    weight_alpha=weight_alpha(arguments), **use_layers(arguments))
+                                                       weight_alpha=weight_alpha(arguments), **use_layers(arguments))
     uses, paper_uses = frame_uses(arguments, prompts, mask, hidden, attention)
 
-    # 3. rewards (Eq. 6-8)
-    totals, lines = [], []
+    # 2. rewards (Eq. 6-8)
+    totals, anchors, lines = [], [], []
     for index, example in enumerate(examples):
-        shuffled = accuracies(example, control_texts[index]) if index in controls else None
+        shuffled = accuracies(example, rollouts.control_texts[index]) if index in rollouts.control_texts else None
         terms = text_rewards(arguments, example, texts[index], lengths[index].tolist(), shuffled)
         values["rollout/shuffled_accuracy"] += shuffled or []
         consensus = [0.0] * len(texts[index])  # an image is one frame: nothing to choose, no consensus reward
@@ -480,6 +496,7 @@ def grpo_micro_batch(arguments, engine, reference, processor, encoder, usable, r
                 dense=arguments.consistency_dense).tolist()
         terms["total"] = [sum(column) for column in zip(*terms.values(), strict=True)]
         totals.append(terms["total"])
+        anchors.append(terms["total"][0] + 1 - 2 * terms["accuracy"][0])
         for name, column in terms.items():
             values[f"reward/{name}"] += column
         for number, text in enumerate(texts[index]):
@@ -490,14 +507,17 @@ def grpo_micro_batch(arguments, engine, reference, processor, encoder, usable, r
                           "prior": rows[example.id]["prior"] if use is not None else None,
                           "use": None if use is None else [round(value, 4) for value in use.tolist()]})
 
-    # 4. advantages, loss, backward (Eq. 9-10)
+    # 3. advantages, loss, backward (Eq. 9-10)
     totals = torch.tensor(totals, device=engine.device)  # (B, G)
-    advantages = group_advantages(totals, scale=arguments.scale_rewards).flatten()  # (N,)
+    degenerate = totals.amax(1) - totals.amin(1) < 1e-6  # (B,)
+    anchors = torch.tensor(anchors, device=engine.device) if arguments.degenerate == "virtual_anchor" else None  # (B,)
+    advantages = group_advantages(totals, scale=arguments.scale_rewards, anchors=anchors).flatten()  # (N,)
+    dropped = degenerate if arguments.degenerate == "drop" else torch.zeros_like(degenerate)
     replay = {"prompts": prompts, "completions": completions, "mask": mask, "old_logp": logp.detach(), "advantages": advantages,
-              "ref_logp": ref_logp, "share": share}
+              "ref_logp": ref_logp, "share": share, "dropped": dropped}
     backward_loss(arguments, engine, replay, logp, weights, values)
-    values["time/policy"].append(time.perf_counter() - clock)
-    values["loss/zero_variance_groups"] += (totals.amax(1) - totals.amin(1) < 1e-6).float().tolist()
+    spend(values, "policy", clock)
+    values["loss/zero_variance_groups"] += degenerate.float().tolist()
     values["rollout/length"] += lengths.flatten().tolist()
     values["rollout/truncated"] += (lengths.flatten() >= arguments.max_completion_length).float().tolist()
     values["rollout/entropy"].append(((entropy * mask).sum() / mask.sum()).item())
@@ -510,6 +530,8 @@ def weight_alpha(arguments):
 
 def backward_loss(arguments, engine, replay, logp, weights, values):
     """Eq. 10 of one forward (logp, weights (B, G, T)) and its backward."""
+    if replay["dropped"].any():
+        weights = (torch.ones_like(logp) if weights is None else weights) * ~replay["dropped"][:, None, None]
     logp, old_logp, mask, ref_logp, weights = (tensor if tensor is None else tensor.flatten(0, 1) for tensor in (
         logp, replay["old_logp"], replay["mask"], replay["ref_logp"], weights))  # (N, T)
     loss, stats = policy_loss(logp, old_logp, replay["advantages"], mask, ref_logp, arguments.beta, arguments.clip_low,
@@ -517,6 +539,22 @@ def backward_loss(arguments, engine, replay, logp, weights, values):
     engine.backward(loss * replay["share"])
     for name, value in {**stats, "policy": loss.item()}.items():
         values[f"loss/{name}"] += [value] * len(replay["completions"])
+
+
+def loss_shares(arguments, masks, device):
+    """What each forward's loss counts, so that a step's gradient does not depend on how its rollouts are split into forwards and ranks.
+
+    masks: list of (B, G, T). A forward's loss is a mean over its completions (sequence, constant) or its tokens (token), so it counts as
+    many as it has of those on all ranks; DeepSpeed then divides by the ranks and by the forwards of a step. constant (Dr. GRPO) divides
+    by --max_completion_length, not by the longest completion at hand.
+    """
+    token = arguments.reduction == "token"
+    counts = [float(mask.sum() if token else mask[..., 0].numel()) for mask in masks]
+    total = torch.tensor(sum(counts), device=device)
+    dist.all_reduce(total)
+    scales = [mask.shape[2] / arguments.max_completion_length if arguments.reduction == "constant" else 1.0 for mask in masks]
+    return [count * scale * dist.get_world_size() * arguments.gradient_accumulation_steps / max(total.item(), 1.0)
+            for count, scale in zip(counts, scales, strict=True)]
 
 
 def train_grpo(arguments, model_path, processor, encoder, stream, rows, skipped, writer, log_rollouts):
@@ -538,29 +576,31 @@ def train_grpo(arguments, model_path, processor, encoder, stream, rows, skipped,
             fewest, everywhere = agree(len(usable), engine.device)
             lost += batch * world - everywhere
             if fewest > 0:
-                share = len(usable) * world / everywhere  # DeepSpeed averages over ranks, which may hold different numbers of questions
-                micro_batches.append(([(start + index, *rest) for index, *rest in usable], share))
-        replays = []
+                micro_batches.append([(start + index, *rest) for index, *rest in usable])
+        with sampling(engine) as model:  # everything is sampled before anything is learned: one gathering of the parameters a step
+            sampled = [sample_groups(arguments, model, processor, encoder, usable, rows) for usable in micro_batches]
+        spend(values, "rollout", begin)
+        shares, replays = loss_shares(arguments, [rollouts.mask for rollouts in sampled], engine.device), []
         for iteration in range(arguments.num_iterations):
-            for number, (usable, share) in enumerate(micro_batches):
-                engine.set_gradient_accumulation_boundary(number == len(micro_batches) - 1)
+            for number, (rollouts, share) in enumerate(zip(sampled, shares, strict=True)):
+                engine.set_gradient_accumulation_boundary(number == len(sampled) - 1)
                 if iteration == 0:
-                    lines, replay = grpo_micro_batch(arguments, engine, reference, processor, encoder, usable, rows,
-                                                     share * accumulation / len(micro_batches), values)
+                    lines, replay = grpo_micro_batch(arguments, engine, reference, processor, rollouts, rows, share, values)
                     if arguments.num_iterations > 1:
                         replays.append(replay)
                     log_rollouts([{"step": step, **line} for line in lines])
                 else:
-                    replay = replays[number]
+                    clock, replay = time.perf_counter(), replays[number]
                     logp, *_, weights = engine(replay["prompts"], replay["completions"], replay["mask"], arguments.packed,
                                                weight_alpha=weight_alpha(arguments))
                     backward_loss(arguments, engine, replay, logp, weights, values)
+                    spend(values, "policy", clock)
                 clock = time.perf_counter()
                 engine.step()
-                values["time/update"].append(time.perf_counter() - clock)
+                spend(values, "update", clock)
         if reference is not None and arguments.ema_decay < 1 and (step + 1) % arguments.ema_steps == 0:
             update_reference(reference, engine, averages, arguments.ema_decay)
-        values["time/step"].append(time.perf_counter() - begin)
+        spend(values, "step", begin)
         metrics = average(values, METRICS, engine.device)
         norm = {"loss/grad_norm": float(engine.get_global_grad_norm())} if micro_batches else {}
         writer({"stage": "grpo", "step": step, **metrics, **norm, "data/skipped": lost})
@@ -613,7 +653,7 @@ def score_heldout(arguments, model_path, processor, encoder, examples, rows, bat
             for decoding, temperature in (("greedy", 0.0), ("sampled", arguments.temperature)):
                 seeds = [arguments.seed * 1_000_003 + position for position in positions]
                 tokens, mask, texts = sample_texts(model, processor, prompts, [1] * len(part), seeds, arguments.max_completion_length,
-                                                   temperature, arguments.top_p)
+                                                   temperature, arguments.top_p, arguments.top_k)
                 for example, text in zip(part, texts, strict=True):
                     (accuracy,) = accuracies(example, [text])
                     for name in (decoding, f"{decoding}/{kind(example)}"):

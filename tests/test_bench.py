@@ -34,7 +34,7 @@ def test_smallest_step_prints_phases_and_ratios():
     assert next(line for line in lines if line.startswith("   ")).split() == sides
     cells = {}
     for phase in ("rollout", "reference", "policy", "optimizer", "step"):
-        found = re.findall(r"([\d.]+) s +(\d+) MB", next(line for line in lines if line.startswith(f"{phase}  ")))
+        found = re.findall(r"([\d.]+) s +(\d+) MB", [line for line in lines if line.startswith(f"{phase}  ")][-1])
         assert len(found) == len(sides) if phase == "step" else 3
         cells[phase] = [(float(seconds), float(megabytes)) for seconds, megabytes in found]
         assert all(seconds > 0 and megabytes > 0 for seconds, megabytes in cells[phase])

@@ -69,6 +69,15 @@ def test_advantages_of_equal_rewards_that_round_are_zero_too(value):
     assert group_advantages(torch.full((1, 7), value)).abs().max() < 2e-3
 
 
+def test_an_anchor_joins_groups_of_equal_rewards_only():
+    # (2, 2) with 1: mean 5/3, std sqrt((1/9 + 1/9 + 4/9) / 2) = 1/sqrt(3); (0, 0) with 1 is its negative; (0, 2): mean 1, std sqrt(2)
+    rewards, anchors = torch.tensor([[2.0, 2], [0, 0], [0, 2]]), torch.tensor([1.0, 1, 9])
+    third, half = 3**-0.5, 2**-0.5
+    torch.testing.assert_close(group_advantages(rewards, 0, anchors=anchors), torch.tensor([[third] * 2, [-third] * 2, [-half, half]]))
+    expected = torch.tensor([[1 / 3, 1 / 3], [-1 / 3, -1 / 3], [-1, 1]])
+    torch.testing.assert_close(group_advantages(rewards, scale=False, anchors=anchors), expected)
+
+
 def test_advantages_of_a_group_of_one_are_an_error():
     with pytest.raises(ValueError, match="two rollouts"):
         group_advantages(torch.tensor([[1.0], [2.0]]))
@@ -223,6 +232,16 @@ def test_top_p_keeps_the_token_that_crosses_it():
     assert draw([0.0, 0.62, 0.63, 1 - 2**-24], top_p=0.6) == [1, 1, 3, 3]
     assert draw([0.0, 1 - 2**-24], top_p=0.4) == [1, 1]  # the first token always stays
     assert draw([0.94, 1 - 2**-24], top_p=0.9) == [0, 0]
+
+
+def test_top_k_keeps_the_likeliest_and_top_p_their_nucleus():
+    logits = torch.tensor([[0.4, 0.3, 0.2, 0.1]]).log()
+    uniforms = [0.0, 0.3, 0.56, 0.58, 0.99]
+    pick = lambda **settings: [sample_tokens(logits, torch.tensor([u]), **settings).item() for u in uniforms]  # noqa: E731
+    assert pick(top_k=2) == [0, 0, 0, 1, 1]  # 4/7 = 0.571 and 3/7
+    assert pick(top_k=9) == [0, 0, 1, 1, 3] == pick()
+    assert pick(top_k=3, top_p=0.75) == [0, 0, 0, 1, 1]  # of 4/9, 3/9, 2/9 the first two reach 0.75; without top_k three would stay
+    assert pick(top_k=1) == [0] * 5
 
 
 def test_banned_tokens_are_never_sampled():

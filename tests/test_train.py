@@ -197,12 +197,13 @@ TERMS = {  # recipe -> terms that may differ from 0 beside accuracy and format
     "cfgrpo": {"length", "temporal", "consensus"}, "grpo": set(), "tgrpo": {"length", "temporal"}, "care": {"consistency"}, "tw": set(),
     "video_r2": {"alignment"}, "release": {"length", "temporal", "consensus"}}
 CONSTANTS = {  # method.md's, and evaluation.md's table of settings
-    "cfgrpo": dict(cfr_weight=3.0, gate="soft", tau=0.1, use_order="mean_softmax", temporal_ratio=1.0, beta=0.04, learning_rate=5e-6),
-    "grpo": dict(beta=0.04, clip_high=0.2, reduction="sequence"), "tgrpo": dict(temporal_gamma=0.3, length_bonus=0.2),
-    "care": dict(consistency_coef=0.5, consistency_margin=0.01, beta=0.0, ema_decay=0.995, ema_steps=10, learning_rate=1e-6),
-    "tw": dict(token_weight_alpha=1.7, reduction="token", clip_low=0.2, clip_high=0.28, beta=0.0, top_p=1.0, learning_rate=1e-6),
-    "video_r2": dict(alignment_weight=1.0, alignment_buffer=2.0, alignment_threshold=0.75, temperature=0.9, beta=0.04),
-    "release": dict(cfr_weight=5.0, gate="hard", tau=0.5, use_order="softmax_mean", temporal_ratio=0.8, learning_rate=1e-6)}
+    "cfgrpo": dict(cfr_weight=3.0, gate="soft", tau=0.1, use_order="mean_softmax", temporal_ratio=1.0, beta=0.04, learning_rate=5e-6,
+                    top_k=0),
+    "grpo": dict(beta=0.04, clip_high=0.2, reduction="sequence"), "tgrpo": dict(temporal_gamma=0.3, length_bonus=0.2, top_k=50),
+    "care": dict(consistency_coef=0.5, consistency_margin=0.01, beta=0.0, ema_decay=0.995, ema_steps=10, learning_rate=1e-6, top_k=50),
+    "tw": dict(token_weight_alpha=1.7, reduction="token", clip_low=0.2, clip_high=0.28, beta=0.0, top_p=1.0, top_k=50, learning_rate=1e-6),
+    "video_r2": dict(alignment_weight=1.0, alignment_buffer=2.0, alignment_threshold=0.75, temperature=0.9, top_k=50, beta=0.04),
+    "release": dict(cfr_weight=5.0, gate="hard", tau=0.5, use_order="softmax_mean", temporal_ratio=0.8, learning_rate=1e-6, top_k=50)}
 
 
 @pytest.mark.parametrize("recipe", TERMS)
@@ -243,7 +244,7 @@ def test_the_reference_follows_the_policy_on_every_rank(cold_start, tmp_path):
     assert start == pytest.approx(0, abs=1e-7) and moved > 1e-5 and followed == pytest.approx(0, abs=1e-7)
 
 
-def micro_batch(monkeypatch, toy_folder, toy_processor, toy_model, texts, *flags):
+def micro_batch(toy_folder, toy_processor, toy_model, texts, *flags):
     """One question's group with these completions through grpo_micro_batch: its loss, values, mask, log-probs of policy and reference."""
     example = next(example for example in load_examples(toy_folder / "train.json") if example.options and example.media_type == "video")
     arguments = HfArgumentParser(train.TrainArguments).parse_args_into_dataclasses(
@@ -255,7 +256,6 @@ def micro_batch(monkeypatch, toy_folder, toy_processor, toy_model, texts, *flags
     for row, tokens in zip(completions[0], ids, strict=True):
         row[: len(tokens)] = torch.tensor(tokens)
     mask = torch.tensor([[[place < len(tokens) for place in range(completions.shape[2])] for tokens in ids]])
-    monkeypatch.setattr(train, "sample_groups", lambda *_: (completions, mask, [texts], {}, None))
     torch.manual_seed(0)
     other = copy.deepcopy(toy_model)
     with torch.no_grad():
@@ -267,18 +267,19 @@ def micro_batch(monkeypatch, toy_folder, toy_processor, toy_model, texts, *flags
 
     values, rows = defaultdict(list), {example.id: {"frames": [0, 10, 20, 30], "times": [0.0, 2.5, 5.0, 7.5], "prior": [0.25] * 4}}
     item = encoder.encode(example, rows[example.id])
-    train.grpo_micro_batch(arguments, Engine(toy_model), Policy(other), toy_processor, encoder, [(0, example, item)], rows, 1.0, values)
+    rollouts = train.Rollouts((example,), collate([item], toy_model), completions, mask, [texts], {})
+    train.grpo_micro_batch(arguments, Engine(toy_model), Policy(other), toy_processor, rollouts, rows, 1.0, values)
     with torch.no_grad():
         logps = [Policy(model)(collate([item], model), completions, mask, weight_alpha=1.7)
                  for model in (toy_model, other)]
     return losses[0], values, mask[0], logps, example, texts
 
 
-def test_the_consistency_bonus_asks_the_reference(monkeypatch, toy_folder, toy_processor, toy_model):
+def test_the_consistency_bonus_asks_the_reference(toy_folder, toy_processor, toy_model):
     texts = ["<think>a</think><answer>{right}</answer>", "<think>red it is</think><answer>{right}</answer>",
              "<think>a</think><answer>{wrong}</answer>", "<think>b</think>"]
     _, values, mask, ((own, *_), (reference, *_)), _, texts = micro_batch(
-        monkeypatch, toy_folder, toy_processor, toy_model, texts, "--consistency_coef", "0.5", "--consistency_dense", "true")
+        toy_folder, toy_processor, toy_model, texts, "--consistency_coef", "0.5", "--consistency_dense", "true")
     answered = [toy_processor.tokenizer(text.split("<answer>")[0] + "<answer>").input_ids for text in texts[:3]]
     likelihoods = [[logp[0, row, len(ids)].exp().item() for row, ids in enumerate(answered)] for logp in (own, reference)]  # of one letter
     assert all(abs(a / b - 1) > 0.1 for a, b in zip(*likelihoods, strict=True))
@@ -287,10 +288,10 @@ def test_the_consistency_bonus_asks_the_reference(monkeypatch, toy_folder, toy_p
     assert values["reward/total"] == pytest.approx([2 + bonus[0], 2 + bonus[1], 1, 0], rel=1e-4)
 
 
-def test_the_token_weights_enter_the_loss(monkeypatch, toy_folder, toy_processor, toy_model):
+def test_the_token_weights_enter_the_loss(toy_folder, toy_processor, toy_model):
     texts = ["<think>a</think><answer>{right}</answer>", "<think>b c d</think><answer>{wrong}</answer>"]
     flags = ["--token_weight_alpha", "1.7", "--reduction", "token", "--beta", "0"]
-    loss, values, mask, ((*_, weights), _), *_ = micro_batch(monkeypatch, toy_folder, toy_processor, toy_model, texts, *flags)
+    loss, values, mask, ((*_, weights), _), *_ = micro_batch(toy_folder, toy_processor, toy_model, texts, *flags)
     # rewards 2 and 1: mean 1.5, unbiased std 0.7071; at ratio 1 the loss is -sum(A w) / tokens
     advantage = 0.5 / (0.5**0.5 + 1e-4)
     expected = -(advantage * weights[0, 0][mask[0]].sum() - advantage * weights[0, 1][mask[1]].sum()) / mask.sum()
@@ -298,15 +299,49 @@ def test_the_token_weights_enter_the_loss(monkeypatch, toy_folder, toy_processor
     assert abs(loss.item() + advantage * (mask[0].sum() - mask[1].sum()).item() / mask.sum().item()) > 1e-3  # not that of weights 1
 
 
-def test_the_alignment_reward_is_gated_and_weighed(monkeypatch, toy_folder, toy_processor, toy_model):
+def test_the_alignment_reward_is_gated_and_weighed(toy_folder, toy_processor, toy_model):
     rows = json.loads((toy_folder / "train.json").read_text())
     row = next(row for row in rows if row["options"] and row["data_type"] == "video")
     start, sentence = next(iter(row["grounding"].items()))
     texts = [f"<think>At {start[:5]} {sentence}.</think><answer>{{right}}</answer>",
              f"<think>At {start[:5]} {sentence}. At 00:01 an elephant.</think><answer>{{right}}</answer>",
              f"<think>At {start[:5]} {sentence}.</think><answer>{{wrong}}</answer>"]
-    _, values, *_ = micro_batch(monkeypatch, toy_folder, toy_processor, toy_model, texts, "--alignment_weight", "0.8")
+    _, values, *_ = micro_batch(toy_folder, toy_processor, toy_model, texts, "--alignment_weight", "0.8")
     assert values["reward/alignment"] == pytest.approx([0.8, 0.4, 0.0])  # all claims match, one of two, a wrong answer
+
+
+@pytest.mark.parametrize("answer, advantage", [("{right}", 1 / 3), ("{wrong}", -1 / 3)])
+def test_groups_of_equal_rewards_can_be_dropped_or_anchored(toy_folder, toy_processor, toy_model, answer, advantage):
+    texts = [f"<think>{'a ' * n}</think><answer>{answer}</answer>" for n in range(1, 9)]
+    losses = {}
+    for degenerate in ("keep", "drop", "virtual_anchor"):
+        loss, values, mask, ((own, *_), (reference, *_)), *_ = micro_batch(
+            toy_folder, toy_processor, toy_model, texts, "--degenerate", degenerate, "--beta", "0.5")
+        assert values["loss/zero_variance_groups"] == [1] and values["loss/kl"][0] > 1e-3  # logged, whatever becomes of it
+        losses[degenerate] = loss.item()
+    d = ((reference - own)[0] * mask).clamp(-10, 10)
+    kl = ((d.exp() - d - 1) * mask).sum(1) / mask.sum(1)
+    # eight rollouts of r and the anchor r -+ 1: mean r -+ 1/9, std sqrt((8 (1/9)^2 + (8/9)^2) / 8) = 1/3, so (1/9) / (1/3) = 1/3
+    assert losses == pytest.approx({"keep": 0.5 * kl.mean().item(), "drop": 0, "virtual_anchor": 0.5 * kl.mean().item() - advantage},
+                                   abs=1e-3)
+
+
+@pytest.mark.parametrize("reduction", ["sequence", "token", "constant"])
+def test_a_step_does_not_depend_on_how_it_is_split(reduction, cold_start, tmp_path):
+    flags = [*cold_start[1], "--reduction", reduction, "--max_steps", 2, "--learning_rate", 1e-4, "--beta", 0.1]
+    splits = {"whole": (4, 1, 1), "parts": (1, 4, 1), "ranks": (1, 2, 2)}  # questions in a forward, forwards, ranks
+    for name, (batch, accumulation, ranks) in splits.items():
+        launch(*flags, "--per_device_train_batch_size", batch, "--gradient_accumulation_steps", accumulation, "--output_dir",
+               tmp_path / name, ranks=ranks)
+    one, *others = (metrics(tmp_path / name, "grpo") for name in splits)
+    assert len({line["text"] for line in map(json.loads, (tmp_path / "whole" / "rollouts.jsonl").read_text().splitlines())}) > 4
+    for other in others:
+        for a, b in zip(one, other, strict=True):
+            assert a["loss/grad_norm"] == pytest.approx(b["loss/grad_norm"], rel=1e-3) and a["loss/grad_norm"] > 1e-3
+            assert a["reward/total"] == pytest.approx(b["reward/total"], abs=1e-5)
+    states = [weights(tmp_path / name / "grpo") for name in splits]
+    for state in states[1:]:
+        assert max((states[0][name] - state[name]).abs().max().item() for name in state) < 1e-5
 
 
 def test_terms_that_can_give_nothing_are_refused(small_toy, first_run, tmp_path):
