@@ -48,6 +48,7 @@ import prior
 import toy
 import train
 from data import DataError, Encoder, Example
+from engine import start_engine, start_ranks
 from grpo import FAMILIES, Policy, collate, group_advantages, policy_loss, rollout, sampling, special_tokens
 
 SIDES = ("packed", "repeated", "zero3", "trl")
@@ -137,10 +138,10 @@ def our_steps(arguments, side, base):
     """Yields ({phase: [seconds, MB]}, the log-probs and the tokens) of every whole step of ours."""
     zero3, group, device = side == "zero3", arguments.num_generations, "cuda" if torch.cuda.is_available() else "cpu"
     if zero3:
-        train.start_ranks()
+        start_ranks()
         settings = train.TrainArguments(deepspeed=str(Path(__file__).with_name("ds_zero3.json")), output_dir=None)
-        reference = train.start_engine(settings, arguments.folder)
-        policy = train.start_engine(settings, arguments.folder, learning_rate=1e-6)
+        reference = start_engine(settings, arguments.folder)
+        policy = start_engine(settings, arguments.folder, learning_rate=1e-6)
         model = policy.module.model
     else:
         dtype = torch.bfloat16 if device == "cuda" else torch.float32

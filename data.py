@@ -16,6 +16,7 @@ from collections import OrderedDict
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+import cv2
 import decord
 import numpy as np
 import torch
@@ -335,13 +336,25 @@ def open_video(path):
     """decord reader of a video file; MediaError with the cause when it is missing, empty or not a video."""
     if not os.path.isfile(path):
         raise MediaError(f"{path}: no such file")
+    if os.path.getsize(path) == 0:
+        raise MediaError(f"{path}: empty file")
     try:
         reader = decord.VideoReader(path, num_threads=1)
     except (decord.DECORDError, RuntimeError) as error:  # decord raises either, by the kind of damage
+        if is_image(path):
+            raise MediaError(f"{path}: an image where a video was promised") from error
         raise MediaError(f"{path}: not a readable video ({first_words(error)})") from error
     if len(reader) == 0:
         raise MediaError(f"{path}: the video has no frames")
     return reader
+
+
+def is_image(path):
+    try:
+        Image.open(path).close()
+    except (Image.DecompressionBombError, OSError, SyntaxError, ValueError):
+        return False
+    return True
 
 
 def first_words(error):
@@ -400,6 +413,23 @@ def build_prompt(example, template=PROMPT_TEMPLATE):
     return template.format(question=question, instruction=INSTRUCTIONS["several letters" if several else example.problem_type])
 
 
+def clock(seconds):
+    """75.4 -> "01:15", as traces cite times."""
+    return f"{int(seconds) // 60:02d}:{int(seconds) % 60:02d}"
+
+
+def draw_times(frames, times):
+    """Each frame's time in its upper left corner, white on black: frames (K, 3, H, W) uint8 -> the same shape."""
+    drawn = []
+    for frame, time in zip(frames.permute(0, 2, 3, 1).numpy(), times, strict=True):
+        picture, scale = np.ascontiguousarray(frame), frame.shape[0] / 250
+        for colour, thickness in ((0, max(3, round(6 * scale))), (255, max(1, round(2 * scale)))):
+            cv2.putText(picture, clock(time), (2, round(24 * scale) + 4), cv2.FONT_HERSHEY_SIMPLEX, scale, (colour,) * 3, thickness,
+                        cv2.LINE_AA)
+        drawn.append(torch.from_numpy(picture).permute(2, 0, 1))
+    return torch.stack(drawn)
+
+
 def chat_text(processor, example, template=PROMPT_TEMPLATE):
     """The chat-templated prompt with its media placeholder, ending where the assistant begins."""
     content = [{"type": example.media_type}] if example.media_type != "text" else []
@@ -413,10 +443,13 @@ def target_text(example):
 
 
 class Encoder:
-    """Examples -> model inputs through the checkpoint's own processor. Decoded media are kept up to `cache_gb`, the oldest leave first."""
+    """Examples -> model inputs through the checkpoint's own processor. Decoded media are kept up to `cache_gb`, the oldest leave first.
 
-    def __init__(self, processor, min_pixels, max_pixels, frames=16, template=PROMPT_TEMPLATE, cache_gb=1.0):
-        self.processor, self.template, self.frames = processor, template, frames
+    frame_times: how a video's frames say when they were taken: text (a line before the question), drawn (on the frames), none.
+    """
+
+    def __init__(self, processor, min_pixels, max_pixels, frames=16, template=PROMPT_TEMPLATE, cache_gb=1.0, frame_times="none"):
+        self.processor, self.template, self.frames, self.frame_times = processor, template, frames, frame_times
         self.min_pixels, self.max_pixels = min_pixels, max_pixels
         self.factor = processor.image_processor.patch_size * processor.image_processor.merge_size
         self.media, self.media_bytes, self.limit = OrderedDict(), 0, int(cache_gb * 1e9)  # (path, frame indices) -> frames, patches
@@ -432,6 +465,9 @@ class Encoder:
             ids = self.processor.tokenizer(text, return_tensors="pt")["input_ids"][0]
             return {"input_ids": ids, "pixel_values": None, "grid_thw": None, "second_per_grid": 1.0, "times": []}
         entry = self.load(example, row)
+        if self.frame_times == "text" and example.media_type == "video":
+            times = f"The frames were taken at {', '.join(map(clock, entry['times']))}.\n"
+            text = chat_text(self.processor, replace(example, question=times + example.question), self.template)
         if shuffle is not None:
             return self.process(example, text, entry["frames"][list(shuffle)], entry)
         prompts = entry["prompts"]
@@ -439,7 +475,8 @@ class Encoder:
             item = self.process(example, text, entry["frames"], entry)
             prompts[text] = item.pop("input_ids")
             entry.update(item)
-        return {**entry, "input_ids": prompts[text]}
+        kept = ("pixel_values", "grid_thw", "second_per_grid", "times")
+        return {"input_ids": prompts[text], **{name: entry[name] for name in kept}}
 
     def load(self, example, row):
         """Decoded, resized frames of the example's medium, from the cache if they are there."""
@@ -471,6 +508,8 @@ class Encoder:
             output = self.processor(text=[text], images=[frames[0]], do_resize=False, return_tensors="pt")
             pixels, grid, seconds = output["pixel_values"], output["image_grid_thw"][0], 1.0
         else:
+            if self.frame_times == "drawn":
+                frames = draw_times(frames, entry["times"])  # after a control's shuffling: its times stay in order
             metadata = {"fps": entry["fps"], "total_num_frames": len(frames), "frames_indices": list(range(len(frames)))}
             output = self.processor(text=[text], videos=[frames], video_metadata=[metadata], do_sample_frames=False, do_resize=False,
                                     return_tensors="pt")

@@ -11,14 +11,16 @@ gives log-probs and frame use -> consensus reward -> advantages -> loss -> step.
 """
 
 import argparse
+import importlib.metadata
 import json
 import os
 import random
 import re
-import socket
+import shutil
+import subprocess
 import sys
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
@@ -26,14 +28,31 @@ import deepspeed
 import torch
 import torch.distributed as dist
 from tqdm import tqdm
-from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, HfArgumentParser, set_seed
-from transformers.integrations import HfDeepSpeedConfig
+from transformers import AutoConfig, AutoProcessor, HfArgumentParser, set_seed
 from transformers.utils import logging as hf_logging
 
 import prior
 import reward
 import toy
-from data import PROMPT_TEMPLATE, DataError, Encoder, MediaError, invert_question, load_examples, target_text
+from data import PROMPT_TEMPLATE, DataError, Encoder, invert_question, load_examples, target_text
+from engine import (
+    Checkpoints,
+    Inputs,
+    agree,
+    average,
+    check_finite,
+    find_checkpoint,
+    is_main,
+    on_main_first,
+    save_model,
+    say,
+    set_learning_rate,
+    show,
+    start_engine,
+    start_ranks,
+    update_reference,
+    write_shards,
+)
 from grpo import (
     FAMILIES,
     PACKED_FAMILIES,
@@ -70,7 +89,12 @@ class TrainArguments:
     # frames
     min_pixels: int = flag(16 * 28 * 28, "Fewest pixels a frame.")
     max_pixels: int = flag(128 * 28 * 28, "Most pixels a frame.")
-    media_cache_gb: float = flag(2.0, "Memory for decoded media, per rank.")
+    frame_times: str = flag("none", "How frames say when they were taken: text (a line before the question), drawn (on the frames), none.",
+                            choices=["none", "text", "drawn"])
+    media_cache_gb: float = flag(2.0, "Memory for decoded media, per process that decodes.")
+    decode_workers: int = flag(2, "Processes per rank that decode the next step's media; 0: none. Default for the toy: 0.")
+    decode_timeout: float = flag(300.0, "Seconds after which a medium is given up (with workers).")
+    max_prompt_length: int = flag(16384, "Questions with more prompt tokens, visual ones included, are skipped.")
     # SFT
     sft_learning_rate: float = flag(1e-5, "Peak learning rate of SFT.")
     sft_max_steps: int = flag(-1, "SFT steps; -1: one epoch.")
@@ -130,6 +154,10 @@ class TrainArguments:
     num_iterations: int = flag(1, "Updates on the same rollouts; from the second on the ratio of Eq. 10 is not 1.")
     freeze_vision: bool = flag(False, "Do not train the vision tower. Rollouts, reference and policy then share one pass through it.")
     gradient_checkpointing: bool = flag(False, "Recompute activations in the backward pass: less memory, a third more time.")
+    # checkpoints
+    save_steps: int = flag(100, "Steps between checkpoints, from which a run can go on; 0: none but the final model.")
+    save_total_limit: int = flag(2, "Checkpoints that are kept; the oldest leave.")
+    resume_from_checkpoint: str | None = flag(None, "Folder of a checkpoint, or auto: the output folder's last one, if there is one.")
     seed: int = flag(0, "Of everything random.")
     deepspeed: str = flag("ds_zero3.json", "DeepSpeed configuration; 'auto' values are filled from the flags.")
     local_rank: int = flag(-1, "Set by the deepspeed launcher.")
@@ -160,119 +188,11 @@ def toy_defaults(world_size):
     return dict(
         clip="local-dir:{toy}/clip", min_pixels=56 * 56, max_pixels=56 * 56, max_completion_length=96, length_bonus=0.0,
         sft_learning_rate=2e-3, sft_max_steps=600, sft_per_device_batch_size=max(1, 32 // world_size), learning_rate=2e-4, beta=0.1,
-        max_steps=80, per_device_train_batch_size=max(1, 16 // world_size), max_grad_norm=1.0, frame_use="attention", frame_use_layer=1)
-
-
-# ------------------------------------------------------------------------------------------------------- ranks, engines
-
-
-def is_main():
-    return dist.get_rank() == 0
-
-
-def say(text):
-    if is_main():
-        tqdm.write(text)
-
-
-def average(values, names, device):
-    """{name: list of this rank's values} -> {name: mean over all ranks' values}; names nobody has a value for are left out."""
-    assert set(values) <= set(names), set(values) - set(names)
-    table = torch.tensor([[sum(values.get(name, [])), len(values.get(name, []))] for name in names], dtype=torch.float64, device=device)
-    dist.all_reduce(table)
-    return {name: (total / count).item() for name, (total, count) in zip(names, table, strict=True) if count > 0}
-
-
-def agree(count, device):
-    """-> (fewest, all) usable examples over the ranks, so that every rank skips a micro-batch or none does."""
-    fewest, total = torch.tensor([count], device=device), torch.tensor([count], device=device)
-    dist.all_reduce(fewest, op=dist.ReduceOp.MIN)
-    dist.all_reduce(total)
-    return int(fewest), int(total)
-
-
-def deepspeed_config(arguments, micro_batch=1, accumulation=1, learning_rate=None):
-    """The JSON file with its 'auto' values filled in; without a learning rate, one for inference (reference, scoring)."""
-    file = Path(arguments.deepspeed)
-    if not file.is_file():
-        raise DataError(f"DeepSpeed configuration {file} not found (--deepspeed)")
-    config = json.loads(file.read_text(encoding="utf-8"))
-    config["train_micro_batch_size_per_gpu"] = micro_batch
-    config["gradient_accumulation_steps"] = accumulation
-    if config.get("gradient_clipping") == "auto":
-        config["gradient_clipping"] = arguments.max_grad_norm
-    if config.get("bf16", {}).get("enabled") == "auto":
-        config["bf16"]["enabled"] = torch.cuda.is_available()
-    if learning_rate is None:
-        config.pop("optimizer", None)
-        zero = config.get("zero_optimization", {})
-        if zero.get("stage") in (1, 2):
-            zero["stage"] = 0  # these partition what an optimizer has
-        if arguments.ema_decay < 1:
-            if zero.get("offload_param", {}).get("device") == "nvme":
-                raise DataError("--ema_decay below 1 needs the parameters in memory, not offloaded to nvme")
-            zero["stage3_param_persistence_threshold"] = 0  # update_reference() writes to the shards
-    else:
-        parameters = config["optimizer"]["params"]
-        parameters["lr"] = learning_rate
-        if parameters.get("weight_decay") == "auto":
-            parameters["weight_decay"] = arguments.weight_decay
-    return config
-
-
-def start_engine(arguments, model_path, micro_batch=1, accumulation=1, learning_rate=None):
-    """A checkpoint under DeepSpeed, partitioned while it loads; trainable when there is a learning rate, else frozen and in eval mode."""
-    config = deepspeed_config(arguments, micro_batch, accumulation, learning_rate)
-    keep = HfDeepSpeedConfig(config)  # noqa: F841  from_pretrained partitions while this object lives
-    dtype = torch.bfloat16 if config.get("bf16", {}).get("enabled") else torch.float32
-    model = AutoModelForImageTextToText.from_pretrained(model_path, dtype=dtype, attn_implementation="sdpa", use_safetensors=True)
-    policy = Policy(model)
-    if learning_rate is None:
-        policy.requires_grad_(False)
-        engine, *_ = deepspeed.initialize(model=policy, config=config)
-        engine.eval()
-    else:
-        model.model.visual.requires_grad_(not arguments.freeze_vision)
-        if arguments.gradient_checkpointing:
-            model.gradient_checkpointing_enable()
-        engine, *_ = deepspeed.initialize(model=policy, config=config, model_parameters=[p for p in policy.parameters() if p.requires_grad])
-        engine.train()
-    return engine
-
-
-def save_checkpoint(engine, processor, folder):
-    """save_pretrained format, gathered; written aside and renamed, so that a folder of this name is always complete."""
-    state = engine._zero3_consolidated_16bit_state_dict() if engine.zero_optimization_partition_weights() else engine.module.state_dict()
-    if is_main():
-        aside = Path(f"{folder}.unfinished")
-        state = {name.removeprefix("model."): value for name, value in state.items()}
-        engine.module.model.save_pretrained(aside, state_dict=state)
-        processor.save_pretrained(aside)
-        os.rename(aside, folder)
-    dist.barrier()
-
-
-def set_learning_rate(engine, step, steps, peak, warmup_ratio, decay_ratio=0.3):
-    """Up, flat, down: a linear warm-up, the peak, and over the last `decay_ratio` of the steps linearly to a tenth of it."""
-    rise = min(1.0, (step + 1) / max(1, round(warmup_ratio * steps)))
-    fall = max(0.0, 1 - (steps - step) / max(1, round(decay_ratio * steps)))  # 0 until the decay begins, 1 at the end
-    for group in engine.optimizer.param_groups:
-        group["lr"] = peak * rise * (1 - 0.9 * fall)
+        max_steps=80, per_device_train_batch_size=max(1, 16 // world_size), max_grad_norm=1.0, frame_use="attention", frame_use_layer=1,
+        decode_workers=0)
 
 
 # ----------------------------------------------------------------------------------------------------------------- SFT
-
-
-def encode_usable(encoder, examples, rows, skipped):
-    """(index, example, model inputs) of the examples whose medium can be decoded; the others are named in `skipped`."""
-    usable = []
-    for index, example in enumerate(examples):
-        try:
-            usable.append((index, example, encoder.encode(example, rows.get(example.id))))
-        except MediaError as error:
-            skipped[example.id] = str(error)
-            tqdm.write(f"skipped {example.id}: {error}")
-    return usable
 
 
 def batch_targets(examples, tokenizer, eos):
@@ -284,54 +204,67 @@ def batch_targets(examples, tokenizer, eos):
     return completions, mask
 
 
-def train_sft(arguments, model_path, processor, encoder, examples, writer):
+def train_sft(arguments, model_path, processor, encoder, examples, skipped, checkpoint, writer):
     """Cold start: reasoning and answer as target, prompt masked, mean over the tokens of all ranks. Returns the checkpoint's folder."""
     world, rank = dist.get_world_size(), dist.get_rank()
     engine = start_engine(arguments, model_path, arguments.sft_per_device_batch_size, 1, arguments.sft_learning_rate)
     device = engine.device
-    model, skipped, lost = engine.module.model, {}, 0
+    model, (done, kept) = engine.module.model, checkpoint.load(engine, "sft")
+    lost = 0
+    if kept:
+        lost = kept["lost"]
+        skipped.update(kept["skipped"])
     batch = arguments.sft_per_device_batch_size
     if batch * world > len(examples):
         raise DataError(f"SFT has {len(examples)} usable demonstrations, fewer than one batch of {batch * world}")
     steps = arguments.sft_max_steps if arguments.sft_max_steps > 0 else len(examples) // (batch * world)
     rng, order = random.Random(arguments.seed), []
-    eos = processor.tokenizer.eos_token_id
-    progress = tqdm(range(steps), desc="SFT", unit="step", mininterval=1, disable=not is_main())
+    while len(order) < steps * batch * world:
+        order += rng.sample(examples, len(examples))
+    eos, inputs = processor.tokenizer.eos_token_id, Inputs(encoder, arguments.decode_workers, arguments.decode_timeout)
+
+    def requests(step):
+        """This rank's demonstrations of a step."""
+        start = (step * world + rank) * batch
+        return [(start + index, example, None) for index, example in enumerate(order[start : start + batch] if step < steps else [])]
+
+    inputs.ahead(requests(done))
+    progress = tqdm(range(done, steps), desc="SFT", unit="step", mininterval=1, initial=done, total=steps, disable=not is_main())
     for step in progress:
         begin = time.perf_counter()
-        while len(order) < batch * world:
-            order += rng.sample(examples, len(examples))
-        chosen, order = order[: batch * world][rank * batch : (rank + 1) * batch], order[batch * world :]
-        usable = encode_usable(encoder, chosen, {}, skipped)
+        inputs.ahead(requests(step + 1))
+        usable = inputs.usable(requests(step), arguments.max_prompt_length, skipped)
         fewest, everywhere = agree(len(usable), device)
         lost += batch * world - everywhere
         if fewest == 0:
             continue
-        _, chosen, items = zip(*usable, strict=True)
+        _, chosen, items, _ = zip(*usable, strict=True)
         completions, mask = (tensor.to(device) for tensor in batch_targets(chosen, processor.tokenizer, eos))
         logp, *_ = engine(collate(items, model).to(device), completions, mask)
         tokens = mask.sum().float()
         dist.all_reduce(tokens)
         loss = -(logp * mask).sum() / tokens  # this rank's share of the mean over all ranks' tokens
         set_learning_rate(engine, step, steps, arguments.sft_learning_rate, arguments.warmup_ratio)
+        with checkpoint.guard("sft", step, chosen):
+            check_finite(loss.item(), "loss")
         engine.backward(loss * world)  # DeepSpeed averages gradients over ranks
         engine.step()
         values = {"loss/sft": [loss.item() * world], "time/step": [time.perf_counter() - begin]}
         metrics = average(values, tuple(values), device)
-        writer({"stage": "sft", "step": step, **metrics, "data/skipped": lost})
+        record = {"stage": "sft", "step": step, **metrics, "data/skipped": lost}
+        writer(record)
+        show(engine, record)
         progress.set_postfix(loss=f"{metrics['loss/sft']:.3f}", refresh=False)
+        checkpoint.after_step(engine, "sft", step + 1, steps, skipped=skipped, lost=lost)
+    inputs.stop()
+    checkpoint.release()
     folder = Path(arguments.output_dir) / "sft"
-    save_checkpoint(engine, processor, folder)
+    save_model(engine, processor, folder)
     engine.destroy()
     return folder
 
 
 # ---------------------------------------------------------------------------------------------------------------- GRPO
-
-
-def completion_seeds(arguments, position, count):
-    """Seeds of one question's rollouts, from its position in the run: the same whatever the number of ranks."""
-    return [(arguments.seed * 1_000_003 + position) * 1_009 + index for index in range(count)]
 
 
 def use_scores(example, row, use):
@@ -361,20 +294,6 @@ def accuracies(example, texts):
     return [reward.accuracy_reward(text, example.answer, example.problem_type) for text in texts]
 
 
-def update_reference(reference, engine, averages, decay):
-    """Reference <- decay * reference + (1 - decay) * policy (GRPO-CARE's), each rank on its shards of both.
-
-    averages {name: float32 shard} starts empty and is kept between the calls: in bf16 a step of 0.5 % would be rounded away.
-    """
-    def shard(parameter):
-        return getattr(parameter, "ds_tensor", parameter.data)
-
-    for (name, kept), moved in zip(reference.module.named_parameters(), engine.module.parameters(), strict=True):
-        average = averages.setdefault(name, shard(kept).float().clone())
-        average.lerp_(shard(moved).float(), 1 - decay)
-        shard(kept).copy_(average)
-
-
 def text_rewards(arguments, example, texts, lengths, shuffled):
     """The terms that need text only: {name: G values}. shuffled: accuracies of the control with shuffled frames, None without one."""
     accuracy = accuracies(example, texts)
@@ -396,6 +315,11 @@ def text_rewards(arguments, example, texts, lengths, shuffled):
     return terms
 
 
+def run_seed(arguments, place):
+    """Of what is random about one question of the run, wherever it is sampled."""
+    return arguments.seed * 1_000_003 + place
+
+
 @dataclass
 class Rollouts:
     """One forward's worth of questions and what was sampled for them."""
@@ -408,18 +332,15 @@ class Rollouts:
     control_texts: dict  # {index of the question: texts with shuffled frames}
 
 
-def sample_groups(arguments, model, processor, encoder, usable, rows):
+def sample_groups(arguments, model, processor, usable):
     """G completions of every question and, with --temporal, G/2 of every video's with shuffled frames, in one batch -> Rollouts.
 
-    model: the bare one of sampling(); usable: (place in the run, which seeds it, example, model inputs).
+    model: the bare one of sampling(); usable: (place in the run, which seeds it, example, model inputs, the control's or None).
     """
-    positions, examples, items = zip(*usable, strict=True)
+    places, examples, items, shuffled = zip(*usable, strict=True)
     group, half, device = arguments.num_generations, max(1, arguments.num_generations // 2), model.get_input_embeddings().weight.device
-    seeds, controls = [arguments.seed * 1_000_003 + position for position in positions], {}
-    for index, (example, seed) in enumerate(zip(examples, seeds, strict=True)):
-        if arguments.temporal and example.media_type == "video":
-            frames = len(rows[example.id]["frames"])
-            controls[index] = encoder.encode(example, rows[example.id], shuffle=random.Random(seed).sample(range(frames), frames))
+    seeds = [run_seed(arguments, place) for place in places]
+    controls = {index: control for index, control in enumerate(shuffled) if control is not None}
     counts = [group] * len(items) + [half] * len(controls)
     row_seeds = [seeds[index] * 1_009 + number for index, count in zip([*range(len(items)), *controls], counts, strict=True)
                  for number in range(count)]
@@ -472,6 +393,7 @@ def grpo_micro_batch(arguments, engine, reference, processor, rollouts, rows, sh
     clock = spend(values, "reference", clock)
     logp, entropy, hidden, attention, weights = engine(prompts, completions, mask, arguments.packed,
                                                        weight_alpha=weight_alpha(arguments), **use_layers(arguments))
+    check_finite(logp.detach()[mask].sum().item(), "policy's log-probability")
     uses, paper_uses = frame_uses(arguments, prompts, mask, hidden, attention)
 
     # 2. rewards (Eq. 6-8)
@@ -536,6 +458,7 @@ def backward_loss(arguments, engine, replay, logp, weights, values):
         logp, replay["old_logp"], replay["mask"], replay["ref_logp"], weights))  # (N, T)
     loss, stats = policy_loss(logp, old_logp, replay["advantages"], mask, ref_logp, arguments.beta, arguments.clip_low,
                               arguments.clip_high, arguments.reduction, weights)
+    check_finite(loss.item(), "loss")
     engine.backward(loss * replay["share"])
     for name, value in {**stats, "policy": loss.item()}.items():
         values[f"loss/{name}"] += [value] * len(replay["completions"])
@@ -557,57 +480,88 @@ def loss_shares(arguments, masks, device):
             for count, scale in zip(counts, scales, strict=True)]
 
 
-def train_grpo(arguments, model_path, processor, encoder, stream, rows, skipped, writer, log_rollouts):
+def train_grpo(arguments, model_path, processor, encoder, stream, rows, skipped, checkpoint, writer, log_rollouts):
     """CF-GRPO on a stream of questions, with the starting checkpoint as frozen reference. Returns the folder of the trained one."""
     world, rank = dist.get_world_size(), dist.get_rank()
     batch, accumulation = arguments.per_device_train_batch_size, arguments.gradient_accumulation_steps
     engine = start_engine(arguments, model_path, batch, accumulation, arguments.learning_rate)
     reference, averages = start_engine(arguments, model_path) if arguments.beta > 0 or arguments.consistency_coef else None, {}
     steps = len(stream) // (batch * world * accumulation)
-    lost = len(skipped)
-    progress = tqdm(range(steps), desc="GRPO", unit="step", mininterval=1, disable=not is_main())
+    lost, (done, kept) = len(skipped), checkpoint.load(engine, "grpo")
+    if kept:
+        lost, averages = kept["lost"], kept["averages"]
+        skipped.update(kept["skipped"])
+        if averages:
+            write_shards(reference, averages)
+    inputs = Inputs(encoder, arguments.decode_workers, arguments.decode_timeout)
+
+    def requests(step):
+        """This rank's questions of a step, forward by forward, with their rows of the priors and the order of the control's frames."""
+        parts = []
+        for micro in range(accumulation if step < steps else 0):
+            start, part = ((step * accumulation + micro) * world + rank) * batch, []
+            for place, example in enumerate(stream[start : start + batch], start):
+                row, order = rows.get(example.id), None
+                if arguments.temporal and example.media_type == "video":
+                    order = random.Random(run_seed(arguments, place)).sample(range(len(row["frames"])), len(row["frames"]))
+                part.append((place, example, row, order))
+            parts.append(part)
+        return parts
+
+    inputs.ahead(request for part in requests(done) for request in part)
+    progress = tqdm(range(done, steps), desc="GRPO", unit="step", mininterval=1, initial=done, total=steps, disable=not is_main())
     for step in progress:
         begin, values = time.perf_counter(), defaultdict(list)
         set_learning_rate(engine, step, steps, arguments.learning_rate, arguments.warmup_ratio)
         micro_batches = []  # those in which every rank has something to do
-        for micro in range(accumulation):
-            start = ((step * accumulation + micro) * world + rank) * batch
-            usable = encode_usable(encoder, stream[start : start + batch], rows, skipped)
+        inputs.ahead(request for part in requests(step + 1) for request in part)
+        for part in requests(step):
+            usable = inputs.usable(part, arguments.max_prompt_length, skipped)
             fewest, everywhere = agree(len(usable), engine.device)
             lost += batch * world - everywhere
             if fewest > 0:
-                micro_batches.append([(start + index, *rest) for index, *rest in usable])
+                micro_batches.append(usable)
         with sampling(engine) as model:  # everything is sampled before anything is learned: one gathering of the parameters a step
-            sampled = [sample_groups(arguments, model, processor, encoder, usable, rows) for usable in micro_batches]
+            sampled = [sample_groups(arguments, model, processor, usable) for usable in micro_batches]
         spend(values, "rollout", begin)
         shares, replays = loss_shares(arguments, [rollouts.mask for rollouts in sampled], engine.device), []
         for iteration in range(arguments.num_iterations):
             for number, (rollouts, share) in enumerate(zip(sampled, shares, strict=True)):
                 engine.set_gradient_accumulation_boundary(number == len(sampled) - 1)
-                if iteration == 0:
-                    lines, replay = grpo_micro_batch(arguments, engine, reference, processor, rollouts, rows, share, values)
-                    if arguments.num_iterations > 1:
-                        replays.append(replay)
-                    log_rollouts([{"step": step, **line} for line in lines])
-                else:
-                    clock, replay = time.perf_counter(), replays[number]
-                    logp, *_, weights = engine(replay["prompts"], replay["completions"], replay["mask"], arguments.packed,
-                                               weight_alpha=weight_alpha(arguments))
-                    backward_loss(arguments, engine, replay, logp, weights, values)
-                    spend(values, "policy", clock)
-                clock = time.perf_counter()
-                engine.step()
-                spend(values, "update", clock)
+                with checkpoint.guard("grpo", step, rollouts.examples):
+                    if iteration == 0:
+                        lines, replay = grpo_micro_batch(arguments, engine, reference, processor, rollouts, rows, share, values)
+                        if arguments.num_iterations > 1:
+                            replays.append(replay)
+                        log_rollouts([{"step": step, **line} for line in lines])
+                    else:
+                        clock, replay = time.perf_counter(), replays[number]
+                        logp, *_, weights = engine(replay["prompts"], replay["completions"], replay["mask"], arguments.packed,
+                                                   weight_alpha=weight_alpha(arguments))
+                        backward_loss(arguments, engine, replay, logp, weights, values)
+                        spend(values, "policy", clock)
+                    clock = time.perf_counter()
+                    engine.step()
+                    spend(values, "update", clock)
+                    norm = float(engine.get_global_grad_norm() or 0)  # 0: not the last forward of the step
+                    check_finite(norm, "norm of the gradient")
         if reference is not None and arguments.ema_decay < 1 and (step + 1) % arguments.ema_steps == 0:
             update_reference(reference, engine, averages, arguments.ema_decay)
         spend(values, "step", begin)
         metrics = average(values, METRICS, engine.device)
-        norm = {"loss/grad_norm": float(engine.get_global_grad_norm())} if micro_batches else {}
-        writer({"stage": "grpo", "step": step, **metrics, **norm, "data/skipped": lost})
-        shown = {"acc": "reward/accuracy", "cfr": "consensus/score", "len": "rollout/length", "kl": "loss/kl"}
-        progress.set_postfix({short: f"{metrics[name]:.3g}" for short, name in shown.items() if name in metrics}, refresh=False)
+        if micro_batches:
+            metrics["loss/grad_norm"] = norm
+        record = {"stage": "grpo", "step": step, **metrics, "data/skipped": lost}
+        writer(record)
+        show(engine, record)
+        shown = {"reward": "reward/total", "acc": "reward/accuracy", "cfr": "consensus/score", "len": "rollout/length", "kl": "loss/kl",
+                 "same": "loss/zero_variance_groups", "skipped": "data/skipped"}
+        progress.set_postfix({short: f"{record[name]:.3g}" for short, name in shown.items() if name in record}, refresh=False)
+        checkpoint.after_step(engine, "grpo", step + 1, steps, skipped=skipped, lost=lost, averages=averages)
+    inputs.stop()
+    checkpoint.release()
     folder = Path(arguments.output_dir) / "grpo"
-    save_checkpoint(engine, processor, folder)
+    save_model(engine, processor, folder)
     engine.destroy()
     return folder
 
@@ -651,7 +605,7 @@ def score_heldout(arguments, model_path, processor, encoder, examples, rows, bat
             positions, part = zip(*mine[start : start + batch], strict=True)
             prompts = collate([encoder.encode(example, rows.get(example.id)) for example in part], model).to(engine.device)
             for decoding, temperature in (("greedy", 0.0), ("sampled", arguments.temperature)):
-                seeds = [arguments.seed * 1_000_003 + position for position in positions]
+                seeds = [run_seed(arguments, position) for position in positions]
                 tokens, mask, texts = sample_texts(model, processor, prompts, [1] * len(part), seeds, arguments.max_completion_length,
                                                    temperature, arguments.top_p, arguments.top_k)
                 for example, text in zip(part, texts, strict=True):
@@ -702,10 +656,25 @@ def print_table(arguments, before, after, seconds):
 # ---------------------------------------------------------------------------------------------------------------- main
 
 
+FOREIGN_FLAGS = {  # of the originals' launch scripts
+    "--len_control": "--length_bonus 0.2 turns it on, --length_bonus 0 off", "--model_name": "--model_name_or_path",
+    "--bf16": '"bf16" in the DeepSpeed configuration, on by itself on a GPU', "--torch_dtype": '"bf16" in the DeepSpeed configuration',
+    "--attn_implementation": "none, it is sdpa, with its flash kernel on a GPU", "--use_vllm": "none, it samples itself",
+    "--vllm_device": "none, it samples itself", "--report_to": '"tensorboard" or "wandb" in the DeepSpeed configuration',
+    "--logging_steps": "none, every step is in metrics.jsonl", "--run_name": '"wandb" in the DeepSpeed configuration',
+    "--lr_scheduler_type": "none, see --warmup_ratio", "--save_only_model": "--save_steps 0 keeps the final model alone",
+    "--frames_num": "--frames", "--nframes": "--frames", "--dataset_path": "--dataset_name", "--eval_strategy": "--eval_dataset_name",
+    "--alpha": "--token_weight_alpha", "--epsilon": "--clip_low and --clip_high", "--epsilon_high": "--clip_high",
+    "--per_device_eval_batch_size": "none, held-out questions come 32 at a time", "--data_seed": "--seed"}
+
+
 def parse_arguments():
     parser = HfArgumentParser((TrainArguments, prior.PriorSettings), allow_abbrev=False, description=__doc__,
                               formatter_class=argparse.RawDescriptionHelpFormatter)
-    first = parser.parse_args()
+    first, unknown = parser.parse_known_args()
+    for name in (word.partition("=")[0] for word in unknown):
+        if name in FOREIGN_FLAGS:
+            raise DataError(f"{name} is a flag of the releases; here: {FOREIGN_FLAGS[name]}")
     recipe = dict(RECIPES[first.recipe])
     if first.dataset_name is None:
         if first.model_name_or_path is None and first.stage == "grpo":
@@ -728,33 +697,6 @@ def parse_arguments():
         raise DataError("--frame_use attention needs --frame_use_layer 1 (the first layer) or higher")
     arguments.stage = arguments.stage or ("both" if arguments.model_name_or_path is None else "grpo")
     return arguments, settings
-
-
-def start_ranks():
-    """One process alone is a world of one, on any free port; the deepspeed launcher or torchrun set these variables themselves."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = "29511" if "WORLD_SIZE" in os.environ else str(free.getsockname()[1])
-    for name, value in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1"), ("MASTER_ADDR", "127.0.0.1"), ("MASTER_PORT", port)):
-        os.environ.setdefault(name, value)
-    deepspeed.init_distributed()
-    if not torch.cuda.is_available():
-        torch.set_flush_denormal(True)  # a CPU computes with denormal numbers a hundred times slower
-        torch.set_num_threads(max(1, os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", dist.get_world_size()))))
-
-
-def on_main_first(work):
-    """work() on rank 0, then on the others, which find what it made. An error on rank 0 ends all ranks with its message."""
-    outcome = [None, None]
-    if is_main():
-        try:
-            outcome[0] = work()
-        except DataError as error:
-            outcome[1] = str(error)
-    dist.broadcast_object_list(outcome)
-    if outcome[1] is not None:
-        raise DataError(outcome[1])
-    return outcome[0]
 
 
 def priors_for(arguments, settings, examples, name, file=None):
@@ -793,7 +735,7 @@ def run(arguments, settings):
         seconds[name], clock = time.perf_counter() - clock, time.perf_counter()
 
     output = Path(arguments.output_dir)
-    on_main_first(lambda: prepare_output(output, arguments, settings))
+    resume = on_main_first(lambda: prepare_output(output, arguments, settings))
     set_seed(arguments.seed)
     model_path, data, heldout = arguments.model_name_or_path, arguments.dataset_name, arguments.eval_dataset_name
     sft_data = data
@@ -812,39 +754,54 @@ def run(arguments, settings):
     if arguments.frame_use == "attention" and family not in PACKED_FAMILIES:
         raise DataError(f"--frame_use attention works with {', '.join(PACKED_FAMILIES)}, not with {family}")
     encoder = Encoder(processor, arguments.min_pixels, arguments.max_pixels, settings.frames, template_text(arguments),
-                      arguments.media_cache_gb)
-    metrics_file, rollouts_file = (open(output / name, "w", encoding="utf-8") if is_main() else None
-                                   for name in ("metrics.jsonl", "rollouts.jsonl"))
+                      arguments.media_cache_gb, arguments.frame_times)
+    files = {name: open(output / name, "a", encoding="utf-8") for name in ("metrics.jsonl", "rollouts.jsonl")} if is_main() else {}
+    checkpoint = Checkpoints(arguments, processor, files, resume)
 
-    def write(file, *records):
-        if file is not None:
-            file.writelines(json.dumps(record) + "\n" for record in records)
-            file.flush()
+    def write(name, *records):
+        if is_main():
+            files[name].writelines(json.dumps(record) + "\n" for record in records)
+            files[name].flush()
 
     def score(path):
         return score_heldout(arguments, path, processor, encoder, heldout_examples, heldout_rows) if heldout_examples else {}
 
-    heldout_examples, heldout_rows = [], {}
+    def load(path):
+        """-> examples of a data set, {problem_id: cause} of its rows that are none."""
+        errors = []
+        examples = load_examples(path, arguments.media_root, errors)
+        errors = {error["problem_id"]: error["cause"] for error in errors}
+        for problem, cause in errors.items():
+            say(f"skipped {problem}: {cause}")
+        unusable.update(errors)
+        return examples, errors
+
+    heldout_examples, heldout_rows, unusable = [], {}, {}
     if heldout:
-        heldout_examples = load_examples(heldout, arguments.media_root)
+        heldout_examples, _ = load(heldout)
         heldout_rows, broken = priors_for(arguments, settings, heldout_examples, "held-out")
         heldout_examples = [example for example in heldout_examples if example.id not in broken]
         lap("held-out priors")
     result = {"command": sys.argv, "seed": arguments.seed}
     if arguments.stage in ("sft", "both"):
-        examples = [example for example in load_examples(sft_data, arguments.media_root) if example.reasoning]
+        examples = [example for example in load(sft_data)[0] if example.reasoning]
         if not examples:
             raise DataError(f"{sft_data} has no reasoning traces (field `process`) for --stage sft")
-        model_path = train_sft(arguments, model_path, processor, encoder, examples, lambda record: write(metrics_file, record))
+        if resume.get("stage") == "grpo":
+            model_path = output / "sft"
+        else:
+            model_path = train_sft(arguments, model_path, processor, encoder, examples, unusable, checkpoint,
+                                   lambda record: write("metrics.jsonl", record))
         lap("SFT")
-    before = score(model_path)
+    before = checkpoint.shared["before"] = resume["before"] if resume.get("stage") == "grpo" else score(model_path)
     lap("scoring before")
     after = before
     if arguments.stage in ("grpo", "both"):
-        examples = load_examples(data, arguments.media_root)
+        examples, errors = load(data)
         stream, per_step = question_stream(arguments, examples, dist.get_world_size())
         asked = list({example.id: example for example in stream}.values())
         rows, skipped = priors_for(arguments, settings, asked, "training", arguments.priors)
+        skipped.update(errors)
         lap("training priors")
         stream = [example for example in stream if example.id not in skipped]
         stream, result["inverted"], result["not_invertible"] = invert_share(stream, arguments.invert_questions, arguments.seed)
@@ -858,20 +815,30 @@ def run(arguments, settings):
             say(f"{result['inverted']} questions are inverted; {result['not_invertible']} chosen ones cannot be and stay as they are")
         if len(stream) < per_step:
             raise DataError(f"{len(stream)} usable questions ({len(skipped)} skipped) are fewer than one step's {per_step}")
-        folder = train_grpo(arguments, model_path, processor, encoder, stream, rows, skipped,
-                            lambda record: write(metrics_file, record), lambda records: write(rollouts_file, *records))
+        folder = train_grpo(arguments, model_path, processor, encoder, stream, rows, skipped, checkpoint,
+                            lambda record: write("metrics.jsonl", record), lambda records: write("rollouts.jsonl", *records))
         lap("GRPO")
         after = score(folder)
         lap("scoring after")
-        everyone = [None] * dist.get_world_size()
-        dist.all_gather_object(everyone, skipped)
-        result["skipped"] = {problem: cause for one in everyone for problem, cause in one.items()}
+        unusable.update(skipped)
+    everyone = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, unusable)
+    result["skipped"] = {problem: cause for one in everyone for problem, cause in one.items()}
+    result["skipped_by_cause"] = dict(Counter(map(plain_cause, result["skipped"].values())).most_common())
+    for cause, count in result["skipped_by_cause"].items():
+        say(f"{count} skipped: {cause}")
     if heldout_examples and is_main():
         print_table(arguments, before, after, seconds)
     result.update(before=before, after=after, seconds=seconds)
     if is_main():
         (output / "result.json").write_text(json.dumps(result, indent=1), encoding="utf-8")
     say(f"all of it is in {output}/: result.json, metrics.jsonl, rollouts.jsonl, checkpoints")
+
+
+def plain_cause(cause):
+    """Why something was skipped, without the names and numbers of its own."""
+    cause = re.sub(r"^(row \d+ \(problem_id .*?\)|/.*?):? (?=\D)", "", cause)
+    return re.sub(r"\d[\d,.]*", "N", re.sub(r"\S*/\S*", "FILE", cause))
 
 
 def template_text(arguments):
@@ -887,11 +854,22 @@ def template_text(arguments):
 
 
 def prepare_output(output, arguments, settings):
-    """An empty output folder with run.json, every setting of the run. An earlier run is not written over."""
-    if (output / "metrics.jsonl").exists():
-        raise DataError(f"{output} holds an earlier run; remove it or choose another --output_dir")
+    """The output folder with run.json, every setting of the run, and its files as they were at the checkpoint it goes on from, whose
+    state is returned. An earlier run is not written over."""
+    resume = find_checkpoint(arguments)
+    if arguments.resume_from_checkpoint is None and (output / "metrics.jsonl").exists():
+        raise DataError(f"{output} holds an earlier run; remove it, choose another --output_dir, or --resume_from_checkpoint auto")
     output.mkdir(parents=True, exist_ok=True)
-    (output / "run.json").write_text(json.dumps({**asdict(arguments), **asdict(settings)}, indent=1), encoding="utf-8")
+    for aside in output.glob("*.unfinished"):
+        shutil.rmtree(aside)
+    for name in ("metrics.jsonl", "rollouts.jsonl"):
+        with open(output / name, "ab") as file:
+            file.truncate(resume.get("sizes", {}).get(name, 0))
+    versions = {name: importlib.metadata.version(name) for name in ("torch", "transformers", "deepspeed", "open_clip_torch", "decord")}
+    git = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=Path(__file__).parent, capture_output=True, text=True)
+    facts = {"command": sys.argv, "ranks": dist.get_world_size(), "revision": git.stdout.strip() or None, "versions": versions}
+    (output / "run.json").write_text(json.dumps({**asdict(arguments), **asdict(settings), **facts}, indent=1), encoding="utf-8")
+    return resume
 
 
 def main():
@@ -900,6 +878,7 @@ def main():
         arguments, settings = parse_arguments()
         start_ranks()
         run(arguments, settings)
+        dist.barrier()
         dist.destroy_process_group()
     except DataError as error:
         print(f"train.py: error: {error}", file=sys.stderr)

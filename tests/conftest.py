@@ -1,5 +1,9 @@
-"""What the tests share: the repository root on the path, and a small toy world (4 + 2 videos, no CLIP) made once per session."""
+"""What the tests share: the repository root on the path, and a small toy world (4 + 2 videos, no CLIP) made once per session,
+and train.py as a user runs it: the deepspeed launcher, ZeRO-3, a small toy with CLIP."""
 
+import json
+import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -36,3 +40,56 @@ def toy_model(toy_processor):
     model = toy.make_model(toy_processor, seed=0).eval()
     model.requires_grad_(True)
     return model
+
+
+# ---------------------------------------------------------------------------------------------------- train.py by subprocess
+
+ROOT = Path(__file__).parent.parent
+BIN = Path(sys.executable).parent
+SMALL = ["--sft_max_steps", "2", "--sft_per_device_batch_size", "4", "--max_steps", "2", "--num_generations", "4",
+         "--max_completion_length", "12", "--gate", "none", "--weight_decay", "0"]  # rewards differ; nothing else moves weights
+ENV = {**os.environ, "OMP_NUM_THREADS": "1", "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}"}
+
+
+def launch(*flags, ranks=1, check=True):
+    """deepspeed train.py with these flags; returns the finished process with its output."""
+    port = str(29600 + os.getpid() % 300)
+    command = [BIN / "deepspeed", "--num_gpus", str(ranks), "--master_port", port, "train.py", "--deepspeed", "ds_zero3.json"]
+    done = subprocess.run([*command, *map(str, flags)], cwd=ROOT, env=ENV, capture_output=True, text=True, timeout=420)
+    assert not check or done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return done
+
+
+def complain(*flags):
+    """python train.py with bad input -> the one sentence it ends with."""
+    done = subprocess.run([sys.executable, "train.py", *map(str, flags)], cwd=ROOT, env=ENV, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 2, done.stdout[-2000:] + done.stderr[-2000:]
+    assert "Traceback" not in done.stderr
+    return done.stderr.strip().splitlines()[-1]
+
+
+def metrics(folder, stage):
+    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [record for record in records if record["stage"] == stage]
+
+
+def weights(folder):
+    from transformers import AutoModelForImageTextToText
+
+    return AutoModelForImageTextToText.from_pretrained(folder).state_dict()
+
+
+@pytest.fixture(scope="session")
+def small_toy(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("toy") / "toy"
+    subprocess.run([sys.executable, "toy.py", "--output_dir", folder, "--train_videos", "8", "--heldout_videos", "3", "--clip_steps", "10"],
+                   cwd=ROOT, env=ENV, check=True, capture_output=True)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def first_run(small_toy, tmp_path_factory):
+    """SFT, then GRPO, on one rank, as the README's first command does it."""
+    output = tmp_path_factory.mktemp("run") / "output"
+    done = launch("--toy_dir", small_toy, "--output_dir", output, *SMALL, "--per_device_train_batch_size", "4")
+    return output, done

@@ -10,6 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
+import data
 from data import (
     ASK_FOR_WRONG,
     INSTRUCTIONS,
@@ -660,3 +661,30 @@ def test_a_file_of_several_answers_says_so_in_every_prompt(tmp_path):
     assert INSTRUCTIONS["multiple choice"] in build_prompt(single)
     words = {**ROW, "problem_id": 8, "problem_type": "free-form", "solution": "A, B"}  # no letters of options
     assert not any("multi_answer" in example.extra for example in load_examples(write_dataset(tmp_path, [ROW, words]), tmp_path))
+
+
+def test_frame_times_are_told_as_text_or_drawn(toy_folder, toy_processor):
+    example = next(example for example in load_examples(toy_folder / "train.json") if example.media_type == "video")
+    row = {"frames": [0, 30, 50], "times": [0.0, 7.5, 12.5]}
+    none, text, drawn = (Encoder(toy_processor, 112 * 112, 112 * 112, frame_times=name) for name in ("none", "text", "drawn"))
+    plain, told, seen = (encoder.encode(example, row) for encoder in (none, text, drawn))
+    words = toy_processor.tokenizer.decode(told["input_ids"])
+    assert "The frames were taken at 00:00, 00:07, 00:12.\n" + example.question in words
+    assert torch.equal(told["pixel_values"], plain["pixel_values"]) and torch.equal(seen["input_ids"], plain["input_ids"])
+    assert not torch.equal(seen["pixel_values"], plain["pixel_values"])
+    # a control's frames change places, the times on them do not
+    entry = drawn.load(example, row)
+    shuffled = drawn.encode(example, row, shuffle=[2, 0, 1])["pixel_values"]
+    frames = data.draw_times(entry["frames"][[2, 0, 1]], row["times"])
+    expected = none.process(example, "x<|vision_start|><|video_pad|><|vision_end|>", frames, entry)["pixel_values"]
+    assert torch.equal(shuffled, expected)
+
+
+def test_drawn_times_stand_in_the_corner_of_their_own_frame():
+    frames = torch.full((2, 3, 200, 300), 90, dtype=torch.uint8)
+    one, two = data.draw_times(frames, [5.0, 65.9])
+    assert data.clock(65.9) == "01:05" and data.clock(3599.9) == "59:59" and data.clock(6000) == "100:00"
+    assert (frames == 90).all() and not torch.equal(one, two)  # the input stays as it is
+    for frame in (one, two):
+        assert frame[:, :40, :110].max() == 255 and frame[:, :40, :110].min() == 0
+        assert (frame[:, 40:] == 90).all() and (frame[:, :, 110:] == 90).all()

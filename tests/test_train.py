@@ -2,70 +2,21 @@
 
 import copy
 import json
-import os
 import shutil
 import subprocess
 import sys
 from collections import defaultdict
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from transformers import AutoModelForImageTextToText, HfArgumentParser
+from conftest import ENV, ROOT, SMALL, complain, launch, metrics, weights
+from transformers import HfArgumentParser
 
 import train
 from data import Encoder, load_examples
+from engine import update_reference
 from grpo import Policy, collate
-from train import update_reference
-
-ROOT = Path(__file__).parent.parent
-BIN = Path(sys.executable).parent
-SMALL = ["--sft_max_steps", "2", "--sft_per_device_batch_size", "4", "--max_steps", "2", "--num_generations", "4",
-         "--max_completion_length", "12", "--gate", "none", "--weight_decay", "0"]  # rewards differ; nothing else moves weights
-ENV = {**os.environ, "OMP_NUM_THREADS": "1", "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}"}
-
-
-def launch(*flags, ranks=1, check=True):
-    """deepspeed train.py with these flags; returns the finished process with its output."""
-    port = str(29600 + os.getpid() % 300)
-    command = [BIN / "deepspeed", "--num_gpus", str(ranks), "--master_port", port, "train.py", "--deepspeed", "ds_zero3.json"]
-    done = subprocess.run([*command, *map(str, flags)], cwd=ROOT, env=ENV, capture_output=True, text=True, timeout=420)
-    assert not check or done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    return done
-
-
-def complain(*flags):
-    """python train.py with bad input -> the one sentence it ends with."""
-    done = subprocess.run([sys.executable, "train.py", *map(str, flags)], cwd=ROOT, env=ENV, capture_output=True, text=True, timeout=240)
-    assert done.returncode == 2, done.stdout[-2000:] + done.stderr[-2000:]
-    assert "Traceback" not in done.stderr
-    return done.stderr.strip().splitlines()[-1]
-
-
-def metrics(folder, stage):
-    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [record for record in records if record["stage"] == stage]
-
-
-def weights(folder):
-    return AutoModelForImageTextToText.from_pretrained(folder).state_dict()
-
-
-@pytest.fixture(scope="session")
-def small_toy(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("toy") / "toy"
-    subprocess.run([sys.executable, "toy.py", "--output_dir", folder, "--train_videos", "8", "--heldout_videos", "3", "--clip_steps", "10"],
-                   cwd=ROOT, env=ENV, check=True, capture_output=True)
-    return folder
-
-
-@pytest.fixture(scope="session")
-def first_run(small_toy, tmp_path_factory):
-    """SFT, then GRPO, on one rank, as the README's first command does it."""
-    output = tmp_path_factory.mktemp("run") / "output"
-    done = launch("--toy_dir", small_toy, "--output_dir", output, *SMALL, "--per_device_train_batch_size", "4")
-    return output, done
 
 
 def test_the_whole_path(small_toy, first_run):

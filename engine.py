@@ -1,0 +1,379 @@
+"""What keeps a run going around the algorithm in train.py: ranks, DeepSpeed engines, checkpoints, media decoded ahead.
+
+A checkpoint is a folder checkpoint-{stage}-{steps}: the model as from_pretrained and vLLM load it, deepspeed/ (parameters and optimizer),
+rank{r}.pt and state.json. Runs under ZeRO-0 to 3, on one process or many.
+"""
+
+import json
+import math
+import multiprocessing
+import os
+import re
+import shutil
+import signal
+import socket
+import sys
+from contextlib import contextmanager
+from pathlib import Path
+
+import deepspeed
+import numpy as np
+import torch
+import torch.distributed as dist
+from pebble import ProcessExpired, ProcessPool
+from safetensors import SafetensorError
+from tqdm import tqdm
+from transformers import AutoModelForImageTextToText
+from transformers.integrations import HfDeepSpeedConfig
+
+import prior
+from data import DataError, MediaError, first_words
+from grpo import Policy
+
+# ------------------------------------------------------------------------------------------------------------------------------------ ranks
+
+
+def is_main():
+    return dist.get_rank() == 0
+
+
+def say(text):
+    if is_main():
+        tqdm.write(text)
+
+
+def agree(count, device):
+    """-> (fewest, all) usable examples over the ranks, so that every rank skips a micro-batch or none does."""
+    fewest, total = torch.tensor([count], device=device), torch.tensor([count], device=device)
+    dist.all_reduce(fewest, op=dist.ReduceOp.MIN)
+    dist.all_reduce(total)
+    return int(fewest), int(total)
+
+
+def average(values, names, device):
+    """{name: list of this rank's values} -> {name: mean over all ranks' values}; names nobody has a value for are left out."""
+    assert set(values) <= set(names), set(values) - set(names)
+    table = torch.tensor([[sum(values.get(name, [])), len(values.get(name, []))] for name in names], dtype=torch.float64, device=device)
+    dist.all_reduce(table)
+    return {name: (total / count).item() for name, (total, count) in zip(names, table, strict=True) if count > 0}
+
+
+def start_ranks():
+    """One process alone is a world of one, on any free port; the deepspeed launcher or torchrun set these variables themselves."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = "29511" if "WORLD_SIZE" in os.environ else str(free.getsockname()[1])
+    for name, value in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1"), ("MASTER_ADDR", "127.0.0.1"), ("MASTER_PORT", port)):
+        os.environ.setdefault(name, value)
+    deepspeed.init_distributed()
+    if not torch.cuda.is_available():
+        torch.set_flush_denormal(True)  # a CPU computes with denormal numbers a hundred times slower
+        torch.set_num_threads(max(1, os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", dist.get_world_size()))))
+
+
+def on_main_first(work):
+    """work() on rank 0, then on the others, which find what it made. An error on rank 0 ends all ranks with its message."""
+    outcome = [None, None]
+    if is_main():
+        try:
+            outcome[0] = work()
+        except DataError as error:
+            outcome[1] = str(error)
+    dist.broadcast_object_list(outcome)
+    if outcome[1] is not None:
+        raise DataError(outcome[1])
+    return outcome[0]
+
+
+# ---------------------------------------------------------------------------------------------------------------------------------- engines
+
+
+def deepspeed_config(arguments, micro_batch=1, accumulation=1, learning_rate=None):
+    """The JSON file with its 'auto' values filled in; without a learning rate, one for inference (reference, scoring)."""
+    file = Path(arguments.deepspeed)
+    if not file.is_file():
+        raise DataError(f"DeepSpeed configuration {file} not found (--deepspeed)")
+    config = json.loads(file.read_text(encoding="utf-8"))
+    config["train_micro_batch_size_per_gpu"] = micro_batch
+    config["gradient_accumulation_steps"] = accumulation
+    if config.get("gradient_clipping") == "auto":
+        config["gradient_clipping"] = arguments.max_grad_norm
+    if config.get("bf16", {}).get("enabled") == "auto":
+        config["bf16"]["enabled"] = torch.cuda.is_available()
+    if learning_rate is None:
+        config.pop("optimizer", None)
+        zero = config.get("zero_optimization", {})
+        if zero.get("stage") in (1, 2):
+            zero["stage"] = 0  # these partition what an optimizer has
+        if arguments.ema_decay < 1:
+            if zero.get("offload_param", {}).get("device") == "nvme":
+                raise DataError("--ema_decay below 1 needs the parameters in memory, not offloaded to nvme")
+            zero["stage3_param_persistence_threshold"] = 0  # update_reference() writes to the shards
+    else:
+        parameters = config["optimizer"]["params"]
+        parameters["lr"] = learning_rate
+        if parameters.get("weight_decay") == "auto":
+            parameters["weight_decay"] = arguments.weight_decay
+    return config
+
+
+def start_engine(arguments, model_path, micro_batch=1, accumulation=1, learning_rate=None):
+    """A checkpoint under DeepSpeed, partitioned while it loads; trainable when there is a learning rate, else frozen and in eval mode."""
+    config = deepspeed_config(arguments, micro_batch, accumulation, learning_rate)
+    keep = HfDeepSpeedConfig(config)  # noqa: F841  from_pretrained partitions while this object lives
+    dtype = torch.bfloat16 if config.get("bf16", {}).get("enabled") else torch.float32
+    model = AutoModelForImageTextToText.from_pretrained(model_path, dtype=dtype, attn_implementation="sdpa", use_safetensors=True)
+    policy = Policy(model)
+    if learning_rate is None:
+        policy.requires_grad_(False)
+        engine, *_ = deepspeed.initialize(model=policy, config=config)
+        engine.eval()
+    else:
+        model.model.visual.requires_grad_(not arguments.freeze_vision)
+        if arguments.gradient_checkpointing:
+            model.gradient_checkpointing_enable()
+        engine, *_ = deepspeed.initialize(model=policy, config=config, model_parameters=[p for p in policy.parameters() if p.requires_grad])
+        engine.train()
+    return engine
+
+
+def set_learning_rate(engine, step, steps, peak, warmup_ratio, decay_ratio=0.3):
+    """Up, flat, down: a linear warm-up, the peak, and over the last `decay_ratio` of the steps linearly to a tenth of it."""
+    rise = min(1.0, (step + 1) / max(1, round(warmup_ratio * steps)))
+    fall = max(0.0, 1 - (steps - step) / max(1, round(decay_ratio * steps)))  # 0 until the decay begins, 1 at the end
+    for group in engine.optimizer.param_groups:
+        group["lr"] = peak * rise * (1 - 0.9 * fall)
+
+
+def show(engine, record):
+    """A line of metrics.jsonl to what the DeepSpeed configuration names: tensorboard, wandb, comet, csv_monitor."""
+    if engine.monitor.enabled:
+        stage, step = record["stage"], record["step"]
+        engine.monitor.write_events([(f"{stage}/{name}", value, step) for name, value in record.items() if "/" in name])
+
+
+def update_reference(reference, engine, averages, decay):
+    """Reference <- decay * reference + (1 - decay) * policy (GRPO-CARE's), each rank on its shards of both.
+
+    averages {name: float32 shard} starts empty and is kept between the calls: in bf16 a step of 0.5 % would be rounded away.
+    """
+    for (name, kept), moved in zip(reference.module.named_parameters(), engine.module.parameters(), strict=True):
+        averages.setdefault(name, shard(kept).float().clone()).lerp_(shard(moved).float(), 1 - decay)
+    write_shards(reference, averages)
+
+
+def shard(parameter):
+    """This rank's part of a parameter under ZeRO-3, else all of it."""
+    return getattr(parameter, "ds_tensor", parameter.data)
+
+
+def write_shards(reference, averages):
+    for name, parameter in reference.module.named_parameters():
+        shard(parameter).copy_(averages[name])
+
+
+# ------------------------------------------------------------------------------------------------------------------------------ checkpoints
+
+
+def save_model(engine, processor, folder):
+    """save_pretrained format, gathered; written aside and renamed, so that a folder of this name is always complete."""
+    state = engine._zero3_consolidated_16bit_state_dict() if engine.zero_optimization_partition_weights() else engine.module.state_dict()
+    if is_main():
+        aside = Path(f"{folder}.unfinished")
+        state = {name.removeprefix("model."): value for name, value in state.items()}
+        engine.module.model.save_pretrained(aside, state_dict=state)
+        processor.save_pretrained(aside)
+        shutil.rmtree(folder, ignore_errors=True)  # of a run that was resumed from before it
+        os.rename(aside, folder)
+    dist.barrier()
+
+
+def check_finite(value, what):
+    if not math.isfinite(value):
+        raise FloatingPointError(f"the {what} is {value}")
+
+
+STAGES = ("sft", "grpo")
+
+
+def checkpoints(output):
+    """Whole checkpoints of a run, the oldest first: folders checkpoint-{stage}-{steps done}."""
+    found = [(re.fullmatch(r"checkpoint-(sft|grpo)-(\d+)", path.name), path) for path in Path(output).glob("checkpoint-*")]
+    return [path for _, _, path in sorted((STAGES.index(match[1]), int(match[2]), path) for match, path in found if match)]
+
+
+class Checkpoints:
+    """What a run needs to go on: writes it every --save_steps and on SIGTERM or SIGINT, and reads it.
+
+    A folder holds the model as from_pretrained and vLLM load it, deepspeed/ (parameters, optimizer), rank{r}.pt (random states and what
+    the stage keeps, of every rank) and state.json. It is written aside and renamed: one of this name is whole.
+    """
+
+    def __init__(self, arguments, processor, files, resume):
+        self.arguments, self.processor, self.files = arguments, processor, files  # files: {name: file that the run writes to} on rank 0
+        self.resume = resume  # state.json and "folder" of the checkpoint that this run goes on from, or {}
+        self.shared, self.signals = {}, []  # shared: what else goes into state.json
+
+    def on_signal(self, number, _):
+        self.signals.append(number)
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a second Ctrl-C does not wait; launchers send several SIGTERM
+        say(f"{signal.Signals(number).name}: stopping after this step")
+
+    def release(self):
+        """Signals end the program again: no step follows."""
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    def load(self, engine, stage):
+        """-> steps of the stage that are done, and what each rank kept (None at the start of a stage). From here on signals wait."""
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self.on_signal)
+        if self.resume.get("stage") != stage:
+            return 0, None
+        folder = self.resume["folder"]
+        engine.load_checkpoint(folder, tag="deepspeed")
+        kept = torch.load(Path(folder) / f"rank{dist.get_rank()}.pt", weights_only=True)
+        torch.set_rng_state(kept.pop("rng"))
+        if torch.cuda.is_available():
+            torch.cuda.set_rng_state(kept.pop("cuda_rng"))
+        say(f"going on after step {self.resume['step']} of {stage} ({folder})")
+        return self.resume["step"], kept
+
+    def after_step(self, engine, stage, step, last, **kept):
+        """Saves when it is time to after `step` steps of `last`; ends the run if a rank was told to stop."""
+        stop = torch.tensor(max(self.signals, default=0), device=engine.device)
+        dist.all_reduce(stop, dist.ReduceOp.MAX)
+        every = self.arguments.save_steps
+        if stop or every and (step % every == 0 or step == last and (stage, self.arguments.stage) == ("sft", "both")):
+            self.save(engine, stage, step, kept)
+        if stop:
+            say(f"stopped by {signal.Signals(int(stop)).name} after step {step} of {last} of {stage}; "
+                "--resume_from_checkpoint auto goes on from there")
+            dist.barrier()
+            sys.exit(128 + int(stop))
+
+    def save(self, engine, stage, step, kept):
+        folder = Path(self.arguments.output_dir) / f"checkpoint-{stage}-{step}"
+        aside = Path(f"{folder}.unfinished")
+        try:
+            save_model(engine, self.processor, aside)
+            engine.save_checkpoint(str(aside), tag="deepspeed", save_latest=False)
+            kept["rng"] = torch.get_rng_state()
+            if torch.cuda.is_available():
+                kept["cuda_rng"] = torch.cuda.get_rng_state()
+            torch.save(kept, aside / f"rank{dist.get_rank()}.pt")
+            if is_main():
+                sizes = {name: os.fstat(file.fileno()).st_size for name, file in self.files.items()}
+                state = {"stage": stage, "step": step, "ranks": dist.get_world_size(), "sizes": sizes, **self.shared}
+                (aside / "state.json").write_text(json.dumps(state, indent=1), encoding="utf-8")
+        except (OSError, RuntimeError, SafetensorError) as error:
+            shutil.rmtree(aside, ignore_errors=True)
+            raise DataError(f"checkpoint {folder} could not be written ({first_words(error)}); {self.last()}") from error
+        dist.barrier()
+        if is_main():
+            shutil.rmtree(folder, ignore_errors=True)
+            os.rename(aside, folder)
+            for old in checkpoints(self.arguments.output_dir)[: -self.arguments.save_total_limit]:
+                shutil.rmtree(old)
+
+    @contextmanager
+    def guard(self, stage, step, examples):
+        """Ends the run if a number inside is not finite (check_finite), before it reaches a checkpoint."""
+        try:
+            yield
+        except FloatingPointError as error:
+            names = ", ".join(dict.fromkeys(example.id for example in examples))
+            raise DataError(f"{error} in step {step} of {stage} (rank {dist.get_rank()}, questions {names}); {self.last()}") from error
+
+    def last(self):
+        """Words for messages that end a run."""
+        found = checkpoints(self.arguments.output_dir)
+        return f"the last whole checkpoint is {found[-1]}" if found else "there is no checkpoint yet"
+
+
+def find_checkpoint(arguments):
+    """state.json of the checkpoint to go on from, with its folder; {} without one."""
+    wanted = arguments.resume_from_checkpoint
+    if wanted is None:
+        return {}
+    folder = next(iter(checkpoints(arguments.output_dir)[::-1]), None) if wanted == "auto" else Path(wanted)
+    if folder is None:
+        say(f"--resume_from_checkpoint auto: no checkpoint in {arguments.output_dir} yet, starting from the beginning")
+        return {}
+    if not (folder / "state.json").is_file():
+        raise DataError(f"{folder} is not a checkpoint of this program (--resume_from_checkpoint)")
+    state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+    if state["ranks"] != dist.get_world_size():
+        raise DataError(f"{folder} was written by {state['ranks']} processes, this run has {dist.get_world_size()}: it must have as many")
+    return {**state, "folder": str(folder)}
+
+
+# ----------------------------------------------------------------------------------------------------------------------------- model inputs
+
+
+def encode(encoder, example, row, shuffle=None):
+    """-> model inputs of an example, and those with its frames in the order `shuffle` (None without one)."""
+    return encoder.encode(example, row), None if shuffle is None else encoder.encode(example, row, shuffle=shuffle)
+
+
+def start_encoding(encoder):
+    """Of a worker process: its encoder stays, with what it has decoded."""
+    global worker_encoder
+    worker_encoder = encoder
+    prior.start_worker(pin=False)
+
+
+def encode_in_worker(*request):
+    # as arrays: torch would pass its tensors on in shared memory that lives as long as this process
+    to_numpy = lambda item: {name: value.numpy() if torch.is_tensor(value) else value for name, value in item.items()}  # noqa: E731
+    return [item and to_numpy(item) for item in encode(worker_encoder, *request)]
+
+
+class Inputs:
+    """Model inputs of examples. Workers decode them ahead of their turn, so that the accelerator does not wait, and a decoder that hangs
+    costs its example alone; with 0 workers they are encoded in this process when their turn comes."""
+
+    def __init__(self, encoder, workers, timeout):
+        self.encoder, self.timeout, self.waiting, self.pool = encoder, timeout, {}, None
+        if workers:
+            context = multiprocessing.get_context("forkserver")  # forks of a process without threads or CUDA
+            self.pool = ProcessPool(workers, initializer=start_encoding, initargs=(encoder,), context=context)
+
+    def ahead(self, requests):
+        """requests: (place in the run, example, its row of the priors, order of the control's frames or None)."""
+        for place, *request in requests if self.pool else ():
+            self.waiting[place] = self.pool.schedule(encode_in_worker, args=request, timeout=self.timeout)
+
+    def take(self, place, example, *request):
+        """What encode() returns; MediaError if the medium cannot be decoded."""
+        if self.pool is None:
+            return encode(self.encoder, example, *request)
+        try:
+            items = self.waiting.pop(place).result()
+        except TimeoutError as error:
+            raise MediaError(f"{example.media}: not decoded within {self.timeout:g} s (--decode_timeout)") from error
+        except ProcessExpired as error:
+            raise MediaError(f"{example.media}: the decoder died of it (exit code {error.exitcode})") from error
+        to_torch = lambda item: {name: torch.from_numpy(value) if isinstance(value, np.ndarray) else value  # noqa: E731
+                                 for name, value in item.items()}
+        return [item and to_torch(item) for item in items]
+
+    def stop(self):
+        if self.pool:
+            self.pool.stop()
+            self.pool.join()
+
+    def usable(self, requests, limit, skipped):
+        """(place, example, model inputs, the control's) of the requests; those without, or of more than `limit` tokens, are named in
+        `skipped`."""
+        found = []
+        for place, example, *request in requests:
+            try:
+                item, control = self.take(place, example, *request)
+                if len(item["input_ids"]) > limit:
+                    raise MediaError(f"{example.media}: the prompt has {len(item['input_ids'])} tokens (--max_prompt_length {limit})")
+                found.append((place, example, item, control))
+            except MediaError as error:
+                skipped[example.id] = str(error)
+                tqdm.write(f"skipped {example.id}: {error}")
+        return found
