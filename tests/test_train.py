@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import transformers
 from conftest import ENV, ROOT, SMALL, complain, launch, metrics, weights
 from transformers import HfArgumentParser
 
@@ -123,6 +124,34 @@ def test_frame_sets_in_the_data_are_the_prior(small_toy, first_run, tmp_path):
 
 def test_an_earlier_run_is_not_written_over(small_toy, first_run):
     assert "earlier run" in complain("--toy_dir", small_toy, "--output_dir", first_run[0])
+
+
+@pytest.mark.parametrize("family", ["Qwen2VL", "Qwen3VL"])
+def test_other_families_train(family, small_toy, tmp_path):
+    """A random checkpoint of the family, with its own processor and the toy's tokenizer, saved and trained as a user's would be."""
+    old = transformers.AutoProcessor.from_pretrained(small_toy / "model")
+    tokenizer, token, later = old.tokenizer, old.tokenizer.convert_tokens_to_ids, family == "Qwen3VL"
+    patches = dict(patch_size=16 if later else 14, temporal_patch_size=2)
+    text = dict(vocab_size=len(tokenizer), hidden_size=64, intermediate_size=128, num_hidden_layers=3, num_attention_heads=4,
+                num_key_value_heads=2, bos_token_id=None, eos_token_id=token("<|im_end|>"), pad_token_id=token("<|endoftext|>"),
+                rope_parameters={"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]}, initializer_range=0.1)
+    vision = dict(depth=2, num_heads=4, spatial_merge_size=2, hidden_size=64, initializer_range=0.1, **patches)
+    deep = dict(intermediate_size=96, out_hidden_size=64, num_position_embeddings=16, deepstack_visual_indexes=[0, 1])
+    vision |= deep if later else dict(embed_dim=64)
+    ids = {name: token(f"<|{word}|>") for name, word in (("image_token_id", "image_pad"), ("video_token_id", "video_pad"), (
+        "vision_start_token_id", "vision_start"), ("vision_end_token_id", "vision_end"))}
+    config = getattr(transformers, f"{family}Config")(text_config=text | (dict(head_dim=16) if later else {}), vision_config=vision, **ids,
+                                                      tie_word_embeddings=False)
+    getattr(transformers, f"{family}ForConditionalGeneration")(config).save_pretrained(tmp_path / "model")
+    getattr(transformers, f"{family}Processor")(
+        image_processor=transformers.Qwen2VLImageProcessor(**patches, merge_size=2), tokenizer=tokenizer, chat_template=old.chat_template,
+        video_processor=getattr(transformers, f"{family}VideoProcessor")(**patches, merge_size=2)).save_pretrained(tmp_path / "model")
+    launch("--dataset_name", small_toy / "train.json", "--model_name_or_path", tmp_path / "model", "--output_dir", tmp_path / "out", *SMALL,
+           "--per_device_train_batch_size", 4, "--min_pixels", 4096, "--max_pixels", 12544, "--prior", "no_semantic", "--weight_decay", 0)
+    first, second = metrics(tmp_path / "out", "grpo")
+    assert first["loss/kl"] == pytest.approx(0, abs=1e-6) and second["loss/kl"] > 1e-9 and second["loss/grad_norm"] > 1e-3
+    before, after = weights(tmp_path / "model"), weights(tmp_path / "out" / "grpo")
+    assert [name for name in before if torch.equal(before[name], after[name])] == []
 
 
 # ------------------------------------------------------------------------------------------------------------ the recipes
