@@ -418,13 +418,15 @@ class RoomyLayer(DynamicLayer):
 
 
 @torch.no_grad()
-def rollout(model, prompts, counts, seeds, max_new_tokens, eos_ids, banned_ids=(), temperature=1.0, top_p=0.95, top_k=0):
+def rollout(model, prompts, counts, seeds, max_new_tokens, eos_ids, banned_ids=(), temperature=1.0, top_p=0.95, top_k=0,
+            return_logp=False):
     """Sample `counts[b]` completions of prompt b: encode and prefill once; all completions of a prompt then read the one KV cache.
 
     A step appends one column a completion to its prompt's cache, [prompt | first tokens | second tokens | ...], and a completion sees the
     prompt and its own columns. So the prompt's keys and values exist once, not once a completion, and what has ended just leaves.
     seeds: one int per completion (sum of counts). banned_ids are never sampled (vision placeholders break the next forward).
-    Returns completions (N, T) right-padded with eos, mask (N, T).
+    Returns completions (N, T) right-padded with eos, mask (N, T), and with return_logp the model's log-probabilities (N, T) of the tokens
+    (0 where masked): before temperature, top-k, top-p and bans, as a forward on the completions gives them.
     """
     policy = Policy(model)
     if not policy.packs:
@@ -443,13 +445,15 @@ def rollout(model, prompts, counts, seeds, max_new_tokens, eos_ids, banned_ids=(
     uniforms = row_uniforms(seeds, max_new_tokens).to(device)
     eos, banned = torch.tensor(eos_ids, device=device), torch.tensor(list(banned_ids), dtype=torch.long, device=device)
     tokens = torch.full((sum(counts), max_new_tokens), eos_ids[0], device=device)
-    lengths = torch.zeros(sum(counts), dtype=torch.long, device=device)
+    lengths, logps = torch.zeros(sum(counts), dtype=torch.long, device=device), torch.zeros(sum(counts), max_new_tokens, device=device)
     for step in range(max_new_tokens):
         alive = active >= 0
         rows = active[alive]  # (n,) completions
-        logits = model.lm_head(hidden[alive]).index_fill(-1, banned, float("-inf"))  # (n, V)
-        token = sample_tokens(logits, uniforms[rows, step], temperature, top_p, top_k)
+        logits = model.lm_head(hidden[alive])  # (n, V)
+        token = sample_tokens(logits.index_fill(-1, banned, float("-inf")), uniforms[rows, step], temperature, top_p, top_k)
         tokens[rows, step], lengths[rows] = token, step + 1
+        if return_logp:
+            logps[rows, step] = torch.log_softmax(logits.float(), dim=-1).gather(-1, token[:, None]).squeeze(-1)
         rows = rows.masked_fill(torch.isin(token, eos), -1)
         if step + 1 == max_new_tokens or bool((rows < 0).all()):
             break
@@ -470,7 +474,8 @@ def rollout(model, prompts, counts, seeds, max_new_tokens, eos_ids, banned_ids=(
                           position_ids=(position + step)[None, :, None].expand(3, -1, active.shape[1]), use_cache=True)
         hidden = output.last_hidden_state
     longest = int(lengths.max())
-    return tokens[:, :longest], torch.arange(longest, device=device)[None] < lengths[:, None]
+    mask = torch.arange(longest, device=device)[None] < lengths[:, None]
+    return (tokens[:, :longest], mask, logps[:, :longest]) if return_logp else (tokens[:, :longest], mask)
 
 
 def special_tokens(model, processor):
@@ -481,12 +486,12 @@ def special_tokens(model, processor):
     return eos if isinstance(eos, list) else [eos], banned
 
 
-def sample_texts(model, processor, prompts, counts, seeds, max_new_tokens, temperature=1.0, top_p=0.95, top_k=0):
-    """rollout() with the checkpoint's own stop and vision tokens -> completions (N, T), mask (N, T), decoded texts."""
+def sample_texts(model, processor, prompts, counts, seeds, max_new_tokens, temperature=1.0, top_p=0.95, top_k=0, return_logp=False):
+    """rollout() with the checkpoint's own stop and vision tokens -> completions (N, T), mask (N, T), decoded texts[, log-probs (N, T)]."""
     stop_and_banned = special_tokens(model, processor)
-    tokens, mask = rollout(model, prompts, counts, seeds, max_new_tokens, *stop_and_banned, temperature, top_p, top_k)
+    tokens, mask, *logp = rollout(model, prompts, counts, seeds, max_new_tokens, *stop_and_banned, temperature, top_p, top_k, return_logp)
     texts = [processor.tokenizer.decode(row[valid], skip_special_tokens=True) for row, valid in zip(tokens, mask, strict=True)]
-    return tokens, mask, texts
+    return tokens, mask, texts, *logp
 
 
 @contextmanager

@@ -151,6 +151,8 @@ class TrainArguments:
     max_steps: int = flag(-1, "GRPO steps; -1: num_train_epochs.")
     num_train_epochs: float = flag(1.0, "GRPO epochs.")
     packed: bool = flag(True, "Score a group in one packed row; false repeats the prompt, as the releases do (same numbers, slower).")
+    old_logp: str = flag("forward", "Old log-probabilities of Eq. 10: the policy's forward on the rollouts before its first update, or "
+                         "sampled, those of sampling; they differ by rounding.", choices=["forward", "sampled"])
     num_iterations: int = flag(1, "Updates on the same rollouts; from the second on the ratio of Eq. 10 is not 1.")
     freeze_vision: bool = flag(False, "Do not train the vision tower. Rollouts, reference and policy then share one pass through it.")
     gradient_checkpointing: bool = flag(False, "Recompute activations in the backward pass: less memory, a third more time.")
@@ -328,6 +330,7 @@ class Rollouts:
     prompts: Prompts
     completions: torch.Tensor  # (B, G, T)
     mask: torch.Tensor  # (B, G, T)
+    logp: torch.Tensor | None  # (B, G, T) of the sampled tokens, with --old_logp sampled
     texts: list  # B lists of G
     control_texts: dict  # {index of the question: texts with shuffled frames}
 
@@ -348,15 +351,16 @@ def sample_groups(arguments, model, processor, usable):
     if arguments.freeze_vision:
         with torch.no_grad():
             prompts.features = Policy(model).encode(prompts)
-    tokens, mask, texts = sample_texts(model, processor, prompts, counts, row_seeds, arguments.max_completion_length,
-                                       arguments.temperature, arguments.top_p, arguments.top_k)
+    tokens, mask, texts, *logp = sample_texts(model, processor, prompts, counts, row_seeds, arguments.max_completion_length,
+                                              arguments.temperature, arguments.top_p, arguments.top_k, arguments.old_logp == "sampled")
     own = len(items) * group
     longest = int(mask[:own].sum(-1).max())
     shape, visual = (len(items), group, longest), int(prompts.visual[: len(items)].sum())
     features = prompts.features and tuple(feature[:visual] if visual else feature for feature in prompts.features)  # 0: text, a blank image
+    shaped = lambda tensor: tensor[:own, :longest].reshape(shape)  # noqa: E731
     return Rollouts(
-        examples, replace(collate(items, model), features=features), tokens[:own, :longest].reshape(shape),
-        mask[:own, :longest].reshape(shape), [texts[start : start + group] for start in range(0, own, group)],
+        examples, replace(collate(items, model), features=features), shaped(tokens), shaped(mask), *(map(shaped, logp) if logp else [None]),
+        [texts[start : start + group] for start in range(0, own, group)],
         {index: texts[own + place * half : own + (place + 1) * half] for place, index in enumerate(controls)})
 
 
@@ -435,8 +439,9 @@ def grpo_micro_batch(arguments, engine, reference, processor, rollouts, rows, sh
     anchors = torch.tensor(anchors, device=engine.device) if arguments.degenerate == "virtual_anchor" else None  # (B,)
     advantages = group_advantages(totals, scale=arguments.scale_rewards, anchors=anchors).flatten()  # (N,)
     dropped = degenerate if arguments.degenerate == "drop" else torch.zeros_like(degenerate)
-    replay = {"prompts": prompts, "completions": completions, "mask": mask, "old_logp": logp.detach(), "advantages": advantages,
-              "ref_logp": ref_logp, "share": share, "dropped": dropped}
+    replay = {"prompts": prompts, "completions": completions, "mask": mask, "advantages": advantages,
+              "ref_logp": ref_logp, "old_logp": logp.detach() if rollouts.logp is None else rollouts.logp, "share": share,
+              "dropped": dropped}
     backward_loss(arguments, engine, replay, logp, weights, values)
     spend(values, "policy", clock)
     values["loss/zero_variance_groups"] += degenerate.float().tolist()

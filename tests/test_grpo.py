@@ -862,6 +862,17 @@ def test_sampled_logps_are_those_of_the_packed_forward(items, talker):
             assert ((below - 1e-4 <= uniform) & (uniform <= above + 1e-4)).all()
 
 
+def test_rollout_gives_the_log_probs_of_a_forward(items, talker):
+    prompts, ends = collate(items, talker), list(range(0, talker.config.text_config.vocab_size, 12))
+    plain = rollout(talker, prompts, [2] * 4, range(8), 8, ends, banned_ids(talker), temperature=0.7, top_p=0.9, top_k=50)
+    tokens, mask, logp = rollout(talker, prompts, [2] * 4, range(8), 8, ends, banned_ids(talker), 0.7, 0.9, 50, return_logp=True)
+    assert torch.equal(tokens, plain[0]) and torch.equal(mask, plain[1]) and len(set(mask.sum(1).tolist())) > 2
+    with torch.no_grad():
+        expected = Policy(talker)(prompts, tokens.view(4, 2, -1), mask.view(4, 2, -1))[0].flatten(0, 1)
+    torch.testing.assert_close(logp[mask], expected[mask], atol=1e-5, rtol=0)  # at temperature 1, over the whole vocabulary
+    assert (logp[~mask] == 0).all() and (logp[mask] < -0.01).any()
+
+
 def test_a_row_depends_on_its_own_seed_only(items, talker):
     many_ends = list(range(0, talker.config.text_config.vocab_size, 12))  # rows end at different steps and leave the batch
 

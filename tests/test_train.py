@@ -207,9 +207,13 @@ def test_every_recipe_trains(recipe, cold_start, tmp_path):
 
 
 def test_several_updates_on_the_same_rollouts(cold_start, tmp_path):
-    launch(*cold_start[1], "--num_iterations", 2, "--max_steps", 1, "--learning_rate", 1e-3, "--gradient_accumulation_steps", 2,
-           "--per_device_train_batch_size", 2, "--output_dir", tmp_path / "out")
-    (record,) = metrics(tmp_path / "out", "grpo")
+    flags = [*cold_start[1], "--num_iterations", 2, "--max_steps", 1, "--learning_rate", 1e-3, "--gradient_accumulation_steps", 2,
+             "--per_device_train_batch_size", 2]
+    launch(*flags, "--output_dir", tmp_path / "out")
+    launch(*flags, "--output_dir", tmp_path / "sampled", "--old_logp", "sampled")
+    (record,), (sampled,) = metrics(tmp_path / "out", "grpo"), metrics(tmp_path / "sampled", "grpo")
+    for name in ("loss/ratio", "loss/policy", "loss/grad_norm"):
+        assert sampled[name] == pytest.approx(record[name], rel=1e-3, abs=1e-5)
     # the first update has ratio 1 and, the reference being the policy, no KL; the means over both are not those of the first
     assert abs(record["loss/ratio"] - 1) > 1e-6 and record["loss/kl"] > 1e-5
     assert len((tmp_path / "out" / "rollouts.jsonl").read_text().splitlines()) == 4 * 4  # sampled once
@@ -247,7 +251,7 @@ def micro_batch(toy_folder, toy_processor, toy_model, texts, *flags):
 
     values, rows = defaultdict(list), {example.id: {"frames": [0, 10, 20, 30], "times": [0.0, 2.5, 5.0, 7.5], "prior": [0.25] * 4}}
     item = encoder.encode(example, rows[example.id])
-    rollouts = train.Rollouts((example,), collate([item], toy_model), completions, mask, [texts], {})
+    rollouts = train.Rollouts((example,), collate([item], toy_model), completions, mask, None, [texts], {})
     train.grpo_micro_batch(arguments, Engine(toy_model), Policy(other), toy_processor, rollouts, rows, 1.0, values)
     with torch.no_grad():
         logps = [Policy(model)(collate([item], model), completions, mask, weight_alpha=1.7)
