@@ -4,6 +4,7 @@ A checkpoint is a folder checkpoint-{stage}-{steps}: the model as from_pretraine
 rank{r}.pt and state.json. Runs under ZeRO-0 to 3, on one process or many.
 """
 
+import copy
 import json
 import math
 import multiprocessing
@@ -13,7 +14,9 @@ import shutil
 import signal
 import socket
 import sys
+from collections import OrderedDict
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 
 import deepspeed
@@ -98,6 +101,8 @@ def deepspeed_config(arguments, micro_batch=1, accumulation=1, learning_rate=Non
     config["gradient_accumulation_steps"] = accumulation
     if config.get("gradient_clipping") == "auto":
         config["gradient_clipping"] = arguments.max_grad_norm
+    if config.get("fp16", {}).get("enabled"):
+        raise DataError(f"{file} asks for fp16, whose loss scaling this program does not know; use bf16")
     if config.get("bf16", {}).get("enabled") == "auto":
         config["bf16"]["enabled"] = torch.cuda.is_available()
     if learning_rate is None:
@@ -183,9 +188,18 @@ def save_model(engine, processor, folder):
         state = {name.removeprefix("model."): value for name, value in state.items()}
         engine.module.model.save_pretrained(aside, state_dict=state)
         processor.save_pretrained(aside)
-        shutil.rmtree(folder, ignore_errors=True)  # of a run that was resumed from before it
-        os.rename(aside, folder)
+        replace_folder(aside, folder)
     dist.barrier()
+
+
+def replace_folder(aside, folder):
+    """aside -> folder. A folder on its way out is called *.unfinished as well: those of other names are whole at any moment."""
+    old = Path(f"{folder}.old.unfinished")
+    if Path(folder).exists():
+        os.rename(folder, old)
+    if aside is not None:
+        os.rename(aside, folder)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def check_finite(value, what):
@@ -217,12 +231,14 @@ class Checkpoints:
     def on_signal(self, number, _):
         self.signals.append(number)
         signal.signal(signal.SIGINT, signal.default_int_handler)  # a second Ctrl-C does not wait; launchers send several SIGTERM
-        say(f"{signal.Signals(number).name}: stopping after this step")
+        os.write(2, f"\n{signal.Signals(number).name}: stopping after this step\n".encode())  # print() may be what it interrupts
 
     def release(self):
-        """Signals end the program again: no step follows."""
+        """Signals end the program again, as one that came after the last step does: no step follows."""
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         signal.signal(signal.SIGINT, signal.default_int_handler)
+        if self.signals:
+            sys.exit(128 + self.signals[0])
 
     def load(self, engine, stage):
         """-> steps of the stage that are done, and what each rank kept (None at the start of a stage). From here on signals wait."""
@@ -244,7 +260,7 @@ class Checkpoints:
         stop = torch.tensor(max(self.signals, default=0), device=engine.device)
         dist.all_reduce(stop, dist.ReduceOp.MAX)
         every = self.arguments.save_steps
-        if stop or every and (step % every == 0 or step == last and (stage, self.arguments.stage) == ("sft", "both")):
+        if stop or every and (step % every == 0 or step == last):
             self.save(engine, stage, step, kept)
         if stop:
             say(f"stopped by {signal.Signals(int(stop)).name} after step {step} of {last} of {stage}; "
@@ -264,17 +280,20 @@ class Checkpoints:
             torch.save(kept, aside / f"rank{dist.get_rank()}.pt")
             if is_main():
                 sizes = {name: os.fstat(file.fileno()).st_size for name, file in self.files.items()}
-                state = {"stage": stage, "step": step, "ranks": dist.get_world_size(), "sizes": sizes, **self.shared}
+                state = {"stage": stage, "step": step, "ranks": dist.get_world_size(), "sizes": sizes, "settings": asdict(self.arguments),
+                         **self.shared}
                 (aside / "state.json").write_text(json.dumps(state, indent=1), encoding="utf-8")
         except (OSError, RuntimeError, SafetensorError) as error:
-            shutil.rmtree(aside, ignore_errors=True)
-            raise DataError(f"checkpoint {folder} could not be written ({first_words(error)}); {self.last()}") from error
+            free = shutil.disk_usage(self.arguments.output_dir).free / 1e6
+            for leftover in (aside, f"{aside}.unfinished"):  # save_model's own
+                shutil.rmtree(leftover, ignore_errors=True)
+            raise DataError(f"checkpoint {folder} could not be written ({first_words(error)}; {free:,.0f} MB of disk were free); "
+                            f"{self.last()}") from error
         dist.barrier()
         if is_main():
-            shutil.rmtree(folder, ignore_errors=True)
-            os.rename(aside, folder)
+            replace_folder(aside, folder)
             for old in checkpoints(self.arguments.output_dir)[: -self.arguments.save_total_limit]:
-                shutil.rmtree(old)
+                replace_folder(None, old)
 
     @contextmanager
     def guard(self, stage, step, examples):
@@ -302,10 +321,23 @@ def find_checkpoint(arguments):
         return {}
     if not (folder / "state.json").is_file():
         raise DataError(f"{folder} is not a checkpoint of this program (--resume_from_checkpoint)")
+    if folder.resolve().parent != Path(arguments.output_dir).resolve():
+        raise DataError(f"{folder} belongs to the run in {folder.parent}; go on there (--output_dir {folder.parent})")
     state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
     if state["ranks"] != dist.get_world_size():
         raise DataError(f"{folder} was written by {state['ranks']} processes, this run has {dist.get_world_size()}: it must have as many")
+    changed = {name: value for name, value in asdict(arguments).items() if state["settings"].get(name) != value}
+    fixed = sorted(changed.keys() & WHERE_A_RUN_IS)
+    if fixed:
+        raise DataError(f"{folder} was written with another " + ", ".join(f"--{name} ({state['settings'].get(name)})" for name in fixed))
+    for name in sorted(changed.keys() - {"resume_from_checkpoint", "local_rank"}):
+        say(f"going on with --{name} {changed[name]}, before it was {state['settings'].get(name)}")
     return {**state, "folder": str(folder)}
+
+
+# settings that say which questions come at which step
+WHERE_A_RUN_IS = {"stage", "seed", "dataset_name", "toy_dir", "per_device_train_batch_size", "gradient_accumulation_steps",
+                  "sft_per_device_batch_size", "num_train_epochs", "invert_questions"}
 
 
 # ----------------------------------------------------------------------------------------------------------------------------- model inputs
@@ -336,24 +368,33 @@ class Inputs:
     def __init__(self, encoder, workers, timeout):
         self.encoder, self.timeout, self.waiting, self.pool = encoder, timeout, {}, None
         if workers:
-            context = multiprocessing.get_context("forkserver")  # forks of a process without threads or CUDA
-            self.pool = ProcessPool(workers, initializer=start_encoding, initargs=(encoder,), context=context)
+            context, empty = multiprocessing.get_context("forkserver"), copy.copy(encoder)  # forks of a process without threads or CUDA
+            empty.media, empty.media_bytes = OrderedDict(), 0  # what it holds goes to no worker
+            self.pool = ProcessPool(workers, initializer=start_encoding, initargs=(empty,), context=context)
 
     def ahead(self, requests):
         """requests: (place in the run, example, its row of the priors, order of the control's frames or None)."""
         for place, *request in requests if self.pool else ():
-            self.waiting[place] = self.pool.schedule(encode_in_worker, args=request, timeout=self.timeout)
+            self.waiting[place] = self.schedule(request)
+
+    def schedule(self, request):
+        return self.pool.schedule(encode_in_worker, args=request, timeout=self.timeout)
 
     def take(self, place, example, *request):
         """What encode() returns; MediaError if the medium cannot be decoded."""
         if self.pool is None:
             return encode(self.encoder, example, *request)
-        try:
-            items = self.waiting.pop(place).result()
-        except TimeoutError as error:
-            raise MediaError(f"{example.media}: not decoded within {self.timeout:g} s (--decode_timeout)") from error
-        except ProcessExpired as error:
-            raise MediaError(f"{example.media}: the decoder died of it (exit code {error.exitcode})") from error
+        task = self.waiting.pop(place)
+        for last in (False, True):
+            try:
+                items = task.result()
+                break
+            except TimeoutError as error:
+                raise MediaError(f"{example.media}: not decoded within {self.timeout:g} s (--decode_timeout)") from error
+            except ProcessExpired as error:  # of the medium, or of a signal to the whole job: once more
+                if last:
+                    raise MediaError(f"{example.media}: the decoder died of it (exit code {error.exitcode})") from error
+                task = self.schedule((example, *request))
         to_torch = lambda item: {name: torch.from_numpy(value) if isinstance(value, np.ndarray) else value  # noqa: E731
                                  for name, value in item.items()}
         return [item and to_torch(item) for item in items]

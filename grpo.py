@@ -296,7 +296,8 @@ class Policy(torch.nn.Module):
         if not isinstance(model.lm_head, ScoringHead):
             raise ValueError(f"the head must be a plain Linear layer, not {type(model.lm_head).__name__}")
         text = model.model.language_model.config
-        self.packs = model.config.model_type in PACKED_FAMILIES and text._attn_implementation in ("sdpa", "group")
+        self.packs = (model.config.model_type in PACKED_FAMILIES and text._attn_implementation in ("sdpa", "group")
+                      and not getattr(text, "use_sliding_window", False))
         if self.packs:
             text._attn_implementation = "group"  # the language model's alone, and in memory alone
         else:

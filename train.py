@@ -41,6 +41,7 @@ from engine import (
     agree,
     average,
     check_finite,
+    checkpoints,
     find_checkpoint,
     is_main,
     on_main_first,
@@ -238,7 +239,9 @@ def train_sft(arguments, model_path, processor, encoder, examples, skipped, chec
         usable = inputs.usable(requests(step), arguments.max_prompt_length, skipped)
         fewest, everywhere = agree(len(usable), device)
         lost += batch * world - everywhere
+        kept = dict(skipped=skipped, lost=lost)
         if fewest == 0:
+            checkpoint.after_step(engine, "sft", step + 1, steps, **kept)
             continue
         _, chosen, items, _ = zip(*usable, strict=True)
         completions, mask = (tensor.to(device) for tensor in batch_targets(chosen, processor.tokenizer, eos))
@@ -257,7 +260,7 @@ def train_sft(arguments, model_path, processor, encoder, examples, skipped, chec
         writer(record)
         show(engine, record)
         progress.set_postfix(loss=f"{metrics['loss/sft']:.3f}", refresh=False)
-        checkpoint.after_step(engine, "sft", step + 1, steps, skipped=skipped, lost=lost)
+        checkpoint.after_step(engine, "sft", step + 1, steps, **kept)
     inputs.stop()
     checkpoint.release()
     folder = Path(arguments.output_dir) / "sft"
@@ -422,7 +425,7 @@ def grpo_micro_batch(arguments, engine, reference, processor, rollouts, rows, sh
                 dense=arguments.consistency_dense).tolist()
         terms["total"] = [sum(column) for column in zip(*terms.values(), strict=True)]
         totals.append(terms["total"])
-        anchors.append(terms["total"][0] + 1 - 2 * terms["accuracy"][0])
+        anchors.append(terms["total"][0] + 1 - 2 * sum(terms["accuracy"]) / len(terms["accuracy"]))
         for name, column in terms.items():
             values[f"reward/{name}"] += column
         for number, text in enumerate(texts[index]):
@@ -447,7 +450,7 @@ def grpo_micro_batch(arguments, engine, reference, processor, rollouts, rows, sh
     values["loss/zero_variance_groups"] += degenerate.float().tolist()
     values["rollout/length"] += lengths.flatten().tolist()
     values["rollout/truncated"] += (lengths.flatten() >= arguments.max_completion_length).float().tolist()
-    values["rollout/entropy"].append(((entropy * mask).sum() / mask.sum()).item())
+    values["rollout/entropy"] += ((entropy * mask).sum(-1) / lengths).flatten().tolist()
     return lines, replay
 
 
@@ -548,13 +551,13 @@ def train_grpo(arguments, model_path, processor, encoder, stream, rows, skipped,
                     clock = time.perf_counter()
                     engine.step()
                     spend(values, "update", clock)
-                    norm = float(engine.get_global_grad_norm() or 0)  # 0: not the last forward of the step
+                    norm = float(engine.get_global_grad_norm() or 0)  # stage 0 computes none
                     check_finite(norm, "norm of the gradient")
         if reference is not None and arguments.ema_decay < 1 and (step + 1) % arguments.ema_steps == 0:
             update_reference(reference, engine, averages, arguments.ema_decay)
         spend(values, "step", begin)
         metrics = average(values, METRICS, engine.device)
-        if micro_batches:
+        if micro_batches and norm:
             metrics["loss/grad_norm"] = norm
         record = {"stage": "grpo", "step": step, **metrics, "data/skipped": lost}
         writer(record)
@@ -680,6 +683,8 @@ def parse_arguments():
     for name in (word.partition("=")[0] for word in unknown):
         if name in FOREIGN_FLAGS:
             raise DataError(f"{name} is a flag of the releases; here: {FOREIGN_FLAGS[name]}")
+    if unknown:
+        raise DataError(f"unknown: {' '.join(unknown)} (python train.py --help lists the flags)")
     recipe = dict(RECIPES[first.recipe])
     if first.dataset_name is None:
         if first.model_name_or_path is None and first.stage == "grpo":
@@ -700,6 +705,8 @@ def parse_arguments():
     arguments, settings = parser.parse_args_into_dataclasses()
     if arguments.frame_use == "attention" and arguments.frame_use_layer < 1:
         raise DataError("--frame_use attention needs --frame_use_layer 1 (the first layer) or higher")
+    if arguments.num_generations < 2 or arguments.save_total_limit < 1:
+        raise DataError("--num_generations must be at least 2 and --save_total_limit at least 1")
     arguments.stage = arguments.stage or ("both" if arguments.model_name_or_path is None else "grpo")
     return arguments, settings
 
@@ -716,15 +723,18 @@ def priors_for(arguments, settings, examples, name, file=None):
                 clip = prior.load_clip(settings.clip, settings.clip_pretrained, deepspeed.get_accelerator().current_device_name())
             more_rows, more_errors = prior.build_priors(others, clip, settings)
             rows, errors = rows + more_rows, errors + more_errors
+        prior.write_lines(f"{path}.errors.jsonl", errors)
         prior.write_lines(path, rows)
         return {error["problem_id"]: error["cause"] for error in errors}
 
-    path, skipped = file, {}
+    made = Path(arguments.output_dir) / f"priors_{name}.jsonl"
+    if file is None and made.is_file():  # of the run that this one goes on with
+        file = made
+    path, skipped = file or made, {}
     if file is not None and Path(f"{file}.errors.jsonl").is_file():
         errors = [json.loads(line) for line in Path(f"{file}.errors.jsonl").read_text(encoding="utf-8").splitlines()]
         skipped = {error["problem_id"]: error["cause"] for error in errors}
     if file is None:
-        path = Path(arguments.output_dir) / f"priors_{name}.jsonl"
         say(f"computing the priors of {len(examples)} {name} questions (prior.py does this ahead, --priors FILE reuses it)")
         skipped = on_main_first(build)
     for problem, cause in skipped.items():
@@ -741,6 +751,8 @@ def run(arguments, settings):
 
     output = Path(arguments.output_dir)
     resume = on_main_first(lambda: prepare_output(output, arguments, settings))
+    if resume is None:
+        return
     set_seed(arguments.seed)
     model_path, data, heldout = arguments.model_name_or_path, arguments.dataset_name, arguments.eval_dataset_name
     sft_data = data
@@ -842,7 +854,7 @@ def run(arguments, settings):
 
 def plain_cause(cause):
     """Why something was skipped, without the names and numbers of its own."""
-    cause = re.sub(r"^(row \d+ \(problem_id .*?\)|/.*?):? (?=\D)", "", cause)
+    cause = re.sub(r"^row \d+ (\(problem_id .*?\))?:? ?", "", cause) if cause.startswith("row ") else cause.partition(": ")[2] or cause
     return re.sub(r"\d[\d,.]*", "N", re.sub(r"\S*/\S*", "FILE", cause))
 
 
@@ -860,16 +872,22 @@ def template_text(arguments):
 
 def prepare_output(output, arguments, settings):
     """The output folder with run.json, every setting of the run, and its files as they were at the checkpoint it goes on from, whose
-    state is returned. An earlier run is not written over."""
+    state is returned ({} at the beginning, None if the run is finished). An earlier run is not written over."""
+    if arguments.resume_from_checkpoint == "auto" and (output / "result.json").is_file():
+        say(f"{output} holds a finished run (result.json); nothing to do")
+        return None
     resume = find_checkpoint(arguments)
     if arguments.resume_from_checkpoint is None and (output / "metrics.jsonl").exists():
         raise DataError(f"{output} holds an earlier run; remove it, choose another --output_dir, or --resume_from_checkpoint auto")
     output.mkdir(parents=True, exist_ok=True)
-    for aside in output.glob("*.unfinished"):
-        shutil.rmtree(aside)
+    found = [path.name for path in checkpoints(output)]
+    later = found[found.index(Path(resume["folder"]).name) + 1 :] if resume else []
+    for old in (*(output / name for name in later), *output.glob("*.unfinished")):
+        say(f"removing {old}, of after the checkpoint that this run goes on from")
+        shutil.rmtree(old)
     for name in ("metrics.jsonl", "rollouts.jsonl"):
         with open(output / name, "ab") as file:
-            file.truncate(resume.get("sizes", {}).get(name, 0))
+            file.truncate(min(file.tell(), resume.get("sizes", {}).get(name, 0)))
     versions = {name: importlib.metadata.version(name) for name in ("torch", "transformers", "deepspeed", "open_clip_torch", "decord")}
     git = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=Path(__file__).parent, capture_output=True, text=True)
     facts = {"command": sys.argv, "ranks": dist.get_world_size(), "revision": git.stdout.strip() or None, "versions": versions}

@@ -19,6 +19,8 @@ from conftest import BIN, ENV, ROOT, complain, launch, metrics, weights
 from PIL import Image
 from transformers import AutoModelForImageTextToText
 
+import train
+
 FLAGS = ["--num_generations", 4, "--max_completion_length", 12, "--gate", "none", "--save_steps", 2]
 
 
@@ -87,6 +89,18 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(small_toy, tmp_path, ra
     assert_same_run(tmp_path / "whole", output)
     assert sorted(path.name for path in output.glob("checkpoint-*")) == ["checkpoint-grpo-4", "checkpoint-grpo-6"]  # --save_total_limit 2
     assert not list(output.glob("*.unfinished"))
+    before = {path: path.stat().st_mtime_ns for path in output.rglob("*")}
+    done = launch(*flags, "--output_dir", output, "--resume_from_checkpoint", "auto", ranks=ranks)
+    assert "holds a finished run" in done.stdout + done.stderr and before == {path: path.stat().st_mtime_ns for path in output.rglob("*")}
+    if ranks == 1:  # from an older one, which has to go on from there and not from what came after it
+        (output / "result.json").unlink()
+        done = launch(*flags, "--output_dir", output, "--resume_from_checkpoint", output / "checkpoint-grpo-4", "--decode_timeout", 99)
+        assert "removing" in done.stdout and "--decode_timeout 99.0, before it was 300.0" in done.stdout
+        assert_same_run(tmp_path / "whole", output)
+        (output / "result.json").unlink()
+        for more, words in ((["--seed", 1], "was written with another --seed (0)"),
+                            (["--output_dir", tmp_path / "x"], "belongs to the run")):
+            assert words in complain(*flags, "--output_dir", output, "--resume_from_checkpoint", output / "checkpoint-grpo-4", *more)
 
 
 def test_sigterm_saves_and_the_run_goes_on(small_toy, first_run, tmp_path):
@@ -119,7 +133,8 @@ def test_a_full_disk_leaves_the_checkpoint_before(small_toy, first_run, tmp_path
     assert process.returncode != 0
     message = next(line for line in said.splitlines() if line.startswith("train.py: error: checkpoint "))
     assert "could not be written" in message and "the last whole checkpoint is" in message
-    kept = [path for path in output.glob("checkpoint-*") if not path.name.endswith(".unfinished")]
+    kept = list(output.glob("checkpoint-*"))
+    assert not list(output.glob("*.unfinished"))
     assert kept and f"{sorted(kept, key=lambda path: int(path.name.rpartition('-')[2]))[-1]}" in message
     for folder in kept:
         AutoModelForImageTextToText.from_pretrained(folder)
@@ -200,7 +215,7 @@ def test_images_and_videos_of_all_sizes_do_not_hang(small_toy, first_run, tmp_pa
 
 def test_inputs_from_workers_are_those_of_this_process(small_toy, first_run):
     code = """if True:
-        import sys, time, torch, engine
+        import os, psutil, sys, time, torch, engine
         from transformers import AutoProcessor
         from data import Encoder, MediaError, load_examples
 
@@ -220,6 +235,12 @@ def test_inputs_from_workers_are_those_of_this_process(small_toy, first_run):
                     assert (a is None) == (b is None)
                     for key, value in (b or {}).items():
                         assert torch.equal(a[key], value) if torch.is_tensor(value) else a[key] == value
+            inputs.ahead((place + 100, *rest) for place, *rest in requests)
+            time.sleep(0.2)
+            for child in psutil.Process().children(recursive=True):
+                if "forkserver" in " ".join(child.cmdline()) and child.parent().pid != os.getpid():
+                    child.terminate()  # as a signal to the whole job does: a worker that dies costs no medium
+            assert all(inputs.take(place + 100, *rest)[0]["times"] is not None for place, *rest in requests)
             inputs.stop()
             slow = engine.Inputs(Hangs(encoder.processor, 3136, 3136), 1, 0.5)
             slow.ahead(requests[:1])
@@ -235,9 +256,19 @@ def test_inputs_from_workers_are_those_of_this_process(small_toy, first_run):
     assert done.returncode == 0 and done.stdout.splitlines()[-1] == "True", done.stderr[-3000:]
 
 
+def test_causes_are_counted_without_names_and_numbers():
+    causes = {"/d/my video 1.mp4: no such file": "no such file", "DATA/a b.mp4: no such file": "no such file",
+              "/d/x.mp4: not a readable video (Error reading /d/x.mp4...)": "not a readable video (Error reading FILE",
+              "row 3 (problem_id a b) has no problem": "has no problem",
+              "/d/x.mp4: the prompt has 1,234 tokens (--max_prompt_length 400)": "the prompt has N tokens (--max_prompt_length N)"}
+    for cause, plain in causes.items():
+        assert train.plain_cause(cause) == plain
+
+
 @pytest.mark.parametrize(("flag", "words"), [
     (["--len_control", "true"], "--length_bonus"), (["--use_vllm=true"], "it samples itself"), (["--report_to", "wandb"], '"wandb"'),
-    (["--attn_implementation", "flash_attention_2"], "sdpa")])
+    (["--attn_implementation", "flash_attention_2"], "sdpa"),
+    (["--aplha", "1"], "unknown: --aplha"), (["--num_generations", "1"], "at least 2")])
 def test_flags_of_the_releases_are_answered(flag, words):
     assert words in complain(*flag)
 
