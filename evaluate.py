@@ -85,6 +85,10 @@ class EvaluateArguments:
     api_media: str = field(default="images", metadata={
         "help": "images: the sampled frames, PNG; video: the file as it is, of which the server takes the frames it likes.",
         "choices": ["images", "video"]})
+    api_extra: str = field(default="{}", metadata={
+        "help": "JSON object of further fields for every request, such as "
+                "'{\"mm_processor_kwargs\": {\"max_pixels\": 200704}}' for vLLM or '{\"chat_template_kwargs\": {\"num_frames\": 16}}' for "
+                "`transformers serve`."})
     api_workers: int = field(default=8, metadata={"help": "Questions that a server is asked at the same time."})
     api_timeout: float = field(default=300.0, metadata={"help": "Seconds to wait for an answer."})
     api_retries: int = field(default=3, metadata={"help": "Further tries after a timeout, a lost connection, or status 429 or 5xx."})
@@ -98,6 +102,12 @@ class EvaluateArguments:
             raise DataError("give --model_name_or_path and --dataset_name (--bench), or --rescore FILE, or `compare FIRST SECOND`")
         if self.api_base and (self.frame_use_check or not re.match(r"https?://", self.api_base)):
             raise DataError("--api_base is a server's address, http://host:port/v1, and --frame_use_check needs the model itself")
+        try:
+            fits = isinstance(json.loads(self.api_extra), dict)
+        except ValueError:
+            fits = False
+        if not fits:
+            raise DataError(f"--api_extra {self.api_extra} is no JSON object")
         for name in ("frames", "min_pixels", "max_pixels", "max_completion_length", "batch_size", "api_workers", "api_timeout"):
             if getattr(self, name) <= 0:
                 raise DataError(f"--{name} must be above 0")
@@ -143,7 +153,8 @@ def score_settings(arguments):
         "model_name_or_path", "frames", "min_pixels", "max_pixels", "max_completion_length", "temperature", "top_p", "top_k", "seed")}
     settings["prompt_template"] = read_template(arguments.prompt_template)
     if arguments.api_base:
-        return settings | {"engine": "api", "api_base": arguments.api_base, "api_media": arguments.api_media}
+        return settings | {"engine": "api", "api_base": arguments.api_base, "api_media": arguments.api_media,
+                           "api_extra": arguments.api_extra}
     revision = getattr(AutoConfig.from_pretrained(arguments.model_name_or_path), "_commit_hash", None)
     return settings | {"engine": "local", "model_revision": revision, "weights": fingerprint(arguments.model_name_or_path),
                        "batch_size": arguments.batch_size, "dtype": "bfloat16" if torch.cuda.is_available() else "float32"}
@@ -304,11 +315,14 @@ def message(arguments, example, template):
 
 
 def chat(client, retries, messages, **settings):
-    """One answer of a server -> text, and None or why there is none. Tried again after 1, 2, 4... s when another try may help."""
+    """One answer of a server -> text, and None or why there is none. Tried again after 1, 2, 4... s when another try may help.
+
+    A server that cuts the think block off (`transformers serve`, vLLM's reasoning parsers) sends it apart; it is put back."""
     for attempt in range(retries + 1):
         try:
-            choice = client.chat_completion(messages, **settings).choices[0]
-            return choice.message.content or "", None
+            told = client.chat_completion(messages, **settings).choices[0].message
+            thought = told.reasoning or getattr(told, "reasoning_content", None)
+            return (f"<think>{thought}</think>" if thought else "") + (told.content or ""), None
         except (HTTPError, InferenceTimeoutError) as error:
             status = getattr(getattr(error, "response", None), "status_code", None)
             cause = f"server error: {f'status {status}, ' if status else ''}{' '.join(str(error).split())[:300] or type(error).__name__}"
@@ -325,8 +339,9 @@ def ask_server(arguments, examples, done):
     """Answers of an OpenAI-compatible server, as they come: yields lists of one (example, output, error)."""
     # without a key the client would send the one of huggingface.co that it finds on this machine
     client = InferenceClient(base_url=arguments.api_base, api_key=os.environ.get("OPENAI_API_KEY", "none"), timeout=arguments.api_timeout)
+    extra = {"top_k": arguments.top_k} if arguments.top_k and arguments.temperature else {}  # of vLLM and SGLang, not of the protocol
     settings = {"model": arguments.model_name_or_path, "max_tokens": arguments.max_completion_length, "top_p": arguments.top_p,
-                "temperature": arguments.temperature, "extra_body": {"top_k": arguments.top_k} if arguments.top_k else None}
+                "temperature": arguments.temperature, "extra_body": extra | json.loads(arguments.api_extra)}
     template = read_template(arguments.prompt_template)
 
     def ask(position, example):

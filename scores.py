@@ -32,7 +32,7 @@ SIZES = {"vsibench": (5130,), "videommmu": (900,), "mmvu": (625,), "mvbench": (4
 VSI_TASKS = ("obj_appearance_order", "object_rel_distance", "route_planning", "object_rel_direction", "object_counting",
              "object_abs_distance", "object_size_estimation", "room_size_estimation")
 VSI_NUMBERS = ("object_counting", "object_abs_distance", "object_size_estimation", "room_size_estimation")
-TASK_FIELDS = ("original_question_type", "task_type", "task", "task_name", "question_type", "type", "subdomain", "dim")
+TASK_FIELDS = ("original_question_type", "task_type", "task", "task_name", "question_type", "type", "subdomain", "dim", "kind")
 BREAKDOWNS = ("duration", "domain", "sub_category")  # further fields whose values get a score of their own, where they are texts
 
 
@@ -309,9 +309,10 @@ def score_item(item):
 # --------------------------------------------------------------------------------- what a reasoning concludes; TAC, consistency
 
 CUE = re.compile(
-    r"\b(?:answer|choose|choice|pick|correct|conclu\w+|so|therefore|thus|hence|then it|match(?:es)?|correspond\w*|left with|points to"
-    r"|go with|it is|it['’]s|this is|that is|must be|has to be|best|suitable|listed|boxed|total|means|there are|overall|actually|likely"
-    r"|i think|i say|i believe|would say|gives(?: us)?|difference is|right (?:answer|choice|option|one))\b|=>|→|[=:]\s*(?=\S+\W*$)", re.I)
+    r"\b(?:answer|choose|choice|options?(?=:| is)|pick|correct|conclu\w+|so|therefore|thus|hence|then it|match(?:es)?|correspond\w*"
+    r"|left with|points to|go with|it is|it['’]s|this is|that is|must be|has to be|best|suitable|listed|boxed|total|means|there are|overall"
+    r"|actually|likely|i think|i say|i believe|would say|gives(?: us)?|difference is|right (?:answer|choice|option|one))\b|=>|→"
+    r"|[=:]\s*(?=\S+\W*$)", re.I)
 CLAUSE = re.compile(r"\b(?:so|therefore|thus|hence|in total|gives us|answer(?: is)?)\b|=>|→|=|:\s", re.I)  # what follows is concluded
 ASIDE = re.compile(r",?\s\b(?:given that|since|because|as the|which adds|if i|when i)\b.*", re.I | re.S)  # a reason, not a conclusion
 HEDGE = re.compile(r"\b(?:could|might|may|maybe|perhaps|cannot|can['’]t|whether|unclear|hard to|difficult to|would have to|if)\b|\?", re.I)
