@@ -4,6 +4,7 @@
     torchrun --nproc_per_node 8 evaluate.py --model_name_or_path ...          # or deepspeed; the same command again continues a killed run
     python evaluate.py --api_base http://localhost:8000/v1 --model_name_or_path NAME --bench ...                  # vLLM, SGLang, ...
     python evaluate.py --rescore eval_mmvu_greedy_output.json --output report.json              # stored answers, without a model
+    python evaluate.py --rescore report.json --output judged.json --judge_base http://localhost:8000/v1 --judge_model NAME    # TAC, VAS
     python evaluate.py compare first.json second.json                                             # is the difference more than noise?
     python evaluate.py --model_name_or_path output/sft --bench toy-seed0/heldout.json --max_pixels 3136 --frame_use_check
 
@@ -21,12 +22,13 @@ import io
 import json
 import mimetypes
 import os
+import random
 import re
 import sys
 import time
 from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from pathlib import Path
 
@@ -47,6 +49,7 @@ from data import (
     Encoder,
     MediaError,
     build_prompt,
+    chat_text,
     decode_frames,
     load_examples,
     load_image,
@@ -78,6 +81,9 @@ class EvaluateArguments:
     temperature: float = field(default=0.0, metadata={"help": "0 is greedy."})
     top_p: float = field(default=1.0, metadata={"help": "Nucleus, when sampled."})
     top_k: int = field(default=0, metadata={"help": "Most probable tokens to choose from, when sampled; 0: all."})
+    control: str = field(default="none", metadata={
+        "help": "How much of the score needs the video? Answer with the frames shuffled, all black, or without the medium, and compare.",
+        "choices": ["none", "shuffled", "black", "question_only"]})
     batch_size: int = field(default=32, metadata={"help": "Questions answered at once, on each rank."})
     seed: int = field(default=0, metadata={"help": "Of the sampling."})
     api_base: str | None = field(default=None, metadata={
@@ -92,6 +98,9 @@ class EvaluateArguments:
     api_workers: int = field(default=8, metadata={"help": "Questions that a server is asked at the same time."})
     api_timeout: float = field(default=300.0, metadata={"help": "Seconds to wait for an answer."})
     api_retries: int = field(default=3, metadata={"help": "Further tries after a timeout, a lost connection, or status 429 or 5xx."})
+    judge_base: str | None = field(default=None, metadata={
+        "help": "OpenAI-compatible server of a judge that reads the reasoning for TAC and VAS; its key is JUDGE_API_KEY."})
+    judge_model: str | None = field(default=None, metadata={"help": "The judge's name on that server."})
     frame_use_check: bool = field(default=False, metadata={"help": "Test the frame-use scores of every layer instead of answering."})
     local_rank: int = field(default=-1, metadata={"help": "Set by the deepspeed launcher."})
 
@@ -113,6 +122,10 @@ class EvaluateArguments:
                 raise DataError(f"--{name} must be above 0")
         if self.temperature < 0 or self.top_k < 0 or self.api_retries < 0 or not 0 < self.top_p <= 1:
             raise DataError("--temperature, --top_k and --api_retries must be at least 0, --top_p above 0 and at most 1")
+        if self.api_media == "video" and self.control in ("shuffled", "black"):
+            raise DataError(f"--control {self.control} changes frames; --api_media video sends the file as it is")
+        if bool(self.judge_base) != bool(self.judge_model) or (self.judge_base and not re.match(r"https?://", self.judge_base)):
+            raise DataError("--judge_base, a server's address (http://host:port/v1), and --judge_model go together")
         if self.rescore and os.path.realpath(self.rescore) == os.path.realpath(self.output):
             raise DataError(f"--output {self.output} is the --rescore file itself; choose another file to write")
 
@@ -150,7 +163,8 @@ def fingerprint(model):
 def score_settings(arguments):
     """Every setting that an answer depends on: it stands in the report, and a run continues only an earlier one that has the same."""
     settings = {name: getattr(arguments, name) for name in (
-        "model_name_or_path", "frames", "min_pixels", "max_pixels", "max_completion_length", "temperature", "top_p", "top_k", "seed")}
+        "model_name_or_path", "frames", "min_pixels", "max_pixels", "max_completion_length", "temperature", "top_p", "top_k", "seed",
+        "control")}
     settings["prompt_template"] = read_template(arguments.prompt_template)
     if arguments.api_base:
         return settings | {"engine": "api", "api_base": arguments.api_base, "api_media": arguments.api_media,
@@ -244,7 +258,7 @@ def run_benchmark(arguments):
         if all(item.error for item in items.values()):
             raise DataError(f"none of {len(items)} questions could be answered; the first: {items[examples[0].id].error}")
         report = scores.make_report([items[name] for name in questions], scores.benchmark_of(arguments.dataset_name), repeated)
-        finish(arguments.output, report, {"dataset_name": arguments.dataset_name, **settings})
+        finish(arguments, report, {"dataset_name": arguments.dataset_name, **settings})
 
 
 # ------------------------------------------------------------------------------------------------------ answers, here or there
@@ -258,6 +272,30 @@ def load_model(arguments):
         arguments.model_name_or_path, dtype=torch.bfloat16 if device != "cpu" else torch.float32, attn_implementation="sdpa",
         use_safetensors=True)
     return model.to(device).eval(), processor
+
+
+def frame_order(arguments, position, count):
+    """The order in which a question's frames are shown: as they are, or shuffled, the same in every run with this seed."""
+    order = list(range(count))
+    if arguments.control == "shuffled":
+        random.Random(arguments.seed * 1_000_003 + position).shuffle(order)
+    return order
+
+
+def without_medium(example):
+    return replace(example, media="", media_type="text")
+
+
+def encode(encoder, example, arguments, position):
+    """Encoder.encode under --control: times, prompt and the number of visual tokens stay, but for question_only."""
+    if arguments.control == "question_only":
+        return encoder.encode(without_medium(example))
+    if arguments.control == "none" or example.media_type == "text":
+        return encoder.encode(example)
+    entry = encoder.load(example, None)
+    if arguments.control == "shuffled":
+        return encoder.encode(example, shuffle=frame_order(arguments, position, len(entry["frames"])))
+    return encoder.process(example, chat_text(encoder.processor, example, encoder.template), torch.zeros_like(entry["frames"]), entry)
 
 
 def answer_here(arguments, examples, done, rank, world):
@@ -274,7 +312,7 @@ def answer_here(arguments, examples, done, rank, world):
         items, answers = {}, {}
         for position, example in part:
             try:
-                items[position] = encoder.encode(example)
+                items[position] = encode(encoder, example, arguments, position)
             except MediaError as error:
                 answers[position] = ("", f"unreadable media: {error}")
         if items:
@@ -290,9 +328,11 @@ def data_url(content, kind):
     return f"data:{kind};base64,{base64.b64encode(content).decode()}"
 
 
-def message(arguments, example, template):
+def message(arguments, example, position, template):
     """The user turn for a server: the medium as data URLs, then the prompt. MediaError when it cannot be read."""
     content = []
+    if arguments.control == "question_only":
+        example = without_medium(example)
     if example.media_type == "video" and arguments.api_media == "video":
         if not os.path.isfile(example.media):
             raise MediaError(f"{example.media}: no such file")
@@ -307,6 +347,7 @@ def message(arguments, example, template):
             frames = resize_frames(frames, arguments.min_pixels, arguments.max_pixels)  # (K, 3, h, w)
         except ValueError as error:  # one side over 200 times the other
             raise MediaError(f"{example.media}: cannot be resized ({error})") from error
+        frames = torch.zeros_like(frames) if arguments.control == "black" else frames[frame_order(arguments, position, len(frames))]
         for frame in frames.permute(0, 2, 3, 1).numpy():
             picture = io.BytesIO()
             Image.fromarray(frame).save(picture, "PNG")
@@ -346,7 +387,7 @@ def ask_server(arguments, examples, done):
 
     def ask(position, example):
         try:
-            messages = message(arguments, example, template)
+            messages = message(arguments, example, position, template)
         except MediaError as error:
             return example, "", f"unreadable media: {error}"
         return example, *chat(client, arguments.api_retries, messages, seed=arguments.seed * 1_000_003 + position, **settings)
@@ -359,6 +400,101 @@ def ask_server(arguments, examples, done):
                 yield [future.result()]
         finally:
             pool.shutdown(wait=False, cancel_futures=True)  # on an interruption: what has not begun is not asked any more
+
+
+# ------------------------------------------------------------------------------------------------------------- a judge's reading
+
+# The project's own wording of what Video-R2's judge is asked.
+READ_ANSWER = """Below are the options of a question (none when it asks for a number) and a final answer to it. Say which option the answer
+names. Do not solve the question and do not infer anything that is not written. Reply with the option's capital letter, or with the bare
+number, or with UNKNOWN when the answer names none.
+
+Options:
+{options}
+
+Final answer:
+{answer}"""
+READ_CONCLUSION = """Below are the options of a question (none when it asks for a number) and somebody's reasoning about it. Say which
+option the reasoning itself concludes. The last explicit conclusion counts; the exact text of an option stands for its letter. Do not judge
+whether it is right and do not conclude anything in its place. Reply with the option's capital letter, the bare number, or UNKNOWN.
+
+Options:
+{options}
+
+Reasoning:
+{reasoning}"""
+RATE_ATTENTION = """Below are a question about a video and somebody's reasoning about it. Rate from 0 to 10 how far the reasoning claims
+concrete visual evidence from the video. Whether the claims or the answer are true does not matter.
+10: dense and specific, step by step: entities, attributes, counts, text on screen, positions, order of events
+7-9: several specific claims about the video    4-6: concrete facts without where or when    1-3: a generic mention, or matching of options
+0: none, or guessing
+Reply with JSON alone: {{"score": 0, "rationale": "one sentence"}}
+
+Question:
+{question}
+
+Reasoning:
+{reasoning}"""
+
+
+def judge_one(arguments, client, record):
+    """What the judge reads in one output -> {"answer", "conclusion", "vas"} ("" for UNKNOWN, None without a rating) or {"error"}."""
+    think, answer = (scores.last_block(record["output"], tag) for tag in ("think", "answer"))
+    first_think = reward.extract_think(record["output"])
+    options, question = "\n".join(record["options"]) or "(none)", "\n".join([record["problem"], *record["options"]])
+    told = {"answer": "", "conclusion": "", "vas": None if first_think else 0.0}  # nothing to read: no conclusion, no attention
+    prompts = {"answer": answer and READ_ANSWER.format(options=options, answer=answer),
+               "conclusion": think and READ_CONCLUSION.format(options=options, reasoning=think),
+               "vas": first_think and RATE_ATTENTION.format(question=question, reasoning=first_think)}
+    for name, prompt in prompts.items():
+        for more in ("", "\n\nJSON only.") if name == "vas" else ("",):
+            if not prompt or (name == "vas" and told["vas"] is not None):
+                continue
+            text, error = chat(client, arguments.api_retries, [{"role": "user", "content": prompt + more}], model=arguments.judge_model,
+                               max_tokens=256, temperature=0.0, top_p=1.0)
+            if error:
+                return {"error": error}
+            text = text.rpartition("</think>")[2].strip()  # a judge may think, too
+            rating = re.search(r'"score"\s*:\s*(-?\d+(?:\.\d+)?)', text)
+            if name == "vas":
+                told["vas"] = min(10.0, max(0.0, float(rating[1]))) if rating else None
+            else:
+                told[name] = "" if text.upper().startswith("UNKNOWN") else text.strip("()*. ")
+    return told
+
+
+def judge_report(arguments, report):
+    """The judge's readings of every output, appended to REPORT.judged.jsonl as they come, -> the report's `judged`: TAC and VAS."""
+    readable = scores.rule_based_readings(report["results"])  # its keys: the types whose conclusion is a letter or a number
+    file, told = Path(arguments.output).with_suffix(".judged.jsonl"), {}
+    join_shards(file)  # cuts a torn last line
+    for row in scores.read_json(file)[0] if file.exists() and file.stat().st_size else ():
+        if (row["judge_model"], row["judge_base"]) == (arguments.judge_model, arguments.judge_base):
+            told[row["problem_id"], row["output"]] = row["told"]
+    records = {record["problem_id"]: record for record in report["results"] if record["output"].strip() and not record["error"]}
+    left = [name for name, record in records.items() if "error" in told.get((name, record["output"]), {"error": ""})]
+    client = InferenceClient(base_url=arguments.judge_base, api_key=os.environ.get("JUDGE_API_KEY", "none"), timeout=arguments.api_timeout)
+    with ThreadPoolExecutor(arguments.api_workers) as pool, open(file, "ab", buffering=0) as out:
+        futures = {pool.submit(judge_one, arguments, client, records[name]): name for name in left}
+        try:
+            for future in tqdm(as_completed(futures), desc="judge", unit="answer", total=len(left)):
+                name = futures[future]
+                told[name, records[name]["output"]] = future.result()
+                append_lines(out, [{"problem_id": name, "output": records[name]["output"], "judge_model": arguments.judge_model,
+                                    "judge_base": arguments.judge_base, "told": future.result()}])
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+    told = {name: told[name, record["output"]] for name, record in records.items()}
+    failed = {name: row["error"] for name, row in told.items() if "error" in row}
+    if told and len(failed) == len(told):
+        raise DataError(f"{arguments.judge_base} judged none of {len(told)} answers; the first: {next(iter(failed.values()))}")
+    readings = {name: ("", "") if name not in records else (told[name]["answer"], told[name]["conclusion"])
+                for name in readable if name not in failed}
+    judged = scores.reasoning_metrics(report["results"], readings, judge=arguments.judge_model)
+    ratings = [row["vas"] for row in told.values() if row.get("vas") is not None]
+    judged["VAS"] = {"value": 10 * scores.mean(ratings) if ratings else None, "n": len(ratings), "not_rated": len(told) - len(ratings),
+                     "reason": "mean of the judge's 0 to 10, times 10, over outputs that were rated"}
+    return judged | {"failed": failed}
 
 
 # --------------------------------------------------------------------------------------------------- reports and comparisons
@@ -384,9 +520,11 @@ def print_report(report):
         if isinstance(row, dict):
             whole, partial = share(row["per_question_accuracy"]), share(row["partial_accuracy"])
             print(f"{name}: {row['n']} questions, all letters right in {whole}, with partial credit {partial}")
-    reasoning = report["reasoning"]
-    print(f"reasoning, read by {reasoning['judge']}: " + "".join(f"{name} {share(value)}, " for name, value in reasoning["TAC"].items()) +
-          f"consistency rate {share(reasoning['consistency_rate'])}; {reasoning['no_conclusion']} of {reasoning['outputs']} never conclude")
+    for reasoning in [report[name] for name in ("reasoning", "judged") if name in report]:
+        vas = "" if reasoning["VAS"]["value"] is None else f", VAS {reasoning['VAS']['value']:.1f}"
+        print(f"reasoning, read by {reasoning['judge']}: {reasoning['no_conclusion']} of {reasoning['outputs']} never conclude; " +
+              "".join(f"{name} {share(value)}, " for name, value in reasoning["TAC"].items()) +
+              f"consistency rate {share(reasoning['consistency_rate'])}{vas}")
     for kind, rows in report["errors"].items():
         problem, cause = next(iter(rows.items()))
         print(f"{len(rows)} count as wrong, {kind}; the first is {problem}: {cause}")
@@ -394,13 +532,14 @@ def print_report(report):
         print(f"evaluate.py: warning: {warning}", file=sys.stderr)
 
 
-def finish(output, report, settings):
-    """The report on the screen and, whole or not at all, in its file."""
+def finish(arguments, report, settings):
+    """The report, judged if a judge is given, on the screen and, whole or not at all, in its file."""
+    Path(arguments.output).parent.mkdir(parents=True, exist_ok=True)
+    if arguments.judge_base:
+        report["judged"] = judge_report(arguments, report)
     print_report(report)
-    report = {"settings": settings, **report}
-    Path(output).parent.mkdir(parents=True, exist_ok=True)
-    write_whole(output, [json.dumps(report, indent=1).encode()])
-    print(f"the report is {output}")
+    write_whole(arguments.output, [json.dumps({"settings": settings, **report}, indent=1).encode()])
+    print(f"the report is {arguments.output}")
 
 
 def rescored(path):
@@ -538,7 +677,7 @@ def main():
             return
         arguments = EvaluateArguments(**vars(parser.parse_args(words)))
         if arguments.rescore:
-            finish(arguments.output, *rescored(arguments.rescore))
+            finish(arguments, *rescored(arguments.rescore))
         elif arguments.frame_use_check:
             run_check(arguments)
         else:

@@ -197,13 +197,13 @@ def test_vsi_bench_has_four_numbers(tmp_path, monkeypatch, capsys):
     assert "4 of its 8 tasks" in err and "vsibench has 5130 questions" in err and "VSI-Bench, video_r1" in out
 
 
-@pytest.mark.parametrize("name,benchmark", [
+@pytest.mark.parametrize("name,meant", [
     ("eval_mmvu.json", "mmvu"), ("eval_videommmu_m_greedy_output.json", "videommmu"),
     ("eval_16frames_tempcompass_results.json", "tempcompass"), ("x/validation_L2.jsonl", "seed-bench-r1 L2"),
     ("star_val.json", "star"), ("start.json", ""), ("eval_videomme.json", "videomme"),
     ("20260101_samples_vsibench.jsonl", "vsibench"), ("NExT-GQA_val.json", "nextgqa"), ("heldout.json", "")])
-def test_the_benchmark_is_told_by_the_name(name, benchmark):
-    assert scores.benchmark_of(name) == benchmark
+def test_the_benchmark_is_told_by_the_name(name, meant):
+    assert scores.benchmark_of(name) == meant
 
 
 @pytest.mark.parametrize("text,said", [
@@ -484,7 +484,8 @@ def serve(monkeypatch):
 
 
 def asked(request):
-    return request["messages"][0]["content"][-1]["text"]
+    content = request["messages"][0]["content"]
+    return content if isinstance(content, str) else content[-1]["text"]
 
 
 def test_a_server_answers(serve, flags, bench, tmp_path, monkeypatch, capsys):
@@ -591,3 +592,91 @@ def test_a_real_server_answers_as_the_model_here_does(flags, checkpoint, toy_fol
     # untrained, it opens the think block anywhere, which the server then moves, and writes vision tokens, which are banned here
     pairs = [(a, b) for a, b in pairs if "think>" not in a and "<|" not in b]
     assert len(pairs) >= 3 and all(a == b for a, b in pairs)
+
+
+# ------------------------------------------------------------------------------------------------------- controls and a judge
+
+
+def test_controls_change_what_the_model_sees(flags, undisturbed, toy_processor, tmp_path, monkeypatch, capsys):
+    from data import Encoder, load_examples
+
+    example = next(e for e in load_examples(flags[3], errors=[]) if e.media_type == "video" and Path(e.media).name not in
+                   ("missing.mp4", "damaged.mp4"))
+    encoder = Encoder(toy_processor, 3136, 3136, 4)
+    seen = {}
+    for control in ("none", "shuffled", "black", "question_only"):
+        arguments = evaluate.EvaluateArguments(model_name_or_path="m", dataset_name="d", control=control)
+        seen[control] = [evaluate.encode(encoder, example, arguments, position) for position in range(4)]
+        assert all(len(item["times"]) == (0 if control == "question_only" else 4) for item in seen[control])
+        assert control == "question_only" or all((item["input_ids"] == seen["none"][0]["input_ids"]).all() for item in seen[control])
+    patches = seen["none"][0]["pixel_values"]
+    assert len({tuple(evaluate.frame_order(evaluate.EvaluateArguments("m", "d", control="shuffled"), p, 4)) for p in range(9)}) > 2
+    assert any((item["pixel_values"] != patches).any() for item in seen["shuffled"])
+    assert all((item["pixel_values"] == item["pixel_values"][0]).all() for item in seen["black"])
+    assert all(item["pixel_values"] is None for item in seen["question_only"])
+    report = local(flags, tmp_path / "report.json", monkeypatch, capsys, "--control", "question_only")
+    assert report["settings"]["control"] == "question_only" and list(report["errors"]) == ["unusable row"]  # no medium is needed
+
+
+def test_a_server_gets_the_controls_too(serve, flags, tmp_path, monkeypatch, capsys):
+    pictures = {}
+    for control in ("none", "black", "question_only"):
+        server = serve(lambda request, times: "<answer>B</answer>")
+        words = ["--api_base", server.base, "--control", control]
+        local(flags, tmp_path / control / "report.json", monkeypatch, capsys, *words)
+        contents = [request["messages"][0]["content"] for _, _, request in server.requests]
+        pictures[control] = [part["image_url"]["url"] for content in contents for part in content[:-1]]
+    assert len(pictures["none"]) == len(pictures["black"]) > 0 and not pictures["question_only"]
+    black = Image.open(io.BytesIO(base64.b64decode(pictures["black"][0].partition(",")[2])))
+    assert black.getextrema() == ((0, 0),) * 3 and len(set(pictures["black"])) == 1 < len(set(pictures["none"]))
+    status, _, err = command(monkeypatch, capsys, *flags, "--api_base", "http://x", "--api_media", "video", "--control", "black")
+    assert status == 2 and "sends the file as it is" in err
+
+
+def judge(request, times):
+    """A judge that reads what stands behind "says", and rates by the number of digits."""
+    text = asked(request)
+    if "Final answer:" in text:
+        return text.rpartition("Final answer:\n")[2]
+    told = text.rpartition("Reasoning:\n")[2]
+    if "Rate from 0 to 10" in text:
+        if "mumbles" in told and "JSON only" not in text:
+            return "It is rather good."
+        return "no idea" if "raves" in told else json.dumps({"score": 8 if "frame" in told else 12, "rationale": "so"})
+    return "<think>hmm</think> (" + told.rpartition("says ")[2] + ")" if "says" in told else "UNKNOWN"
+
+
+def test_a_judge_gives_tac_and_vas(serve, tmp_path, monkeypatch, capsys):
+    rows = [row(1, "<think>frame says B</think><answer>B</answer>", "B"), row(2, "<think>frame says A</think><answer>B</answer>", "B"),
+            row(3, "<think>mumbles frame</think><answer>B</answer>", "B"), row(4, "<think>raves</think><answer>C</answer>", "B"),
+            row(5, "<answer>B</answer>", "B"), row(6, "", "B"), row(7, "<think>says 12</think><answer>12</answer>", "12", "numerical"),
+            row(8, "<think>frame</think><answer>w</answer>", "w", "OCR")]
+    path, server = write(tmp_path / "a.json", {"results": rows}), serve(judge)
+    report, out, _ = rescore(path, monkeypatch, capsys, "--judge_base", server.base, "--judge_model", "judge-1")
+    judged = report["judged"]
+    assert {name: judged[name] for name in ("TP", "TN", "FP", "FN", "n", "outputs", "not_read")} == \
+        {"TP": 2, "TN": 1, "FP": 0, "FN": 3, "n": 7, "outputs": 6, "not_read": 1}
+    assert judged["TAC"] == {"answer_to_thinking_correlation": 3 / 6, "consistency_accuracy": 2 / 5} and judged["consistency_rate"] == 2 / 7
+    assert judged["VAS"]["value"] == pytest.approx(10 * (8 + 8 + 8 + 0 + 10 + 8) / 6)  # 5 has no reasoning: 0; 12 of 7 counts as 10
+    assert (judged["VAS"]["n"], judged["VAS"]["not_rated"], judged["judge"], judged["failed"]) == (6, 1, "judge-1", {})
+    assert report["reasoning"]["VAS"]["value"] is None and "read by judge-1" in out and "VAS 70.0" in out
+    asked_before = len(server.requests)
+    again, _, _ = rescore(path, monkeypatch, capsys, "--judge_base", server.base, "--judge_model", "judge-1")
+    assert again == report and len(server.requests) == asked_before  # what was judged is not asked again
+    assert all(request["temperature"] == 0 and request["model"] == "judge-1" for _, _, request in server.requests)
+
+
+def test_a_judge_that_fails_is_told(serve, tmp_path, monkeypatch, capsys):
+    rows = [row(1, "<think>frame says B</think><answer>B</answer>", "B"), row(2, "<think>kaput</think><answer>B</answer>", "B")]
+    path = write(tmp_path / "a.json", {"results": rows})
+    server = serve(lambda request, times: 400 if "kaput" in asked(request) else judge(request, times))
+    words = ["--judge_base", server.base, "--judge_model", "j"]
+    report, _, _ = rescore(path, monkeypatch, capsys, *words)
+    assert list(report["judged"]["failed"]) == ["2"] and report["judged"]["n"] == 1 and report["judged"]["VAS"]["n"] == 1
+    server.reply = judge
+    report, _, _ = rescore(path, monkeypatch, capsys, *words)
+    assert report["judged"]["failed"] == {} and report["judged"]["n"] == 2
+    server.reply = lambda request, times: 400
+    status, _, err = command(monkeypatch, capsys, "--rescore", path, "--output", tmp_path / "r.json", *words)
+    assert status == 2 and "judged none of 2 answers" in err and "status 400" in err
+    assert "--judge_model go together" in command(monkeypatch, capsys, "--rescore", path, "--judge_base", server.base)[2]
