@@ -181,8 +181,8 @@ def prediction(example, settings, output="", error=None):
     """One line of the predictions file: the question in Video-R1's fields, the answer or why there is none, and how it was made."""
     names = (*scores.TASK_FIELDS, *scores.BREAKDOWNS, "path")
     return {"problem_id": example.id, "problem": example.question, "problem_type": example.problem_type, "options": example.options,
-            "solution": example.answer, **{name: example.extra[name] for name in names if name in example.extra},
-            "output": output, "error": error, "settings": settings}
+            "solution": example.answer, "evidence": example.evidence,
+            **{name: example.extra[name] for name in names if name in example.extra}, "output": output, "error": error, "settings": settings}
 
 
 def is_final(row):
@@ -514,6 +514,12 @@ def print_report(report):
     for name, row in rows.items():
         print(f"{name[:31]:32s}{row['n']:7d}{row['correct']:9d}{share(row['accuracy']):>10s}{share(row['accuracy_video_r1']):>10s}"
               f"{share(row['format_rate']):>8s}")
+    if "grounding" in report:
+        numbers = report["grounding"]
+        print(f"grounding by cited times, {numbers['predicted']} of {numbers['n']} cite one: Acc@GQA {share(numbers['acc_gqa'])}, "
+              f"mIoP {share(numbers['mIoP'])}, mIoU {share(numbers['mIoU'])}")
+    if "accuracy_lmms_eval" in report:
+        print(f"with lmms-eval's way of finding a letter: accuracy {share(report['accuracy_lmms_eval'])}")
     for mode, numbers in report.get("vsi_bench", {}).items():
         print(f"VSI-Bench, {mode}: " + ", ".join(f"{name} {share(value)}" for name, value in numbers.items() if name != "tasks"))
     for name, row in report.get("several_letters", {}).items():

@@ -49,6 +49,7 @@ class Item:
     task: str = ""
     groups: dict = field(default_factory=dict)  # further fields that a benchmark breaks its score down by: duration, domain
     error: str | None = None
+    evidence: list[tuple[float, float]] = field(default_factory=list)  # (start s, end s) that the answer rests on, where it is known
     stored: float | None = None  # the score that the file itself has
     tw_grpo: bool = False  # a TW-GRPO log: its own rule finds an answer without tags
 
@@ -75,9 +76,10 @@ def item_of(row, **more):
         "problem_id": first_field(row, ("problem_id", "sample_id")), "problem_type": str(row.get("problem_type") or ""),
         "solution": reward.solution_answer(str(row.get("solution") or "")), "output": output or "",
         "question": first_field(row, ("problem", "question")), "options": [str(option) for option in options],
-        "task": first_field(row, TASK_FIELDS), "error": row.get("error"),
+        "task": first_field(row, TASK_FIELDS), "error": str(row["error"]) if row.get("error") else None,
+        "evidence": [(float(start), float(end)) for start, end in row.get("evidence") or row.get("glue") or []],
         "groups": {name: row[name] for name in BREAKDOWNS if isinstance(row.get(name), str) and row[name]},
-        "stored": float(stored) if isinstance(stored, int | float) else None}
+        "stored": float(stored) if isinstance(stored, int | float) and math.isfinite(stored) else None}
     item = Item(**{**values, **more})
     if item.output.strip() == "<answer>error</answer>":  # what eval_bench.py stores for a whole batch of which one video is unreadable
         item.error = item.error or "stored as error: the file has <answer>error</answer>"
@@ -106,16 +108,16 @@ def from_lmms_eval(row):
     while isinstance(answers, list):
         answers = answers[0] if answers else ""
     options = doc.get("options") or doc.get("candidates") or doc.get("choices") or []
-    options = options if isinstance(options, list) else list(options.values())
-    if not options and row.get("input"):
-        options = split_options(row["input"])[1]
+    options = list(options.values()) if isinstance(options, dict) else options
+    if isinstance(options, str) or not any(options):
+        options = split_options(row.get("input") or "")[1]
     lettered = re.compile(r"\(?[A-Z][.):]")
     options = [str(text) if lettered.match(str(text)) else f"{letter}. {text}"
                for letter, text in zip("ABCDEFGHIJKLMNOPQRSTUVWXYZ", options, strict=False)]
     task = first_field(doc, TASK_FIELDS)
     if task in VSI_NUMBERS:
         kind = "regression"
-    elif options:
+    elif options or re.fullmatch(r"[A-Z]", target):
         kind = "multiple choice"
     else:
         kind = "numerical" if exact_number(target) is not None else "free-form"
@@ -155,7 +157,8 @@ def read_json(path):
                 document += [json.loads(line)] if line.strip() else []
             except ValueError as error:
                 raise DataError(f"{file} is neither JSON nor JSON lines: line {number}: {error}") from error
-    settings = document.get("settings") or {} if isinstance(document, dict) else {}
+    settings = document.get("settings") if isinstance(document, dict) else {}
+    settings = settings if isinstance(settings, dict) else {}
     if isinstance(document, dict):
         document = document["results"] if "results" in document else [document]
     if not isinstance(document, list) or not document or not all(isinstance(row, dict) for row in document):
@@ -185,7 +188,8 @@ def read_predictions(path):
         except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
             raise DataError(f"{path}: row {index} is no {source} prediction ({type(error).__name__}: {error})") from error
         if item.problem_id in items:
-            repeated.append(item.problem_id)
+            other = item.question != items[item.problem_id].question
+            repeated.append(item.problem_id + (" (another question)" if other else ""))
         items.setdefault(item.problem_id, item)
     return list(items.values()), repeated, source
 
@@ -295,15 +299,62 @@ def video_r1_score(answer, item):
     return mean_relative_accuracy(answer, item.solution, strict=True) if item.problem_type == "regression" else 0.0
 
 
-def score_item(item):
-    """Item -> record of a report: the item, its prediction, `reward` (official), `reward_video_r1`, `correct`, format."""
+def letter_mvbench(text, texts):
+    match = re.match(r"\s*([A-Ea-e])\.", text) or re.search(r"\b([A-Ea-e])\b", re.sub(r"[^\w\s]", "", text))
+    return match[1].upper() if match else ""
+
+
+def letter_tempcompass(text, texts):
+    match = re.match(r"\(?([A-E])", text)
+    match = match or (re.search(r"\b([A-E])\b", text) if len(text.split()) <= 10 else None) or re.search(r"([A-E])\)", text)
+    return match[1] if match else ""
+
+
+def letter_videommmu(text, texts):
+    letters = "".join(texts) or "A-J"
+    for form in (rf"([{letters}])[.:]", rf"\(([{letters}])\)", rf"(?:^|\s)([{letters}])(?=\s|$)"):
+        found = re.findall(form, text)
+        if found:
+            return found[-1]
+    named = [(text.lower().rfind(option.lower()), letter) for letter, option in texts.items() if option and option.lower() in text.lower()]
+    return max(named)[1] if named else ""
+
+
+def letter_mmvu(text, texts):
+    named = [letter for letter, option in texts.items() if option.lower() == text.lower()]
+    match = re.search(r"[ABCDE]", text)
+    return named[0] if named else match[0] if match else ""
+
+
+def letter_videomme(text, texts):
+    match = re.search(r"[ABCD]", text)
+    return match[0] if match else ""
+
+
+def letter_vsibench(text, texts):
+    return (text.split() or [""])[0].rstrip(".").upper()
+
+
+# How lmms-eval, as Video-R2 uses it, finds the letter of an answer, by benchmark: generous, so that "Cannot tell" is C and "a dog" A.
+LETTERS = {"mvbench": letter_mvbench, "tempcompass": letter_tempcompass, "videommmu": letter_videommmu, "mmvu": letter_mmvu,
+           "videomme": letter_videomme, "vsibench": letter_vsibench}
+
+
+def score_item(item, benchmark=""):
+    """Item -> record of a report: the item, its prediction, `reward` (official), `reward_video_r1`, `correct`, format.
+
+    `reward_lmms_eval` on questions of options in a benchmark of LETTERS; on all others it is the official score."""
     answer, known = find_answer(item), item.problem_type in PROBLEM_TYPES
     plain = reward.extract_answer(item.output) or item.output.strip()
     official = official_score(answer, item) if answer and known and not item.error else 0.0
+    generous = official
+    if benchmark in LETTERS and item.problem_type == "multiple choice" and answer and not item.error:
+        generous = float(LETTERS[benchmark](answer, option_texts(item.options)) == item.solution.upper())
     return {"problem_id": item.problem_id, "problem_type": item.problem_type, "task": item.task, **item.groups, "problem": item.question,
-            "options": item.options, "solution": item.solution, "output": item.output, "prediction": answer, "reward": official,
+            "options": item.options, "solution": item.solution, "evidence": item.evidence, "output": item.output,
+            "prediction": answer, "reward": official,
             "correct": official == 1.0, "reward_video_r1": video_r1_score(plain, item) if plain and not item.error else 0.0,
-            "format": reward.format_reward(item.output), "error": item.error}
+            "reward_lmms_eval": generous, "format": reward.format_reward(item.output), "error": item.error}
 
 
 # --------------------------------------------------------------------------------- what a reasoning concludes; TAC, consistency
@@ -516,9 +567,37 @@ def several_letter_numbers(records):
                "partial_accuracy": mean(partial[r["problem_id"]] for r in group)} for name, group in groups.items()}
 
 
+def overlap(predicted, spans):
+    """(start, end) against true spans -> the best intersection over the prediction, and over the union; a point covers itself."""
+    start, end = predicted
+    shares = []
+    for low, high in spans:
+        common = max(0.0, min(end, high) - max(start, low))
+        union = (end - start) + (high - low) - common
+        inside = common / (end - start) if end > start else float(low <= start <= high)
+        shares.append((inside, common / union if union else 0.0))
+    return max(share[0] for share in shares), max(share[1] for share in shares)
+
+
+def grounding_numbers(records):
+    """NExT-GQA's figures, where a question has known intervals; predicted is the hull of all times that the reasoning cites.
+
+    acc_gqa: answered right and IoP >= 0.5. A question whose reasoning cites no time counts as 0 in every figure."""
+    known, scores = [record for record in records if record["evidence"]], []
+    for record in known:
+        claims = [] if record["error"] else reward.parse_claims(last_block(record["output"], "think"))
+        hull = (min(claim[0] for claim in claims), max(claim[1] for claim in claims)) if claims else None
+        scores.append(overlap(hull, record["evidence"]) if hull else None)
+    inside, union = ([share[place] if share else 0.0 for share in scores] for place in (0, 1))
+    right = [record["correct"] and share >= 0.5 for record, share in zip(known, inside, strict=True)]
+    return {"n": len(known), "predicted": sum(share is not None for share in scores), "acc_gqa": mean(right)} | {
+        name: value for kind, shares in (("IoP", inside), ("IoU", union)) for name, value in (
+            (f"m{kind}", mean(shares)), (f"{kind}@0.3", mean(x >= 0.3 for x in shares)), (f"{kind}@0.5", mean(x >= 0.5 for x in shares)))}
+
+
 def make_report(items, benchmark="", repeated=()):
     """Items -> report: every number with its denominator; a question without an output counts as wrong and stands under `errors`."""
-    records, warnings = [score_item(item) for item in items], []
+    records, warnings = [score_item(item, benchmark) for item in items], []
     if not records:
         raise DataError("there are no predictions to score")
     if benchmark and len(records) not in SIZES[benchmark]:
@@ -528,7 +607,9 @@ def make_report(items, benchmark="", repeated=()):
     if unknown:
         warnings.append(f"problem types that no rule scores count as wrong: {dict(unknown)}")
     if repeated:
-        warnings.append(f"{len(repeated)} rows repeat the problem_id of an earlier one and were left out")
+        others = sum(name.endswith("(another question)") for name in repeated)
+        warnings.append(f"{len(repeated)} rows repeat the problem_id of an earlier one and were left out" +
+                        (f"; {others} of them ask something else: is this one benchmark?" if others else ""))
     errors = defaultdict(dict)
     for record in records:
         if record["error"]:
@@ -552,6 +633,10 @@ def make_report(items, benchmark="", repeated=()):
     if any(several_letters(record["solution"]) for record in records):
         report["several_letters"] = several_letter_numbers(records)
     stored = [item.stored for item in items]
+    if any(record["evidence"] for record in records):
+        report["grounding"] = grounding_numbers(records)
+    if benchmark in LETTERS:
+        report["accuracy_lmms_eval"] = mean(r["reward_lmms_eval"] for r in records)
     if None not in stored:
         report["accuracy_as_stored"] = mean(stored)
     report |= {"empty_outputs": sum(not r["output"].strip() for r in records), "errors": errors, "duplicates": list(repeated),

@@ -99,6 +99,22 @@ def test_extraction(output, solution, kind, official, video_r1):
     assert (record["reward"], record["reward_video_r1"]) == (official, video_r1)
 
 
+@pytest.mark.parametrize("benchmark_name,answer,letter", [
+    ("mmvu", "Cannot tell", "C"), ("mmvu", "blue", "B"), ("mmvu", "no idea", ""),
+    ("mmvu", "It is the one that I would call E in this case", "E"),
+    ("videomme", "The answer is B", "B"), ("videomme", "E", ""), ("tempcompass", "Both", "B"), ("tempcompass", "(C) x", "C"),
+    ("tempcompass", "it is D", "D"), ("tempcompass", "the thing that I see in it most of the time is B", ""),
+    ("tempcompass", "the thing that I see in it most of the time is (B)", "B"), ("mvbench", "a dog", "A"), ("mvbench", "B. blue", "B"),
+    ("mvbench", "it is (c)", "C"), ("mvbench", "blue", ""), ("videommmu", "A. No: (B)", "A"), ("videommmu", "either (A) or (C)", "C"),
+    ("videommmu", "A or B ", "B"), ("videommmu", "red, no, green", "C"), ("videommmu", "nothing", ""), ("vsibench", "b. blue", "B"),
+    ("vsibench", "The B", "THE")])
+def test_lmms_evals_letters(benchmark_name, answer, letter):
+    """Each benchmark has its own way of finding a letter; they find some that nobody meant."""
+    record = row(1, f"<answer>{answer}</answer>", letter if letter in ("A", "B", "C", "D", "E") else "A")
+    assert scores.LETTERS[benchmark_name](answer, scores.option_texts(record["options"])) == letter
+    assert scores.score_item(scores.item_of(record), benchmark_name)["reward_lmms_eval"] == (letter in ("A", "B", "C", "D", "E"))
+
+
 def test_an_unknown_problem_type_scores_nothing_and_is_told(tmp_path, monkeypatch, capsys):
     path = write(tmp_path / "a.json", {"results": [row(1, "<answer>4</answer>", "4", "counting"), row(2, "<answer>B</answer>", "B")]})
     report, _, err = rescore(path, monkeypatch, capsys)
@@ -114,7 +130,8 @@ def test_video_r1_results(tmp_path, monkeypatch, capsys):
             row(3, "<answer>3</answer>", "4", "regression", reward=0.5, task_type="count"),
             row(4, "<answer>word</answer>", "word", "OCR", reward=0.0), row(5, "", "A", reward=0.0),
             row(6, "<answer>error</answer>", "A", reward=0.0),  # a batch with one unreadable video
-            row(1, "<answer>C</answer>", "B", reward=0.0)]  # repeats problem 1: the first counts
+            row(1, "<answer>C</answer>", "B", reward=0.0),  # repeats problem 1: the first counts
+            {**row(3, "<answer>C</answer>", "B", reward=0.0), "problem": "Another?"}]
     path = write(tmp_path / "eval_mmvu_x_greedy_output.json", {"results": rows, "final_acc": [{}]})
     report, out, err = rescore(path, monkeypatch, capsys)
     assert (report["n"], report["correct"], report["format_rate"]) == (6, 2, pytest.approx(2 / 6))
@@ -124,8 +141,9 @@ def test_video_r1_results(tmp_path, monkeypatch, capsys):
     assert report["by_type"]["multiple choice"]["n"] == 4 and report["by_type"]["OCR"]["accuracy"] == 1
     assert report["by_task"] == {"colour": report["by_task"]["colour"], "count": report["by_task"]["count"]}
     assert report["by_task"]["colour"]["accuracy"] == 0.5 and report["task_mean"] == pytest.approx(0.55)
-    assert report["duplicates"] == ["1"] and report["empty_outputs"] == 1 and list(report["errors"]) == ["stored as error"]
-    assert "repeat the problem_id" in err and "mmvu has 625 questions, this file 6" in err and "multiple choice" in out
+    assert report["duplicates"] == ["1", "3 (another question)"]
+    assert report["empty_outputs"] == 1 and list(report["errors"]) == ["stored as error"] and "multiple choice" in out
+    assert "2 rows repeat the problem_id" in err and "1 of them ask something else" in err and "mmvu has 625 questions, this file 6" in err
 
 
 def test_a_report_is_a_prediction_file_too(tmp_path, monkeypatch, capsys):
@@ -211,7 +229,10 @@ def test_the_benchmark_is_told_by_the_name(name, meant):
     ('{"problem_id": 1}\n{"problem', "line 2"), ('[{"problem_id": 1, "problem_type": "OCR", "solution": "x"}]', "row 0 has no output"),
     ('[{"problem_id": 1, "output": "x"}]', "row 0 has no problem_type, solution"),
     ('[{"doc": {}, "doc_id": 1}]', "no lmms-eval prediction"), ('[{"model_output": "x", "question": "?"}]', "no TW-GRPO prediction"),
-    ("[1]", "holds no predictions"), ("3", "holds no predictions")])
+    ("[1]", "holds no predictions"),
+    ('{"settings": 5, "results": []}', "holds no predictions"),
+    ('[{"problem_id": 1, "output": 5, "solution": 1}]', "an output that is no text"),
+    ("3", "holds no predictions")])
 def test_bad_files_get_a_sentence(text, said, tmp_path, monkeypatch, capsys):
     path = tmp_path / "x.json"
     path.write_text(text)
@@ -680,3 +701,17 @@ def test_a_judge_that_fails_is_told(serve, tmp_path, monkeypatch, capsys):
     status, _, err = command(monkeypatch, capsys, "--rescore", path, "--output", tmp_path / "r.json", *words)
     assert status == 2 and "judged none of 2 answers" in err and "status 400" in err
     assert "--judge_model go together" in command(monkeypatch, capsys, "--rescore", path, "--judge_base", server.base)[2]
+
+
+def test_grounding_by_the_times_that_the_reasoning_cites(tmp_path, monkeypatch, capsys):
+    """One hull of all cited times against each true interval; a question without a cited time counts as 0."""
+    rows = [row(1, "<think>From 0:10 to 0:20 he falls.</think><answer>B</answer>", "B", glue=[[10, 15], [40, 60]]),  # IoP 0.5, IoU 0.5
+            row(2, "<think>At 0:12 he falls.</think><answer>B</answer>", "B", glue=[[10, 20]]),  # a point inside: IoP 1, IoU 0
+            row(3, "<think>At 0:10 he falls and at 0:30 he stands.</think><answer>A</answer>", "B", glue=[[20, 30]]),  # IoP 0.5
+            row(4, "<think>He falls.</think><answer>B</answer>", "B", glue=[[20, 30]]),
+            row(5, "<think>At 0:10 he falls.</think><answer>B</answer>", "B")]  # no known interval
+    report, out, _ = rescore(write(tmp_path / "nextgqa.json", {"results": rows}), monkeypatch, capsys)
+    grounding = report["grounding"]
+    assert (grounding["n"], grounding["predicted"], grounding["acc_gqa"]) == (4, 3, 0.5)
+    assert grounding["mIoP"] == pytest.approx((0.5 + 1 + 0.5 + 0) / 4) and grounding["IoP@0.5"] == 0.75
+    assert grounding["mIoU"] == pytest.approx((0.5 + 0 + 0.5 + 0) / 4) and grounding["IoU@0.3"] == 0.5 and "Acc@GQA 0.5000" in out
