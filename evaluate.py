@@ -182,7 +182,8 @@ def prediction(example, settings, output="", error=None):
     names = (*scores.TASK_FIELDS, *scores.BREAKDOWNS, "path")
     return {"problem_id": example.id, "problem": example.question, "problem_type": example.problem_type, "options": example.options,
             "solution": example.answer, "evidence": example.evidence,
-            **{name: example.extra[name] for name in names if name in example.extra}, "output": output, "error": error, "settings": settings}
+            **{name: example.extra[name] for name in names if name in example.extra},
+            "output": output, "error": error, "settings": settings}
 
 
 def is_final(row):
