@@ -6,7 +6,8 @@
 Every answer gets two scores. "official": what a benchmark asks for, a readable right answer ("(B)", "B. car", "1,200" for "1200", mean
 relative accuracy with <=). "video_r1": what eval_bench.py of Video-R1, VideoCFR and GRPO-CARE gives, for numbers that are to be compared
 with theirs: the exact letter, the decimal rule, mean relative accuracy with <, nothing for OCR and free-form.
-In both, the answer is the first <answer> block, and the whole output where there is none or an empty one.
+In both, the answer is the first <answer> block; for "video_r1" the whole output where there is none or an empty one, for "official" only
+where the output has no blocks at all.
 """
 
 import hashlib
@@ -211,12 +212,14 @@ def benchmark_of(path, items=()):
 
 
 def find_answer(item):
-    """The text that is scored: first <answer> block, else the whole output; in TW-GRPO's logs what follows "answer", else nothing."""
-    tagged = reward.extract_answer(item.output)
-    if item.tw_grpo and "<answer>" not in item.output:
-        told = re.search(r"(?:answer|Answer|ANSWER)[:\s]*([A-Z](?:\s*,\s*[A-Z])*)", item.output)
-        return told[1] if told else ""
-    return tagged if tagged or item.tw_grpo else item.output.strip()
+    """The text that is scored: the first <answer> block; of an output without blocks all of it, in TW-GRPO's logs what follows "answer".
+
+    "" for a think block that no answer follows: words of the reasoning are no answer to a free-form question."""
+    block = re.search(r"<answer>(.*?)</answer>", item.output, re.DOTALL)
+    if block or not item.tw_grpo:
+        return block[1].strip() if block else "" if "<think>" in item.output else item.output.strip()
+    told = re.search(r"(?:answer|Answer|ANSWER)[:\s]*([A-Z](?:\s*,\s*[A-Z])*)", item.output)
+    return told[1] if told else ""
 
 
 def exact_number(text):
@@ -345,15 +348,15 @@ def score_item(item, benchmark=""):
 
     `reward_lmms_eval` on questions of options in a benchmark of LETTERS; on all others it is the official score."""
     answer, known = find_answer(item), item.problem_type in PROBLEM_TYPES
-    plain = reward.extract_answer(item.output) or item.output.strip()
+    plain = reward.extract_answer(item.output) or item.output.strip()  # eval_bench.py's
     official = official_score(answer, item) if answer and known and not item.error else 0.0
     generous = official
     if benchmark in LETTERS and item.problem_type == "multiple choice" and answer and not item.error:
         generous = float(LETTERS[benchmark](answer, option_texts(item.options)) == item.solution.upper())
     return {"problem_id": item.problem_id, "problem_type": item.problem_type, "task": item.task, **item.groups, "problem": item.question,
-            "options": item.options, "solution": item.solution, "evidence": item.evidence, "output": item.output,
-            "prediction": answer, "reward": official,
-            "correct": official == 1.0, "reward_video_r1": video_r1_score(plain, item) if plain and not item.error else 0.0,
+            "options": item.options, "solution": item.solution, "evidence": item.evidence, "output": item.output, "prediction": answer,
+            "reward": official, "correct": official == 1.0,
+            "reward_video_r1": video_r1_score(plain, item) if plain and not item.error else 0.0,
             "reward_lmms_eval": generous, "format": reward.format_reward(item.output), "error": item.error}
 
 

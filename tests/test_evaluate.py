@@ -92,6 +92,8 @@ def test_rules(kind, solution, answer, official, video_r1):
     ("<answer>A</answer> no: <answer>B</answer>", "B", "multiple choice", 0, 0),  # the first block counts
     ("<answer>\nB\n</answer>", "B", "multiple choice", 1, 1),
     ("<answer>B", "B", "multiple choice", 0, 0),
+    ("a red car", "a red car", "free-form", 1, 0), ("<think>a red car", "a red car", "free-form", 0, 0),  # thinking is no answer
+    ("<think>a red car</think><answer></answer>", "a red car", "free-form", 0, 0),
     ("", "B", "multiple choice", 0, 0), (None, "B", "multiple choice", 0, 0),
     ("4", "4", "regression", 1, 1), ("There are 4.", "4", "regression", 0, 0), ("There are 4.", "4", "numerical", 0, 0)])
 def test_extraction(output, solution, kind, official, video_r1):
