@@ -32,6 +32,7 @@ from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from huggingface_hub import InferenceClient
@@ -58,8 +59,8 @@ from data import (
     target_text,
     uniform_frames,
 )
-from grpo import Policy, collate, sample_texts, slot_shares
-from prior import append_lines, join_shards, write_whole
+from grpo import Policy, collate, rollout_frame_use, sample_texts, slot_shares
+from prior import append_lines, join_shards, read_priors, write_whole
 
 
 @dataclass
@@ -84,6 +85,12 @@ class EvaluateArguments:
     control: str = field(default="none", metadata={
         "help": "How much of the score needs the video? Answer with the frames shuffled, all black, or without the medium, and compare.",
         "choices": ["none", "shuffled", "black", "question_only"]})
+    frame_use: str = field(default="none", metadata={
+        "help": "Also measure where each answer looks, by a layer's attention or, as in the paper, its hidden states.",
+        "choices": ["none", "attention", "hidden"]})
+    frame_use_layer: int | None = field(default=None, metadata={"help": "That layer, 1 is the first; default: attention 1, hidden -1."})
+    priors: str | None = field(default=None, metadata={
+        "help": "prior.py's file for these questions: with --frame_use, the consensus of each answer's use with the prior (Eq. 6)."})
     batch_size: int = field(default=32, metadata={"help": "Questions answered at once, on each rank."})
     seed: int = field(default=0, metadata={"help": "Of the sampling."})
     api_base: str | None = field(default=None, metadata={
@@ -126,6 +133,11 @@ class EvaluateArguments:
             raise DataError(f"--control {self.control} changes frames; --api_media video sends the file as it is")
         if bool(self.judge_base) != bool(self.judge_model) or (self.judge_base and not re.match(r"https?://", self.judge_base)):
             raise DataError("--judge_base, a server's address (http://host:port/v1), and --judge_model go together")
+        if self.frame_use_layer is None:
+            self.frame_use_layer = {"none": None, "attention": 1, "hidden": -1}[self.frame_use]
+        elsewhere = self.api_base or self.rescore or self.control != "none"
+        if self.frame_use == "none" and self.priors or self.frame_use != "none" and elsewhere:
+            raise DataError("--priors goes with --frame_use, and that with a model here, without --control")
         if self.rescore and os.path.realpath(self.rescore) == os.path.realpath(self.output):
             raise DataError(f"--output {self.output} is the --rescore file itself; choose another file to write")
 
@@ -171,19 +183,20 @@ def score_settings(arguments):
                            "api_extra": arguments.api_extra}
     revision = getattr(AutoConfig.from_pretrained(arguments.model_name_or_path), "_commit_hash", None)
     return settings | {"engine": "local", "model_revision": revision, "weights": fingerprint(arguments.model_name_or_path),
-                       "batch_size": arguments.batch_size, "dtype": "bfloat16" if torch.cuda.is_available() else "float32"}
+                       "batch_size": arguments.batch_size, "frame_use": arguments.frame_use, "frame_use_layer": arguments.frame_use_layer,
+                       "priors": arguments.priors, "dtype": "bfloat16" if torch.cuda.is_available() else "float32"}
 
 
 # ----------------------------------------------------------------------------------------------------------- stored answers
 
 
-def prediction(example, settings, output="", error=None):
+def prediction(example, settings, output="", error=None, frame_use=None):
     """One line of the predictions file: the question in Video-R1's fields, the answer or why there is none, and how it was made."""
     names = (*scores.TASK_FIELDS, *scores.BREAKDOWNS, "path")
     return {"problem_id": example.id, "problem": example.question, "problem_type": example.problem_type, "options": example.options,
             "solution": example.answer, "evidence": example.evidence,
             **{name: example.extra[name] for name in names if name in example.extra},
-            "output": output, "error": error, "settings": settings}
+            "output": output, "error": error, **({"frame_use": frame_use} if frame_use else {}), "settings": settings}
 
 
 def is_final(row):
@@ -249,7 +262,7 @@ def run_benchmark(arguments):
         append_lines(out, [row for row in lines if row["problem_id"] not in done] if rank == 0 else [])
         answers = ask_server(arguments, examples, done) if arguments.api_base else answer_here(arguments, examples, done, rank, world)
         for batch in answers:
-            append_lines(out, [prediction(example, settings, output, error) for example, output, error in batch if example.id not in done])
+            append_lines(out, [prediction(example, settings, *answer) for example, *answer in batch if example.id not in done])
     if world > 1:
         dist.barrier()
         dist.destroy_process_group()
@@ -299,9 +312,30 @@ def encode(encoder, example, arguments, position):
     return encoder.process(example, chat_text(encoder.processor, example, encoder.template), torch.zeros_like(entry["frames"]), entry)
 
 
+@torch.no_grad()
+def frame_uses(arguments, model, prompts, tokens, mask):
+    """Frame use of each prompt's one completion, tokens and mask (B, T) -> list of (slots,) tensors, None without a video of two slots."""
+    layer = arguments.frame_use_layer
+    layers = {"hidden_layers": (layer,)} if arguments.frame_use == "hidden" else {"attention_layer": layer}
+    _, _, hidden, attention, _ = Policy(model)(prompts, tokens[:, None], mask[:, None], **layers)
+    return [use for (use,) in rollout_frame_use(prompts, mask[:, None], hidden.get(layer), attention)]
+
+
+def use_row(example, item, use, prior):
+    """What a prediction keeps of a frame use (slots,): its shares, its consensus with the prior's row, its mass on the known evidence."""
+    if use is None:
+        return None
+    if prior and (len(prior["times"]) != len(item["times"]) or not np.allclose(prior["times"], item["times"], atol=0.02)):
+        raise DataError(f"the prior of {example.id} was made for other frames; build it with this run's --frames")
+    evidence = slot_shares(item["times"], example.evidence, len(use)) if example.evidence else None
+    return {"slots": use.tolist(), "evidence": None if evidence is None else float(use.cpu() @ evidence),
+            "chance": None if evidence is None else float(evidence.mean()),
+            "consensus": reward.consensus_frame_reward(reward.merge_prior(torch.tensor(prior["prior"]), len(use)), use) if prior else None}
+
+
 def answer_here(arguments, examples, done, rank, world):
-    """This rank's batches: yields lists of (example, output, error). A batch is the same questions whatever is done and however many
-    ranks there are, since padding moves the last bits of a greedy choice; one of which anything is missing is answered whole."""
+    """This rank's batches: yields lists of (example, output, error[, frame use]). A batch is the same questions whatever is done and
+    however many ranks there are, since padding moves the last bits of a greedy choice; where anything is missing, it is answered whole."""
     starts = range(rank * arguments.batch_size, len(examples), world * arguments.batch_size)
     parts = [list(enumerate(examples))[start : start + arguments.batch_size] for start in starts]
     left = [part for part in parts if any(example.id not in done for _, example in part)]
@@ -309,6 +343,7 @@ def answer_here(arguments, examples, done, rank, world):
         return
     model, processor = load_model(arguments)
     encoder = Encoder(processor, arguments.min_pixels, arguments.max_pixels, arguments.frames, read_template(arguments.prompt_template))
+    priors = {row["problem_id"]: row for row in read_priors(arguments.priors)} if arguments.priors else {}
     for part in tqdm(left, desc="answer", unit="batch", initial=len(parts) - len(left), total=len(parts), disable=rank > 0):
         items, answers = {}, {}
         for position, example in part:
@@ -319,9 +354,11 @@ def answer_here(arguments, examples, done, rank, world):
         if items:
             prompts = collate([*items.values()], model).to(model.device)
             seeds = [arguments.seed * 1_000_003 + position for position in items]
-            texts = sample_texts(model, processor, prompts, [1] * len(items), seeds, arguments.max_completion_length,
-                                 arguments.temperature, arguments.top_p, arguments.top_k)[2]
-            answers |= {position: (text, None) for position, text in zip(items, texts, strict=True)}
+            tokens, mask, texts = sample_texts(model, processor, prompts, [1] * len(items), seeds, arguments.max_completion_length,
+                                               arguments.temperature, arguments.top_p, arguments.top_k)
+            uses = [None] * len(items) if arguments.frame_use == "none" else frame_uses(arguments, model, prompts, tokens, mask)
+            for (position, item), text, use in zip(items.items(), texts, uses, strict=True):
+                answers[position] = (text, None, use_row(examples[position], item, use, priors.get(examples[position].id)))
         yield [(example, *answers[position]) for position, example in part]
 
 
@@ -515,6 +552,8 @@ def print_report(report):
     for name, row in rows.items():
         print(f"{name[:31]:32s}{row['n']:7d}{row['correct']:9d}{share(row['accuracy']):>10s}{share(row['accuracy_video_r1']):>10s}"
               f"{share(row['format_rate']):>8s}")
+    for name, row in report.get("frame_use", {}).items():
+        print(f"frame use, {name} ({row['n']}): " + ", ".join(f"{key} {share(row[key])}" for key in row if key != "n"))
     if "grounding" in report:
         numbers = report["grounding"]
         print(f"grounding by cited times, {numbers['predicted']} of {numbers['n']} cite one: Acc@GQA {share(numbers['acc_gqa'])}, "

@@ -51,6 +51,7 @@ class Item:
     groups: dict = field(default_factory=dict)  # further fields that a benchmark breaks its score down by: duration, domain
     error: str | None = None
     evidence: list[tuple[float, float]] = field(default_factory=list)  # (start s, end s) that the answer rests on, where it is known
+    frame_use: dict | None = None  # where the answer looked: see frame_use_numbers
     stored: float | None = None  # the score that the file itself has
     tw_grpo: bool = False  # a TW-GRPO log: its own rule finds an answer without tags
 
@@ -79,6 +80,7 @@ def item_of(row, **more):
         "question": first_field(row, ("problem", "question")), "options": [str(option) for option in options],
         "task": first_field(row, TASK_FIELDS), "error": str(row["error"]) if row.get("error") else None,
         "evidence": [(float(start), float(end)) for start, end in row.get("evidence") or row.get("glue") or []],
+        "frame_use": row.get("frame_use"),
         "groups": {name: row[name] for name in BREAKDOWNS if isinstance(row.get(name), str) and row[name]},
         "stored": float(stored) if isinstance(stored, int | float) and math.isfinite(stored) else None}
     item = Item(**{**values, **more})
@@ -357,7 +359,7 @@ def score_item(item, benchmark=""):
             "options": item.options, "solution": item.solution, "evidence": item.evidence, "output": item.output, "prediction": answer,
             "reward": official, "correct": official == 1.0,
             "reward_video_r1": video_r1_score(plain, item) if plain and not item.error else 0.0,
-            "reward_lmms_eval": generous, "format": reward.format_reward(item.output), "error": item.error}
+            "reward_lmms_eval": generous, "format": reward.format_reward(item.output), "frame_use": item.frame_use, "error": item.error}
 
 
 # --------------------------------------------------------------------------------- what a reasoning concludes; TAC, consistency
@@ -598,6 +600,23 @@ def grounding_numbers(records):
             (f"m{kind}", mean(shares)), (f"{kind}@0.3", mean(x >= 0.3 for x in shares)), (f"{kind}@0.5", mean(x >= 0.5 for x in shares)))}
 
 
+def frame_use_numbers(records):
+    """Where the answers looked, of questions about videos of two slots or more; means over all, and over right and wrong answers.
+
+    A record's frame_use: slots, shares (t,) of the temporal slots that sum to 1; consensus, its agreement with the prior (Eq. 6); evidence,
+    its mass on the slots that the answer rests on, and chance, uniform use's mass there; None where the prior or the evidence is not known.
+    entropy is divided by log t: 1 is even use, 0 a single slot.
+    """
+    def numbers(uses):
+        entropies = [-sum(p * math.log(p) for p in use["slots"] if p > 0) / math.log(len(use["slots"])) for use in uses]
+        means = {name: mean(use[name] for use in uses if use[name] is not None) for name in ("consensus", "evidence", "chance")}
+        return {"n": len(uses), "entropy": mean(entropies), **means}
+
+    used = [record for record in records if record["frame_use"]]
+    return {name: numbers([r["frame_use"] for r in used if want is None or r["correct"] is want])
+            for name, want in (("all", None), ("right", True), ("wrong", False))}
+
+
 def make_report(items, benchmark="", repeated=()):
     """Items -> report: every number with its denominator; a question without an output counts as wrong and stands under `errors`."""
     records, warnings = [score_item(item, benchmark) for item in items], []
@@ -638,6 +657,8 @@ def make_report(items, benchmark="", repeated=()):
     stored = [item.stored for item in items]
     if any(record["evidence"] for record in records):
         report["grounding"] = grounding_numbers(records)
+    if any(record["frame_use"] for record in records):
+        report["frame_use"] = frame_use_numbers(records)
     if benchmark in LETTERS:
         report["accuracy_lmms_eval"] = mean(r["reward_lmms_eval"] for r in records)
     if None not in stored:

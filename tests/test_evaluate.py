@@ -717,3 +717,34 @@ def test_grounding_by_the_times_that_the_reasoning_cites(tmp_path, monkeypatch, 
     assert (grounding["n"], grounding["predicted"], grounding["acc_gqa"]) == (4, 3, 0.5)
     assert grounding["mIoP"] == pytest.approx((0.5 + 1 + 0.5 + 0) / 4) and grounding["IoP@0.5"] == 0.75
     assert grounding["mIoU"] == pytest.approx((0.5 + 0 + 0.5 + 0) / 4) and grounding["IoU@0.3"] == 0.5 and "Acc@GQA 0.5000" in out
+
+
+def test_frame_use_of_the_answers(flags, bench, undisturbed, tmp_path, monkeypatch, capsys):
+    """Where the answers look is kept with them; the answers stay the same, and a prior of other frames is refused."""
+    import math
+
+    from data import load_examples
+
+    examples = {example.id: example for example in load_examples(bench, errors=[])}
+    good = [record for record in undisturbed[0]["results"] if not record["error"]]
+    video = [record["problem_id"] for record in good if examples[record["problem_id"]].media_type == "video"]
+    priors = [{"problem_id": name, "frames": [0, 21, 42, 63], "times": [0.0, 5.25, 10.5, 15.75], "scene": [0], "semantic": [0], "prior": [
+        0.7, 0.1, 0.1, 0.1]} for name in video[:2]]
+    path = write(tmp_path / "priors.jsonl", priors, lines=True)
+    words = ["--frame_use", "attention", "--priors", path]
+    report = local(flags, tmp_path / "report.json", monkeypatch, capsys, *words)
+    assert [record["output"] for record in report["results"]] == [record["output"] for record in undisturbed[0]["results"]]
+    used = {record["problem_id"]: record["frame_use"] for record in report["results"] if record["frame_use"]}
+    assert sorted(used) == sorted(video) and all(abs(sum(use["slots"]) - 1) < 1e-5 for use in used.values())
+    first = used[video[0]]
+    assert first["consensus"] == pytest.approx(0.8 * first["slots"][0] + 0.2 * first["slots"][1], abs=1e-5)  # four frames in two slots
+    numbers = report["frame_use"]["all"]
+    entropies = [-sum(p * math.log(p) for p in use["slots"]) / math.log(2) for use in used.values()]
+    assert numbers["n"] == len(video) and numbers["entropy"] == pytest.approx(sum(entropies) / len(video))
+    assert numbers["consensus"] == pytest.approx(sum(use["consensus"] for use in used.values() if use["consensus"]) / 2)
+    assert 0 < numbers["chance"] < 1 and report["frame_use"]["right"]["n"] + report["frame_use"]["wrong"]["n"] == len(video)
+    write(path, [{**row, "times": [0.0, 1.0, 2.0, 3.0]} for row in priors], lines=True)
+    status, _, err = command(monkeypatch, capsys, *flags, *words, "--output", tmp_path / "other.json")
+    assert status == 2 and "made for other frames" in err
+    assert "--priors goes with --frame_use" in command(monkeypatch, capsys, *flags, "--priors", path)[2]
+    assert local(flags, tmp_path / "h.json", monkeypatch, capsys, "--frame_use", "hidden")["frame_use"]["all"]["consensus"] is None
