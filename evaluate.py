@@ -127,6 +127,8 @@ class EvaluateArguments:
         for name in ("frames", "min_pixels", "max_pixels", "max_completion_length", "batch_size", "api_workers", "api_timeout"):
             if getattr(self, name) <= 0:
                 raise DataError(f"--{name} must be above 0")
+        if self.min_pixels > self.max_pixels:
+            raise DataError("--min_pixels must not be above --max_pixels")
         if self.temperature < 0 or self.top_k < 0 or self.api_retries < 0 or not 0 < self.top_p <= 1:
             raise DataError("--temperature, --top_k and --api_retries must be at least 0, --top_p above 0 and at most 1")
         if self.api_media == "video" and self.control in ("shuffled", "black"):
@@ -181,8 +183,15 @@ def score_settings(arguments):
     if arguments.api_base:
         return settings | {"engine": "api", "api_base": arguments.api_base, "api_media": arguments.api_media,
                            "api_extra": arguments.api_extra}
-    revision = getattr(AutoConfig.from_pretrained(arguments.model_name_or_path), "_commit_hash", None)
-    return settings | {"engine": "local", "model_revision": revision, "weights": fingerprint(arguments.model_name_or_path),
+    try:
+        config = AutoConfig.from_pretrained(arguments.model_name_or_path)
+    except (OSError, ValueError) as error:
+        raise DataError(f"--model_name_or_path {arguments.model_name_or_path} is no checkpoint: {str(error).splitlines()[0]}") from error
+    layers, layer = config.get_text_config().num_hidden_layers, arguments.frame_use_layer
+    if layer is not None and not (1 if arguments.frame_use == "attention" else -1) <= layer <= layers:
+        raise DataError(f"--frame_use_layer {layer}: the model has layers 1 to {layers} (hidden states also 0, and -1 after the last norm)")
+    return settings | {"engine": "local", "model_revision": getattr(config, "_commit_hash", None),
+                       "weights": fingerprint(arguments.model_name_or_path),
                        "batch_size": arguments.batch_size, "frame_use": arguments.frame_use, "frame_use_layer": arguments.frame_use_layer,
                        "priors": arguments.priors, "dtype": "bfloat16" if torch.cuda.is_available() else "float32"}
 
@@ -238,9 +247,10 @@ def run_benchmark(arguments):
     if world > 1 and ("MASTER_ADDR" not in os.environ or arguments.api_base):
         raise DataError("--api_base asks from one process" if arguments.api_base else
                         "RANK and WORLD_SIZE are set without MASTER_ADDR; start ranks by torchrun or deepspeed")
-    settings, (examples, bad, repeated) = score_settings(arguments), load_questions(arguments)
+    examples, bad, repeated = load_questions(arguments)
     if not examples:
         raise DataError(f"none of the {len(bad)} rows of {arguments.dataset_name} can be used; the first: {bad[0]['cause']}")
+    settings = score_settings(arguments)
     predictions = Path(arguments.output).with_suffix(".predictions.jsonl")
     lines = [{"problem_id": row["problem_id"], "problem": "", "problem_type": "", "solution": "", "output": "",
               "error": f"unusable row: {row['cause']}", "settings": settings} for row in bad]
@@ -698,14 +708,15 @@ def check_frame_use(model, processor, pairs, tau=0.1):
 
 def run_check(arguments):
     """The frame-use scores of every layer against known evidence, as a table and in the report."""
-    (model, processor), examples = load_model(arguments), load_examples(arguments.dataset_name, arguments.media_root)
+    examples, settings = load_examples(arguments.dataset_name, arguments.media_root), score_settings(arguments)
+    model, processor = load_model(arguments)
     encoder = Encoder(processor, arguments.min_pixels, arguments.max_pixels, arguments.frames, read_template(arguments.prompt_template))
     pairs, broken = encode_all(encoder, examples)
     table, count = check_frame_use(model, processor, pairs)
     print(f"{count} tokens that describe a known scene\n{'frame use from':32s}{'argmax inside':>14s}{'mass over chance':>18s}")
     for name, (hits, mass) in sorted(table.items(), key=lambda row: -row[1][1]):
         print(f"{name:32s}{hits:14.3f}{mass:18.2f}")
-    report = {"tokens": count, "frame_use": table, "errors": broken, "settings": score_settings(arguments)}
+    report = {"tokens": count, "frame_use": table, "errors": broken, "settings": settings}
     write_whole(arguments.output, [json.dumps(report, indent=1).encode()])
 
 

@@ -246,7 +246,9 @@ def test_bad_files_get_a_sentence(text, said, tmp_path, monkeypatch, capsys):
     ((), "give --model_name_or_path and --dataset_name"), (("--rescore", "nowhere.json"), "nowhere.json not found"),
     (("--rescore", "a", "--bench", "b"), "no --dataset_name"), (("--model_name_or_path", "m", "--bench", "b", "--top_p", "0"), "--top_p"),
     (("--model_name_or_path", "m", "--bench", "b", "--api_base", "localhost"), "http://host:port/v1"),
-    (("compare", "a.json", "b.json"), "a.json not found")])
+    (("compare", "a.json", "b.json"), "a.json not found"),
+    (("--model_name_or_path", "m", "--bench", "b", "--min_pixels", "9999999"), "--min_pixels must not be above"),
+    (("--model_name_or_path", "m", "--bench", "b.json"), "data set b.json not found")])
 def test_bad_command_lines_get_a_sentence(words, said, monkeypatch, capsys):
     status, _, err = command(monkeypatch, capsys, *words)
     assert status == 2 and said in err and "Traceback" not in err
@@ -439,6 +441,13 @@ def test_answers_are_those_of_the_rollout_code(flags, bench, toy_model, toy_proc
         (text,) = sample_texts(toy_model, toy_processor, prompts, [1], [0], 12, 0.0)[2]
         assert answers[example.id]["output"] == text
         assert answers[example.id]["reward"] == reward.accuracy_reward(text, example.answer, example.problem_type)
+
+
+def test_what_is_no_checkpoint(flags, tmp_path, monkeypatch, capsys):
+    status, _, err = command(monkeypatch, capsys, *flags, "--model_name_or_path", tmp_path)
+    assert status == 2 and "is no checkpoint" in err and "Traceback" not in err
+    status, _, err = command(monkeypatch, capsys, *flags, "--frame_use", "attention", "--frame_use_layer", 99)
+    assert status == 2 and "the model has layers 1 to 4" in err
 
 
 def test_no_answers_at_all_is_an_error(flags, tmp_path, monkeypatch, capsys):
