@@ -107,7 +107,7 @@ def from_tw_grpo_log(row):
 
 def from_lmms_eval(row):
     """A line of lmms-eval's samples: the data set's row under `doc`; MVBench's twenty files count their doc_id from 0 each."""
-    doc, answers, target = row["doc"], row.get("resps"), str(row["target"])
+    doc, answers, target = row["doc"], row.get("resps") or row.get("filtered_resps"), str(row["target"])
     while isinstance(answers, list):
         answers = answers[0] if answers else ""
     options = doc.get("options") or doc.get("candidates") or doc.get("choices") or []

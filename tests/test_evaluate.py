@@ -193,10 +193,11 @@ def test_lmms_eval_samples(tmp_path, monkeypatch, capsys):
          "mvbench_accuracy": {"pred_answer": "B", "gt_answer": "B", "score": 1}},  # the same doc_id in another of the twenty files
         {"doc_id": 2, "doc": {"question": "How many?", "question_type": "object_counting", "ground_truth": "4"}, "target": "4",
          "resps": [["3"]], "vsibench_score": {"prediction": "3"}},
-        {"doc_id": 3, "doc": {"question": "Q?", "options": ["A. x", "B. y"], "answer": "A"}, "target": "A", "resps": [[""]]}]
+        {"doc_id": 3, "doc": {"question": "Q?", "options": ["A. x", "B. y"], "answer": "A"}, "target": "A", "resps": [[""]]},
+        {"doc_id": 4, "doc": {"question": "Is it red?"}, "input": "Is it red?\nA. yes\nB. no", "target": "B", "filtered_resps": ["B. no"]}]
     report, _, _ = rescore(write(tmp_path / "20260101_samples_x.jsonl", rows, lines=True), monkeypatch, capsys)
-    assert [record["reward"] for record in report["results"]] == [1, 1, pytest.approx(0.6), 0]
-    assert report["n"] == 4 and report["empty_outputs"] == 1 and report["duplicates"] == []
+    assert [record["reward"] for record in report["results"]] == [1, 1, pytest.approx(0.6), 0, 1]
+    assert report["n"] == 5 and report["empty_outputs"] == 1 and report["duplicates"] == []
     assert report["by_task"]["object_counting"]["n"] == 1 and report["results"][2]["problem_type"] == "regression"
 
 
