@@ -404,6 +404,18 @@ def resize_frames(frames, min_pixels, max_pixels, factor=28):
 # -------------------------------------------------------------------------------------------------------------- prompts
 
 
+def read_template(path):
+    """--prompt_template's text, or our own wording."""
+    if path is None:
+        return PROMPT_TEMPLATE
+    if not Path(path).is_file():
+        raise DataError(f"prompt template {path} not found")
+    template = Path(path).read_text(encoding="utf-8")
+    if set(re.findall(r"{(.*?)}", template)) - {"question", "instruction"} or "{question}" not in template:
+        raise DataError(f"prompt template {path}: {{question}} must be in it, {{instruction}} may, no other braces")
+    return template
+
+
 def build_prompt(example, template=PROMPT_TEMPLATE):
     """The user turn's text, as Video-R1 writes it: question, 'Options:' and one option a line, then the instruction."""
     question = example.question

@@ -45,7 +45,6 @@ from transformers.utils import logging as hf_logging
 import reward
 import scores
 from data import (
-    PROMPT_TEMPLATE,
     DataError,
     Encoder,
     MediaError,
@@ -55,6 +54,7 @@ from data import (
     load_examples,
     load_image,
     open_video,
+    read_template,
     resize_frames,
     target_text,
     uniform_frames,
@@ -78,6 +78,9 @@ class EvaluateArguments:
     max_pixels: int = field(default=256 * 28 * 28, metadata={"help": "Most pixels a frame (the paper's at inference)."})
     prompt_template: str | None = field(default=None, metadata={
         "help": "Text file with {question} and {instruction}; replaces our wording. Scores depend on it."})
+    frame_times: str = field(default="none", metadata={
+        "help": "How frames say when they were taken, as in training: text, drawn, none. For a model on this machine.",
+        "choices": ["none", "text", "drawn"]})
     max_completion_length: int = field(default=1024, metadata={"help": "Most tokens of an answer."})
     temperature: float = field(default=0.0, metadata={"help": "0 is greedy."})
     top_p: float = field(default=1.0, metadata={"help": "Nucleus, when sampled."})
@@ -147,18 +150,6 @@ class EvaluateArguments:
 # ------------------------------------------------------------------------------------------------------ what makes a score
 
 
-def read_template(path):
-    """--prompt_template's text, or our own wording."""
-    if path is None:
-        return PROMPT_TEMPLATE
-    if not Path(path).is_file():
-        raise DataError(f"prompt template {path} not found")
-    template = Path(path).read_text(encoding="utf-8")
-    if set(re.findall(r"{(.*?)}", template)) - {"question", "instruction"} or "{question}" not in template:
-        raise DataError(f"prompt template {path}: {{question}} must be in it, {{instruction}} may, no other braces")
-    return template
-
-
 def fingerprint(model):
     """What a checkpoint folder holds, briefly: sha1 of its weight files' sizes, first and last megabytes. None for a hub id."""
     if not os.path.isdir(model):
@@ -177,8 +168,8 @@ def fingerprint(model):
 def score_settings(arguments):
     """Every setting that an answer depends on: it stands in the report, and a run continues only an earlier one that has the same."""
     settings = {name: getattr(arguments, name) for name in (
-        "model_name_or_path", "frames", "min_pixels", "max_pixels", "max_completion_length", "temperature", "top_p", "top_k", "seed",
-        "control")}
+        "model_name_or_path", "frames", "frame_times", "min_pixels", "max_pixels", "max_completion_length", "temperature", "top_p", "top_k",
+        "seed", "control")}
     settings["prompt_template"] = read_template(arguments.prompt_template)
     if arguments.api_base:
         return settings | {"engine": "api", "api_base": arguments.api_base, "api_media": arguments.api_media,
@@ -352,7 +343,8 @@ def answer_here(arguments, examples, done, rank, world):
     if not left:
         return
     model, processor = load_model(arguments)
-    encoder = Encoder(processor, arguments.min_pixels, arguments.max_pixels, arguments.frames, read_template(arguments.prompt_template))
+    encoder = Encoder(processor, arguments.min_pixels, arguments.max_pixels, arguments.frames, read_template(arguments.prompt_template),
+                      frame_times=arguments.frame_times)
     priors = {row["problem_id"]: row for row in read_priors(arguments.priors)} if arguments.priors else {}
     for part in tqdm(left, desc="answer", unit="batch", initial=len(parts) - len(left), total=len(parts), disable=rank > 0):
         items, answers = {}, {}
@@ -710,7 +702,8 @@ def run_check(arguments):
     """The frame-use scores of every layer against known evidence, as a table and in the report."""
     examples, settings = load_examples(arguments.dataset_name, arguments.media_root), score_settings(arguments)
     model, processor = load_model(arguments)
-    encoder = Encoder(processor, arguments.min_pixels, arguments.max_pixels, arguments.frames, read_template(arguments.prompt_template))
+    encoder = Encoder(processor, arguments.min_pixels, arguments.max_pixels, arguments.frames, read_template(arguments.prompt_template),
+                      frame_times=arguments.frame_times)
     pairs, broken = encode_all(encoder, examples)
     table, count = check_frame_use(model, processor, pairs)
     print(f"{count} tokens that describe a known scene\n{'frame use from':32s}{'argmax inside':>14s}{'mass over chance':>18s}")

@@ -34,7 +34,7 @@ from transformers.utils import logging as hf_logging
 import prior
 import reward
 import toy
-from data import PROMPT_TEMPLATE, DataError, Encoder, invert_question, load_examples, target_text
+from data import DataError, Encoder, invert_question, load_examples, read_template, target_text
 from engine import (
     Checkpoints,
     Inputs,
@@ -770,7 +770,7 @@ def run(arguments, settings):
         raise DataError(f"{model_path} is a {family} checkpoint, not one of {', '.join(FAMILIES)}")
     if arguments.frame_use == "attention" and family not in PACKED_FAMILIES:
         raise DataError(f"--frame_use attention works with {', '.join(PACKED_FAMILIES)}, not with {family}")
-    encoder = Encoder(processor, arguments.min_pixels, arguments.max_pixels, settings.frames, template_text(arguments),
+    encoder = Encoder(processor, arguments.min_pixels, arguments.max_pixels, settings.frames, read_template(arguments.prompt_template),
                       arguments.media_cache_gb, arguments.frame_times)
     files = {name: open(output / name, "a", encoding="utf-8") for name in ("metrics.jsonl", "rollouts.jsonl")} if is_main() else {}
     checkpoint = Checkpoints(arguments, processor, files, resume)
@@ -856,18 +856,6 @@ def plain_cause(cause):
     """Why something was skipped, without the names and numbers of its own."""
     cause = re.sub(r"^row \d+ (\(problem_id .*?\))?:? ?", "", cause) if cause.startswith("row ") else cause.partition(": ")[2] or cause
     return re.sub(r"\d[\d,.]*", "N", re.sub(r"\S*/\S*", "FILE", cause))
-
-
-def template_text(arguments):
-    """--prompt_template's text, or our own wording."""
-    if arguments.prompt_template is None:
-        return PROMPT_TEMPLATE
-    if not Path(arguments.prompt_template).is_file():
-        raise DataError(f"prompt template {arguments.prompt_template} not found")
-    template = Path(arguments.prompt_template).read_text(encoding="utf-8")
-    if set(re.findall(r"{(.*?)}", template)) - {"question", "instruction"} or "{question}" not in template:
-        raise DataError(f"prompt template {arguments.prompt_template}: {{question}} must be in it, {{instruction}} may, no other braces")
-    return template
 
 
 def prepare_output(output, arguments, settings):

@@ -41,6 +41,19 @@ def test_the_whole_path(small_toy, first_run):
     assert len(rollouts) == 2 * 4 * 4 and all(abs(sum(row["use"]) - 1) < 1e-2 for row in rollouts if row["use"])
 
 
+def test_evaluate_agrees_with_the_table(small_toy, first_run, tmp_path):
+    output, _ = first_run
+    result = json.loads((output / "result.json").read_text())["after"]
+    for name, temperature in (("greedy", 0), ("sampled", 1)):
+        flags = ["--bench", small_toy / "heldout.json", "--min_pixels", 3136, "--max_pixels", 3136, "--max_completion_length", 12,
+                 "--temperature", temperature, "--top_p", 0.95, "--output", tmp_path / f"{name}.json"]
+        done = subprocess.run([sys.executable, "evaluate.py", "--model_name_or_path", output / "grpo", *map(str, flags)], cwd=ROOT, env=ENV,
+                              capture_output=True, text=True, timeout=240)
+        assert done.returncode == 0, done.stderr[-3000:]
+        report = json.loads((tmp_path / f"{name}.json").read_text())
+        assert report["n"] == 9 and report["accuracy"] == pytest.approx(result[name], abs=1e-6)
+
+
 def test_training_moves_every_parameter_and_checkpoints_load(small_toy, first_run):
     output, _ = first_run
     start, sft = weights(small_toy / "model"), weights(output / "sft")
