@@ -315,23 +315,64 @@ def encode(encoder, example, arguments, position):
 
 @torch.no_grad()
 def frame_uses(arguments, model, prompts, tokens, mask):
-    """Frame use of each prompt's one completion, tokens and mask (B, T) -> list of (slots,) tensors, None without a video of two slots."""
-    layer = arguments.frame_use_layer
+    """Where each prompt's one completion looks, tokens and mask (B, T) -> list of (frame use (t,), what each token makes of each slot
+    (L, t)): cosines with the slots' max-pooled states, or attention to them; None without a video of two slots."""
+    layer, found = arguments.frame_use_layer, []
     layers = {"hidden_layers": (layer,)} if arguments.frame_use == "hidden" else {"attention_layer": layer}
     _, _, hidden, attention, _ = Policy(model)(prompts, tokens[:, None], mask[:, None], **layers)
-    return [use for (use,) in rollout_frame_use(prompts, mask[:, None], hidden.get(layer), attention)]
+    states = hidden.get(layer)
+    for row, (use,) in enumerate(rollout_frame_use(prompts, mask[:, None], states, attention)):
+        if use is None:
+            found.append(None)
+            continue
+        columns, slots, valid = prompts.visual[row].nonzero().squeeze(1), prompts.slots[row], mask[row].bool()
+        if attention is not None:
+            each = attention[row, 0][valid][:, columns].view(int(valid.sum()), slots, -1).sum(-1)
+        else:
+            frames = reward.pool_frames(states[row, columns].view(slots, -1, states.shape[-1]))
+            each = torch.cosine_similarity(states[row, -len(valid) :][valid].float()[:, None], frames[None], dim=-1)
+        found.append((use, each))
+    return found
 
 
-def use_row(example, item, use, prior):
-    """What a prediction keeps of a frame use (slots,): its shares, its consensus with the prior's row, its mass on the known evidence."""
-    if use is None:
+def event_enrichment(each, consensus, share=0.05):
+    """How often the strongest token-slot pairs are about the slots that the prior speaks for (the paper's figure 9): each (L, t), consensus
+    (t,) bool -> the consensus slots' share of the largest 5 % of all pairs over their share of the slots; None where all or none are."""
+    if consensus.all() or not consensus.any():
         return None
+    strongest = each.flatten().topk(max(1, round(share * each.numel()))).indices % each.shape[1]
+    return float(consensus[strongest].float().mean() / consensus.float().mean())
+
+
+def used_interval(use, times):
+    """The slots around the most used one that have more than an even share: use (t,), times of the frames -> [start s, end s]."""
+    slots, frames = len(use), -(-len(times) // len(use))
+    first = last = int(use.argmax())
+    while first > 0 and use[first - 1] * slots > 1:
+        first -= 1
+    while last + 1 < slots and use[last + 1] * slots > 1:
+        last += 1
+    borders = [*times, 2 * times[-1] - times[-2]]  # a frame lasts to the next
+    return [borders[first * frames], borders[min((last + 1) * frames, len(times))]]
+
+
+def use_row(example, item, found, prior):
+    """What a prediction keeps of frame_uses' (use (t,), each (L, t)): the shares, their mass on the known evidence, their consensus with
+    the prior's row, and the event enrichment on the slots that have more of the prior than an even share."""
+    if found is None:
+        return None
+    use, each = found
     if prior and (len(prior["times"]) != len(item["times"]) or not np.allclose(prior["times"], item["times"], atol=0.02)):
         raise DataError(f"the prior of {example.id} was made for other frames; build it with this run's --frames")
-    evidence = slot_shares(item["times"], example.evidence, len(use)) if example.evidence else None
-    return {"slots": use.tolist(), "evidence": None if evidence is None else float(use.cpu() @ evidence),
-            "chance": None if evidence is None else float(evidence.mean()),
-            "consensus": reward.consensus_frame_reward(reward.merge_prior(torch.tensor(prior["prior"]), len(use)), use) if prior else None}
+    row = dict.fromkeys(("evidence", "chance", "consensus", "enrichment"))
+    if example.evidence:
+        evidence = slot_shares(item["times"], example.evidence, len(use))
+        row |= {"evidence": float(use.cpu() @ evidence), "chance": float(evidence.mean())}
+    if prior:
+        merged = reward.merge_prior(torch.tensor(prior["prior"]), len(use))
+        row |= {"consensus": reward.consensus_frame_reward(merged, use),
+                "enrichment": event_enrichment(each.cpu(), merged * len(use) > 1 + 1e-6)}
+    return {"slots": use.tolist(), "interval": used_interval(use, item["times"]), **row}
 
 
 def answer_here(arguments, examples, done, rank, world):
@@ -556,10 +597,11 @@ def print_report(report):
               f"{share(row['format_rate']):>8s}")
     for name, row in report.get("frame_use", {}).items():
         print(f"frame use, {name} ({row['n']}): " + ", ".join(f"{key} {share(row[key])}" for key in row if key != "n"))
-    if "grounding" in report:
-        numbers = report["grounding"]
-        print(f"grounding by cited times, {numbers['predicted']} of {numbers['n']} cite one: Acc@GQA {share(numbers['acc_gqa'])}, "
-              f"mIoP {share(numbers['mIoP'])}, mIoU {share(numbers['mIoU'])}")
+    for key, name in (("grounding", "cited times"), ("grounding_by_frame_use", "frame use")):
+        if key in report:
+            numbers = report[key]
+            print(f"grounding by {name}, {numbers['predicted']} of {numbers['n']} have one: Acc@GQA {share(numbers['acc_gqa'])}, "
+                  f"mIoP {share(numbers['mIoP'])}, mIoU {share(numbers['mIoU'])}")
     if "accuracy_lmms_eval" in report:
         print(f"with lmms-eval's way of finding a letter: accuracy {share(report['accuracy_lmms_eval'])}")
     for mode, numbers in report.get("vsi_bench", {}).items():
@@ -614,6 +656,7 @@ def run_compare(first, second, output=None, seed=0):
     print(f"accuracy {result['accuracy'][0]:.4f} and {result['accuracy'][1]:.4f}; the second has {len(result['gains'])} gains and "
           f"{len(result['losses'])} losses")
     print(f"difference {result['difference']:+.4f}, 95 % interval {low:+.4f} to {high:+.4f} (paired bootstrap, seed {seed}); "
+          f"normalised gain {share(result['normalised_gain']).strip()}; "
           f"McNemar's exact p = {result['mcnemar_p']:.4g}")
     for name, (one, other) in result["settings_that_differ"].items():
         print(f"made with another {name}: {one!r} and {other!r}")

@@ -584,15 +584,25 @@ def overlap(predicted, spans):
     return max(share[0] for share in shares), max(share[1] for share in shares)
 
 
-def grounding_numbers(records):
-    """NExT-GQA's figures, where a question has known intervals; predicted is the hull of all times that the reasoning cites.
+def cited_interval(record):
+    """(start s, end s): the hull of all times that the reasoning cites; None without one."""
+    claims = [] if record["error"] else reward.parse_claims(last_block(record["output"], "think"))
+    return (min(claim[0] for claim in claims), max(claim[1] for claim in claims)) if claims else None
 
-    acc_gqa: answered right and IoP >= 0.5. A question whose reasoning cites no time counts as 0 in every figure."""
+
+def used_interval(record):
+    """(start s, end s) of the slots around the most used one that have more than an even share of the frame use; None without it."""
+    return tuple(record["frame_use"]["interval"]) if record["frame_use"] else None
+
+
+def grounding_numbers(records, interval=cited_interval):
+    """NExT-GQA's figures, where a question has known intervals, by what `interval` predicts of a record.
+
+    acc_gqa: answered right and IoP >= 0.5. A question without a prediction counts as 0 in every figure."""
     known, scores = [record for record in records if record["evidence"]], []
     for record in known:
-        claims = [] if record["error"] else reward.parse_claims(last_block(record["output"], "think"))
-        hull = (min(claim[0] for claim in claims), max(claim[1] for claim in claims)) if claims else None
-        scores.append(overlap(hull, record["evidence"]) if hull else None)
+        predicted = interval(record)
+        scores.append(overlap(predicted, record["evidence"]) if predicted else None)
     inside, union = ([share[place] if share else 0.0 for share in scores] for place in (0, 1))
     right = [record["correct"] and share >= 0.5 for record, share in zip(known, inside, strict=True)]
     return {"n": len(known), "predicted": sum(share is not None for share in scores), "acc_gqa": mean(right)} | {
@@ -603,13 +613,15 @@ def grounding_numbers(records):
 def frame_use_numbers(records):
     """Where the answers looked, of questions about videos of two slots or more; means over all, and over right and wrong answers.
 
-    A record's frame_use: slots, shares (t,) of the temporal slots that sum to 1; consensus, its agreement with the prior (Eq. 6); evidence,
-    its mass on the slots that the answer rests on, and chance, uniform use's mass there; None where the prior or the evidence is not known.
-    entropy is divided by log t: 1 is even use, 0 a single slot.
+    A record's frame_use: slots, shares (t,) of the temporal slots that sum to 1; interval, see used_interval; consensus, its agreement
+    with the prior (Eq. 6); enrichment, see evaluate.event_enrichment, 1 is chance; evidence, its mass on the slots that the answer rests
+    on, and chance, uniform use's mass there; None where the prior or the evidence is not known. entropy is divided by log t: 1 is even
+    use, 0 a single slot.
     """
     def numbers(uses):
         entropies = [-sum(p * math.log(p) for p in use["slots"] if p > 0) / math.log(len(use["slots"])) for use in uses]
-        means = {name: mean(use[name] for use in uses if use[name] is not None) for name in ("consensus", "evidence", "chance")}
+        means = {name: mean(use[name] for use in uses if use.get(name) is not None)
+                 for name in ("consensus", "enrichment", "evidence", "chance")}
         return {"n": len(uses), "entropy": mean(entropies), **means}
 
     used = [record for record in records if record["frame_use"]]
@@ -657,6 +669,8 @@ def make_report(items, benchmark="", repeated=()):
     stored = [item.stored for item in items]
     if any(record["evidence"] for record in records):
         report["grounding"] = grounding_numbers(records)
+        if any(record["frame_use"] for record in records):
+            report["grounding_by_frame_use"] = grounding_numbers(records, used_interval)
     if any(record["frame_use"] for record in records):
         report["frame_use"] = frame_use_numbers(records)
     if benchmark in LETTERS:
@@ -694,7 +708,9 @@ def compare(first, second, seed=0):
     """Records of two runs over the same questions -> what changed from the first to the second, and whether that is more than noise.
 
     gains: wrong in the first and fully right in the second; losses: the other way round. difference: mean of the paired differences of the
-    official scores, with its 95 % interval. DataError when no question is shared, or when one has another solution.
+    official scores, with its 95 % interval; normalised_gain: its share of what was left to gain, VideoMMMU's delta knowledge where the
+    first are the answers before the video and the second those after it. DataError when no question is shared, or when one has another
+    solution.
     """
     by_id = {record["problem_id"]: record for record in second}
     pairs = [(record, by_id[record["problem_id"]]) for record in first if record["problem_id"] in by_id]
@@ -707,7 +723,9 @@ def compare(first, second, seed=0):
     gains = [b["problem_id"] for a, b in pairs if b["correct"] and not a["correct"]]
     losses = [b["problem_id"] for a, b in pairs if a["correct"] and not b["correct"]]
     differences = [b["reward"] - a["reward"] for a, b in pairs]
+    before = mean(a["reward"] for a, _ in pairs)
     return {"n": len(pairs), "only_in_first": len(first) - len(pairs), "only_in_second": len(second) - len(pairs),
-            "accuracy": [mean(a["reward"] for a, _ in pairs), mean(b["reward"] for _, b in pairs)], "difference": mean(differences),
+            "accuracy": [before, mean(b["reward"] for _, b in pairs)], "difference": mean(differences),
+            "normalised_gain": mean(differences) / (1 - before) if before < 1 else None,
             "interval_95": paired_bootstrap(differences, seed=seed), "mcnemar_p": mcnemar(len(gains), len(losses)),
             "gains": gains, "losses": losses}

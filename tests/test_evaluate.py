@@ -14,6 +14,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+import torch
 from conclusions import HELD_BACK, TEXTS
 from PIL import Image
 
@@ -729,6 +730,33 @@ def test_grounding_by_the_times_that_the_reasoning_cites(tmp_path, monkeypatch, 
     assert grounding["mIoU"] == pytest.approx((0.5 + 0 + 0.5 + 0) / 4) and grounding["IoU@0.3"] == 0.5 and "Acc@GQA 0.5000" in out
 
 
+def test_the_normalised_gain_is_delta_knowledge():
+    record = lambda name, right: {"problem_id": name, "solution": "A", "problem_type": "multiple choice", "error": None,  # noqa: E731
+                                  "correct": right, "reward": float(right)}
+    before, after = [record(n, n < 4) for n in range(10)], [record(n, n < 7) for n in range(10)]
+    assert scores.compare(before, after)["normalised_gain"] == pytest.approx((70 - 40) / (100 - 40))  # (post - pre) / (100 - pre)
+    assert scores.compare(after, before)["normalised_gain"] == pytest.approx((40 - 70) / (100 - 70))
+    assert scores.compare([record(1, True)], [record(1, True)])["normalised_gain"] is None
+
+
+def test_event_enrichment_by_hand():
+    # two tokens, four slots, the largest quarter of 8 pairs: 0.9 (slot 1) and 0.8 (slot 3)
+    each = torch.tensor([[0.1, 0.9, 0.2, 0.3], [0.0, 0.4, 0.5, 0.8]])
+    one, both, none = torch.tensor([0, 1, 0, 0]).bool(), torch.tensor([0, 1, 0, 1]).bool(), torch.tensor([1, 0, 0, 0]).bool()
+    assert evaluate.event_enrichment(each, one, share=0.25) == pytest.approx(0.5 / 0.25)
+    assert evaluate.event_enrichment(each, both, share=0.25) == pytest.approx(1 / 0.5)
+    assert evaluate.event_enrichment(each, none, share=0.25) == 0
+    assert evaluate.event_enrichment(each, one) == 4  # 5 % of 8 pairs: one of them
+    assert evaluate.event_enrichment(each, ~(one | ~one)) is None and evaluate.event_enrichment(each, one | ~one) is None
+
+
+def test_the_interval_that_is_used():
+    times = [0.0, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0]  # four slots, the last has one frame
+    for use, interval in (([0.1, 0.3, 0.5, 0.1], [2, 6]), ([0.7, 0.1, 0.1, 0.1], [0, 2]), ([0.1, 0.1, 0.3, 0.5], [4, 7]),
+                          ([0.3, 0.1, 0.2, 0.4], [6, 7]), ([0.26, 0.24, 0.25, 0.25], [0, 2])):
+        assert evaluate.used_interval(torch.tensor(use), times) == interval
+
+
 def test_frame_use_of_the_answers(flags, bench, undisturbed, tmp_path, monkeypatch, capsys):
     """Where the answers look is kept with them; the answers stay the same, and a prior of other frames is refused."""
     import math
@@ -748,13 +776,22 @@ def test_frame_use_of_the_answers(flags, bench, undisturbed, tmp_path, monkeypat
     assert sorted(used) == sorted(video) and all(abs(sum(use["slots"]) - 1) < 1e-5 for use in used.values())
     first = used[video[0]]
     assert first["consensus"] == pytest.approx(0.8 * first["slots"][0] + 0.2 * first["slots"][1], abs=1e-5)  # four frames in two slots
+    known = [record for record in report["results"] if record["evidence"]]
+    inside = [scores.overlap(used[record["problem_id"]]["interval"], record["evidence"])[0] if record["problem_id"] in used else 0
+              for record in known]
+    assert report["grounding_by_frame_use"]["mIoP"] == pytest.approx(sum(inside) / len(known)) and max(inside) > 0
     numbers = report["frame_use"]["all"]
     entropies = [-sum(p * math.log(p) for p in use["slots"]) / math.log(2) for use in used.values()]
     assert numbers["n"] == len(video) and numbers["entropy"] == pytest.approx(sum(entropies) / len(video))
+    assert first["enrichment"] is not None and 0 <= numbers["enrichment"] <= 2  # one slot of two has more than an even share
     assert numbers["consensus"] == pytest.approx(sum(use["consensus"] for use in used.values() if use["consensus"]) / 2)
     assert 0 < numbers["chance"] < 1 and report["frame_use"]["right"]["n"] + report["frame_use"]["wrong"]["n"] == len(video)
     write(path, [{**row, "times": [0.0, 1.0, 2.0, 3.0]} for row in priors], lines=True)
     status, _, err = command(monkeypatch, capsys, *flags, *words, "--output", tmp_path / "other.json")
     assert status == 2 and "made for other frames" in err
     assert "--priors goes with --frame_use" in command(monkeypatch, capsys, *flags, "--priors", path)[2]
-    assert local(flags, tmp_path / "h.json", monkeypatch, capsys, "--frame_use", "hidden")["frame_use"]["all"]["consensus"] is None
+    write(path, priors, lines=True)
+    hidden = local(flags, tmp_path / "h.json", monkeypatch, capsys, "--frame_use", "hidden")["frame_use"]["all"]
+    assert hidden["consensus"] is None and hidden["enrichment"] is None
+    report = local(flags, tmp_path / "p.json", monkeypatch, capsys, "--frame_use", "hidden", "--priors", path)
+    assert 0 <= report["frame_use"]["all"]["enrichment"] <= 2
