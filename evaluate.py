@@ -134,6 +134,8 @@ class EvaluateArguments:
             raise DataError("--min_pixels must not be above --max_pixels")
         if self.temperature < 0 or self.top_k < 0 or self.api_retries < 0 or not 0 < self.top_p <= 1:
             raise DataError("--temperature, --top_k and --api_retries must be at least 0, --top_p above 0 and at most 1")
+        if self.frame_times != "none" and (self.api_base or self.control == "black"):
+            raise DataError("--frame_times goes with a model on this machine and frames to be seen: no --api_base, no --control black")
         if self.api_media == "video" and self.control in ("shuffled", "black"):
             raise DataError(f"--control {self.control} changes frames; --api_media video sends the file as it is")
         if bool(self.judge_base) != bool(self.judge_model) or (self.judge_base and not re.match(r"https?://", self.judge_base)):

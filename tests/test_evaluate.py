@@ -598,6 +598,7 @@ def test_reasoning_that_a_server_cuts_off_is_put_back(serve, flags, tmp_path, mo
     assert report["results"][-1]["output"] == "<think>blue</think><answer>B</answer>" and report["results"][-1]["format"] == 1
     assert all(request["chat"] == {"k": 1} and request["top_k"] == 50 for _, _, request in server.requests)
     assert "is no JSON object" in command(monkeypatch, capsys, *flags, "--api_base", server.base, "--api_extra", "[1]")[2]
+    assert "--frame_times goes with a model" in command(monkeypatch, capsys, *flags, "--api_base", server.base, "--frame_times", "text")[2]
 
 
 @pytest.mark.skipif(any(find_spec(name) is None for name in ("fastapi", "uvicorn", "openai")), reason="transformers[serving] is missing")
