@@ -431,13 +431,13 @@ def clock(seconds):
 
 
 def draw_times(frames, times):
-    """Each frame's time in its upper left corner, white on black: frames (K, 3, H, W) uint8 -> the same shape."""
-    drawn = []
+    """Each frame's time in its upper left corner, white on a black box: frames (K, 3, H, W) uint8 -> the same shape."""
+    drawn, font = [], cv2.FONT_HERSHEY_SIMPLEX
     for frame, time in zip(frames.permute(0, 2, 3, 1).numpy(), times, strict=True):
         picture, scale = np.ascontiguousarray(frame), frame.shape[0] / 250
-        for colour, thickness in ((0, max(3, round(6 * scale))), (255, max(1, round(2 * scale)))):
-            cv2.putText(picture, clock(time), (2, round(24 * scale) + 4), cv2.FONT_HERSHEY_SIMPLEX, scale, (colour,) * 3, thickness,
-                        cv2.LINE_AA)
+        (width, height), below = cv2.getTextSize(clock(time), font, scale, 2)
+        cv2.rectangle(picture, (0, 0), (width + 4, height + below + 2), (0, 0, 0), -1)
+        cv2.putText(picture, clock(time), (2, height + 2), font, scale, (255, 255, 255), 2, cv2.LINE_AA)
         drawn.append(torch.from_numpy(picture).permute(2, 0, 1))
     return torch.stack(drawn)
 

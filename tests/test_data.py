@@ -686,5 +686,5 @@ def test_drawn_times_stand_in_the_corner_of_their_own_frame():
     assert data.clock(65.9) == "01:05" and data.clock(3599.9) == "59:59" and data.clock(6000) == "100:00"
     assert (frames == 90).all() and not torch.equal(one, two)  # the input stays as it is
     for frame in (one, two):
-        assert frame[:, :40, :110].max() == 255 and frame[:, :40, :110].min() == 0
+        assert frame[:, :40, :110].max() > 250 and frame[:, :40, :110].min() == 0 and (frame[:, :2, :2] == 0).all()
         assert (frame[:, 40:] == 90).all() and (frame[:, :, 110:] == 90).all()

@@ -741,7 +741,7 @@ def test_every_fault_is_one_line_with_its_cause(clip_folder, media, tmp_path):
     (folder / "header.png").write_bytes(picture)
     write_video(folder / "thin.mp4", [np.full((2, 1280, 3), 90, np.uint8)] * 5)
     good = ["scenes.mp4", "short.mp4", "picture.png", "turned.mp4", "vfr.mp4", "single.mp4", "thin.mp4"]
-    bad = {"text.mp4": "not a readable video", "empty.mp4": "not a readable video", "truncated.mp4": "not a readable video",
+    bad = {"text.mp4": "not a readable video", "empty.mp4": "empty file", "truncated.mp4": "not a readable video",
            "front.mp4": "not a readable video", "rotten.mp4": "damaged video", "absent.mp4": "no such file", "absent.png": "no such file",
            "folder.mp4": "no such file", "zero.mp4": "not a readable video", "audio.mp4": "not a readable video",
            "huge.mp4": "not a readable video", "huge.png": "not a readable image", "text.png": "not a readable image",
