@@ -352,7 +352,7 @@ class Policy(torch.nn.Module):
         layers = self.model.config.text_config.num_hidden_layers
         if attention_layer is not None and not (self.packs and 1 <= attention_layer <= layers):
             raise ValueError(f"no attention of layer {attention_layer}: the model has layers 1 to {layers}, and packs: {self.packs}")
-        checkpointed = self.training and self.model.model.language_model.layers[0].gradient_checkpointing
+        checkpointed = self.model.training and self.model.model.language_model.layers[0].gradient_checkpointing
         layout = Layout(rows.padding(), share, length, attention_layer, checkpointed=checkpointed)
         more |= {"layout": layout} if self.packs else {"attention_mask": torch.cat([rows.mask, valid], dim=1).long()}
         output = self.model.model.language_model(inputs_embeds=embeds, position_ids=positions, use_cache=False,
