@@ -590,7 +590,7 @@ def cited_interval(record):
     return (min(claim[0] for claim in claims), max(claim[1] for claim in claims)) if claims else None
 
 
-def used_interval(record):
+def frame_use_interval(record):
     """(start s, end s) of the slots around the most used one that have more than an even share of the frame use; None without it."""
     return tuple(record["frame_use"]["interval"]) if record["frame_use"] else None
 
@@ -613,7 +613,7 @@ def grounding_numbers(records, interval=cited_interval):
 def frame_use_numbers(records):
     """Where the answers looked, of questions about videos of two slots or more; means over all, and over right and wrong answers.
 
-    A record's frame_use: slots, shares (t,) of the temporal slots that sum to 1; interval, see used_interval; consensus, its agreement
+    A record's frame_use: slots, shares (t,) of the temporal slots that sum to 1; interval, see frame_use_interval; consensus, its agreement
     with the prior (Eq. 6); enrichment, see evaluate.event_enrichment, 1 is chance; evidence, its mass on the slots that the answer rests
     on, and chance, uniform use's mass there; None where the prior or the evidence is not known. entropy is divided by log t: 1 is even
     use, 0 a single slot.
@@ -670,7 +670,7 @@ def make_report(items, benchmark="", repeated=()):
     if any(record["evidence"] for record in records):
         report["grounding"] = grounding_numbers(records)
         if any(record["frame_use"] for record in records):
-            report["grounding_by_frame_use"] = grounding_numbers(records, used_interval)
+            report["grounding_by_frame_use"] = grounding_numbers(records, frame_use_interval)
     if any(record["frame_use"] for record in records):
         report["frame_use"] = frame_use_numbers(records)
     if benchmark in LETTERS:
