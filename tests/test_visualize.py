@@ -17,6 +17,7 @@ from PIL import Image
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+import report  # noqa: E402
 import visualize  # noqa: E402
 
 VOID = {"meta", "img", "source", "line"}
@@ -61,7 +62,7 @@ def write_run(folder, seed=0, steps=12, change=lambda record: record, result=Tru
     rng = random.Random(seed)
     folder.mkdir(parents=True)
     lines = [{"stage": "sft", "step": step, "loss/sft": 3 / (1 + step)} for step in range(steps)]
-    names = [name for stage, name, *_ in visualize.PANELS if stage == "grpo"]
+    names = [name for stage, name, *_ in report.METRICS if stage == "grpo"]
     lines += [change({"stage": "grpo", "step": step, **{name: rng.random() for name in names}}) for step in range(steps)]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     names = ("greedy", "greedy/conflict", "greedy/colour", "sampled", "consensus", "evidence_use", "evidence_chance", "length")
@@ -95,7 +96,7 @@ def test_three_runs_two_arms(tmp_path):
                "--output", "out/compare.html", cwd=tmp_path)
     assert (done.returncode, done.stdout, done.stderr) == (0, "out/compare.html\n", "")
     page = read(tmp_path / "out/compare.html")
-    assert len(page.images) == len(visualize.PANELS) and len(page.sources) == 2 * len(visualize.PANELS)  # light and dark
+    assert len(page.images) == len(report.METRICS) and len(page.sources) == 2 * len(report.METRICS)  # light and dark
     assert page.rows[0] == ["measure", "plain (2 runs)", label]
     told = {row[0]: row[1:] for row in page.rows[1:]}
     assert list(told)[:3] == ["Held-out accuracy, greedy", "Held-out accuracy, greedy: colour",
@@ -123,7 +124,7 @@ def test_nan_gap_truncated_line_and_zero_term(tmp_path):
     done = run("a", cwd=tmp_path)
     assert (done.returncode, done.stderr) == (0, "")
     page = read(tmp_path / "a/report.html")
-    assert len(page.images) == len(visualize.PANELS) - 1 and page.rows == []
+    assert len(page.images) == len(report.METRICS) - 1 and page.rows == []
     assert "Zero throughout, so not drawn: Reward term: length." in page.words and "not a number" in page.words
     assert "Without result.json yet: a." in page.words
 
@@ -138,14 +139,14 @@ def test_one_step(tmp_path):
 
 
 def test_curves_by_hand():
-    runs = [visualize.Run("a", {"grpo": {0: {"x": 1.0}, 1: {"x": 3.0}, 3: {"x": float("nan")}}}, None),
-            visualize.Run("b", {"grpo": {0: {"x": 2}, 1: {}, 2: {"x": None}}}, None)]
-    steps, values, means, broken = visualize.curves(runs, "grpo", "x")
+    runs = [report.Run("a", {"grpo": {0: {"x": 1.0}, 1: {"x": 3.0}, 3: {"x": float("nan")}}}, None),
+            report.Run("b", {"grpo": {0: {"x": 2}, 1: {}, 2: {"x": None}}}, None)]
+    steps, values, means, broken = report.curves(runs, "grpo", "x")
     assert steps.tolist() == [0, 1, 2, 3] and sorted(broken) == [2, 3]
     nan = float("nan")
     np.testing.assert_equal(values, [[1, 3, nan, nan], [2, nan, nan, nan]])
     np.testing.assert_equal(means, [[1, 3, nan, nan], [2, nan, nan, nan]])  # three steps: a window of one
-    np.testing.assert_allclose(visualize.running_mean(np.array([0.0, 3.0, nan, 6.0])), [1.5, 1.5, nan, 6.0])  # four: window of three
+    np.testing.assert_allclose(report.running_mean(np.array([0.0, 3.0, nan, 6.0])), [1.5, 1.5, nan, 6.0])  # four: window of three
 
 
 def test_bad_input_is_one_sentence(tmp_path, capsys, monkeypatch):

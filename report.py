@@ -1,0 +1,401 @@
+"""What every picture shares, and the report of a training run.
+
+A report is one HTML file that opens from disk, without network, on a phone, light or dark, with the same figure beside it as PNG and SVG.
+Its panels are functions that draw on matplotlib axes, and say in words what they have drawn: the text that a screen reader reads.
+visualize.py is the command line; train.py calls run_report() at its end.
+"""
+
+import base64
+import io
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from html import escape
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import MaxNLocator
+from PIL import Image
+
+from data import DataError
+
+
+@dataclass
+class Sheet:
+    """The colours of a page: Okabe and Ito's lines, safe for the colour-blind, brighter on dark; dashes are a second cue."""
+
+    back: str
+    text: str
+    faint: str
+    lines: list[str]
+
+
+SHEETS = {"light": Sheet("#ffffff", "#22262b", "#d9dde2", ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"]),
+          "dark": Sheet("#15181d", "#e4e7eb", "#3a414b", ["#56B4E9", "#E69F00", "#1FBF92", "#E295BE", "#F0E442", "#4A90D9"])}
+DASHES = [(1, 0), (5, 1.5), (6, 1.5, 1.5, 1.5), (2, 1)]
+WIDTH, HEIGHT, DPI = 4.0, 2.75, 160  # a panel, inches
+
+
+@dataclass
+class Panel:
+    """One picture: plot(axes, sheet) draws it and returns its alt text."""
+
+    title: str
+    caption: str
+    plot: Callable
+    shared: str = ""  # panels that name the same axis have the same y limits
+    height: float = HEIGHT  # inches
+
+
+# ----------------------------------------------------------------------------------------------------------------- pictures
+
+
+def draw(panels, sheet, heading="", legend=(), columns=3, width=WIDTH):
+    """Panels in a grid. legend: (name, index of its colour or None for the text's, dashes) each.
+    -> the figure, its pixels (H, W, 3), the panels cut out of them, their alt texts."""
+    columns = min(columns, len(panels))
+    rows = [panels[start : start + columns] for start in range(0, len(panels), columns)]
+    heights, across = [max(panel.height for panel in row) for row in rows], columns * width  # inches
+    widths = [0.75 + 0.08 * len(name) for name, *_ in legend]
+    wide = len(legend) if sum(widths) < across else max(1, int(across / max(widths)))  # legend entries in a line
+    top = (0.5 + 0.25 * (-(-len(legend) // wide) if legend else 0)) if heading else 0.0
+    height = sum(heights) + top
+    settings = {**dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), sheet.text),
+                "grid.color": sheet.faint, "axes.facecolor": sheet.back, "font.size": 11, "text.parse_math": False, "axes.grid": True,
+                "axes.axisbelow": True, "axes.spines.top": False, "axes.spines.right": False, "hatch.color": sheet.back}
+    with matplotlib.rc_context(settings):
+        figure = Figure((across, height), dpi=DPI, facecolor=sheet.back)
+        canvas, axes, places, below = FigureCanvasAgg(figure), [], [], height - top  # inches to the bottom of the row
+        left, right = 0.92, 0.2  # inches
+        for row, high in zip(rows, heights, strict=True):
+            below -= high
+            for column in range(len(row)):
+                axes.append(figure.add_axes(((column * width + left) / across, (below + 0.6) / height, (width - left - right) / across,
+                                             (high - 1) / height)))
+                places.append((column * width, height - below - high, high))
+        alts = []
+        for one, panel in zip(axes, panels, strict=True):
+            one.set_title(panel.title, loc="left", fontsize=12, fontweight="bold")
+            alts.append(f"{panel.title}. {panel.plot(one, sheet)}")
+            one.yaxis.set_label_coords(-0.72 / (width - left - right), 0.5)
+        for shared in {panel.shared for panel in panels if panel.shared}:
+            members = [one for one, panel in zip(axes, panels, strict=True) if panel.shared == shared]
+            limits = [one.get_ylim() for one in members]
+            for one in members:
+                one.set_ylim(min(low for low, _ in limits), max(high for _, high in limits))
+        figure.text(0.15 / across, 1 - 0.12 / height, heading, fontsize=14, fontweight="bold", va="top")
+        if heading and legend:
+            handles = [Line2D([], [], color=sheet.text if index is None else sheet.lines[index % 6], dashes=dashes, linewidth=2)
+                       for _, index, dashes in legend]
+            box = figure.legend(handles, ["."] * len(legend), loc="upper left", bbox_to_anchor=(0.15 / across, 1 - 0.42 / height),
+                                ncols=wide, frameon=False, handlelength=2.6, borderpad=0, borderaxespad=0)
+            for entry, (name, *_) in zip(box.get_texts(), legend, strict=True):  # afterwards: a name may begin with an underscore
+                entry.set_text(name)
+        canvas.draw()
+    pixels = np.asarray(canvas.buffer_rgba())[..., :3]
+    cut = [pixels[round(y * DPI) : round((y + high) * DPI), round(x * DPI) : round((x + width) * DPI)] for x, y, high in places]
+    return figure, pixels, cut, alts
+
+
+def png(pixels):
+    """(H, W, 3) uint8 -> bytes of a PNG file with at most 200 colours."""
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).quantize(200).save(buffer, "png")
+    return buffer.getvalue()
+
+
+def jpeg(pixels):
+    """(H, W, 3) uint8 -> bytes of a JPEG file, for photographs."""
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "jpeg", quality=85)
+    return buffer.getvalue()
+
+
+def data_url(content, kind="png"):
+    return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
+
+
+# --------------------------------------------------------------------------------------------------------------------- page
+
+STYLE = """body{margin:0 auto;padding:1rem;max-width:1280px;background:var(--back);color:var(--text);font:16px/1.5 system-ui,sans-serif;
+overflow-wrap:anywhere}h1{font-size:1.5rem;line-height:1.25}h2{font-size:1.2rem;margin-top:2rem}small{opacity:.8}
+ul{display:flex;flex-wrap:wrap;gap:.3rem 1.5rem;padding:0;list-style:none}
+.panels{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,330px),1fr));gap:1.2rem .8rem}
+.frames{display:grid;grid-template-columns:repeat(auto-fill,minmax(100px,1fr));gap:.5rem}
+.maps{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,390px),1fr));gap:.8rem}
+figure{margin:0}img{width:100%;height:auto;display:block}figcaption{font-size:.9rem;padding:0 .5rem}
+table{border-collapse:collapse}tbody th{font-weight:normal}
+th,td{text-align:left;padding:.3rem .8rem .3rem 0;border-bottom:1px solid var(--faint);font-variant-numeric:tabular-nums}
+pre,.text{white-space:pre-wrap;border:1px solid var(--faint);border-radius:6px;padding:.7rem}
+.text sub{font-size:.7em;opacity:.85}
+@media(max-width:640px){thead{display:none}table,tbody,tr,th,td{display:block}tr{border-bottom:1px solid var(--faint);padding:.4rem 0}
+th,td{border:0;padding:.1rem 0}tbody th{font-weight:600}td::before{content:attr(data-label) ": "}}"""
+
+
+def panels_html(panels, legend=()):
+    """Panels as a grid of pictures, light and dark, under their legend."""
+    entries = "".join(
+        f'<li><svg width="40" height="10" aria-hidden="true"><line x1="0" y1="5" x2="40" y2="5" '
+        f'stroke="var(--{"text" if index is None else f"c{index % 6}"})" stroke-width="3" '
+        f'stroke-dasharray="{" ".join(f"{2.5 * part}" for part in dashes)}"/></svg> {escape(name)}</li>' for name, index, dashes in legend)
+    drawn = {name: draw(panels, sheet) for name, sheet in SHEETS.items()}
+    figures = "\n".join(
+        f'<figure><picture><source media="(prefers-color-scheme: dark)" srcset="{data_url(png(dark))}"><img src="{data_url(png(light))}" '
+        f'width="{light.shape[1]}" height="{light.shape[0]}" alt="{escape(alt)}"></picture>'
+        f"<figcaption>{escape(panel.caption)}</figcaption></figure>"
+        for panel, light, dark, alt in zip(panels, drawn["light"][2], drawn["dark"][2], drawn["light"][3], strict=True))
+    return (f"<ul>{entries}</ul>\n" if legend else "") + f'<div class="panels">\n{figures}\n</div>'
+
+
+def table_html(head, rows):
+    """head: column names; rows of (row name, HTML of each cell)."""
+    columns = "".join(f"<th scope=col>{escape(name)}</th>" for name in head)
+    body = "".join(f"<tr><th scope=row>{escape(name)}</th>" + "".join(
+        f'<td data-label="{escape(label)}">{cell}</td>' for label, cell in zip(head[1:], cells, strict=True)) + "</tr>\n"
+        for name, *cells in rows)
+    return f"<table><thead><tr>{columns}</tr></thead><tbody>\n{body}</tbody></table>"
+
+
+def write_report(output, heading, body, command, figures):
+    """Writes the page (body: HTML between its heading and its command) and its figures {what to add to the name: matplotlib figure} as PNG
+    and SVG beside it. Returns the path of the page."""
+    output = Path(output)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    colours = {name: f"--back:{sheet.back};--text:{sheet.text};--faint:{sheet.faint};" + "".join(
+        f"--c{index}:{colour};" for index, colour in enumerate(sheet.lines)) for name, sheet in SHEETS.items()}
+    for name, figure in figures.items():
+        file = output.with_name(f"{output.stem}{name}.png")
+        file.write_bytes(png(np.asarray(figure.canvas.buffer_rgba())[..., :3]))
+        with matplotlib.rc_context({"svg.hashsalt": "", "text.parse_math": False}):
+            figure.savefig(file.with_suffix(".svg"), metadata={"Date": None}, facecolor=figure.get_facecolor())
+    output.write_text(f"""<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1">
+<title>{escape(heading)}</title>
+<style>:root{{color-scheme:light dark;{colours["light"]}}}@media(prefers-color-scheme:dark){{:root{{{colours["dark"]}}}}}
+{STYLE}</style></head>
+<body><h1>{escape(heading)}</h1>
+{body}
+<h2>Made by</h2><pre>{escape(command)}</pre></body></html>
+""", encoding="utf-8")
+    return output
+
+
+def check_output(output):
+    if Path(output).suffix != ".html":
+        raise DataError(f"--output {output} must end in .html; the PNG and the SVG are written beside it")
+
+
+# ---------------------------------------------------------------------------------------------------------------- run report
+
+# One panel each, in this order: stage, metric, title, unit, y axis (panels that name the same one share it), what it is.
+METRICS = [
+    ("grpo", "reward/accuracy", "Accuracy of rollouts", "share correct", "0 to 1", "Mean accuracy reward of the sampled completions."),
+    ("grpo", "consensus/score", "Consensus, the run's score", "score", "consensus", "Eq. 6 with the run's own frame use; videos only."),
+    ("grpo", "consensus/paper_score", "Consensus, the paper's score", "score", "consensus", "Last layer, max pool, τ = 0.1."),
+    ("grpo", "rollout/length", "Completion length", "tokens", "", "Mean tokens of a completion."),
+    ("grpo", "consensus/evidence_use", "Evidence use, the run's score", "share of use", "evidence",
+     "Frame use on the frames that hold the answer."),
+    ("grpo", "consensus/paper_evidence_use", "Evidence use, the paper's", "share of use", "evidence", "The same by the paper's frame use."),
+    ("grpo", "loss/kl", "KL to the reference", "nats per token", "", "k3 estimate, Eq. 10."),
+    ("grpo", "loss/zero_variance_groups", "Zero-variance groups", "share of groups", "0 to 1", "All rollouts earn the same: no signal."),
+    ("grpo", "rollout/entropy", "Entropy", "nats per token", "", "Of the policy's next-token distribution on its completions."),
+    ("grpo", "reward/total", "Reward, total", "reward", "", "Sum of the terms: accuracy and those that follow."),
+    ("grpo", "reward/consensus", "Reward term: consensus", "reward", "", "λ × gate × consensus score, Eq. 7."),
+    ("grpo", "reward/temporal", "Reward term: temporal", "reward", "", "For correct completions where frame order helps."),
+    ("grpo", "reward/alignment", "Reward term: temporal alignment", "reward", "", "Share of timed claims that match, if correct."),
+    ("grpo", "reward/consistency", "Reward term: consistency", "reward", "", "For correct answers that the reference finds likely too."),
+    ("grpo", "reward/format", "Reward term: format", "reward", "0 to 1", "1 for a think block followed by an answer block."),
+    ("grpo", "reward/length", "Reward term: length", "reward", "", "Bonus of correct completions within the length band."),
+    ("grpo", "time/step", "Time per GRPO step", "seconds", "", "Wall clock, rollouts included."),
+    ("sft", "loss/sft", "SFT loss", "nats per token", "", "Cold start, mean over target tokens."),
+]
+STAGES = ("rollout", "reference", "policy", "update")  # of a GRPO step, in seconds under time/
+MEASURES = {  # of result.json, in the table's order; parts of the question set follow theirs: greedy/conflict, greedy/KIND
+    "greedy": "Held-out accuracy, greedy", "sampled": "Held-out accuracy, sampled", "consensus": "Consensus, the run's score",
+    "evidence_use": "Evidence use, the run's score", "paper_consensus": "Consensus, the paper's score",
+    "paper_evidence_use": "Evidence use, the paper's", "evidence_chance": "Evidence use by chance", "length": "Completion length, tokens",
+    "conflict": "asked and salient evidence differ"}
+
+
+@dataclass
+class Run:
+    folder: str
+    records: dict  # stage -> {step: record}
+    result: dict | None  # result.json: before, after
+
+
+def read_run(folder):
+    """A directory that train.py wrote. A last line without its line break is one that train.py is still writing, and is left out."""
+    file, result = Path(folder) / "metrics.jsonl", Path(folder) / "result.json"
+    if not Path(folder).is_dir():
+        raise DataError(f"{folder} is not a folder (the --output_dir of a run is expected)")
+    if not file.is_file():
+        raise DataError(f"{folder} has no metrics.jsonl; train.py writes it once training starts")
+    records = {}
+    for number, line in enumerate(file.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True), 1):
+        try:
+            record = json.loads(line)
+            records.setdefault(record["stage"], {})[int(record["step"])] = record
+        except (ValueError, KeyError, TypeError) as error:
+            if line.endswith("\n"):
+                raise DataError(f"{file} line {number} is not a JSON record with stage and step") from error
+    if not records:
+        raise DataError(f"{file} holds no step yet; try again once training has made one")
+    try:
+        read = json.loads(result.read_text(encoding="utf-8")) if result.is_file() else None
+        if read is not None and not (isinstance(read["before"], dict) and isinstance(read["after"], dict)):
+            raise ValueError("before and after are not objects")
+    except (ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{result} is not the result of a run (JSON with before and after)") from error
+    return Run(str(folder), records, read)
+
+
+def running_mean(values):
+    """(S,) -> (S,): centred mean over about sqrt(S) steps, fewer at the ends, of what is not NaN; NaN where the value itself is."""
+    half = int(len(values) ** 0.5 / 2)
+    windows = [values[max(0, index - half) : index + half + 1] for index in range(len(values))]
+    return np.array([np.nan if np.isnan(value) else np.nanmean(window) for value, window in zip(values, windows, strict=True)])
+
+
+def curves(runs, stage, name):
+    """-> all their steps (S,), values (R, S) and running means (R, S) with NaN where a run has none, steps whose value is not a number."""
+    records = [run.records.get(stage, {}) for run in runs]
+    steps = sorted({step for own in records for step, record in own.items() if name in record})
+    values, means, broken = np.full((len(runs), len(steps)), np.nan), np.full((len(runs), len(steps)), np.nan), []
+    for row, own in enumerate(records):
+        here = [index for index, step in enumerate(steps) if name in own.get(step, {})]
+        numbers = [own[steps[index]][name] for index in here]
+        numbers = np.array([number if isinstance(number, (int, float)) and np.isfinite(number) else np.nan for number in numbers], float)
+        values[row, here], means[row, here] = numbers, running_mean(numbers)
+        broken += [steps[index] for index, number in zip(here, numbers, strict=True) if np.isnan(number)]
+    return np.array(steps), values, means, broken
+
+
+def plot_metric(axes, sheet, metric, groups, chance):
+    """One metric of every group of runs; chance: where uniform use would lie, None where that means nothing. Returns its alt text."""
+    stage, name, _, unit, axis, _ = metric
+    told = []
+    for index, (label, runs) in enumerate(groups.items()):
+        steps, values, means, broken = curves(runs, stage, name)
+        colour, values, means = sheet.lines[index % 6], np.ma.masked_invalid(values), np.ma.masked_invalid(means)
+        if broken:
+            axes.plot(broken, [0.03] * len(broken), "x", color=colour, transform=axes.get_xaxis_transform(), clip_on=False)
+        if not values.count():
+            continue
+        middle = means.mean(0)  # (S,)
+        there = np.pad(~np.ma.getmaskarray(middle), 1)
+        known, alone = np.flatnonzero(there[1:-1]), np.flatnonzero(there[1:-1] & ~there[:-2] & ~there[2:])  # alone: a dot, not a line
+        axes.plot(steps, values.mean(0), color=colour, alpha=0.3, linewidth=0.9)
+        if len(runs) > 1:
+            axes.fill_between(steps, means.min(0), means.max(0), color=colour, alpha=0.18, linewidth=0)
+        axes.plot(steps, middle, color=colour, linewidth=2, dashes=DASHES[index % 4], marker="o", markersize=5, markevery=alone.tolist())
+        told.append(f"{label}: {middle[known[0]]:.3g} at step {steps[known[0]]}, {middle[known[-1]]:.3g} at step {steps[known[-1]]}")
+    axes.set(xlabel=f"{stage.upper()} step", ylabel=unit)
+    if np.ptp(axes.dataLim.intervalx) == 0:  # one step only
+        axes.set_xlim(axes.dataLim.x0 - 1, axes.dataLim.x0 + 1)
+    axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+    axes.yaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]))
+    if axis == "0 to 1":
+        axes.set_ylim(-0.03, 1.03)
+    if chance is not None:
+        axes.axhline(chance, color=sheet.text, linestyle=":", linewidth=1.2)
+    return f"{unit}, running mean. {'; '.join(told) or 'No number in any step'}."
+
+
+def stage_seconds(runs):
+    """Median seconds of each of STAGES over the GRPO steps of these runs; 0 where there are none."""
+    found = []
+    for stage in STAGES:
+        values = curves(runs, "grpo", f"time/{stage}")[1]
+        found.append(float(np.nanmedian(values)) if np.isfinite(values).any() else 0.0)
+    return found
+
+
+def plot_stages(axes, sheet, groups):
+    told = []
+    for row, (label, runs) in enumerate(groups.items()):
+        begin = 0.0
+        for index, seconds in enumerate(stage_seconds(runs)):
+            axes.barh(row, seconds, left=begin, height=0.6, color=sheet.lines[index], hatch=["", "//", "..", "xx"][index],
+                      label=STAGES[index] if row == 0 else None)
+            begin += seconds
+        told.append(f"{label}: " + ", ".join(f"{stage} {seconds:.3g}" for stage, seconds in zip(STAGES, stage_seconds(runs), strict=True)))
+    axes.set(xlabel="seconds, median over steps", ylim=(len(groups) - 0.4, -1.1), yticks=range(len(groups)))
+    names = [label if len(label) < 10 else f"{label[:8]}…" for label in groups] if len(groups) > 1 else [""]
+    axes.set_yticklabels(names, fontsize=9)
+    axes.grid(axis="y", visible=False)
+    axes.legend(ncols=4, fontsize=8, frameon=False, loc="upper left", borderpad=0, handlelength=1, columnspacing=0.8, handletextpad=0.4)
+    return f"Seconds, median over steps. {'; '.join(told)}."
+
+
+def legend_text(label, runs):
+    return label if len(runs) == 1 else f"{label} ({len(runs)} runs)"
+
+
+def result_table(groups):
+    """result.json as HTML, before → after: mean over a label's runs and, of several, the lowest and highest. '' without any."""
+    done = {label: [run.result for run in runs if run.result and run.result["after"]] for label, runs in groups.items()}
+    done = {label: results for label, results in done.items() if results}
+
+    def cell(results, part, name):
+        values = [result[part][name] for result in results if isinstance(result[part].get(name), (int, float))]
+        several = f" <small>({min(values):.3f} to {max(values):.3f})</small>" if len(values) > 1 else ""
+        return f"{np.mean(values):.3f}{several}" if values else "–"
+
+    order, rows = {name: index for index, name in enumerate(MEASURES)}, []
+    names = {name: name.partition("/") for results in done.values() for result in results for name in result["after"]}
+    for name, (family, _, part) in sorted(names.items(), key=lambda pair: (order.get(pair[1][0], 99), pair[1])):
+        words = MEASURES.get(family, family) + (f": {MEASURES.get(part, part)}" if part else "")
+        rows.append((words, *(f"{cell(results, 'before', name)} → <b>{cell(results, 'after', name)}</b>" for results in done.values())))
+    head = ["measure", *(legend_text(label, results) for label, results in done.items())]
+    return rows and f"""<h2>Held-out questions, before → after GRPO</h2>
+<p>From result.json; of several runs the mean and (lowest to highest).</p>
+{table_html(head, rows)}"""
+
+
+def run_report(folders, labels=None, output=None, command=""):
+    """The report of `visualize.py run`. labels: one a folder, or None. Returns the path of the HTML file; PNG and SVG lie beside it."""
+    folders = [str(folder) for folder in folders]
+    output = Path(output or (Path(folders[0]) / "report.html" if len(folders) == 1 else "report.html"))
+    if labels and len(labels) != len(folders):
+        raise DataError(f"{len(labels)} --label for {len(folders)} directories; give none, or one a directory in their order")
+    if len({Path(folder).resolve() for folder in folders}) < len(folders):
+        raise DataError("a directory is given twice")
+    check_output(output)
+    groups = {}
+    for folder, label in zip(folders, labels or folders, strict=True):
+        groups.setdefault(label, []).append(read_run(folder))
+    runs = [run for members in groups.values() for run in members]
+    chances = [run.result["after"]["evidence_chance"] for run in runs if run.result and "evidence_chance" in run.result["after"]]
+    chance, panels, zero, gaps = float(np.mean(chances)) if chances else None, [], [], False
+    for metric in METRICS:
+        steps, values, _, broken = curves(runs, *metric[:2])
+        gaps = gaps or bool(broken)
+        if broken or np.nan_to_num(values).any():
+            own = chance if metric[4] == "evidence" else None
+            panels.append(Panel(metric[2], metric[5], lambda axes, sheet, metric=metric, own=own: plot_metric(
+                axes, sheet, metric, groups, own), metric[4] if metric[4] != "0 to 1" else ""))
+        elif len(steps):
+            zero.append(metric[2])
+    if not panels:
+        raise DataError("metrics.jsonl has none of the metrics that this report draws, or all of them are zero")
+    if any(stage_seconds(runs)):
+        panels.insert(-1, Panel("Time by stage", "What a GRPO step spends its time on.", lambda axes, sheet: plot_stages(
+            axes, sheet, groups)))
+    unfinished = [run.folder for run in runs if run.result is None]
+    heading = f"Training dynamics of {runs[0].folder if len(runs) == 1 else f'{len(runs)} runs'}"
+    note = "Line: running mean over about √n of n steps, centred. Faint: value of each step."
+    note += " Band: lowest to highest running mean of the runs; their mean is the line." if len(groups) < len(runs) else ""
+    note += " Dotted: use if spread evenly over the held-out questions' frames." if chances else ""
+    note += " A cross at the bottom: the value is not a number." if gaps else ""
+    note += f" Zero throughout, so not drawn: {', '.join(zero)}." if zero else ""
+    note += f" Without result.json yet: {', '.join(unfinished)}." if unfinished else ""
+    legend = [(legend_text(label if len(label) < 40 else f"{label[:39]}…", members), index, DASHES[index % 4])
+              for index, (label, members) in enumerate(groups.items())]
+    legend += [("uniform use (chance, held-out)", None, (1, 1))] if chances and any(panel.shared == "evidence" for panel in panels) else []
+    body = f"{result_table(groups) or ''}\n<h2>Step by step</h2><p>{escape(note)}</p>\n{panels_html(panels, legend)}"
+    return write_report(output, heading, body, command, {"": draw(panels, SHEETS["light"], heading, legend)[0]})
