@@ -397,8 +397,11 @@ def load_image(path):
 def resize_frames(frames, min_pixels, max_pixels, factor=28):
     """(K, H, W, 3) -> (K, 3, h, w): sides multiples of `factor`, min_pixels <= h*w <= max_pixels, aspect kept, bicubic."""
     height, width = smart_resize(*frames.shape[1:3], factor=factor, min_pixels=min_pixels, max_pixels=max_pixels)
-    pixels = torch.tensor(frames).permute(0, 3, 1, 2).float()  # (K, 3, H, W)
-    return F.interpolate(pixels, (height, width), mode="bicubic", antialias=True).round().clamp(0, 255).to(torch.uint8)
+    resized = torch.empty(len(frames), 3, height, width, dtype=torch.uint8)
+    for frame, own in zip(frames, resized, strict=True):  # one at a time: as float32 they take four times the memory
+        pixels = torch.tensor(frame).permute(2, 0, 1)[None].float()  # (1, 3, H, W)
+        own.copy_(F.interpolate(pixels, (height, width), mode="bicubic", antialias=True)[0].round().clamp(0, 255))
+    return resized
 
 
 # -------------------------------------------------------------------------------------------------------------- prompts

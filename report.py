@@ -8,6 +8,7 @@ visualize.py is the command line; train.py calls run_report() at its end.
 import base64
 import io
 import json
+import shlex
 from collections.abc import Callable
 from dataclasses import dataclass
 from html import escape
@@ -352,9 +353,18 @@ def result_table(groups):
         words = MEASURES.get(family, family) + (f": {MEASURES.get(part, part)}" if part else "")
         rows.append((words, *(f"{cell(results, 'before', name)} → <b>{cell(results, 'after', name)}</b>" for results in done.values())))
     head = ["measure", *(legend_text(label, results) for label, results in done.items())]
-    return rows and f"""<h2>Held-out questions, before → after GRPO</h2>
+    return f"""<h2>Held-out questions, before → after GRPO</h2>
 <p>From result.json; of several runs the mean and (lowest to highest).</p>
-{table_html(head, rows)}"""
+{table_html(head, rows)}""" if rows else ""
+
+
+def seconds_table(groups):
+    """Wall clock of a run's stages as HTML, from result.json: mean over a label's runs. '' without any."""
+    done = {label: [run.result["seconds"] for run in runs if run.result and "seconds" in run.result] for label, runs in groups.items()}
+    done = {label: results for label, results in done.items() if results}
+    rows = [(name, *(f"{np.mean([result.get(name, 0.0) for result in results]):.0f}" for results in done.values()))
+            for name in {name: 0 for results in done.values() for result in results for name in result}]
+    return f"<h2>Seconds</h2>{table_html(['stage', *done], rows)}" if rows else ""
 
 
 def run_report(folders, labels=None, output=None, command=""):
@@ -397,5 +407,7 @@ def run_report(folders, labels=None, output=None, command=""):
     legend = [(legend_text(label if len(label) < 40 else f"{label[:39]}…", members), index, DASHES[index % 4])
               for index, (label, members) in enumerate(groups.items())]
     legend += [("uniform use (chance, held-out)", None, (1, 1))] if chances and any(panel.shared == "evidence" for panel in panels) else []
-    body = f"{result_table(groups) or ''}\n<h2>Step by step</h2><p>{escape(note)}</p>\n{panels_html(panels, legend)}"
-    return write_report(output, heading, body, command, {"": draw(panels, SHEETS["light"], heading, legend)[0]})
+    parts = [result_table(groups), f"<h2>Step by step</h2><p>{escape(note)}</p>", panels_html(panels, legend), seconds_table(groups)]
+    trained = [f"# {run.folder}: {shlex.join(run.result['command'])}" for run in runs if run.result and "command" in run.result]
+    figures = {"": draw(panels, SHEETS["light"], heading, legend)[0]}
+    return write_report(output, heading, "\n".join(parts), "\n".join([command, *trained]), figures)

@@ -16,6 +16,7 @@ import json
 import os
 import random
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -68,6 +69,7 @@ from grpo import (
     sampling,
     slot_shares,
 )
+from report import run_report
 
 
 def flag(default, text, **more):
@@ -849,7 +851,9 @@ def run(arguments, settings):
     result.update(before=before, after=after, seconds=seconds)
     if is_main():
         (output / "result.json").write_text(json.dumps(result, indent=1), encoding="utf-8")
-    say(f"all of it is in {output}/: result.json, metrics.jsonl, rollouts.jsonl, checkpoints")
+        if (output / "metrics.jsonl").stat().st_size:
+            run_report([output], command=f"python visualize.py run {shlex.quote(str(output))}")
+    say(f"all of it is in {output}/: report.html, result.json, metrics.jsonl, rollouts.jsonl, checkpoints")
 
 
 def plain_cause(cause):
