@@ -5,8 +5,9 @@ Letters in shapes: K frames, t temporal slots of h x w = M visual tokens (after 
 """
 
 import os
+import sys
 import textwrap
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from html import escape
 
 import cv2
@@ -15,51 +16,13 @@ import numpy as np
 import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
 import reward
-from data import PROBLEM_TYPES, DataError, Encoder, Example, decode_frames, read_template
+from data import DataError, Encoder, Example, decode_frames, read_template
 from grpo import FAMILIES, Policy, collate, rollout_frame_use, sample_texts
 from prior import PriorSettings, load_clip, make_prior
-from report import DASHES, DPI, SHEETS, Panel, check_output, data_url, draw, jpeg, panels_html, table_html, write_report
-
-
-@dataclass
-class SampleArguments:
-    """One question about one video, and the models that answer it."""
-
-    model_name_or_path: str = field(metadata={"help": "Qwen2-VL, Qwen2.5-VL or Qwen3-VL checkpoint, folder or hub id"})
-    video: str = field(metadata={"help": "video file"})
-    question: str = field(metadata={"help": "the question about it"})
-    compare: str | None = field(default=None, metadata={"help": "a second checkpoint, drawn beside the first"})
-    options: list[str] = field(default_factory=list, metadata={"help": "the options of a multiple-choice question: 'A. red' 'B. blue'"})
-    answer: str | None = field(default=None, metadata={"help": "the right answer (a letter, with --options); None: no accuracy, no total"})
-    problem_type: str | None = field(default=None, metadata={
-        "help": "how it is asked and scored; None: multiple choice with --options, else free-form", "choices": list(PROBLEM_TYPES)})
-    min_pixels: int = field(default=4 * 28 * 28, metadata={"help": "fewest pixels a frame"})
-    max_pixels: int = field(default=256 * 28 * 28, metadata={"help": "most pixels a frame"})
-    prompt_template: str | None = field(default=None, metadata={"help": "text file with {question} and {instruction}"})
-    frame_times: str = field(default="none", metadata={
-        "help": "how frames say when they were taken, as in training", "choices": ["none", "text", "drawn"]})
-    hidden_layer: int = field(default=-1, metadata={
-        "help": "layer of the hidden states that the paper's score reads: 0 embeddings ... -1 last (the paper's)"})
-    attention_layer: int = field(default=1, metadata={"help": "layer whose attention is drawn, 1 is the first"})
-    cfr_weight: float = field(default=3.0, metadata={"help": "lambda of the consensus frame reward, Eq. 7"})
-    max_completion_length: int = field(default=1024, metadata={"help": "most tokens of the answer"})
-    temperature: float = field(default=0.0, metadata={"help": "0 is greedy"})
-    seed: int = field(default=0, metadata={"help": "of the sampling"})
-    output: str = field(default="sample.html", metadata={"help": "report to write; FILE.png, FILE-maps.png and both as SVG go beside it"})
-
-    def __post_init__(self):
-        check_output(self.output)
-        if not 0 < self.min_pixels <= self.max_pixels or self.max_completion_length < 1 or self.temperature < 0:
-            raise DataError("--min_pixels above 0 and at most --max_pixels, --max_completion_length above 0, --temperature at least 0")
-        self.problem_type = self.problem_type or ("multiple choice" if self.options else "free-form")
-        if (self.problem_type == "multiple choice") != bool(self.options):
-            raise DataError("--options 'A. ...' 'B. ...' and --problem_type multiple choice go together")
-        if self.compare == self.model_name_or_path:
-            raise DataError("--compare names the model itself; give another one")
+from report import DASHES, DPI, SHEETS, Panel, data_url, draw, jpeg, panels_html, table_html, write_report
 
 
 @dataclass
@@ -97,22 +60,26 @@ def patch_contributions(response, patches, pool):
     return own @ direction / frames.norm(dim=-1, keepdim=True)
 
 
+def check_model(arguments, path):
+    """DataError for what is no checkpoint, of a family whose frame use is not known, or without the layers to be read."""
+    try:
+        config = AutoConfig.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path} is no checkpoint: {str(error).splitlines()[0]}") from error
+    if config.model_type not in FAMILIES:
+        raise DataError(f"{path} is a {config.model_type} checkpoint; frame use is known for {', '.join(FAMILIES)}")
+    layers = config.get_text_config().num_hidden_layers
+    if not -1 <= arguments.hidden_layer <= layers or not 1 <= arguments.attention_layer <= layers:
+        raise DataError(f"{path} has layers 1 to {layers} (--attention_layer), and hidden states 0 to {layers} or -1 (--hidden_layer)")
+
+
 @torch.no_grad()
 def look(arguments, name, path, example, row):
     """The answer of one checkpoint to the example, and what it looks at."""
-    try:
-        family = AutoConfig.from_pretrained(path).model_type
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path} is no checkpoint: {str(error).splitlines()[0]}") from error
-    if family not in FAMILIES:
-        raise DataError(f"{path} is a {family} checkpoint; frame use is known for {', '.join(FAMILIES)}")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = AutoModelForImageTextToText.from_pretrained(path, dtype=torch.bfloat16 if device == "cuda" else torch.float32,
                                                         attn_implementation="sdpa", use_safetensors=True).to(device).eval()
-    policy, layers = Policy(model), model.config.get_text_config().num_hidden_layers
-    if not -1 <= arguments.hidden_layer <= layers or not 1 <= arguments.attention_layer <= layers:
-        raise DataError(f"{path} has layers 1 to {layers}, and hidden states 0 to {layers} or -1")
-    processor = AutoProcessor.from_pretrained(path)
+    policy, processor = Policy(model), AutoProcessor.from_pretrained(path)
     encoder = Encoder(processor, arguments.min_pixels, arguments.max_pixels, len(row["frames"]), read_template(arguments.prompt_template),
                       cache_gb=0, frame_times=arguments.frame_times)
     item = encoder.encode(example, row)
@@ -120,7 +87,7 @@ def look(arguments, name, path, example, row):
     merge = model.config.vision_config.spatial_merge_size
     slots, height, width = (item["grid_thw"] // torch.tensor([1, merge, merge])).tolist()
     if slots < 2:
-        raise DataError(f"{example.media}: {len(row['frames'])} sampled frames make one slot of the model, nothing to choose between")
+        raise DataError(f"{example.media}: {len(row['frames'])} sampled frames make one slot of the model, with nothing to choose from")
     tokens, mask, (text,) = sample_texts(model, processor, prompts, [1], [arguments.seed], arguments.max_completion_length,
                                          arguments.temperature)
     _, _, hidden, attention, _ = policy(prompts, tokens[:, None], mask[:, None], hidden_layers=(arguments.hidden_layer,),
@@ -208,7 +175,7 @@ def plot_use(axes, sheet, row, looks, score):
                 merged = reward.merge_prior(torch.tensor(row["prior"]), len(use))
                 axes.stairs(merged, edges, fill=True, color=sheet.faint)
                 axes.stairs(merged, edges, color=sheet.text, linestyle=(0, (1, 1)), linewidth=1.5)
-            axes.stairs(use, edges, baseline=None, color=sheet.lines[index], linewidth=3.4 - 1.6 * index,  # the second within the first
+            axes.stairs(use, edges, baseline=None, color=sheet.lines[index], linewidth=3 - 1.4 * index,  # the second within the first
                         linestyle=(0, DASHES[1]) if tau == 1 else "-")
             told.append(f"{one.name}{f', τ = {tau:g}' if tau else ''}: {', '.join(f'{value:.3f}' for value in use.tolist())}")
     axes.set(ylabel="share of use", ylim=(0, None))
@@ -379,12 +346,17 @@ def sample_report(arguments, settings, command):
     example = Example("0", arguments.question, arguments.options, arguments.problem_type, arguments.answer or "",
                       os.path.abspath(arguments.video), "video")
     paths = [arguments.model_name_or_path, *([arguments.compare] if arguments.compare else [])]
+    for path in paths:
+        check_model(arguments, path)
     row = make_prior(example, load_clip(settings.clip, settings.clip_pretrained) if settings.has_semantic else None, settings)
     thumbs = []
     for frame in decode_frames(example.media, row["frames"])[0]:
         scale = min(1.0, 240 / max(frame.shape[:2]))
         thumbs.append(cv2.resize(frame, None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA))
-    looks = [look(arguments, name, path, example, row) for name, path in zip(short_names(paths), tqdm(paths, desc="model"), strict=True)]
+    looks = []
+    for name, path in zip(short_names(paths), paths, strict=True):
+        print(f"{path} is asked", file=sys.stderr)
+        looks.append(look(arguments, name, path, example, row))
     panels, layers = sample_panels(arguments, row, looks), (arguments.hidden_layer, arguments.attention_layer)
     legend = [("P, merged into the model's slots", None, (1, 1))]
     legend += [entry for index, one in enumerate(looks) for entry in (

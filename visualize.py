@@ -13,14 +13,51 @@ those with the same label (seeds of one arm) become one line, their mean, in a b
 import argparse
 import shlex
 import sys
-from dataclasses import fields
+from dataclasses import dataclass, field, fields
 
 from transformers import HfArgumentParser
 
-from data import DataError
-from look import SampleArguments, sample_report
+from data import PROBLEM_TYPES, DataError
 from prior import PriorSettings
-from report import run_report
+from report import check_output, run_report
+
+
+@dataclass
+class SampleArguments:
+    """One question about one video, and the models that answer it."""
+
+    model_name_or_path: str = field(metadata={"help": "Qwen2-VL, Qwen2.5-VL or Qwen3-VL checkpoint, folder or hub id"})
+    video: str = field(metadata={"help": "video file"})
+    question: str = field(metadata={"help": "the question about it"})
+    compare: str | None = field(default=None, metadata={"help": "a second checkpoint, drawn beside the first"})
+    options: list[str] = field(default_factory=list, metadata={"help": "the options of a multiple-choice question: 'A. red' 'B. blue'"})
+    answer: str | None = field(default=None, metadata={"help": "the right answer (a letter, with --options); None: no accuracy, no total"})
+    problem_type: str | None = field(default=None, metadata={
+        "help": "how it is asked and scored; None: multiple choice with --options, else free-form", "choices": list(PROBLEM_TYPES)})
+    min_pixels: int = field(default=4 * 28 * 28, metadata={"help": "fewest pixels a frame"})
+    max_pixels: int = field(default=256 * 28 * 28, metadata={"help": "most pixels a frame"})
+    prompt_template: str | None = field(default=None, metadata={"help": "text file with {question} and {instruction}"})
+    frame_times: str = field(default="none", metadata={
+        "help": "how frames say when they were taken, as in training", "choices": ["none", "text", "drawn"]})
+    hidden_layer: int = field(default=-1, metadata={
+        "help": "layer of the hidden states that the paper's score reads: 0 embeddings ... -1 last (the paper's)"})
+    attention_layer: int = field(default=1, metadata={"help": "layer whose attention is drawn, 1 is the first"})
+    cfr_weight: float = field(default=3.0, metadata={"help": "lambda of the consensus frame reward, Eq. 7"})
+    max_completion_length: int = field(default=1024, metadata={"help": "most tokens of the answer"})
+    temperature: float = field(default=0.0, metadata={"help": "0 is greedy"})
+    seed: int = field(default=0, metadata={"help": "of the sampling"})
+    output: str = field(default="sample.html", metadata={"help": "report to write; FILE.png, FILE-maps.png and both as SVG go beside it"})
+
+    def __post_init__(self):
+        check_output(self.output)
+        if not 0 < self.min_pixels <= self.max_pixels or self.max_completion_length < 1 or self.temperature < 0:
+            raise DataError("--min_pixels above 0 and at most --max_pixels, --max_completion_length above 0, --temperature at least 0")
+        self.problem_type = self.problem_type or ("multiple choice" if self.options else "free-form")
+        if (self.problem_type == "multiple choice") != bool(self.options):
+            raise DataError("--options 'A. ...' 'B. ...' and --problem_type multiple choice go together")
+        if self.compare == self.model_name_or_path:
+            raise DataError("--compare names the model itself; give another one")
+
 
 # ------------------------------------------------------------------------------------------------------------ command line
 
@@ -40,6 +77,7 @@ def main():
         if arguments.command == "run":
             print(run_report(arguments.output_dirs, arguments.label, arguments.output, command))
         else:
+            from look import sample_report  # imports DeepSpeed, for which the others need not wait
             parts = [kind(**{setting.name: getattr(arguments, setting.name) for setting in fields(kind)})
                      for kind in (SampleArguments, PriorSettings)]
             print(sample_report(*parts, command))

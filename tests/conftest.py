@@ -3,6 +3,7 @@ and train.py as a user runs it: the deepspeed launcher, ZeRO-3, a small toy with
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -93,3 +94,43 @@ def first_run(small_toy, tmp_path_factory):
     output = tmp_path_factory.mktemp("run") / "output"
     done = launch("--toy_dir", small_toy, "--output_dir", output, *SMALL, "--per_device_train_batch_size", "4")
     return output, done
+
+
+# ---------------------------------------------------------------------------------------------------- pages, in a real browser
+
+CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
+QUIET = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
+         "--disable-component-update", "--disable-sync"]
+
+
+@pytest.fixture(scope="session")
+def chromium():
+    """check(file): the page opens from disk on a phone, light and dark: nothing fetched, no complaint, every picture there, no sideways
+    scrolling, an alt text for every picture. Returns its words."""
+    if CHROMIUM is None:
+        pytest.skip("needs Debian's chromium (.ci/run installs it)")
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=QUIET)
+
+        def check(file):
+            backs = set()
+            for scheme in ("light", "dark"):
+                page, told = browser.new_page(viewport={"width": 360, "height": 740}, color_scheme=scheme), []
+                page.on("console", lambda message, told=told: told.append(message.text))
+                page.on("pageerror", lambda error, told=told: told.append(str(error)))
+                page.on("request", lambda request, told=told: told.append(request.url) if request.url[:5] not in ("file:", "data:") else 0)
+                page.goto(Path(file).resolve().as_uri())
+                pictures = page.evaluate("[...document.images].map(i => [i.complete, i.naturalWidth, i.alt.length > 10])")
+                assert pictures and all(done and width > 0 and alt for done, width, alt in pictures)
+                assert page.evaluate("document.documentElement.scrollWidth") <= 360
+                assert told == []
+                backs.add(page.evaluate("getComputedStyle(document.body).backgroundColor"))
+                words = page.inner_text("body")
+                page.close()
+            assert len(backs) == 2
+            return words
+
+        yield check
+        browser.close()

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -89,12 +90,13 @@ def read(file):
     return page
 
 
-def test_three_runs_two_arms(tmp_path):
+def test_three_runs_two_arms(tmp_path, chromium):
     results = [write_run(tmp_path / name, seed) for seed, name in enumerate(("a0", "a1", "b <&> \"$x$\""))]
     label = '_<b>"λ & $3$'
     done = run(*(tmp_path / name for name in ("a0", "a1", "b <&> \"$x$\"")), "--label", "plain", "--label", "plain", "--label", label,
                "--output", "out/compare.html", cwd=tmp_path)
-    assert (done.returncode, done.stdout) == (0, "out/compare.html\n") and "Warning:" not in done.stderr
+    assert (done.returncode, done.stdout) == (0, "out/compare.html\n") and done.stderr == ""
+    assert "Held-out questions" in chromium(tmp_path / "out/compare.html")
     page = read(tmp_path / "out/compare.html")
     assert len(page.images) == len(report.METRICS) and len(page.sources) == 2 * len(report.METRICS)  # light and dark
     assert page.rows[0] == ["measure", "plain (2 runs)", label]
@@ -112,6 +114,14 @@ def test_three_runs_two_arms(tmp_path):
     assert page.words.count(label) >= 2 and f"{label}: " in page.images[0]["alt"]
 
 
+def test_train_writes_the_report(first_run, chromium):
+    output, _ = first_run
+    words = chromium(output / "report.html")
+    after = json.loads((output / "result.json").read_text())["after"]["greedy"]
+    assert f"→ {after:.3f}" in words and "python visualize.py run" in words and "train.py" in words.split("MADE BY")[-1].split("Made by")[-1]
+    assert (output / "report.png").is_file() and (output / "report.svg").is_file()
+
+
 def test_nan_gap_truncated_line_and_zero_term(tmp_path):
     def change(record):
         values = {"reward/accuracy": float("nan") if 3 <= record["step"] < 6 else 0.5, PAPER: float("nan"), "loss/kl": float("inf"),
@@ -122,7 +132,7 @@ def test_nan_gap_truncated_line_and_zero_term(tmp_path):
     with open(tmp_path / "a/metrics.jsonl", "a") as file:
         file.write('{"stage": "grpo", "st')  # the run is still writing
     done = run("a", cwd=tmp_path)
-    assert done.returncode == 0 and "Warning:" not in done.stderr
+    assert done.returncode == 0 and done.stderr == ""
     page = read(tmp_path / "a/report.html")
     assert len(page.images) == len(report.METRICS) - 1 and page.rows == []
     assert "Zero throughout, so not drawn: Reward term: length." in page.words and "not a number" in page.words
@@ -132,7 +142,7 @@ def test_nan_gap_truncated_line_and_zero_term(tmp_path):
 def test_one_step(tmp_path):
     write_run(tmp_path / "a", steps=1)
     done = run("a", "--output", "one.html", cwd=tmp_path)
-    assert done.returncode == 0 and "Warning:" not in done.stderr
+    assert done.returncode == 0 and done.stderr == ""
     page = read(tmp_path / "one.html")
     value = json.loads((tmp_path / "a/metrics.jsonl").read_text().splitlines()[1])["reward/accuracy"]
     assert f"a: {value:.3g} at step 0" in page.images[0]["alt"]
@@ -147,6 +157,36 @@ def test_curves_by_hand():
     np.testing.assert_equal(values, [[1, 3, nan, nan], [2, nan, nan, nan]])
     np.testing.assert_equal(means, [[1, 3, nan, nan], [2, nan, nan, nan]])  # three steps: a window of one
     np.testing.assert_allclose(report.running_mean(np.array([0.0, 3.0, nan, 6.0])), [1.5, 1.5, nan, 6.0])  # four: window of three
+
+
+def test_stage_bars_are_the_medians():
+    """Two labels: a of one run, b of two; bars end to end in the order of the stages."""
+    step = lambda *seconds: {f"time/{name}": value for name, value in zip(report.STAGES, seconds, strict=True)}  # noqa: E731
+    one = report.Run("a", {"grpo": {0: step(1, 2, 3, 0.5), 1: step(3, 2, 5, 0.5), 2: step(2, 2, 100, float("nan"))}}, None)
+    two = report.Run("b", {"grpo": {0: step(4, 0, 6, 1)}}, None)
+    axes = Figure().add_subplot()
+    alt = report.plot_stages(axes, report.SHEETS["light"], {"a": [one], "b": [one, two]})
+    bars = [(bar.get_x(), bar.get_width(), round(bar.get_y() + 0.3)) for bar in axes.patches]
+    assert bars == [(0, 2, 0), (2, 2, 0), (4, 5, 0), (9, 0.5, 0), (0, 2.5, 1), (2.5, 2, 1), (4.5, 5.5, 1), (10, 0.5, 1)]
+    assert "a: rollout 2, reference 2, policy 5, update 0.5; b: rollout 2.5" in alt
+
+
+def test_curve_is_the_file(tmp_path):
+    """The drawn lines of a metric: every value faint, the running mean over it, a band of two runs."""
+    for seed, name in enumerate(("a", "b")):
+        write_run(tmp_path / name, seed)
+    runs, axes = [report.read_run(tmp_path / name) for name in ("a", "b")], Figure().add_subplot()
+    metric = next(metric for metric in report.METRICS if metric[1] == "loss/kl")
+    report.plot_metric(axes, report.SHEETS["light"], metric, {"x": runs}, None)
+    kl = np.array([[json.loads(line)["loss/kl"] for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()
+                    if '"loss/kl"' in line] for name in ("a", "b")])  # (2, 12)
+    faint, line = (one.get_ydata() for one in axes.lines)
+    np.testing.assert_allclose(faint, kl.mean(0))
+    np.testing.assert_allclose(line[5], kl[:, 4:7].mean())  # 12 steps: windows of three
+    np.testing.assert_allclose(line[0], kl[:, :2].mean())
+    low, high = kl[:, 4:7].mean(1).min(), kl[:, 4:7].mean(1).max()
+    corners = axes.collections[0].get_paths()[0].vertices
+    np.testing.assert_allclose(sorted(corners[corners[:, 0] == 5, 1]), [low, high])
 
 
 def test_bad_input_is_one_sentence(tmp_path, capsys, monkeypatch):
