@@ -118,7 +118,7 @@ def test_train_writes_the_report(first_run, chromium):
     output, _ = first_run
     words = chromium(output / "report.html")
     after = json.loads((output / "result.json").read_text())["after"]["greedy"]
-    assert f"→ {after:.3f}" in words and "python visualize.py run" in words and "train.py" in words.split("MADE BY")[-1].split("Made by")[-1]
+    assert f"→ {after:.3f}" in words and f"python visualize.py run {output}" in words and f"# {output}: train.py" in words
     assert (output / "report.png").is_file() and (output / "report.svg").is_file()
 
 
