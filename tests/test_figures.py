@@ -244,8 +244,17 @@ def test_prior_page(toy_folder, tmp_path, monkeypatch, capsys):
         errors = [np.abs(shown - frame).mean() for frame in truth]
         assert int(np.argmin(errors)) == place and min(errors) < 10
     read(tmp_path / "out/prior.html", "-sheet")
-    colours = {colour for _, colour in Image.open(tmp_path / "out/prior-sheet.png").convert("RGB").getcolors(1 << 24)}
-    assert {(0, 0x72, 0xB2), (0xD5, 0x5E, 0)} <= colours  # the cues' lines beside photographs
+
+
+def test_photographs_leave_the_lines_their_colours(tmp_path):
+    rng = np.random.default_rng(0)
+    pictures = list(rng.integers(0, 255, (20, 90, 160, 3), dtype=np.uint8))  # 20 frames: two strips
+    row = prior_row("a", "x.mp4", [1, 3], [3], times=[float(place) for place in range(20)], prior=[0.05] * 20)
+    panels = figures.strip_panels([(row, pictures)], 12)
+    sheet = figures.draw(panels, figures.SHEETS["light"], "x", columns=1, width=12)[0]
+    figures.write_report(tmp_path / "x.html", "x", "", "x", {"-sheet": sheet})
+    colours = {colour for _, colour in Image.open(tmp_path / "x-sheet.png").convert("RGB").getcolors(1 << 24)}
+    assert len(panels) == 2 and {(0, 0x72, 0xB2), (0xD5, 0x5E, 0)} <= colours and len(colours) > 1000
 
 
 def test_rows_are_drawn_by_the_seed(tmp_path):
