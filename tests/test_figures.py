@@ -1,6 +1,7 @@
 """visualize.py enrichment and prior: their numbers by hand, the pages' numbers recomputed, bad input gets a sentence."""
 
 import base64
+import doctest
 import io
 import json
 import math
@@ -52,6 +53,12 @@ def read(file, figure=""):
 def write_lines(path, rows):
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
+
+
+def test_doctests():
+    for module in (figures, scores):
+        found = doctest.testmod(module)
+        assert found.attempted and not found.failed
 
 
 # --------------------------------------------------------------------------------------------------------------- enrichment
