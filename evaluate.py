@@ -337,13 +337,10 @@ def frame_uses(arguments, model, prompts, tokens, mask):
     return found
 
 
-def event_enrichment(each, consensus, share=0.05):
-    """How often the strongest token-slot pairs are about the slots that the prior speaks for (the paper's figure 9): each (L, t), consensus
-    (t,) bool -> the consensus slots' share of the largest 5 % of all pairs over their share of the slots; None where all or none are."""
-    if consensus.all() or not consensus.any():
-        return None
-    strongest = each.flatten().topk(max(1, round(share * each.numel()))).indices % each.shape[1]
-    return float(consensus[strongest].float().mean() / consensus.float().mean())
+def strongest_events(each, share=0.05):
+    """The strongest token-slot pairs (the paper's figure 9): each (L, t) -> the largest 5 % of all L * t, at least one, ascending, as flat
+    indices token * t + slot."""
+    return sorted(each.flatten().topk(max(1, round(share * each.numel()))).indices.tolist())
 
 
 def used_interval(use, times):
@@ -359,8 +356,9 @@ def used_interval(use, times):
 
 
 def use_row(example, item, found, prior):
-    """What a prediction keeps of frame_uses' (use (t,), each (L, t)): the shares, their mass on the known evidence, their consensus with
-    the prior's row, and the event enrichment on the slots that have more of the prior than an even share."""
+    """What a prediction keeps of frame_uses' (use (t,), each (L, t)): the shares and their mass on the known evidence; with the prior's row
+    their consensus with it, `events` (strongest_events), `tokens` L, `consensus_slots`, the positions of the slots that have more of the
+    prior than an even share, and `enrichment`, that of the events on them."""
     if found is None:
         return None
     use, each = found
@@ -372,8 +370,9 @@ def use_row(example, item, found, prior):
         row |= {"evidence": float(use.cpu() @ evidence), "chance": float(evidence.mean())}
     if prior:
         merged = reward.merge_prior(torch.tensor(prior["prior"]), len(use))
-        row |= {"consensus": reward.consensus_frame_reward(merged, use),
-                "enrichment": event_enrichment(each.cpu(), merged * len(use) > 1 + 1e-6)}
+        events, consensus = strongest_events(each.cpu()), (merged * len(use) > 1 + 1e-6).nonzero().flatten().tolist()
+        row |= {"consensus": reward.consensus_frame_reward(merged, use), "enrichment": scores.event_enrichment(events, len(use), consensus),
+                "events": events, "tokens": len(each), "consensus_slots": consensus}
     return {"slots": use.tolist(), "interval": used_interval(use, item["times"]), **row}
 
 

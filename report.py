@@ -102,10 +102,10 @@ def draw(panels, sheet, heading="", legend=(), columns=3, width=WIDTH):
     return figure, pixels, cut, alts
 
 
-def png(pixels):
-    """(H, W, 3) uint8 -> bytes of a PNG file with at most 200 colours."""
-    buffer = io.BytesIO()
-    Image.fromarray(pixels).quantize(200).save(buffer, "png")
+def png(pixels, colours=200):
+    """(H, W, 3) uint8 -> bytes of a PNG file with at most this many colours; None: as many as there are."""
+    buffer, picture = io.BytesIO(), Image.fromarray(pixels)
+    (picture.quantize(colours) if colours else picture).save(buffer, "png")
     return buffer.getvalue()
 
 
@@ -170,7 +170,8 @@ def write_report(output, heading, body, command, figures):
         f"--c{index}:{colour};" for index, colour in enumerate(sheet.lines)) for name, sheet in SHEETS.items()}
     for name, figure in figures.items():
         file = output.with_name(f"{output.stem}{name}.png")
-        file.write_bytes(png(np.asarray(figure.canvas.buffer_rgba())[..., :3]))
+        photographs = any(axes.images for axes in figure.axes)  # they would take the colours of the lines
+        file.write_bytes(png(np.asarray(figure.canvas.buffer_rgba())[..., :3], None if photographs else 200))
         with matplotlib.rc_context({"svg.hashsalt": "", "text.parse_math": False}):
             figure.savefig(file.with_suffix(".svg"), metadata={"Date": None}, facecolor=figure.get_facecolor())
     output.write_text(f"""<!doctype html>

@@ -610,13 +610,25 @@ def grounding_numbers(records, interval=cited_interval):
             (f"m{kind}", mean(shares)), (f"{kind}@0.3", mean(x >= 0.3 for x in shares)), (f"{kind}@0.5", mean(x >= 0.5 for x in shares)))}
 
 
+def event_enrichment(events, slots, chosen):
+    """How often the strongest token-slot pairs are about chosen slots (the paper's figure 9): events, flat indices token * slots + slot;
+    chosen, positions of slots -> their share of the events over their share of the slots, 1 is chance; None where all or none are chosen.
+
+    >>> event_enrichment([1, 4, 5, 9], 4, [0, 1])  # tokens 0, 1, 1, 2 on the slots 1, 0, 1, 1: all on half of the slots
+    2.0
+    """
+    if not 0 < len(chosen) < slots:
+        return None
+    return sum(event % slots in chosen for event in events) / len(events) / (len(chosen) / slots)
+
+
 def frame_use_numbers(records):
     """Where the answers looked, of questions about videos of two slots or more; means over all, and over right and wrong answers.
 
     A record's frame_use: slots, shares (t,) of the temporal slots that sum to 1; interval, see frame_use_interval; consensus, its agreement
-    with the prior (Eq. 6); enrichment, see evaluate.event_enrichment, 1 is chance; evidence, its mass on the slots that the answer rests
-    on, and chance, uniform use's mass there; None where the prior or the evidence is not known. entropy is divided by log t: 1 is even
-    use, 0 a single slot.
+    with the prior (Eq. 6); enrichment, see event_enrichment, and what it is made of (events, tokens, consensus_slots: evaluate.use_row);
+    evidence, its mass on the slots that the answer rests on, and chance, uniform use's mass there; None where the prior or the evidence is
+    not known. entropy is divided by log t: 1 is even use, 0 a single slot.
     """
     def numbers(uses):
         entropies = [-sum(p * math.log(p) for p in use["slots"] if p > 0) / math.log(len(use["slots"])) for use in uses]

@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import threading
+import types
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from importlib.util import find_spec
 from pathlib import Path
@@ -741,14 +742,31 @@ def test_the_normalised_gain_is_delta_knowledge():
 
 
 def test_event_enrichment_by_hand():
-    # two tokens, four slots, the largest quarter of 8 pairs: 0.9 (slot 1) and 0.8 (slot 3)
+    # two tokens, four slots, the largest quarter of 8 pairs: 0.9 (token 0, slot 1) and 0.8 (token 1, slot 3)
     each = torch.tensor([[0.1, 0.9, 0.2, 0.3], [0.0, 0.4, 0.5, 0.8]])
-    one, both, none = torch.tensor([0, 1, 0, 0]).bool(), torch.tensor([0, 1, 0, 1]).bool(), torch.tensor([1, 0, 0, 0]).bool()
-    assert evaluate.event_enrichment(each, one, share=0.25) == pytest.approx(0.5 / 0.25)
-    assert evaluate.event_enrichment(each, both, share=0.25) == pytest.approx(1 / 0.5)
-    assert evaluate.event_enrichment(each, none, share=0.25) == 0
-    assert evaluate.event_enrichment(each, one) == 4  # 5 % of 8 pairs: one of them
-    assert evaluate.event_enrichment(each, ~(one | ~one)) is None and evaluate.event_enrichment(each, one | ~one) is None
+    events = evaluate.strongest_events(each, share=0.25)
+    assert events == [0 * 4 + 1, 1 * 4 + 3] and evaluate.strongest_events(each) == [1]  # 5 % of 8 pairs: one of them
+    assert evaluate.strongest_events(each.T, share=0.25) == [1 * 2 + 0, 3 * 2 + 1]
+    assert scores.event_enrichment(events, 4, [1]) == pytest.approx(0.5 / 0.25)
+    assert scores.event_enrichment(events, 4, [1, 3]) == pytest.approx(1 / 0.5)
+    assert scores.event_enrichment(events, 4, [0]) == 0 and scores.event_enrichment([1], 4, [1]) == 4
+    assert scores.event_enrichment(events, 4, []) is None and scores.event_enrichment(events, 4, [0, 1, 2, 3]) is None
+
+
+def test_what_a_prediction_keeps_of_its_events():
+    """Ten tokens, four slots of two frames: 5 % of 40 pairs are two, tokens 7 and 2; the prior speaks for the slots 1 and 3."""
+    each = torch.zeros(10, 4)
+    each[7, 3], each[2, 0] = 0.9, 0.8
+    times = [float(second) for second in range(8)]
+    example = types.SimpleNamespace(id="a", evidence=[])
+    prior = {"times": times, "prior": [0.05, 0.05, 0.4, 0.05, 0.05, 0.05, 0.05, 0.3]}
+    use = torch.full((4,), 0.25)
+    row = evaluate.use_row(example, {"times": times}, (use, each), prior)
+    assert (row["events"], row["tokens"], row["consensus_slots"]) == ([2 * 4 + 0, 7 * 4 + 3], 10, [1, 3])
+    assert row["enrichment"] == pytest.approx(0.5 / 0.5) and row["consensus"] == pytest.approx(0.25)
+    even = evaluate.use_row(example, {"times": times}, (use, each), {"times": times, "prior": [0.125] * 8})
+    assert even["consensus_slots"] == [] and even["enrichment"] is None and len(even["events"]) == 2
+    assert "events" not in evaluate.use_row(example, {"times": times}, (use, each), None)
 
 
 def test_the_interval_that_is_used():
@@ -785,6 +803,8 @@ def test_frame_use_of_the_answers(flags, bench, undisturbed, tmp_path, monkeypat
     entropies = [-sum(p * math.log(p) for p in use["slots"]) / math.log(2) for use in used.values()]
     assert numbers["n"] == len(video) and numbers["entropy"] == pytest.approx(sum(entropies) / len(video))
     assert first["enrichment"] is not None and 0 <= numbers["enrichment"] <= 2  # one slot of two has more than an even share
+    assert first["consensus_slots"] == [0] and len(first["events"]) == max(1, round(0.05 * 2 * first["tokens"]))
+    assert first["enrichment"] == scores.event_enrichment(first["events"], 2, [0]) and "events" not in used[video[-1]]  # without a prior
     assert numbers["consensus"] == pytest.approx(sum(use["consensus"] for use in used.values() if use["consensus"]) / 2)
     assert 0 < numbers["chance"] < 1 and report["frame_use"]["right"]["n"] + report["frame_use"]["wrong"]["n"] == len(video)
     write(path, [{**row, "times": [0.0, 1.0, 2.0, 3.0]} for row in priors], lines=True)
