@@ -57,7 +57,7 @@ def events_fault(use):
 
 
 def read_events(path, label):
-    """Predictions or a report of evaluate.py -> Events. DataError where it has none to count."""
+    """Predictions of evaluate.py -> Events. DataError where it has none to count."""
     answers, one_sided, items = [], 0, scores.read_predictions(path)[0]
     for item in items:
         use = item.frame_use if isinstance(item.frame_use, dict) else {}
@@ -71,7 +71,7 @@ def read_events(path, label):
                         "consensus": use["consensus_slots"], "correct": scores.score_item(item)["correct"]})
     counted = [answer for answer in answers if 0 < len(answer["consensus"]) < answer["slots"]]
     if not answers:
-        raise DataError(f"{path} has no events of frame use; evaluate.py stores them with --frame_use attention (or hidden) --priors FILE")
+        raise DataError(f"{path} has no events; evaluate.py --frame_use attention --priors FILE stores them in NAME.predictions.jsonl")
     if not counted:
         raise DataError(f"{path} has no answer that counts: the consensus slots of {one_sided} are all or none of their slots")
     rows, settings = scores.read_json(path)

@@ -352,6 +352,7 @@ def score_item(item, benchmark=""):
     answer, known = find_answer(item), item.problem_type in PROBLEM_TYPES
     plain = reward.extract_answer(item.output) or item.output.strip()  # eval_bench.py's
     official = official_score(answer, item) if answer and known and not item.error else 0.0
+    use = item.frame_use and {name: value for name, value in item.frame_use.items() if name != "events"}  # the predictions keep those
     generous = official
     if benchmark in LETTERS and item.problem_type == "multiple choice" and answer and not item.error:
         generous = float(LETTERS[benchmark](answer, option_texts(item.options)) == item.solution.upper())
@@ -359,7 +360,7 @@ def score_item(item, benchmark=""):
             "options": item.options, "solution": item.solution, "evidence": item.evidence, "output": item.output, "prediction": answer,
             "reward": official, "correct": official == 1.0,
             "reward_video_r1": video_r1_score(plain, item) if plain and not item.error else 0.0,
-            "reward_lmms_eval": generous, "format": reward.format_reward(item.output), "frame_use": item.frame_use, "error": item.error}
+            "reward_lmms_eval": generous, "format": reward.format_reward(item.output), "frame_use": use, "error": item.error}
 
 
 # --------------------------------------------------------------------------------- what a reasoning concludes; TAC, consistency
@@ -626,9 +627,9 @@ def frame_use_numbers(records):
     """Where the answers looked, of questions about videos of two slots or more; means over all, and over right and wrong answers.
 
     A record's frame_use: slots, shares (t,) of the temporal slots that sum to 1; interval, see frame_use_interval; consensus, its agreement
-    with the prior (Eq. 6); enrichment, see event_enrichment, and what it is made of (events, tokens, consensus_slots: evaluate.use_row);
-    evidence, its mass on the slots that the answer rests on, and chance, uniform use's mass there; None where the prior or the evidence is
-    not known. entropy is divided by log t: 1 is even use, 0 a single slot.
+    with the prior (Eq. 6); enrichment, see event_enrichment, and tokens and consensus_slots, which it is made of (evaluate.use_row; the
+    events are in the predictions); evidence, its mass on the slots that the answer rests on, and chance, uniform use's mass there; None
+    where the prior or the evidence is not known. entropy is divided by log t: 1 is even use, 0 a single slot.
     """
     def numbers(uses):
         entropies = [-sum(p * math.log(p) for p in use["slots"] if p > 0) / math.log(len(use["slots"])) for use in uses]

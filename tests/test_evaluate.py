@@ -803,8 +803,12 @@ def test_frame_use_of_the_answers(flags, bench, undisturbed, tmp_path, monkeypat
     entropies = [-sum(p * math.log(p) for p in use["slots"]) / math.log(2) for use in used.values()]
     assert numbers["n"] == len(video) and numbers["entropy"] == pytest.approx(sum(entropies) / len(video))
     assert first["enrichment"] is not None and 0 <= numbers["enrichment"] <= 2  # one slot of two has more than an even share
-    assert first["consensus_slots"] == [0] and len(first["events"]) == max(1, round(0.05 * 2 * first["tokens"]))
-    assert first["enrichment"] == scores.event_enrichment(first["events"], 2, [0]) and "events" not in used[video[-1]]  # without a prior
+    rows = [json.loads(line) for line in (tmp_path / "report.predictions.jsonl").read_text().splitlines()]
+    stored = {row["problem_id"]: row["frame_use"] for row in rows if "frame_use" in row}  # of a report they would be most
+    events = stored[video[0]].pop("events")
+    assert stored[video[0]] == first and "events" not in stored[video[-1]]  # without a prior
+    assert first["consensus_slots"] == [0] and len(events) == max(1, round(0.05 * 2 * first["tokens"]))
+    assert first["enrichment"] == scores.event_enrichment(events, 2, [0])
     assert numbers["consensus"] == pytest.approx(sum(use["consensus"] for use in used.values() if use["consensus"]) / 2)
     assert 0 < numbers["chance"] < 1 and report["frame_use"]["right"]["n"] + report["frame_use"]["wrong"]["n"] == len(video)
     write(path, [{**row, "times": [0.0, 1.0, 2.0, 3.0]} for row in priors], lines=True)

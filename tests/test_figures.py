@@ -166,7 +166,7 @@ def test_predictions_that_cannot_be_drawn(tmp_path, monkeypatch, capsys):
     assert "nowhere.jsonl not found" in refused(monkeypatch, capsys, "enrichment", "--predictions", tmp_path / "nowhere.jsonl")
     empty = write_lines(tmp_path / "empty.jsonl", [])
     assert "holds no predictions" in refused(monkeypatch, capsys, "enrichment", "--predictions", empty)
-    assert "evaluate.py stores them with --frame_use attention (or hidden) --priors FILE" in told(None)
+    assert "has no events; evaluate.py --frame_use attention --priors FILE stores them" in told(None)
     old = {name: value for name, value in good["frame_use"].items() if name not in ("events", "tokens", "consensus_slots")}
     rows = [{**good, "frame_use": old}]
     assert "has no events" in refused(monkeypatch, capsys, "enrichment", "--predictions", write_lines(tmp_path / "p.jsonl", rows))
