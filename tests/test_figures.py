@@ -113,7 +113,7 @@ def enrichment_of(row, each):
     return np.mean(found) / (len(chosen) / each.shape[1])
 
 
-def test_enrichment_page(tmp_path, monkeypatch, capsys):
+def test_enrichment_page(tmp_path, monkeypatch, capsys, chromium):
     rng, made = random.Random(0), {}
     for file, bonus in (("before", 0.0), ("after", 0.2)):
         made[file] = [prediction(f"q{index}", rng, right=index % 3 > 0, bonus=bonus) for index in range(12)]
@@ -122,6 +122,7 @@ def test_enrichment_page(tmp_path, monkeypatch, capsys):
         write_lines(tmp_path / f"{file}.predictions.jsonl", [*(row for row, _ in made[file]), *others])
     words = ["--predictions", tmp_path / "before.predictions.jsonl", tmp_path / "after.predictions.jsonl"]
     assert command(monkeypatch, capsys, "enrichment", *words, "--output", tmp_path / "out/e.html") == (0, f"{tmp_path}/out/e.html\n", "")
+    assert "enrichment of the consensus slots" in chromium(tmp_path / "out/e.html")
     page, table = read(tmp_path / "out/e.html")
     assert len(page.images) == 5 and len(page.sources) == 10 and table["measure"] == ["before", "after"]  # light and dark
     assert table["answers counted"] == ["12", "12"] and table["frame use by"] == ["attention, layer 2"] * 2
@@ -216,12 +217,13 @@ def made_rows(media):
     return [prior_row("a", media[0], [1, 3], [3]), prior_row("b", media[1], [1], [2]), prior_row("c", media[0], [], [0]), bare, image]
 
 
-def test_prior_page(toy_folder, tmp_path, monkeypatch, capsys):
+def test_prior_page(toy_folder, tmp_path, monkeypatch, capsys, chromium):
     media = sorted(str(file.relative_to(toy_folder)) for file in toy_folder.glob("videos/*.mp4"))[:2]
     rows = made_rows(media)
     rows[1]["settings"] = {"frames": 4, "scene": "content"}
     words = ["--priors", write_lines(tmp_path / "p.jsonl", rows), "--output", tmp_path / "out/prior.html"]
     assert command(monkeypatch, capsys, "prior", *words, "--media_root", toy_folder) == (0, f"{tmp_path}/out/prior.html\n", "")
+    assert "rows, drawn at random" in chromium(tmp_path / "out/prior.html")
     page, table = read(tmp_path / "out/prior.html")
     assert table["rows of videos"] == ["4"] and table["rows of images (one frame), not drawn"] == ["1"]
     assert table["frames of a video, K"] == ["4"]
