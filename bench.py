@@ -8,8 +8,8 @@
 
 `step`: one question about a picture (TRL scores no videos): sampling, reference, policy, update. Sides: `packed`, the group in one row
 and the prompt encoded once; `repeated`, the prompt repeated for every completion; `zero3`, packed under DeepSpeed's ZeRO-3 on one rank;
-`trl`, TRL's GRPOTrainer. The same weights, picture, group and lengths; each side in processes of its own, in turns; AdamW, in float32
-on a CPU and bfloat16 on a GPU. Memory is the peak of a phase over what the process had with its libraries loaded.
+`trl`, TRL's GRPOTrainer; `graph`, packed and sampled in fixed shapes, on a GPU as one CUDA graph. The same weights, picture, group and
+lengths; each side in processes of its own, in turns; AdamW, in float32 on a CPU and bfloat16 on a GPU. Memory is the peak of a phase over what the process had with its libraries loaded.
 `prior`: building priors without CLIP against decord's get_batch of the same frames; two workers against one; with CLIP, the whole
 against its slower half alone (decoding and preprocessing, or CLIP). On a CPU, CLIP has one thread, so that one worker has a core too.
 Processes that decode keep to a core each, those that only call get_batch too.
@@ -51,7 +51,7 @@ from data import DataError, Encoder, Example
 from engine import start_engine, start_ranks
 from grpo import FAMILIES, Policy, collate, group_advantages, policy_loss, rollout, sampling, special_tokens
 
-SIDES = ("packed", "repeated", "zero3", "trl")
+SIDES = ("packed", "repeated", "zero3", "trl", "graph")
 PHASES = ("rollout", "reference", "policy", "optimizer", "step")
 STEP_FLAGS = {  # default, least, help
     "num_generations": (8, 2, "completions of the question"), "completion_length": (128, 2, "tokens of every completion"),
@@ -159,7 +159,7 @@ def our_steps(arguments, side, base):
         with phase(found, "rollout", base), sampling(policy) if zero3 else nullcontext(model.eval()) as bare:
             prompts = collate([encoder.encode(example)], model).to(device)
             rows, numbers = (prompts, [group]) if packed else (prompts.repeat([group]), [1] * group)
-            tokens, mask = rollout(bare, rows, numbers, range(group), arguments.completion_length, eos, banned + eos)
+            tokens, mask = rollout(bare, rows, numbers, range(group), arguments.completion_length, eos, banned + eos, graph=side == "graph")
         model.train()
         completions, mask = tokens[None], mask[None]
         with phase(found, "reference", base), torch.no_grad():
@@ -268,7 +268,7 @@ def bench_step(arguments):
             ("step, TRL / packed", "trl", "step", 0), ("memory, TRL / packed", "trl", "step", 1),
             ("step, repeated / packed", "repeated", "step", 0), ("memory, repeated / packed", "repeated", "step", 1),
             ("policy, repeated / packed", "repeated", "policy", 0), ("rollout, repeated / packed", "repeated", "rollout", 0),
-            ("rollout, zero3 / packed", "zero3", "rollout", 0)):
+            ("rollout, zero3 / packed", "zero3", "rollout", 0), ("rollout, graph / packed", "graph", "rollout", 0)):
         if side in sides and "packed" in sides:
             print_ratio(title, phase_values(results, side, phase, column) / phase_values(results, "packed", phase, column))
     if {"packed", "repeated"} <= set(sides):
@@ -407,10 +407,11 @@ def main():
     build = commands.add_parser("prior", allow_abbrev=False, help="building priors, against decord alone; workers; overlap; memory")
     build.add_argument("--clip", default="ViT-B-32", help="open_clip's name of the architecture, with random weights (default ViT-B-32)")
     grow.add_argument("--plot", default="growth.png", help="file of the plot (default growth.png)")
-    installed = [side for side in SIDES if side != "trl" or importlib.util.find_spec("trl")]
+    trl = ["trl"] if importlib.util.find_spec("trl") else []
     for command in (step, grow):
         command.add_argument("--model_name_or_path", help="folder of a checkpoint; without one a random small Qwen2.5-VL")
-        command.add_argument("--sides", nargs="+", choices=SIDES, default=installed, help="default: all, trl if it is installed")
+        command.add_argument("--sides", nargs="+", choices=SIDES, default=[*SIDES[:3], *trl],
+                             help="default: all but graph, trl if it is installed")
     for name in ("side", "folder", "picture"):
         step.add_argument(f"--{name}", help=argparse.SUPPRESS)  # of the processes that it starts
     for command, known in zip((step, grow, build), known_flags.values(), strict=True):
@@ -425,7 +426,7 @@ def main():
             if arguments.clip not in open_clip.list_models():
                 raise DataError(f"--clip {arguments.clip} is no architecture of open_clip")
             return bench_prior(arguments)
-        if "trl" in arguments.sides and "trl" not in installed:
+        if "trl" in arguments.sides and not trl:
             raise DataError("TRL is not installed (pip install trl)")
         if arguments.command == "step" and arguments.side:
             return run_side(arguments)

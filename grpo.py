@@ -418,14 +418,81 @@ class RoomyLayer(DynamicLayer):
         self.room = [states[indices] for states in self.room]
 
 
+class FixedLayer(DynamicLayer):
+    """A layer of the KV cache as large as it will ever be, written at the columns that a tensor names: a CUDA graph can replay it."""
+
+    def __init__(self, prompt, room, columns):
+        super().__init__()
+        self.keys, self.values = (pad(states, (0, 0, 0, room)) for states in (prompt.keys, prompt.values))
+        self.columns, self.is_initialized = columns, True
+
+    def update(self, key_states, value_states, *args, **kwargs):
+        for room, states in ((self.keys, key_states), (self.values, value_states)):
+            room.index_copy_(2, self.columns, states)
+        return self.keys, self.values
+
+
+def replay(step, steps, going):
+    """Calls step() `steps` times, or until going() is false, which is asked every 16 steps. On a GPU from the fourth time on as one CUDA
+    graph: no kernel is launched by itself then, nor anything waited for."""
+    for done in range(steps):
+        if done % 16 == 0 and not going():
+            return
+        if done == 3 and torch.cuda.is_available():
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):  # records the step, does not run it
+                step()
+            step = graph.replay
+        step()
+
+
+def sample_fixed(model, cache, hidden, prompt_mask, position, counts, uniforms, choose, eos):
+    """What rollout() does after the prompt, in shapes that never change: what has ended goes on until all have. hidden (B, 1, D),
+    prompt_mask (B, P), position (B,), uniforms (N, steps), choose(logits, uniform) -> tokens (N, steps), log-probs, lengths (N,)."""
+    device, (batch, prompt), width, steps = hidden.device, prompt_mask.shape, max(counts), uniforms.shape[1]
+    there = torch.arange(width, device=device) < torch.tensor(counts, device=device)[:, None]  # (B, W)
+    spread = torch.zeros(batch, width, steps, device=device).masked_scatter(there[..., None], uniforms)
+    tokens, logps = torch.full(spread.shape, eos[0].item(), device=device), torch.zeros_like(spread)
+    hidden, alive, lengths = hidden.expand(-1, width, -1).clone(), there.clone(), torch.zeros_like(there, dtype=torch.long)
+    at, own = torch.zeros(1, dtype=torch.long, device=device), torch.arange(width, device=device)
+    columns = own + prompt
+    cache.layers = [FixedLayer(layer, width * (steps - 1), columns) for layer in cache.layers]
+    seen = pad(prompt_mask[:, None, None].expand(-1, 1, width, -1), (0, width * (steps - 1)))  # (B, 1, W, all columns)
+
+    def pick():
+        logits = model.lm_head(hidden).flatten(0, 1)  # (B*W, V)
+        token = choose(logits, spread.index_select(2, at).flatten())
+        logp = torch.log_softmax(logits.float(), dim=-1).gather(-1, token[:, None])
+        tokens.index_copy_(2, at, token.view(batch, width, 1))
+        logps.index_copy_(2, at, logp.view(batch, width, 1))
+        lengths.add_(alive)
+        alive.logical_and_(~torch.isin(token, eos).view(batch, width))
+
+    def step():
+        columns.copy_(prompt + at * width + own)
+        seen.scatter_(3, columns.expand(batch, 1, -1)[..., None], True)
+        embeds = model.get_input_embeddings()(tokens.index_select(2, at).squeeze(2))
+        output = model.model.language_model(inputs_embeds=embeds, attention_mask=seen, past_key_values=cache, use_cache=True,
+                                            position_ids=(position + at)[None, :, None].expand(3, -1, width))
+        hidden.copy_(output.last_hidden_state)
+        at.add_(1)
+        pick()
+
+    pick()
+    replay(step, steps - 1, lambda: bool(alive.any()))
+    ended = torch.arange(steps, device=device) >= lengths[..., None]
+    return tokens.masked_fill(ended, eos[0])[there], logps.masked_fill(ended, 0.0)[there], lengths[there]
+
+
 @torch.no_grad()
 def rollout(model, prompts, counts, seeds, max_new_tokens, eos_ids, banned_ids=(), temperature=1.0, top_p=0.95, top_k=0,
-            return_logp=False):
+            return_logp=False, graph=False):
     """Sample `counts[b]` completions of prompt b: encode and prefill once; all completions of a prompt then read the one KV cache.
 
     A step appends one column a completion to its prompt's cache, [prompt | first tokens | second tokens | ...], and a completion sees the
     prompt and its own columns. So the prompt's keys and values exist once, not once a completion, and what has ended just leaves.
-    seeds: one int per completion (sum of counts). banned_ids are never sampled (vision placeholders break the next forward).
+    seeds: one int per completion (sum of counts). banned_ids are never sampled (vision placeholders break the next forward). graph: the
+    same in shapes that never change, on a GPU as one CUDA graph; the default shrinks with what has ended and launches kernel by kernel.
     Returns completions (N, T) right-padded with eos, mask (N, T), and with return_logp the model's log-probabilities (N, T) of the tokens
     (0 where masked): before temperature, top-k, top-p and bans, as a forward on the completions gives them.
     """
@@ -438,20 +505,31 @@ def rollout(model, prompts, counts, seeds, max_new_tokens, eos_ids, banned_ids=(
     embeds, more = policy.embed(prompts)
     more |= {"layout": Layout(prompts.padding())} if policy.packs else {"attention_mask": prompts.mask.long()}
     output = language(inputs_embeds=embeds, position_ids=prompts.position_ids, past_key_values=cache, use_cache=True, **more)
+    position, mask, uniforms = prompts.position_ids.amax(dim=(0, 2)) + 1, prompts.mask, row_uniforms(seeds, max_new_tokens).to(device)
+    eos, banned = torch.tensor(eos_ids, device=device), torch.tensor(list(banned_ids), dtype=torch.long, device=device)
+
+    def choose(logits, uniform):  # (n, V), (n,) -> (n,)
+        return sample_tokens(logits.index_fill(-1, banned, float("-inf")), uniform, temperature, top_p, top_k)
+
+    def finish(tokens, logps, lengths):
+        longest = int(lengths.max())
+        valid = torch.arange(longest, device=device)[None] < lengths[:, None]
+        return (tokens[:, :longest], valid, logps[:, :longest]) if return_logp else (tokens[:, :longest], valid)
+
+    if graph and policy.packs:
+        return finish(*sample_fixed(model, cache, output.last_hidden_state[:, -1:], mask, position, counts, uniforms, choose, eos))
     active = torch.full((len(counts), max(counts)), -1, device=device)  # (B, W): the completion that a query belongs to, -1: none
     for row, (count, before) in enumerate(zip(counts, accumulate(counts, initial=0), strict=False)):
         active[row, :count] = torch.arange(before, before + count, device=device)
     hidden = output.last_hidden_state[:, -1:].expand(-1, active.shape[1], -1)  # (B, W, D)
-    position, mask, owners = prompts.position_ids.amax(dim=(0, 2)) + 1, prompts.mask, active[:, :0]  # owners (B, cached columns)
-    uniforms = row_uniforms(seeds, max_new_tokens).to(device)
-    eos, banned = torch.tensor(eos_ids, device=device), torch.tensor(list(banned_ids), dtype=torch.long, device=device)
+    owners = active[:, :0]  # (B, cached columns)
     tokens = torch.full((sum(counts), max_new_tokens), eos_ids[0], device=device)
     lengths, logps = torch.zeros(sum(counts), dtype=torch.long, device=device), torch.zeros(sum(counts), max_new_tokens, device=device)
     for step in range(max_new_tokens):
         alive = active >= 0
         rows = active[alive]  # (n,) completions
         logits = model.lm_head(hidden[alive])  # (n, V)
-        token = sample_tokens(logits.index_fill(-1, banned, float("-inf")), uniforms[rows, step], temperature, top_p, top_k)
+        token = choose(logits, uniforms[rows, step])
         tokens[rows, step], lengths[rows] = token, step + 1
         if return_logp:
             logps[rows, step] = torch.log_softmax(logits.float(), dim=-1).gather(-1, token[:, None]).squeeze(-1)
@@ -474,9 +552,7 @@ def rollout(model, prompts, counts, seeds, max_new_tokens, eos_ids, banned_ids=(
         output = language(inputs_embeds=model.get_input_embeddings()(inputs), attention_mask=seen, past_key_values=cache,
                           position_ids=(position + step)[None, :, None].expand(3, -1, active.shape[1]), use_cache=True)
         hidden = output.last_hidden_state
-    longest = int(lengths.max())
-    mask = torch.arange(longest, device=device)[None] < lengths[:, None]
-    return (tokens[:, :longest], mask, logps[:, :longest]) if return_logp else (tokens[:, :longest], mask)
+    return finish(tokens, logps, lengths)
 
 
 def special_tokens(model, processor):
@@ -487,10 +563,12 @@ def special_tokens(model, processor):
     return eos if isinstance(eos, list) else [eos], banned
 
 
-def sample_texts(model, processor, prompts, counts, seeds, max_new_tokens, temperature=1.0, top_p=0.95, top_k=0, return_logp=False):
+def sample_texts(model, processor, prompts, counts, seeds, max_new_tokens, temperature=1.0, top_p=0.95, top_k=0, return_logp=False,
+                 graph=False):
     """rollout() with the checkpoint's own stop and vision tokens -> completions (N, T), mask (N, T), decoded texts[, log-probs (N, T)]."""
     stop_and_banned = special_tokens(model, processor)
-    tokens, mask, *logp = rollout(model, prompts, counts, seeds, max_new_tokens, *stop_and_banned, temperature, top_p, top_k, return_logp)
+    tokens, mask, *logp = rollout(model, prompts, counts, seeds, max_new_tokens, *stop_and_banned, temperature, top_p, top_k, return_logp,
+                                  graph)
     texts = [processor.tokenizer.decode(row[valid], skip_special_tokens=True) for row, valid in zip(tokens, mask, strict=True)]
     return tokens, mask, texts, *logp
 

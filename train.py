@@ -108,6 +108,7 @@ class TrainArguments:
     temperature: float = flag(1.0, "Sampling temperature of rollouts.")
     top_p: float = flag(0.95, "Nucleus of rollouts.")
     top_k: int = flag(0, "Likeliest tokens that rollouts choose from, 0: all.")
+    cuda_graph: bool = flag(False, "Sample in fixed shapes, every step one CUDA graph (a GPU is needed; written and not run on one yet).")
     # rewards
     recipe: str = flag("cfgrpo", "Which system's terms and constants are the defaults; any other flag on the command line wins over it. "
                        "The README has a table.", choices=["cfgrpo", "grpo", "tgrpo", "care", "tw", "video_r2", "release"])
@@ -357,7 +358,8 @@ def sample_groups(arguments, model, processor, usable):
         with torch.no_grad():
             prompts.features = Policy(model).encode(prompts)
     tokens, mask, texts, *logp = sample_texts(model, processor, prompts, counts, row_seeds, arguments.max_completion_length,
-                                              arguments.temperature, arguments.top_p, arguments.top_k, arguments.old_logp == "sampled")
+                                              arguments.temperature, arguments.top_p, arguments.top_k, arguments.old_logp == "sampled",
+                                              arguments.cuda_graph)
     own = len(items) * group
     longest = int(mask[:own].sum(-1).max())
     shape, visual = (len(items), group, longest), int(prompts.visual[: len(items)].sum())
@@ -707,6 +709,8 @@ def parse_arguments():
     arguments, settings = parser.parse_args_into_dataclasses()
     if arguments.frame_use == "attention" and arguments.frame_use_layer < 1:
         raise DataError("--frame_use attention needs --frame_use_layer 1 (the first layer) or higher")
+    if arguments.cuda_graph and not torch.cuda.is_available():
+        raise DataError("--cuda_graph needs a GPU")
     if arguments.num_generations < 2 or arguments.save_total_limit < 1:
         raise DataError("--num_generations must be at least 2 and --save_total_limit at least 1")
     arguments.stage = arguments.stage or ("both" if arguments.model_name_or_path is None else "grpo")

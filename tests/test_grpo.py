@@ -14,6 +14,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import transformers
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import grpo
@@ -871,6 +872,52 @@ def test_rollout_gives_the_log_probs_of_a_forward(items, talker):
         expected = Policy(talker)(prompts, tokens.view(4, 2, -1), mask.view(4, 2, -1))[0].flatten(0, 1)
     torch.testing.assert_close(logp[mask], expected[mask], atol=1e-5, rtol=0)  # at temperature 1, over the whole vocabulary
     assert (logp[~mask] == 0).all() and (logp[mask] < -0.01).any()
+
+
+@pytest.mark.parametrize("steps", [1, 20])
+def test_fixed_shapes_sample_the_same(items, talker, steps):
+    """Rows that end at different steps, of prompts of different lengths and numbers of completions."""
+    prompts, ends = collate(items, talker), list(range(0, talker.config.text_config.vocab_size, 12))
+    options = dict(temperature=0.7, top_p=0.9, top_k=50, return_logp=True)
+    rows = prompts, [3, 1, 2, 2], range(8), steps, ends, banned_ids(talker)
+    tokens, mask, logp = rollout(talker, *rows, **options)
+    assert steps == 1 or len(set(mask.sum(1).tolist())) > 3
+    fixed = rollout(talker, *rows, **options, graph=True)
+    assert torch.equal(fixed[0], tokens) and torch.equal(fixed[1], mask)
+    torch.testing.assert_close(fixed[2], logp, atol=1e-5, rtol=0)
+
+
+def test_other_families_sample_the_same_in_fixed_shapes(other_family):
+    model, family_items = other_family
+    rows = collate(family_items, model), [2, 1, 2], range(5), 6, [NO_EOS], banned_ids(model)
+    assert torch.equal(rollout(model, *rows)[0], rollout(model, *rows, graph=True)[0])
+
+
+def test_nothing_in_a_replayed_step_waits_for_a_value(items, talker, monkeypatch):
+    """What a CUDA graph asks of the step, as far as a CPU can tell: its tensors stay where they are, and it never asks the device for a
+    number, which a fake tensor could not give."""
+    class Done(Exception):
+        pass
+
+    def replay(step, steps, going):
+        held = [cell.cell_contents for cell in step.__closure__ if torch.is_tensor(cell.cell_contents)]
+        cached = [tensor for cell in step.__closure__ if isinstance(cell.cell_contents, transformers.DynamicCache)
+                  for layer in cell.cell_contents.layers for tensor in (layer.keys, layer.values)]
+        before = [tensor.data_ptr() for tensor in held + cached]
+        assert len(held) > 5 and len(cached) == 8
+        step()
+        now = [tensor for cell in step.__closure__ if isinstance(cell.cell_contents, transformers.DynamicCache)
+               for layer in cell.cell_contents.layers for tensor in (layer.keys, layer.values)]
+        assert before == [tensor.data_ptr() for tensor in held + now]
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            step()
+            with pytest.raises(DataDependentOutputException):
+                going()  # the question that stands between replays
+        raise Done
+
+    monkeypatch.setattr(grpo, "replay", replay)
+    with pytest.raises(Done):
+        rollout(talker, collate(items, talker), [2] * 4, range(8), 4, [NO_EOS], banned_ids(talker), top_k=50, return_logp=True, graph=True)
 
 
 def test_a_row_depends_on_its_own_seed_only(items, talker):
