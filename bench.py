@@ -9,7 +9,8 @@
 `step`: one question about a picture (TRL scores no videos): sampling, reference, policy, update. Sides: `packed`, the group in one row
 and the prompt encoded once; `repeated`, the prompt repeated for every completion; `zero3`, packed under DeepSpeed's ZeRO-3 on one rank;
 `trl`, TRL's GRPOTrainer; `graph`, packed and sampled in fixed shapes, on a GPU as one CUDA graph. The same weights, picture, group and
-lengths; each side in processes of its own, in turns; AdamW, in float32 on a CPU and bfloat16 on a GPU. Memory is the peak of a phase over what the process had with its libraries loaded.
+lengths; each side in processes of its own, in turns; AdamW, in float32 on a CPU and bfloat16 on a GPU. Memory is the peak of a phase
+over what the process had with its libraries loaded.
 `prior`: building priors without CLIP against decord's get_batch of the same frames; two workers against one; with CLIP, the whole
 against its slower half alone (decoding and preprocessing, or CLIP). On a CPU, CLIP has one thread, so that one worker has a core too.
 Processes that decode keep to a core each, those that only call get_batch too.
