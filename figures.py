@@ -21,7 +21,7 @@ from tqdm import tqdm
 import scores
 from data import DataError, MediaError, decode_frames, resolve_media
 from prior import read_priors
-from report import DASHES, HEIGHT, SHEETS, Panel, check_output, data_url, draw, jpeg, panels_html, table_html, write_report
+from report import CUES, DASHES, HEIGHT, SHEETS, Panel, check_output, data_url, draw, jpeg, panels_html, table_html, write_report
 
 
 def shorten(text, length):
@@ -181,20 +181,23 @@ def groups_of(file):
     """-> {name: event enrichment (n,)}: of both sides, and of the consensus slots in right and in wrong answers."""
     consensus, others = sides(file.answers)
     correct = np.array([answer["correct"] for answer in file.answers])
-    return {"consensus": consensus, "others": others, "right": consensus[correct], "wrong": consensus[~correct]}
+    return {"consensus": consensus, "others": others, "if right": consensus[correct], "if wrong": consensus[~correct]}
 
 
 def plot_violins(axes, sheet, file, row):
     groups, words = groups_of(file), []
     for place, (name, values) in enumerate(groups.items()):
-        if len(values):
+        if 0 < len(values) < 30:  # too few for a density
+            axes.plot(place + np.linspace(-0.25, 0.25, len(values)), values, "o", color=sheet.lines[row % 6], markersize=4)
+        elif len(values):
             body = axes.violinplot(values, [place], widths=0.85, showextrema=False)["bodies"][0]
             body.set(facecolor=sheet.lines[row % 6], edgecolor=sheet.text, alpha=0.55, hatch=["", "//", "..", "xx"][place])
+        if len(values):
             axes.plot([place - 0.3, place + 0.3], [np.median(values)] * 2, color=sheet.text, linewidth=2.5, solid_capstyle="butt")
         words.append(f"{name} {np.median(values):.3g} (n = {len(values)})" if len(values) else f"{name}: none")
     axes.axhline(1, color=sheet.text, linestyle=":", linewidth=1.2)
     axes.set(ylabel="enrichment", xticks=range(len(groups)), xlim=(-0.6, len(groups) - 0.4))
-    axes.set_xticklabels([f"{name}\nn = {len(values)}" for name, values in groups.items()], fontsize=9)
+    axes.set_xticklabels([f"{name}\n{len(values)}" for name, values in groups.items()], fontsize=10)
     axes.grid(axis="x", visible=False)
     return f"Median event enrichment over answers: {', '.join(words)}."
 
@@ -216,7 +219,7 @@ def enrichment_table(files):
         groups, shares = groups_of(file), [len(answer["consensus"]) / answer["slots"] for answer in file.answers]
         columns.append([escape(file.score), len(file.answers), file.one_sided, file.without,
                         f"{np.median([answer['tokens'] for answer in file.answers]):g}", f"{np.mean(shares):.3f}",
-                        f"<b>{told(groups['consensus'])}</b>", *(told(groups[name]) for name in ("others", "right", "wrong")),
+                        f"<b>{told(groups['consensus'])}</b>", *(told(groups[name]) for name in ("others", "if right", "if wrong")),
                         f"{np.median(groups['consensus']):.3f}"])
     if len(files) > 1:
         names.append(f"consensus slots, change from {files[0].label} on the same questions")
@@ -245,19 +248,22 @@ def run_enrichment(predictions, labels=None, output="enrichment.html", command="
         Panel("Where in the answer", f"Share of an answer's events in each of {parts} parts, mean over answers; dotted: evenly spread.",
               lambda axes, sheet: plot_positions(axes, sheet, files, parts, "share")),
         *(Panel(f"Answers of {shorten(file.label, 25)}", f"{file.label}: enrichment of the consensus slots, of the others, and of the "
-                "consensus slots in right and in wrong answers. Bar: median.",
+                "consensus slots if the answer is right, or wrong; below, how many. Bar: median; few answers are dots.",
                 lambda axes, sheet, file=file, row=row: plot_violins(axes, sheet, file, row), "violins") for row, file in enumerate(files))]
     heading = f"Event enrichment of {labels[0] if len(files) == 1 else f'{len(files)} prediction files'}"
     left, alone = sum(file.one_sided for file in files), [file.label for file in files if len(file.answers) == 1]
     note = ("Each token of an answer has a score for each temporal slot of the video; the largest 5 % of an answer's scores are its "
             "events. Consensus slots have more of the prior than an even share. Event enrichment of some slots: their share of the events "
-            "over their share of the slots; 1 (dotted) is chance. "
-            f"Not counted, since all or no slots are consensus slots: {left} answers.")
+            f"over their share of the slots; 1 (dotted) is chance. Frame use by {' or '.join(sorted({file.score for file in files}))}.")
+    note += f" Not counted, since all or no slots are consensus slots: {left} answers." if left else ""
+    for file in files[1:]:
+        if file.score == files[0].score and len(found := changes(files[0], file)):
+            note += f" From {files[0].label} to {file.label} on the same questions, consensus slots: {told(found, '+')}."
     note += " The scores of frame use differ (see the table): compare no levels." if len({file.score for file in files}) > 1 else ""
     note += f" One answer only, n = 1, so no interval: {', '.join(alone)}." if alone else ""
     legend = [(shorten(label, 40), index, DASHES[index % 4]) for index, label in enumerate(labels)]
     body = f"<p>{escape(note)}</p>\n{panels_html(panels, legend)}\n<h2>Numbers</h2>\n{enrichment_table(files)}"
-    return write_report(output, heading, body, command, {"": draw(panels, SHEETS["light"], heading, legend)[0]})
+    return write_report(output, heading, body, command, {"": draw(panels, SHEETS["light"], heading, legend, note=note)[0]})
 
 
 # -------------------------------------------------------------------------------------------------------------------- prior
@@ -394,11 +400,12 @@ def plot_histogram(axes, sheet, named, low, high, xlabel):
     """named: {name: values in [low, high]}, as outlines in the sheet's colours and dashes, their medians as lines of the same dashes."""
     edges, words = np.linspace(low, high, 21), []
     for index, (name, values) in enumerate(named.items()):
-        style = {"color": sheet.lines[index], "linestyle": (0, DASHES[index]) if index else "-", "linewidth": 2}
+        colour = sheet.text if name == "neither" else sheet.lines[CUES.get(name, 0)]
         shares = np.histogram(np.clip(values, low, high), edges)[0] / len(values)  # rounding: 1.0000001 is 1
-        axes.stairs(shares, edges, label=name, **style)
+        axes.stairs(np.where(shares > 0, shares, np.nan), edges, baseline=0, label=name, color=colour, linewidth=2,
+                    linestyle=(0, DASHES[index]) if index else "-")
         if index == 0:
-            axes.stairs(shares, edges, color=sheet.lines[0], fill=True, alpha=0.25)
+            axes.stairs(shares, edges, color=colour, fill=True, alpha=0.25)
         if len(named) == 1:
             axes.axvline(np.median(values), color=sheet.text, linewidth=1.5)
         words.append(f"{name}: mean {np.mean(values):.3f}, median {np.median(values):.3f}, n = {len(values)}")
@@ -444,19 +451,18 @@ def marks(row, place):
     return [name for name in ("scene", "semantic") if place in row.get(name, [])]
 
 
-def plot_strip(axes, sheet, row, pictures, start, high):
-    """Frames start to start + 15 of a row above bars of its P; high: of a picture, in bars' full heights."""
-    largest = max(row["prior"])
+def plot_strip(axes, sheet, row, pictures, start, high, largest):
+    """Frames start to start + 15 of a row above bars of its P; high: of a picture, in bars of `largest`."""
     for x, place in enumerate(range(start, min(start + STRIP, len(pictures)))):
-        axes.imshow(pictures[place], extent=(x - 0.43, x + 0.43, 1.3, 1.3 + high), aspect="auto", zorder=2)
-        axes.bar(x, row["prior"][place] / largest, 0.86, color=sheet.lines[2])
-        axes.text(x, row["prior"][place] / largest + 0.02, f"{row['prior'][place]:.3f}", fontsize=8, ha="center", va="bottom")
+        axes.imshow(pictures[place], extent=(x - 0.43, x + 0.43, 1.45, 1.45 + high), aspect="auto", zorder=2)
+        axes.bar(x, row["prior"][place] / largest, 0.86, color=sheet.lines[CUES["prior"]])
         for name in marks(row, place):
-            index, by = (0, 0.47) if name == "scene" else (1, 0.43)
-            axes.add_patch(Rectangle((x - by, 1.3 - (by - 0.43)), 2 * by, high + 2 * (by - 0.43), fill=False, zorder=3, linewidth=2,
-                                     edgecolor=sheet.lines[index], linestyle=(0, DASHES[1]) if index == 0 else "-"))
+            by = 0.47 if name == "scene" else 0.43
+            axes.add_patch(Rectangle((x - by, 1.45 - (by - 0.43)), 2 * by, high + 2 * (by - 0.43), fill=False, zorder=3, linewidth=2,
+                                     edgecolor=sheet.lines[CUES[name]], linestyle=(0, DASHES[1]) if name == "scene" else "-"))
+            axes.text(x, row["prior"][place] / largest + 0.02, f"{row['prior'][place]:.2f}", fontsize=9, ha="center", va="bottom")
     times = row["times"][start : start + STRIP]
-    axes.set(xlim=(-0.5, STRIP - 0.5), ylim=(0, 1.4 + high), xticks=range(len(times)), yticks=[], ylabel="P")
+    axes.set(xlim=(-0.5, STRIP - 0.5), ylim=(0, 1.55 + high), xticks=range(len(times)), yticks=[], ylabel="P")
     axes.set_xticklabels([f"{time:.1f} s" for time in times], fontsize=8)
     axes.grid(visible=False)
     axes.spines["left"].set_visible(False)
@@ -465,28 +471,28 @@ def plot_strip(axes, sheet, row, pictures, start, high):
 
 def strip_panels(strips, width):
     """(row, pictures) each -> panels of a sheet of this width in inches, at most STRIP frames each."""
-    panels, bars = [], 0.6  # inches
+    panels, bars, largest = [], 0.6, max(max(row["prior"]) for row, _ in strips)  # bars: inches
     for row, pictures in strips:
         tall, wide = pictures[0].shape[:2]
         high = 0.86 * (width - 1.12) / STRIP * tall / wide  # inches; 1.12: draw's margins
         for start in range(0, len(pictures), STRIP):
             title = shorten(f"{row['problem_id']}: {row.get('question', '')}", 110) if start == 0 else "…"
             panels.append(Panel(title, "", lambda axes, sheet, row=row, pictures=pictures, start=start, high=high: plot_strip(
-                axes, sheet, row, pictures, start, high / bars), height=1 + high + 1.4 * bars))
+                axes, sheet, row, pictures, start, high / bars, largest), height=1 + high + 1.55 * bars))
     return panels
 
 
-def strip_html(row, pictures):
+def strip_html(row, pictures, largest):
     """A row's frames as a grid: time, P as a number and a bar, the cues that name it in words and as a frame."""
     cells = []
     for place, picture in enumerate(pictures):
         names, prior = marks(row, place), row["prior"][place]
         told = f"{row['times'][place]:.1f} s, P {prior:.3f}"
-        line = {"scene": "outline:3px dashed var(--c0);", "semantic": "border:3px solid var(--c1);"}
+        line = {name: f"{kind} var(--c{CUES[name]});" for name, kind in (("scene", "outline:3px dashed"), ("semantic", "border:3px solid"))}
         style = "box-sizing:border-box;" + "".join(line[name] for name in names)
         cells.append(f'<figure><img src="{data_url(jpeg(picture), "jpeg")}" width="{picture.shape[1]}" height="{picture.shape[0]}" '
                      f'style="{style}" alt="Frame at {told}{", named by " + " and ".join(names) if names else ""}">'
-                     f'<div style="height:6px;margin:6px 0 2px;background:var(--c2);width:{100 * prior / max(row["prior"]):.1f}%"></div>'
+                     f'<div style="height:6px;margin:6px 0;background:var(--c{CUES["prior"]});width:{100 * prior / largest:.0f}%"></div>'
                      f"<figcaption>{''.join(f'<div>{line}</div>' for line in (*told.split(', '), *names))}</figcaption></figure>")
     return (f"<h3>{escape(row.get('question') or row['problem_id'])}</h3><p><small>{escape(row['problem_id'])}, {escape(row['media'])}"
             f'</small></p>\n<div class="frames">{"".join(cells)}</div>')
@@ -529,7 +535,7 @@ def run_prior(priors, media_root=None, items=6, seed=0, output="prior.html", com
     bins = min(told.usual_frames, 32)
     panels = [Panel("Where in the video", f"Mean P over {told.rows} videos in {bins} equal parts; dotted: uniform.",
                     lambda axes, sheet: plot_mass(axes, sheet, told, bins)),
-              Panel("Concentration", "exp(entropy of P) / K: 1 is uniform, 1 / K a single frame. Line: median.",
+              Panel("Concentration of P", "exp(entropy of P) / K: 1 is uniform, 1 / K a single frame. Line: median.",
                     lambda axes, sheet: plot_histogram(axes, sheet, {"effective frames": told.effective}, 0, 1, "effective frames / K"))]
     if told.shares:
         mass = dict(zip(("scene", "semantic", "neither"), zip(*told.shares, strict=True), strict=True))
@@ -539,11 +545,12 @@ def run_prior(priors, media_root=None, items=6, seed=0, output="prior.html", com
         panels.append(Panel("Do the cues agree?", "Diamonds: sets of these sizes that do not know of each other (hypergeometric).",
                             lambda axes, sheet: plot_overlap(axes, sheet, told.overlaps)))
     if told.correlations:
-        panels.append(Panel("Rank correlation", "Spearman's, of a video's scene and semantic scores. Line: median.",
+        panels.append(Panel("Correlation of the cues", "Spearman's, of a video's scene and semantic scores. Line: median.",
                             lambda axes, sheet: plot_histogram(axes, sheet, {"correlation": told.correlations}, -1, 1, "rank correlation")))
     left = told.rows - len(told.shares), told.rows - len(told.overlaps), told.rows - len(told.correlations)
     several = [name for name, values in told.settings.items() if len(values) > 1]
-    note = f"{told.rows} rows of videos; {told.images} of images, one frame each, are left out."
+    note = f"P: the consensus prior over a video's K sampled frames (arXiv 2606.18441, Eq. 1-2). {told.rows} rows of videos"
+    note += f"; {told.images} of images, one frame each, are left out." if told.images else "."
     note += f" Rows without both sets: {left[0]}; with an empty one, so not asked whether the cues agree: {left[1]}." if left[1] else ""
     note += f" Rows without both scores, or with a constant one, so without correlation: {left[2]}." if left[2] else ""
     note += f" The rows were made with several settings: {', '.join(several)}." if several else ""
@@ -553,12 +560,14 @@ def run_prior(priors, media_root=None, items=6, seed=0, output="prior.html", com
         print(f"visualize.py: warning: {warning}", file=sys.stderr)
         note += f" {warning}."
     heading, figures = f"Priors of {Path(priors).name}", {}
-    figures[""] = draw(panels, SHEETS["light"], heading)[0]
+    figures[""] = draw(panels, SHEETS["light"], heading, note=note)[0]
     body = f"<p>{escape(note)}</p>\n{panels_html(panels)}\n{prior_table(told)}"
     if strips:
-        legend = [("begins a scene", 0, DASHES[1]), ("like the question", 1, DASHES[0])]
-        title = f"{len(strips)} of {told.rows} rows, drawn at random"
-        figures["-sheet"] = draw(strip_panels(strips, 12), SHEETS["light"], title, legend, 1, 12)[0]
-        body += (f"\n<h2>{title}</h2><p>Dashed line: begins a scene. Solid line: like the question. Bar: P over the video's largest.</p>\n"
-                 + "\n".join(strip_html(*strip) for strip in strips))
+        legend = [("scene cue: begins a scene", CUES["scene"], DASHES[1]), ("semantic cue: among the most like the question",
+                                                                           CUES["semantic"], DASHES[0])]
+        title, largest = f"{len(strips)} of {told.rows} rows, drawn at random", max(max(row["prior"]) for row, _ in strips)
+        sheet_note = "Bars: the consensus prior P of each frame, one scale for all rows; P in numbers where a cue names the frame."
+        figures["-sheet"] = draw(strip_panels(strips, 12), SHEETS["light"], title, legend, 1, 12, sheet_note)[0]
+        body += (f"\n<h2>{title}</h2><p>Dashed line: begins a scene. Solid line: among the most like the question. Bars: P, one scale for "
+                 "all rows.</p>\n" + "\n".join(strip_html(*strip, largest) for strip in strips))
     return write_report(output, heading, body, command, figures)

@@ -22,7 +22,7 @@ import reward
 from data import DataError, Encoder, Example, decode_frames, read_template
 from grpo import FAMILIES, Policy, collate, rollout_frame_use, sample_texts
 from prior import PriorSettings, load_clip, make_prior
-from report import DASHES, DPI, SHEETS, Panel, data_url, draw, jpeg, panels_html, table_html, write_report
+from report import CUES, DASHES, DPI, SHEETS, Panel, data_url, draw, jpeg, panels_html, table_html, write_report
 
 
 @dataclass
@@ -128,6 +128,7 @@ def reward_rows(arguments, example, row, looks):
         paper = " (the paper's)" if key == ("max", 0.1) and arguments.hidden_layer == -1 else ""
         rows.append((f"R_cf, {told}{paper}", *(f"{one[key]:.3f}" if key in one else "–" for one in consensus)))
     rows.append(("R_cf of even use", *(f"{1 / len(one.uses['max', 0.1]):.3f}" for one in looks)))
+    rows.append(("R_cf of use of the best slot alone", *(f"{merged[len(one.uses['max', 0.1])].max():.3f}" for one in looks)))
     right = [reward.accuracy_reward(one.text, example.answer, example.problem_type) if example.answer else None for one in looks]
     terms = {
         "accuracy": right,
@@ -149,14 +150,19 @@ def time_ticks(axes, times):
     return step
 
 
-def plot_cue(axes, sheet, row, scores, chosen, colour, floor=0.0, threshold=None):
-    """Bars of (K,) scores from `floor` up; those of the chosen positions are filled."""
-    bars = axes.bar(range(len(scores)), [score - floor for score in scores], bottom=floor, width=0.8, color=sheet.back,
-                    edgecolor=sheet.lines[colour], linewidth=1.2)
-    for position in chosen:
-        bars[position].set_facecolor(sheet.lines[colour])
+def plot_cue(axes, sheet, row, name, unit, threshold=None):
+    """The K scores of a cue, or P; those of the chosen frames are filled. Cosines are dots, since their zero means nothing."""
+    scores, colour = row["prior" if name == "prior" else f"{name}_scores"], sheet.lines[CUES[name]]
+    chosen = range(len(scores)) if name == "prior" else row[name]
+    faces = [colour if position in chosen else sheet.back for position in range(len(scores))]
+    if name == "semantic":
+        axes.scatter(range(len(scores)), scores, s=60, color=faces, edgecolor=colour, linewidth=1.4, zorder=3)
+        axes.margins(y=0.15)
+    else:
+        axes.bar(range(len(scores)), scores, width=0.8, color=faces, edgecolor=colour, linewidth=1.2)
     if threshold is not None:
         axes.axhline(threshold, color=sheet.text, linestyle="--", linewidth=1)
+    axes.set_ylabel(unit)
     time_ticks(axes, row["times"])
     return "Frames: " + ", ".join(f"{time:.1f} s {score:.3f}{' chosen' if position in chosen else ''}"
                                   for position, (time, score) in enumerate(zip(row["times"], scores, strict=True)))
@@ -173,8 +179,9 @@ def plot_use(axes, sheet, row, looks, score):
             edges = [min(patch * slot, len(row["times"])) - 0.5 for slot in range(len(use) + 1)]
             if not told:
                 merged = reward.merge_prior(torch.tensor(row["prior"]), len(use))
-                axes.stairs(merged, edges, fill=True, color=sheet.faint)
-                axes.stairs(merged, edges, color=sheet.text, linestyle=(0, (1, 1)), linewidth=1.5)
+                axes.stairs(merged, edges, fill=True, color=sheet.lines[CUES["prior"]], alpha=0.25)
+                axes.stairs(merged, edges, color=sheet.lines[CUES["prior"]], linestyle=(0, (1, 1)), linewidth=1.5)
+                axes.axhline(1 / len(use), color=sheet.text, linewidth=0.8)
             axes.stairs(use, edges, baseline=None, color=sheet.lines[index], linewidth=3 - 1.4 * index,  # the second within the first
                         linestyle=(0, DASHES[1]) if tau == 1 else "-")
             told.append(f"{one.name}{f', τ = {tau:g}' if tau else ''}: {', '.join(f'{value:.3f}' for value in use.tolist())}")
@@ -186,19 +193,16 @@ def plot_use(axes, sheet, row, looks, score):
 def sample_panels(arguments, row, looks):
     panels, layers = [], (arguments.hidden_layer, arguments.attention_layer)
     if row["settings"]["scene"] == "hsv":
-        caption = "How much a frame differs from the one before; filled: begins a scene; dashed: the least score of a cut."
+        caption = "How much a frame's colours differ from the one before; filled: begins a scene; dashed: the least score of a cut."
         threshold = PriorSettings(**row["settings"]).hsv_threshold
     else:
         caption, threshold = f"1 where PySceneDetect's {row['settings']['scene']} detector finds a cut.", None
-    panels.append(Panel("Scene cue", caption, lambda axes, sheet: plot_cue(
-        axes, sheet, row, row["scene_scores"], row["scene"], 0, 0.0, threshold)))
+    panels.append(Panel("Scene cue", caption, lambda axes, sheet: plot_cue(axes, sheet, row, "scene", "distance", threshold)))
     if row["semantic_scores"]:
-        floor = min(row["semantic_scores"]) - 0.1 * np.ptp(row["semantic_scores"])
-        caption = "Cosine of question and frame (CLIP; the axis does not begin at 0); filled: among the most alike."
-        panels.append(Panel("Semantic cue", caption, lambda axes, sheet: plot_cue(
-            axes, sheet, row, row["semantic_scores"], row["semantic"], 1, floor)))
+        caption = f"Cosine of question and frame (CLIP); filled: the {len(row['semantic'])} frames most like the question."
+        panels.append(Panel("Semantic cue", caption, lambda axes, sheet: plot_cue(axes, sheet, row, "semantic", "cosine")))
     panels.append(Panel("Prior P", "Eq. 1-2: every frame some weight, more where a cue names it.", lambda axes, sheet: plot_cue(
-        axes, sheet, row, row["prior"], range(len(row["prior"])), 2)))
+        axes, sheet, row, "prior", "P")))
     of = "the last layer" if layers[0] == -1 else f"hidden states {layers[0]}"
     captions = {"max": f"Eq. 3-5 of {of}, channel-wise max over a frame's tokens.", "mean": f"The same with their mean ({of}).",
                 "attention": f"The answer's attention to each slot in layer {layers[1]}, mean over heads."}
@@ -224,10 +228,10 @@ def plot_strip(axes, thumbs, times):
     return f"{len(thumbs[::step])} of {len(thumbs)} frames."
 
 
-def heat(values, low, high, thumb, strength=0.7):
-    """(h, w) values over a grey thumbnail (H, W, 3): cividis from low to high, one flat cell a patch."""
+def heat(values, low, high, thumb, strength=0.75):
+    """(h, w) values over a grey thumbnail (H, W, 3): magma from low to high, one flat cell a patch."""
     scaled = ((values - low) / max(float(high - low), 1e-12)).clamp(0, 1).numpy()
-    colours = (matplotlib.colormaps["cividis"](scaled)[..., :3] * 255).astype(np.uint8)
+    colours = (matplotlib.colormaps["magma"](scaled)[..., :3] * 255).astype(np.uint8)
     colours = cv2.resize(colours, thumb.shape[1::-1], interpolation=cv2.INTER_NEAREST)
     grey = cv2.cvtColor(cv2.cvtColor(thumb, cv2.COLOR_RGB2GRAY), cv2.COLOR_GRAY2RGB)
     return cv2.addWeighted(colours, strength, grey, 1 - strength, 0)
@@ -247,9 +251,11 @@ def maps_figure(looks, thumbs, times, layers, across=8):
     slots = max(len(one.uses["max", 0.1]) for one in looks)
     patch, across = -(-len(thumbs) // slots), min(across, slots)
     rows = [("frame", [thumbs[slot * patch] for slot in range(slots)])]
-    for one in looks:
-        for score, maps in slot_maps(one, thumbs).items():
-            rows.append((f"{one.name}\n{score_name(score, layers)}" if len(looks) > 1 else score_name(score, layers), maps))
+    for score in looks[0].maps:
+        for one in looks:
+            if score in one.maps:
+                name = score_name(score, layers)
+                rows.append((f"{name}\n{one.name}" if len(looks) > 1 else name, slot_maps(one, thumbs)[score]))
     blocks, shape = -(-slots // across), thumbs[0].shape
     wide, left, top = 1.35, 1.9, 0.5  # inches
     high, gap = wide * shape[0] / shape[1], 0.08
@@ -258,7 +264,7 @@ def maps_figure(looks, thumbs, times, layers, across=8):
     sheet = SHEETS["light"]
     figure = Figure(size, dpi=DPI, facecolor=sheet.back)
     FigureCanvasAgg(figure)
-    heading = "What each patch adds to its slot's score: dark blue least, yellow most, one scale a row"
+    heading = "What each patch adds to its slot's score: black least, pale yellow most, one colour scale a row"
     figure.text(0.15 / size[0], 1 - 0.12 / size[1], heading, fontsize=13, fontweight="bold", va="top", color=sheet.text)
     for slot in range(slots):
         line, column = divmod(slot, across)
@@ -296,7 +302,7 @@ def text_html(one, score, times):
     return f'<div class="text">{"".join(parts)}</div>'
 
 
-def sample_html(arguments, example, row, looks, thumbs, panels, legend):
+def sample_html(arguments, example, row, looks, thumbs, panels, legend, note):
     """The page's body."""
     times, layers = row["times"], (arguments.hidden_layer, arguments.attention_layer)
     slots = len(looks[0].uses["max", 0.1])
@@ -313,9 +319,10 @@ def sample_html(arguments, example, row, looks, thumbs, panels, legend):
         parts.append(f'<figure><img src="{data_url(jpeg(thumb), "jpeg")}" width="{thumb.shape[1]}" height="{thumb.shape[0]}" '
                      f'alt="Frame at {told}"><figcaption style="background:{back};color:{text}">{position // patch + 1} · {told}'
                      "</figcaption></figure>")
-    parts += ["</div>", "<h2>Prior and frame use</h2><p>Dotted: P, summed over the frames of a slot.</p>", panels_html(panels, legend)]
+    parts += ["</div>", f"<h2>Prior and frame use</h2><p>{escape(note)}</p>", panels_html(panels, legend)]
     for one in looks:
-        parts.append(f"<h2>What {escape(one.name)} says, and the slot that each token leans on</h2>")
+        parts.append(f"<h2>What {escape(one.name)} says, and the slot that each token leans on</h2>"
+                     "<p>The small number after a run of tokens is their slot.</p>")
         for score in one.tokens:
             what = "largest share of its attention" if score == "attention" else "largest cosine"
             parts.append(f"<p>By {escape(score_name(score, layers))} ({what}):</p>{text_html(one, score, times)}")
@@ -323,12 +330,13 @@ def sample_html(arguments, example, row, looks, thumbs, panels, legend):
         maps = slot_maps(one, thumbs)
         order = ", ".join(score_name(score, layers) for score in maps)
         parts += [f"<h2>Where {escape(one.name)} looks within the frames</h2><p>From left to right: the frame; {escape(order)}. "
-                  "What a patch adds to its slot's score, dark blue least, yellow most, one scale a score.</p>", '<div class="maps">']
+                  "What a patch adds to its slot's score: black least, pale yellow most, one colour scale a score. Of a slot, the first "
+                  "frame.</p>", '<div class="maps">']
         for slot in range(len(one.uses["max", 0.1])):
             tile = np.concatenate([thumbs[slot * patch], *(np.pad(pictures[slot], ((0, 0), (6, 0), (0, 0)), constant_values=255)
                                                            for pictures in maps.values())], axis=1)
             told = f"slot {slot + 1}, {times[slot * patch]:.1f} s; use " + ", ".join(
-                f"{score_name(name, layers)} {use[slot]:.3f}" for (name, tau), use in one.uses.items() if tau != 1)
+                f"{score_name(name, layers)}: {use[slot]:.3f}" for (name, tau), use in one.uses.items() if tau != 1)
             parts.append(f'<figure><img src="{data_url(jpeg(tile), "jpeg")}" width="{tile.shape[1]}" height="{tile.shape[0]}" '
                          f'alt="Heat maps of {told}"><figcaption>{told}</figcaption></figure>')
         parts.append("</div>")
@@ -358,12 +366,17 @@ def sample_report(arguments, settings, command):
         print(f"{path} is asked", file=sys.stderr)
         looks.append(look(arguments, name, path, example, row))
     panels, layers = sample_panels(arguments, row, looks), (arguments.hidden_layer, arguments.attention_layer)
-    legend = [("P, merged into the model's slots", None, (1, 1))]
+    answers = "; ".join(f"{one.name} answers {reward.extract_answer(one.text) or 'nothing'}" for one in looks)
+    right = f"; right is {example.answer}" if example.answer else ""
+    note = (f"{answers}{right}. Filled: frames that a cue names; dashed: the least score of a scene cut. P: the consensus prior (arXiv "
+            "2606.18441, Eq. 1-2), below summed over the frames of each of the model's temporal slots. Frame use (Eq. 3-5): how much the "
+            "answer leans on each slot, softmax of its similarity / τ, or its share of the attention. Thin line: even use.")
+    legend = [("P, summed over the frames of a slot", CUES["prior"], (1, 1))]
     legend += [entry for index, one in enumerate(looks) for entry in (
         (f"{one.name}, τ = 0.1, or attention", index, DASHES[0]), (f"{one.name}, τ = 1", index, DASHES[1]))]
     strip = Panel("", "", lambda axes, sheet: plot_strip(axes, thumbs, row["times"]), height=1.8)
     wide = [strip, *(replace(panel, height=2.1) for panel in panels)]
-    figure = draw(wide, SHEETS["light"], textwrap.shorten(arguments.question, 100, placeholder=" …"), legend, columns=1, width=12)[0]
+    figure = draw(wide, SHEETS["light"], textwrap.shorten(arguments.question, 100, placeholder=" …"), legend, 1, 12, note)[0]
     maps = maps_figure(looks, thumbs, row["times"], layers)
     return write_report(arguments.output, f"Where the answer looks: {os.path.basename(arguments.video)}", sample_html(
-        arguments, example, row, looks, thumbs, panels, legend), command, {"": figure, "-maps": maps})
+        arguments, example, row, looks, thumbs, panels, legend, note), command, {"": figure, "-maps": maps})

@@ -9,6 +9,7 @@ import base64
 import io
 import json
 import shlex
+import textwrap
 from collections.abc import Callable
 from dataclasses import dataclass
 from html import escape
@@ -37,6 +38,7 @@ class Sheet:
 
 SHEETS = {"light": Sheet("#ffffff", "#22262b", "#d9dde2", ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"]),
           "dark": Sheet("#15181d", "#e4e7eb", "#3a414b", ["#56B4E9", "#E69F00", "#1FBF92", "#E295BE", "#F0E442", "#4A90D9"])}
+CUES = {"scene": 2, "semantic": 3, "prior": 4}  # their lines; models and runs have the first ones
 DASHES = [(1, 0), (5, 1.5), (6, 1.5, 1.5, 1.5), (2, 1)]
 WIDTH, HEIGHT, DPI = 4.0, 2.75, 160  # a panel, inches
 
@@ -55,15 +57,16 @@ class Panel:
 # ----------------------------------------------------------------------------------------------------------------- pictures
 
 
-def draw(panels, sheet, heading="", legend=(), columns=3, width=WIDTH):
-    """Panels in a grid. legend: (name, index of its colour or None for the text's, dashes) each.
+def draw(panels, sheet, heading="", legend=(), columns=3, width=WIDTH, note=""):
+    """Panels in a grid, under a heading with a legend and a note. legend: (name, index of its colour or None for the text's, dashes) each.
     -> the figure, its pixels (H, W, 3), the panels cut out of them, their alt texts."""
     columns = min(columns, len(panels))
     rows = [panels[start : start + columns] for start in range(0, len(panels), columns)]
     heights, across = [max(panel.height for panel in row) for row in rows], columns * width  # inches
     widths = [0.75 + 0.08 * len(name) for name, *_ in legend]
     wide = len(legend) if sum(widths) < across else max(1, int(across / max(widths)))  # legend entries in a line
-    top = (0.5 + 0.25 * (-(-len(legend) // wide) if legend else 0)) if heading else 0.0
+    keys, lines = 0.25 * -(-len(legend) // wide) if legend else 0.0, textwrap.wrap(note, int(13 * across))  # inches, lines
+    top = 0.5 + keys + 0.19 * len(lines) if heading else 0.0
     height = sum(heights) + top
     settings = {**dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), sheet.text),
                 "grid.color": sheet.faint, "axes.facecolor": sheet.back, "font.size": 11, "text.parse_math": False, "axes.grid": True,
@@ -82,13 +85,14 @@ def draw(panels, sheet, heading="", legend=(), columns=3, width=WIDTH):
         for one, panel in zip(axes, panels, strict=True):
             one.set_title(panel.title, loc="left", fontsize=12, fontweight="bold")
             alts.append(f"{panel.title}. {panel.plot(one, sheet)}")
-            one.yaxis.set_label_coords(-0.72 / (width - left - right), 0.5)
         for shared in {panel.shared for panel in panels if panel.shared}:
             members = [one for one, panel in zip(axes, panels, strict=True) if panel.shared == shared]
             limits = [one.get_ylim() for one in members]
             for one in members:
                 one.set_ylim(min(low for low, _ in limits), max(high for _, high in limits))
         figure.text(0.15 / across, 1 - 0.12 / height, heading, fontsize=14, fontweight="bold", va="top")
+        if heading and note:
+            figure.text(0.15 / across, 1 - (0.44 + keys) / height, "\n".join(lines), fontsize=10, va="top", linespacing=1.35)
         if heading and legend:
             handles = [Line2D([], [], color=sheet.text if index is None else sheet.lines[index % 6], dashes=dashes, linewidth=2)
                        for _, index, dashes in legend]
@@ -326,9 +330,9 @@ def plot_stages(axes, sheet, groups):
                       label=STAGES[index] if row == 0 else None)
             begin += seconds
         told.append(f"{label}: " + ", ".join(f"{stage} {seconds:.3g}" for stage, seconds in zip(STAGES, stage_seconds(runs), strict=True)))
-    axes.set(xlabel="seconds, median over steps", ylim=(len(groups) - 0.4, -1.1), yticks=range(len(groups)))
-    names = [label if len(label) < 10 else f"{label[:8]}…" for label in groups] if len(groups) > 1 else [""]
-    axes.set_yticklabels(names, fontsize=9)
+    axes.set(xlabel="seconds, median over steps", ylim=(len(groups) - 0.4, -1.1), yticks=range(len(groups)) if len(groups) > 1 else [])
+    axes.set_yticks(axes.get_yticks(), [label if len(label) < 10 else f"{label[:8]}…" for label in groups][: len(axes.get_yticks())],
+                    fontsize=9)
     axes.grid(axis="y", visible=False)
     axes.legend(ncols=4, fontsize=8, frameon=False, loc="upper left", borderpad=0, handlelength=1, columnspacing=0.8, handletextpad=0.4)
     return f"Seconds, median over steps. {'; '.join(told)}."
@@ -410,5 +414,5 @@ def run_report(folders, labels=None, output=None, command=""):
     legend += [("uniform use (chance, held-out)", None, (1, 1))] if chances and any(panel.shared == "evidence" for panel in panels) else []
     parts = [result_table(groups), f"<h2>Step by step</h2><p>{escape(note)}</p>", panels_html(panels, legend), seconds_table(groups)]
     trained = [f"# {run.folder}: {shlex.join(run.result['command'])}" for run in runs if run.result and "command" in run.result]
-    figures = {"": draw(panels, SHEETS["light"], heading, legend)[0]}
+    figures = {"": draw(panels, SHEETS["light"], heading, legend, note=note)[0]}
     return write_report(output, heading, "\n".join(parts), "\n".join([command, *trained]), figures)

@@ -80,7 +80,7 @@ def test_numbers_of_events_by_hand():
     assert figures.by_position([first], 10)[1].tolist() == [[1, 0, 1, 0, 0, 0, 0, 1, 0, 1]]
     groups = figures.groups_of(figures.Events("x", [first, second], 0, 0, ""))
     assert {name: values.tolist() for name, values in groups.items()} == {
-        "consensus": [1.5, 5], "others": [0.5, 0], "right": [1.5], "wrong": [5]}
+        "consensus": [1.5, 5], "others": [0.5, 0], "if right": [1.5], "if wrong": [5]}
     before = figures.Events("y", [answer(10, 4, [(5, 1), (5, 2)], [1, 3]), answer(4, 4, [(0, 0)], [0], name="c")], 0, 0, "")
     assert figures.changes(before, figures.Events("x", [first, second], 0, 0, "")).tolist() == [0.5]  # of the one they share: 1.5 - 1
 
@@ -263,7 +263,7 @@ def test_photographs_leave_the_lines_their_colours(tmp_path):
     sheet = figures.draw(panels, figures.SHEETS["light"], "x", columns=1, width=12)[0]
     figures.write_report(tmp_path / "x.html", "x", "", "x", {"-sheet": sheet})
     colours = {colour for _, colour in Image.open(tmp_path / "x-sheet.png").convert("RGB").getcolors(1 << 24)}
-    assert len(panels) == 2 and {(0, 0x72, 0xB2), (0xD5, 0x5E, 0)} <= colours and len(colours) > 1000
+    assert len(panels) == 2 and {(0, 0x9E, 0x73), (0xCC, 0x79, 0xA7)} <= colours and len(colours) > 1000
 
 
 def test_rows_are_drawn_by_the_seed(tmp_path):

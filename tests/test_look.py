@@ -140,10 +140,15 @@ def test_use_bars_are_the_numbers():
     assert all(data.edges.tolist() == [-0.5, 1.5, 3.5, 4.5] for data in drawn)
     assert "a, τ = 0.1: 0.200, 0.500, 0.300; a, τ = 1: 0.300" in alt and "b, τ = 0.1: 0.100, 0.100, 0.800" in alt
     axes = Figure().add_subplot()
-    look.plot_cue(axes, SHEETS["light"], row, [0.3, 0.1, 0.5, 0.2, 0.4], [2, 4], 0, floor=0.05)
-    assert [round(bar.get_y() + bar.get_height(), 6) for bar in axes.patches] == [0.3, 0.1, 0.5, 0.2, 0.4]
+    cues = {"scene": [2, 4], "scene_scores": [0.3, 0.1, 0.5, 0.2, 0.4], "semantic": [0, 2], "semantic_scores": [0.3, -0.1, 0.5, 0.2, 0.1]}
+    look.plot_cue(axes, SHEETS["light"], row | cues, "scene", "distance")
+    assert [bar.get_height() for bar in axes.patches] == [0.3, 0.1, 0.5, 0.2, 0.4]
     filled = [bar.get_facecolor() != axes.patches[1].get_facecolor() for bar in axes.patches]
     assert filled == [False, False, True, False, True]
+    axes = Figure().add_subplot()
+    alt = look.plot_cue(axes, SHEETS["light"], row | cues, "semantic", "cosine")
+    assert axes.collections[0].get_offsets().tolist() == [[0, 0.3], [1, -0.1], [2, 0.5], [3, 0.2], [4, 0.1]]
+    assert "0.0 s 0.300 chosen, 1.0 s -0.100, 2.0 s 0.500 chosen, 3.0 s 0.200" in alt
 
 
 def test_text_is_coloured_by_the_slot_of_each_token():
@@ -157,7 +162,7 @@ def test_heat_maps_lie_where_their_patches_are():
     """A 4 x 8 frame, 1 x 2 patches a slot: the least value is darkest, on one scale over all slots."""
     thumbs = [np.zeros((4, 8, 3), np.uint8)] * 4
     first, second = look.slot_maps(fake_look("m", "", [0.5, 0.5]), thumbs)["max"]
-    dark, bright = (np.array(look.matplotlib.colormaps["cividis"](value)[:3]) * 255 * 0.7 for value in (0.0, 1.0))
+    dark, bright = (np.array(look.matplotlib.colormaps["magma"](value)[:3]) * 255 * 0.75 for value in (0.0, 1.0))
     np.testing.assert_allclose(first[:, :4].reshape(-1, 3), np.tile(dark, (16, 1)), atol=2)
     np.testing.assert_allclose(first[:, 4:].reshape(-1, 3), np.tile(bright, (16, 1)), atol=2)
     assert dark.sum() < second[:, 4:].mean((0, 1)).sum() < second[:, :4].mean((0, 1)).sum() < bright.sum()
