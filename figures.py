@@ -7,7 +7,6 @@ import json
 import math
 import random
 import sys
-import textwrap
 from collections import Counter
 from dataclasses import dataclass
 from html import escape
@@ -21,12 +20,7 @@ from tqdm import tqdm
 import scores
 from data import DataError, MediaError, decode_frames, resolve_media
 from prior import read_priors
-from report import CUES, DASHES, HEIGHT, SHEETS, Panel, check_output, data_url, draw, jpeg, panels_html, table_html, write_report
-
-
-def shorten(text, length):
-    return text if len(text) <= length else f"{text[: length - 1]}…"
-
+from report import CUES, DASHES, HEIGHT, SHEETS, Panel, check_output, data_url, draw, jpeg, panels_html, shorten, table_html, write_report
 
 # --------------------------------------------------------------------------------------------------------------- enrichment
 
@@ -40,6 +34,7 @@ class Events:
     one_sided: int  # answers whose consensus slots are all or none of their slots
     without: int  # answers without events: no video of two slots, no prior, or no answer
     score: str  # of frame use: "attention, layer 1"
+    repeated: int = 0  # rows that repeat a problem_id, of which the first counts
 
 
 def events_fault(use):
@@ -58,7 +53,7 @@ def events_fault(use):
 
 def read_events(path, label):
     """Predictions of evaluate.py -> Events. DataError where it has none to count."""
-    answers, one_sided, items = [], 0, scores.read_predictions(path)[0]
+    (items, repeated, _), answers, one_sided = scores.read_predictions(path), [], 0
     for item in items:
         use = item.frame_use if isinstance(item.frame_use, dict) else {}
         if "events" not in use:
@@ -77,7 +72,7 @@ def read_events(path, label):
     rows, settings = scores.read_json(path)
     settings = settings or rows[0].get("settings") or {}
     score = f"{settings['frame_use']}, layer {settings.get('frame_use_layer')}" if settings.get("frame_use") else "not told"
-    return Events(label, counted, one_sided, len(items) - len(answers), score)
+    return Events(label, counted, one_sided, len(items) - len(answers), score, len(repeated))
 
 
 def sides(answers):
@@ -147,8 +142,7 @@ def plot_sides(axes, sheet, files):
     axes.legend(ncols=2, fontsize=9, frameon=False, loc="upper left", borderpad=0, handletextpad=0.1, columnspacing=1)
     axes.set(xlabel="event enrichment, mean", ylim=(len(files) - 0.4, -1.0), yticks=range(len(files)))
     axes.margins(x=0.12)
-    names = ["\n".join(textwrap.wrap(file.label, 10, max_lines=2, placeholder="…")) for file in files]
-    axes.set_yticklabels([f"{name}\nn = {len(file.answers)}" for name, file in zip(names, files, strict=True)], fontsize=9)
+    axes.set_yticklabels([f"{shorten(file.label, 10)}\nn = {len(file.answers)}" for file in files], fontsize=9)
     axes.grid(axis="y", visible=False)
     return f"Mean event enrichment with 95 % intervals. {'. '.join(words)}."
 
@@ -247,7 +241,7 @@ def run_enrichment(predictions, labels=None, output="enrichment.html", command="
               lambda axes, sheet: plot_positions(axes, sheet, files, parts, "enrichment")),
         Panel("Where in the answer", f"Share of an answer's events in each of {parts} parts, mean over answers; dotted: evenly spread.",
               lambda axes, sheet: plot_positions(axes, sheet, files, parts, "share")),
-        *(Panel(f"Answers of {shorten(file.label, 25)}", f"{file.label}: enrichment of the consensus slots, of the others, and of the "
+        *(Panel(f"Answers of {shorten(file.label, 16)}", f"{file.label}: enrichment of the consensus slots, of the others, and of the "
                 "consensus slots if the answer is right, or wrong; below, how many. Bar: median; few answers are dots.",
                 lambda axes, sheet, file=file, row=row: plot_violins(axes, sheet, file, row), "violins") for row, file in enumerate(files))]
     heading = f"Event enrichment of {labels[0] if len(files) == 1 else f'{len(files)} prediction files'}"
@@ -259,6 +253,8 @@ def run_enrichment(predictions, labels=None, output="enrichment.html", command="
     for file in files[1:]:
         if file.score == files[0].score and len(found := changes(files[0], file)):
             note += f" From {files[0].label} to {file.label} on the same questions, consensus slots: {told(found, '+')}."
+    again = sum(file.repeated for file in files)
+    note += f" Left out, since an earlier row has their problem_id: {again}." if again else ""
     note += " The scores of frame use differ (see the table): compare no levels." if len({file.score for file in files}) > 1 else ""
     note += f" One answer only, n = 1, so no interval: {', '.join(alone)}." if alone else ""
     legend = [(shorten(label, 40), index, DASHES[index % 4]) for index, label in enumerate(labels)]
@@ -362,7 +358,7 @@ def summarise_priors(path, items, seed=0):
         fault = cues_fault(row)
         if fault:
             raise DataError(f"priors file {path}: the row of {row['problem_id']} {fault}; build it again")
-        count, sets = len(row["prior"]), {name for name in ("scene", "semantic") if name in row}
+        count, sets = len(row["prior"]), {name for name in ("scene", "semantic") if row.get(name) or row.get(f"{name}_scores")}
         for name, value in row.get("settings", {}).items():
             told.settings.setdefault(name, Counter())[value if isinstance(value, str) else json.dumps(value)] += 1
         if count == 1:
@@ -502,7 +498,7 @@ def prior_table(told):
     """Everything in numbers, and the settings that made the rows, as HTML."""
     both = [overlap[0] > 0 for overlap in told.overlaps]
     frames = f"{min(told.mass)}" if len(told.mass) == 1 else f"{min(told.mass)} to {max(told.mass)}, most often {told.usual_frames}"
-    numbers = [("rows of videos", told.rows), ("rows of images (one frame), not drawn", told.images), ("frames of a video, K", frames),
+    numbers = [("rows of videos", told.rows), ("rows of one frame (images), not drawn", told.images), ("frames of a video, K", frames),
                ("effective frames, exp(entropy) / K, mean", f"{np.mean(told.effective):.3f}")]
     for name, values in zip(("on the scene set", "on the semantic set", "on neither"), zip(*told.shares, strict=True), strict=False):
         numbers.append((f"mass of P {name}, mean", f"{np.mean(values):.3f}, n = {len(values)}"))

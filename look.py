@@ -4,11 +4,12 @@ attention, heat maps within the frames, the slot that each token leans on, and t
 Letters in shapes: K frames, t temporal slots of h x w = M visual tokens (after merging), L tokens of the answer, D hidden size.
 """
 
+import json
 import os
 import sys
-import textwrap
 from dataclasses import dataclass, replace
 from html import escape
+from pathlib import Path
 
 import cv2
 import matplotlib
@@ -16,13 +17,15 @@ import numpy as np
 import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
+from transformers.utils import logging as hf_logging
 
 import reward
 from data import DataError, Encoder, Example, decode_frames, read_template
 from grpo import FAMILIES, Policy, collate, rollout_frame_use, sample_texts
 from prior import PriorSettings, load_clip, make_prior
-from report import CUES, DASHES, DPI, SHEETS, Panel, data_url, draw, jpeg, panels_html, table_html, write_report
+from report import CUES, DASHES, DPI, SHEETS, Panel, data_url, draw, jpeg, panels_html, short_names, table_html, write_report
 
 
 @dataclass
@@ -33,7 +36,7 @@ class Look:
     text: str
     pieces: list[str]  # (L,) the text of each token
     uses: dict  # (score, tau or None) -> frame use (t,)
-    tokens: dict  # score -> what each token makes of each slot (L, t): cosine, or share of its attention to the video
+    tokens: dict  # score -> what each token makes of each slot (L, t): cosine, or share of its attention
     maps: dict  # score -> (t, h, w): what each patch adds to the slot's score
 
 
@@ -60,8 +63,9 @@ def patch_contributions(response, patches, pool):
     return own @ direction / frames.norm(dim=-1, keepdim=True)
 
 
-def check_model(arguments, path):
-    """DataError for what is no checkpoint, of a family whose frame use is not known, or without the layers to be read."""
+def check_model(arguments, settings, path):
+    """DataError for what is no checkpoint, of a family whose frame use is not known, or without the layers to be read. -> sentences about
+    settings that the training run beside the checkpoint had otherwise."""
     try:
         config = AutoConfig.from_pretrained(path)
     except (OSError, ValueError) as error:
@@ -71,15 +75,24 @@ def check_model(arguments, path):
     layers = config.get_text_config().num_hidden_layers
     if not -1 <= arguments.hidden_layer <= layers or not 1 <= arguments.attention_layer <= layers:
         raise DataError(f"{path} has layers 1 to {layers} (--attention_layer), and hidden states 0 to {layers} or -1 (--hidden_layer)")
+    file, asked = Path(path).parent / "run.json", vars(arguments) | vars(settings)
+    trained = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    return [f"{path} was trained with --{name} {trained[name]}, here it is {asked[name]}"
+            for name in ("frames", "min_pixels", "max_pixels", "frame_times", "prompt_template")
+            if trained.get(name, asked[name]) != asked[name]]
 
 
 @torch.no_grad()
 def look(arguments, name, path, example, row):
     """The answer of one checkpoint to the example, and what it looks at."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = AutoModelForImageTextToText.from_pretrained(path, dtype=torch.bfloat16 if device == "cuda" else torch.float32,
-                                                        attn_implementation="sdpa", use_safetensors=True).to(device).eval()
-    policy, processor = Policy(model), AutoProcessor.from_pretrained(path)
+    try:
+        model = AutoModelForImageTextToText.from_pretrained(path, dtype=torch.bfloat16 if device == "cuda" else torch.float32,
+                                                            attn_implementation="sdpa", use_safetensors=True).to(device).eval()
+        processor = AutoProcessor.from_pretrained(path)
+    except (OSError, SafetensorError) as error:
+        raise DataError(f"{path} cannot be loaded: {str(error).splitlines()[0]}") from error
+    policy = Policy(model)
     encoder = Encoder(processor, arguments.min_pixels, arguments.max_pixels, len(row["frames"]), read_template(arguments.prompt_template),
                       cache_gb=0, frame_times=arguments.frame_times)
     item = encoder.encode(example, row)
@@ -121,8 +134,8 @@ def reward_rows(arguments, example, row, looks):
     merged = {len(use): reward.merge_prior(torch.tensor(row["prior"]), len(use)) for one in looks for use in one.uses.values()}
     consensus = [{key: reward.consensus_frame_reward(merged[len(use)], use) for key, use in one.uses.items()} for one in looks]
     rows = [("answer", *(escape(reward.extract_answer(one.text)) or "–" for one in looks)),
-            ("tokens", *(str(len(one.pieces)) for one in looks))]
-    for key in consensus[0]:
+            ("tokens", *(f"{len(one.pieces)}{', cut' if len(one.pieces) == arguments.max_completion_length else ''}" for one in looks))]
+    for key in dict.fromkeys(key for one in consensus for key in one):
         score, tau = key
         told = score_name(score, (arguments.hidden_layer, arguments.attention_layer)) + (f", τ = {tau:g}" if tau else "")
         paper = " (the paper's)" if key == ("max", 0.1) and arguments.hidden_layer == -1 else ""
@@ -201,8 +214,9 @@ def sample_panels(arguments, row, looks):
     if row["semantic_scores"]:
         caption = f"Cosine of question and frame (CLIP); filled: the {len(row['semantic'])} frames most like the question."
         panels.append(Panel("Semantic cue", caption, lambda axes, sheet: plot_cue(axes, sheet, row, "semantic", "cosine")))
-    panels.append(Panel("Prior P", "Eq. 1-2: every frame some weight, more where a cue names it.", lambda axes, sheet: plot_cue(
-        axes, sheet, row, "prior", "P")))
+    left = f"; --prior {row['settings']['prior']} leaves a cue out" if row["settings"]["prior"] != "full" else ""
+    caption = f"Eq. 1-2: every frame some weight, more where a cue names it{left}."
+    panels.append(Panel("Prior P", caption, lambda axes, sheet: plot_cue(axes, sheet, row, "prior", "P")))
     of = "the last layer" if layers[0] == -1 else f"hidden states {layers[0]}"
     captions = {"max": f"Eq. 3-5 of {of}, channel-wise max over a frame's tokens.", "mean": f"The same with their mean ({of}).",
                 "attention": f"The answer's attention to each slot in layer {layers[1]}, mean over heads."}
@@ -251,7 +265,7 @@ def maps_figure(looks, thumbs, times, layers, across=8):
     slots = max(len(one.uses["max", 0.1]) for one in looks)
     patch, across = -(-len(thumbs) // slots), min(across, slots)
     rows = [("frame", [thumbs[slot * patch] for slot in range(slots)])]
-    for score in looks[0].maps:
+    for score in dict.fromkeys(score for one in looks for score in one.maps):
         for one in looks:
             if score in one.maps:
                 name = score_name(score, layers)
@@ -343,19 +357,16 @@ def sample_html(arguments, example, row, looks, thumbs, panels, legend, note):
     return "\n".join(parts)
 
 
-def short_names(paths):
-    """The ends of model paths, if they tell them apart."""
-    names = ["/".join(path.rstrip("/").split("/")[-2:]) for path in paths]
-    return names if len(set(names)) == len(paths) else paths
-
-
 def sample_report(arguments, settings, command):
     """The report of `visualize.py sample`. Returns its path."""
+    hf_logging.set_verbosity_error()
+    hf_logging.disable_progress_bar()
     example = Example("0", arguments.question, arguments.options, arguments.problem_type, arguments.answer or "",
                       os.path.abspath(arguments.video), "video")
     paths = [arguments.model_name_or_path, *([arguments.compare] if arguments.compare else [])]
-    for path in paths:
-        check_model(arguments, path)
+    told = [words for path in paths for words in check_model(arguments, settings, path)]
+    for words in told:
+        print(f"visualize.py: warning: {words}", file=sys.stderr)
     row = make_prior(example, load_clip(settings.clip, settings.clip_pretrained) if settings.has_semantic else None, settings)
     thumbs = []
     for frame in decode_frames(example.media, row["frames"])[0]:
@@ -370,13 +381,14 @@ def sample_report(arguments, settings, command):
     right = f"; right is {example.answer}" if example.answer else ""
     note = (f"{answers}{right}. Filled: frames that a cue names; dashed: the least score of a scene cut. P: the consensus prior (arXiv "
             "2606.18441, Eq. 1-2), below summed over the frames of each of the model's temporal slots. Frame use (Eq. 3-5): how much the "
-            "answer leans on each slot, softmax of its similarity / τ, or its share of the attention. Thin line: even use.")
+            "answer leans on each slot, softmax of its similarity / τ, or its share of the attention. Thin line: even use."
+            + "".join(f" {words[0].upper()}{words[1:]}." for words in told))
     legend = [("P, summed over the frames of a slot", CUES["prior"], (1, 1))]
     legend += [entry for index, one in enumerate(looks) for entry in (
         (f"{one.name}, τ = 0.1, or attention", index, DASHES[0]), (f"{one.name}, τ = 1", index, DASHES[1]))]
     strip = Panel("", "", lambda axes, sheet: plot_strip(axes, thumbs, row["times"]), height=1.8)
     wide = [strip, *(replace(panel, height=2.1) for panel in panels)]
-    figure = draw(wide, SHEETS["light"], textwrap.shorten(arguments.question, 100, placeholder=" …"), legend, 1, 12, note)[0]
+    figure = draw(wide, SHEETS["light"], arguments.question, legend, 1, 12, note)[0]
     maps = maps_figure(looks, thumbs, row["times"], layers)
     return write_report(arguments.output, f"Where the answer looks: {os.path.basename(arguments.video)}", sample_html(
         arguments, example, row, looks, thumbs, panels, legend, note), command, {"": figure, "-maps": maps})

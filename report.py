@@ -19,6 +19,7 @@ import matplotlib
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.font_manager import get_font_names
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 from PIL import Image
@@ -54,11 +55,30 @@ class Panel:
     height: float = HEIGHT  # inches
 
 
+FONTS = ["DejaVu Sans", *(name for name in ("Noto Sans CJK JP", "Noto Sans CJK SC", "WenQuanYi Zen Hei", "PingFang SC", "Microsoft YaHei",
+                                           "Arial Unicode MS") if name in get_font_names())]  # questions may be in any language
+
+
+def shorten(text, length):
+    """The text, or its beginning and end: names of models and folders differ at either."""
+    return text if len(text) <= length else f"{text[: length // 2]}…{text[len(text) - (length - 1) // 2 :]}"
+
+
+def short_names(paths):
+    """The ends of paths, as many of their parts as tell them apart."""
+    parts = [path.rstrip("/").split("/") for path in paths]
+    for count in range(1, max(map(len, parts))):
+        names = ["/".join(part[-count:]) for part in parts]
+        if len(set(names)) == len(paths) and all(len(name) > 5 or count > 1 for name in names):
+            return names
+    return paths
+
+
 # ----------------------------------------------------------------------------------------------------------------- pictures
 
 
 def draw(panels, sheet, heading="", legend=(), columns=3, width=WIDTH, note=""):
-    """Panels in a grid, under a heading with a legend and a note. legend: (name, index of its colour or None for the text's, dashes) each.
+    """Panels in a grid, under a heading, a legend and a note. legend: (name, index of its colour or None for the text's, dashes) each.
     -> the figure, its pixels (H, W, 3), the panels cut out of them, their alt texts."""
     columns = min(columns, len(panels))
     rows = [panels[start : start + columns] for start in range(0, len(panels), columns)]
@@ -69,8 +89,8 @@ def draw(panels, sheet, heading="", legend=(), columns=3, width=WIDTH, note=""):
     top = 0.5 + keys + 0.19 * len(lines) if heading else 0.0
     height = sum(heights) + top
     settings = {**dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), sheet.text),
-                "grid.color": sheet.faint, "axes.facecolor": sheet.back, "font.size": 11, "text.parse_math": False, "axes.grid": True,
-                "axes.axisbelow": True, "axes.spines.top": False, "axes.spines.right": False, "hatch.color": sheet.back}
+                "grid.color": sheet.faint, "axes.facecolor": sheet.back, "font.size": 11, "font.family": FONTS, "text.parse_math": False,
+                "axes.grid": True, "axes.axisbelow": True, "axes.spines.top": False, "axes.spines.right": False, "hatch.color": sheet.back}
     with matplotlib.rc_context(settings):
         figure = Figure((across, height), dpi=DPI, facecolor=sheet.back)
         canvas, axes, places, below = FigureCanvasAgg(figure), [], [], height - top  # inches to the bottom of the row
@@ -90,7 +110,7 @@ def draw(panels, sheet, heading="", legend=(), columns=3, width=WIDTH, note=""):
             limits = [one.get_ylim() for one in members]
             for one in members:
                 one.set_ylim(min(low for low, _ in limits), max(high for _, high in limits))
-        figure.text(0.15 / across, 1 - 0.12 / height, heading, fontsize=14, fontweight="bold", va="top")
+        figure.text(0.15 / across, 1 - 0.12 / height, shorten(heading, int(8.5 * across)), fontsize=14, fontweight="bold", va="top")
         if heading and note:
             figure.text(0.15 / across, 1 - (0.44 + keys) / height, "\n".join(lines), fontsize=10, va="top", linespacing=1.35)
         if heading and legend:
@@ -253,10 +273,11 @@ def read_run(folder):
         raise DataError(f"{file} holds no step yet; try again once training has made one")
     try:
         read = json.loads(result.read_text(encoding="utf-8")) if result.is_file() else None
-        if read is not None and not (isinstance(read["before"], dict) and isinstance(read["after"], dict)):
-            raise ValueError("before and after are not objects")
-    except (ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{result} is not the result of a run (JSON with before and after)") from error
+        numbers = [] if read is None else [*read["before"].values(), *read["after"].values(), *read.get("seconds", {}).values()]
+        if not all(type(number) in (int, float) for number in numbers):
+            raise ValueError("not numbers")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DataError(f"{result} is not the result of a run (JSON with numbers before and after)") from error
     return Run(str(folder), records, read)
 
 
@@ -287,7 +308,8 @@ def plot_metric(axes, sheet, metric, groups, chance):
     told = []
     for index, (label, runs) in enumerate(groups.items()):
         steps, values, means, broken = curves(runs, stage, name)
-        colour, values, means = sheet.lines[index % 6], np.ma.masked_invalid(values), np.ma.masked_invalid(means)
+        colour, everywhere = sheet.lines[index % 6], np.isfinite(values).all(0)  # a mean of fewer runs would jump where one ends
+        values, means = (np.ma.masked_where(~np.broadcast_to(everywhere, rows.shape), rows) for rows in (values, means))
         if broken:
             axes.plot(broken, [0.03] * len(broken), "x", color=colour, transform=axes.get_xaxis_transform(), clip_on=False)
         if not values.count():
@@ -331,8 +353,7 @@ def plot_stages(axes, sheet, groups):
             begin += seconds
         told.append(f"{label}: " + ", ".join(f"{stage} {seconds:.3g}" for stage, seconds in zip(STAGES, stage_seconds(runs), strict=True)))
     axes.set(xlabel="seconds, median over steps", ylim=(len(groups) - 0.4, -1.1), yticks=range(len(groups)) if len(groups) > 1 else [])
-    axes.set_yticks(axes.get_yticks(), [label if len(label) < 10 else f"{label[:8]}…" for label in groups][: len(axes.get_yticks())],
-                    fontsize=9)
+    axes.set_yticks(axes.get_yticks(), [shorten(label, 10) for label in groups][: len(axes.get_yticks())], fontsize=9)
     axes.grid(axis="y", visible=False)
     axes.legend(ncols=4, fontsize=8, frameon=False, loc="upper left", borderpad=0, handlelength=1, columnspacing=0.8, handletextpad=0.4)
     return f"Seconds, median over steps. {'; '.join(told)}."
@@ -344,7 +365,8 @@ def legend_text(label, runs):
 
 def result_table(groups):
     """result.json as HTML, before → after: mean over a label's runs and, of several, the lowest and highest. '' without any."""
-    done = {label: [run.result for run in runs if run.result and run.result["after"]] for label, runs in groups.items()}
+    done = {label: [run.result for run in runs if run.result and run.result["after"] and "grpo" in run.records]
+            for label, runs in groups.items()}
     done = {label: results for label, results in done.items() if results}
 
     def cell(results, part, name):
@@ -382,7 +404,7 @@ def run_report(folders, labels=None, output=None, command=""):
         raise DataError("a directory is given twice")
     check_output(output)
     groups = {}
-    for folder, label in zip(folders, labels or folders, strict=True):
+    for folder, label in zip(folders, labels or short_names(folders), strict=True):
         groups.setdefault(label, []).append(read_run(folder))
     runs = [run for members in groups.values() for run in members]
     chances = [run.result["after"]["evidence_chance"] for run in runs if run.result and "evidence_chance" in run.result["after"]]
@@ -404,12 +426,13 @@ def run_report(folders, labels=None, output=None, command=""):
     unfinished = [run.folder for run in runs if run.result is None]
     heading = f"Training dynamics of {runs[0].folder if len(runs) == 1 else f'{len(runs)} runs'}"
     note = "Line: running mean over about √n of n steps, centred. Faint: value of each step."
-    note += " Band: lowest to highest running mean of the runs; their mean is the line." if len(groups) < len(runs) else ""
+    if len(groups) < len(runs):
+        note += " Band: lowest to highest running mean of the runs; their mean is the line, where all of them have a value."
     note += " Dotted: use if spread evenly over the held-out questions' frames." if chances else ""
     note += " A cross at the bottom: the value is not a number." if gaps else ""
     note += f" Zero throughout, so not drawn: {', '.join(zero)}." if zero else ""
     note += f" Without result.json yet: {', '.join(unfinished)}." if unfinished else ""
-    legend = [(legend_text(label if len(label) < 40 else f"{label[:39]}…", members), index, DASHES[index % 4])
+    legend = [(legend_text(shorten(label, 40), members), index, DASHES[index % 4])
               for index, (label, members) in enumerate(groups.items())]
     legend += [("uniform use (chance, held-out)", None, (1, 1))] if chances and any(panel.shared == "evidence" for panel in panels) else []
     parts = [result_table(groups), f"<h2>Step by step</h2><p>{escape(note)}</p>", panels_html(panels, legend), seconds_table(groups)]

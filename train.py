@@ -855,8 +855,10 @@ def run(arguments, settings):
     result.update(before=before, after=after, seconds=seconds)
     if is_main():
         (output / "result.json").write_text(json.dumps(result, indent=1), encoding="utf-8")
-        if (output / "metrics.jsonl").stat().st_size:
+        try:
             run_report([output], command=f"python visualize.py run {shlex.quote(str(output))}")
+        except (DataError, OSError) as error:  # the run itself is whole
+            say(f"no report.html: {error}")
     say(f"all of it is in {output}/: report.html, result.json, metrics.jsonl, rollouts.jsonl, checkpoints")
 
 

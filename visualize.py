@@ -16,6 +16,7 @@ those with the same label (seeds of one arm) become one line, their mean, in a b
 """
 
 import argparse
+import re
 import shlex
 import sys
 from dataclasses import dataclass, field, fields
@@ -61,6 +62,9 @@ class SampleArguments:
         self.problem_type = self.problem_type or ("multiple choice" if self.options else "free-form")
         if (self.problem_type == "multiple choice") != bool(self.options):
             raise DataError("--options 'A. ...' 'B. ...' and --problem_type multiple choice go together")
+        letters = {option[0] for option in self.options if re.match(r"[A-Z]\. ", option)}
+        if self.options and (len(letters) < len(self.options) or self.answer and set(self.answer.split(",")) - letters):
+            raise DataError("--options are 'A. ...' 'B. ...' with a letter each, and --answer is one of the letters (or several: A,C)")
         if self.compare == self.model_name_or_path:
             raise DataError("--compare names the model itself; give another one")
 

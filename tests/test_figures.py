@@ -122,7 +122,6 @@ def test_enrichment_page(tmp_path, monkeypatch, capsys, chromium):
         write_lines(tmp_path / f"{file}.predictions.jsonl", [*(row for row, _ in made[file]), *others])
     words = ["--predictions", tmp_path / "before.predictions.jsonl", tmp_path / "after.predictions.jsonl"]
     assert command(monkeypatch, capsys, "enrichment", *words, "--output", tmp_path / "out/e.html") == (0, f"{tmp_path}/out/e.html\n", "")
-    assert "enrichment of the consensus slots" in chromium(tmp_path / "out/e.html")
     page, table = read(tmp_path / "out/e.html")
     assert len(page.images) == 5 and len(page.sources) == 10 and table["measure"] == ["before", "after"]  # light and dark
     assert table["answers counted"] == ["12", "12"] and table["frame use by"] == ["attention, layer 2"] * 2
@@ -142,6 +141,7 @@ def test_enrichment_page(tmp_path, monkeypatch, capsys, chromium):
     change = np.mean(values["after"]) - np.mean(values["before"])
     assert change > 0.5 and table["consensus slots, change from before on the same questions"][1].startswith(f"{change:+.3f} (+")
     assert f"visualize.py enrichment --predictions {words[1]}" in page.words and "Made by" in page.words
+    assert "enrichment of the consensus slots" in chromium(tmp_path / "out/e.html")
 
 
 def test_one_answer_and_odd_labels(tmp_path, monkeypatch, capsys):
@@ -223,9 +223,8 @@ def test_prior_page(toy_folder, tmp_path, monkeypatch, capsys, chromium):
     rows[1]["settings"] = {"frames": 4, "scene": "content"}
     words = ["--priors", write_lines(tmp_path / "p.jsonl", rows), "--output", tmp_path / "out/prior.html"]
     assert command(monkeypatch, capsys, "prior", *words, "--media_root", toy_folder) == (0, f"{tmp_path}/out/prior.html\n", "")
-    assert "rows, drawn at random" in chromium(tmp_path / "out/prior.html")
     page, table = read(tmp_path / "out/prior.html")
-    assert table["rows of videos"] == ["4"] and table["rows of images (one frame), not drawn"] == ["1"]
+    assert table["rows of videos"] == ["4"] and table["rows of one frame (images), not drawn"] == ["1"]
     assert table["frames of a video, K"] == ["4"]
     videos = rows[:4]
     entropies = [-sum(p * math.log(p) for p in row["prior"]) for row in videos]
@@ -253,6 +252,7 @@ def test_prior_page(toy_folder, tmp_path, monkeypatch, capsys, chromium):
         errors = [np.abs(shown - frame).mean() for frame in truth]
         assert int(np.argmin(errors)) == place and min(errors) < 10
     read(tmp_path / "out/prior.html", "-sheet")
+    assert "rows, drawn at random" in chromium(tmp_path / "out/prior.html")
 
 
 def test_photographs_leave_the_lines_their_colours(tmp_path):

@@ -4,7 +4,11 @@ import base64
 import copy
 import html
 import io
+import json
+import os
 import re
+import resource
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -116,13 +120,18 @@ def test_reward_rows_by_hand():
     right = fake_look("r", "<think>x</think><answer>B</answer>", [0.25, 0.75])
     wrong = fake_look("w", "<answer>A</answer>", [0.75, 0.25])  # R_cf = 0.15 + 0.2; no think block: no format reward
     example = Example("0", "q", ["A. x", "B. y"], "multiple choice", "B", "", "video")
-    flags = SimpleNamespace(hidden_layer=-1, attention_layer=1, cfr_weight=3.0)
+    flags = SimpleNamespace(hidden_layer=-1, attention_layer=1, cfr_weight=3.0, max_completion_length=9)
     told = {name: cells for name, *cells in look.reward_rows(flags, example, row, [right, wrong])}
     assert told["R_cf, max pooling, τ = 0.1 (the paper's)"] == ["0.650", "0.350"] and told["answer"] == ["B", "A"]
     assert told["R_cf of even use"] == ["0.500", "0.500"] and told["reward: accuracy"] == ["1.000", "0.000"]
     assert told["reward: consensus, 3 × accuracy × R_cf (max pooling, τ = 0.1)"] == ["1.950", "0.000"]
     assert told["reward: format"] == ["1.000", "0.000"]
     assert told["reward: total, without the temporal term"] == ["3.950", "0.000"]
+    wrong.uses["attention", None] = torch.tensor([0.0, 1.0])  # the first model has none: R_cf is 0.8 for the second alone
+    told = {name: cells for name, *cells in look.reward_rows(flags, example, row, [right, wrong])}
+    assert told["R_cf, attention, layer 1"] == ["–", "0.800"] and told["R_cf of use of the best slot alone"] == ["0.800", "0.800"]
+    assert told["tokens"] == ["2", "2"] and look.reward_rows(SimpleNamespace(**vars(flags) | {"max_completion_length": 2}), example, row,
+                                                             [right])[1] == ("tokens", "2, cut")
     unknown = {name: cells for name, *cells in look.reward_rows(flags, Example("0", "q", [], "free-form", "", "", "video"), row, [right])}
     assert unknown["reward: accuracy"] == unknown["reward: total, without the temporal term"] == ["–"]
 
@@ -178,9 +187,7 @@ def test_sample_as_a_user_runs_it(first_run, small_toy, tmp_path, chromium):
                "--output", "out/s.html"]
     done = subprocess.run([str(part) for part in command], cwd=tmp_path, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0 and done.stdout.endswith("out/s.html\n"), done.stdout + done.stderr
-    words = chromium(tmp_path / "out/s.html")
-    assert "B. <b>blue & 'x'" in words and "my <video>.mp4" in words and "output/grpo" in words and "output/sft" in words
-    assert "python " in words and "--compare" in words
+    assert "warning" not in done.stderr
     page = (tmp_path / "out/s.html").read_text()
     pictures = re.findall(r'<img src="data:image/(\w+);base64,(.*?)"', page)
     assert len(pictures) == 16 + 6 + 2 * 8  # frames; three cues and three scores; eight slots of two models
@@ -198,12 +205,38 @@ def test_sample_as_a_user_runs_it(first_run, small_toy, tmp_path, chromium):
     for name in ("s.png", "s-maps.png"):
         assert Image.open(tmp_path / "out" / name).width > 1000
         assert (tmp_path / "out" / name).with_suffix(".svg").read_text().lstrip().startswith("<?xml")
+    words = chromium(tmp_path / "out/s.html")
+    assert "B. <b>blue & 'x'" in words and "my <video>.mp4" in words and "output/grpo" in words and "output/sft" in words
+    assert "python " in words and "--compare" in words
+
+
+def test_settings_of_the_training_run_are_compared(tmp_path, checkpoint):
+    """run.json stands beside the checkpoint: a model that saw small frames answers large ones badly, and the reader should know why."""
+    shutil.copytree(checkpoint, tmp_path / "run" / "grpo")
+    asked, settings = arguments(tmp_path / "run/grpo"), SimpleNamespace(frames=16)
+    assert look.check_model(asked, settings, str(tmp_path / "run/grpo")) == []
+    (tmp_path / "run/run.json").write_text(json.dumps({"frames": 8, "max_pixels": 3136, "min_pixels": 100, "seed": 3}))
+    assert look.check_model(asked, settings, str(tmp_path / "run/grpo")) == [
+        f"{tmp_path}/run/grpo was trained with --frames 8, here it is 16",
+        f"{tmp_path}/run/grpo was trained with --min_pixels 100, here it is 3136"]
+
+
+def test_64_large_frames_fit_in_memory(checkpoint, tmp_path):
+    writer = cv2.VideoWriter(str(tmp_path / "hd.mp4"), cv2.VideoWriter_fourcc(*"mp4v"), 8, (1280, 720))
+    for index in range(64):
+        writer.write(np.full((720, 1280, 3), 3 * index, np.uint8))
+    writer.release()
+    command = [sys.executable, ROOT / "visualize.py", "sample", "--model_name_or_path", checkpoint, "--video", tmp_path / "hd.mp4", "--question",
+               "q", "--frames", "64", "--prior", "no_semantic", "--max_completion_length", "64", "--output", tmp_path / "x.html"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0 and (tmp_path / "x.html").is_file(), done.stderr
+    assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss < 3 * 1024**2  # KiB: the largest child so far
 
 
 def test_other_family_without_attention(tmp_path, toy_processor, toy_folder, monkeypatch):
     """A model that cannot pack has no recorded attention: its score and line are left out, the rest is drawn."""
     video = next((toy_folder / "videos").glob("*.mp4"))
-    monkeypatch.setattr(look, "check_model", lambda *_: None)
+    monkeypatch.setattr(look, "check_model", lambda *_: [])
     monkeypatch.setattr(look, "look", lambda arguments, name, path, example, row: look.Look(
         name, "<answer>A</answer>", ["A"], {(pool, tau): torch.full((8,), 0.125) for pool in ("max", "mean") for tau in (0.1, 1.0)},
         {pool: torch.rand(1, 8) for pool in ("max", "mean")}, {pool: torch.rand(8, 2, 2) for pool in ("max", "mean")}))
@@ -232,6 +265,8 @@ def test_bad_input_is_one_sentence(tmp_path, toy_folder, checkpoint, capsys, mon
             (tmp_path / "nan" / file.name).write_bytes(file.read_bytes())
     for file in checkpoint.glob("*.jinja"):
         (tmp_path / "nan" / file.name).write_bytes(file.read_bytes())
+    shutil.copytree(checkpoint, tmp_path / "half")
+    os.truncate(tmp_path / "half/model.safetensors", 10_000)
     good = {"--model_name_or_path": checkpoint, "--video": video, "--question": "q", "--prior": "no_semantic", "--min_pixels": "3136",
             "--max_pixels": "3136", "--max_completion_length": "4", "--output": tmp_path / "x.html"}
     for change, words in (
@@ -242,6 +277,8 @@ def test_bad_input_is_one_sentence(tmp_path, toy_folder, checkpoint, capsys, mon
             ({"--video": tmp_path / "no.mp4"}, "no.mp4: no such file"), ({"--video": tmp_path / "empty.mp4"}, "empty.mp4: empty file"),
             ({"--video": tmp_path / "torn.mp4"}, "torn.mp4: not a readable video"),
             ({"--video": tmp_path / "still.mp4"}, "still.mp4: 1 sampled frames make one slot"),
+            ({"--options": "x"}, "a letter each"), ({"--options": "A. x", "--answer": "x"}, "--answer is one of the letters"),
+            ({"--model_name_or_path": tmp_path / "half"}, "half cannot be loaded"),
             ({"--attention_layer": "5"}, "has layers 1 to 4 (--attention_layer)"), ({"--hidden_layer": "-2"}, "hidden states 0 to 4 or -1"),
             ({"--options": "A. x", "--problem_type": "OCR"}, "--problem_type multiple choice go together"),
             ({"--min_pixels": "5000"}, "at most --max_pixels"), ({"--frames": "0"}, "--frames and --semantic_k must be at least 1"),

@@ -96,7 +96,6 @@ def test_three_runs_two_arms(tmp_path, chromium):
     done = run(*(tmp_path / name for name in ("a0", "a1", "b <&> \"$x$\"")), "--label", "plain", "--label", "plain", "--label", label,
                "--output", "out/compare.html", cwd=tmp_path)
     assert (done.returncode, done.stdout) == (0, "out/compare.html\n") and done.stderr == ""
-    assert "Held-out questions" in chromium(tmp_path / "out/compare.html")
     page = read(tmp_path / "out/compare.html")
     assert len(page.images) == len(report.METRICS) and len(page.sources) == 2 * len(report.METRICS)  # light and dark
     assert page.rows[0] == ["measure", "plain (2 runs)", label]
@@ -112,6 +111,7 @@ def test_three_runs_two_arms(tmp_path, chromium):
         assert told[words] == [" → ".join(parts), f"{results[2]['before'][name]:.3f} → {results[2]['after'][name]:.3f}"]
     assert "python " in page.words and "--output out/compare.html" in page.words and "Band:" in page.words
     assert page.words.count(label) >= 2 and f"{label}: " in page.images[0]["alt"]
+    assert "Held-out questions" in chromium(tmp_path / "out/compare.html")
 
 
 def test_train_writes_the_report(first_run, chromium):
@@ -189,6 +189,24 @@ def test_curve_is_the_file(tmp_path):
     np.testing.assert_allclose(sorted(corners[corners[:, 0] == 5, 1]), [low, high])
 
 
+def test_a_run_that_ended_early_moves_no_mean():
+    """Two seeds of one label, 2 and 0 throughout; the second stops after two steps: the mean stays 1 and ends there."""
+    runs = [report.Run("a", {"grpo": {step: {"x": 2.0} for step in range(9)}}, None),
+            report.Run("b", {"grpo": {step: {"x": 0.0} for step in range(2)}}, None)]
+    axes = Figure().add_subplot()
+    alt = report.plot_metric(axes, report.SHEETS["light"], ("grpo", "x", "X", "unit", "", ""), {"s": runs}, None)
+    for line in axes.lines:
+        assert np.ma.filled(line.get_ydata(), np.nan)[:2].tolist() == [1, 1] and np.isnan(np.ma.filled(line.get_ydata(), np.nan)[2:]).all()
+    assert "s: 1 at step 0, 1 at step 1" in alt
+
+
+def test_names_are_short_and_different():
+    assert report.short_names(["/x/y/a/output/grpo", "/x/y/b/output/grpo"]) == ["a/output/grpo", "b/output/grpo"]
+    assert report.short_names(["runs/first", "runs/other"]) == ["runs/first", "runs/other"] and report.short_names(["a", "b"]) == ["a", "b"]
+    assert report.short_names(["/long/way/to/output-0", "/long/way/to/output-1/"]) == ["output-0", "output-1"]
+    assert report.shorten("Qwen2.5-VL-7B-seed0", 9) == "Qwen…eed0" and report.shorten("short", 9) == "short"
+
+
 def test_bad_input_is_one_sentence(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     write_run(tmp_path / "good")
@@ -199,10 +217,13 @@ def test_bad_input_is_one_sentence(tmp_path, capsys, monkeypatch):
     (tmp_path / "none").mkdir()
     write_run(tmp_path / "odd", result=False)
     (tmp_path / "odd/result.json").write_text('{"before": 3}')
+    write_run(tmp_path / "null", result=False)
+    (tmp_path / "null/result.json").write_text('{"before": {"greedy": 0.5}, "after": {"evidence_chance": null}}')
     for flags, words in (
             (["nowhere"], "nowhere is not a folder"), (["none"], "none has no metrics.jsonl"), (["empty"], "holds no step yet"),
             (["broken"], "metrics.jsonl line 2 is not a JSON record"), (["other"], "none of the metrics that this report draws"),
-            (["odd"], "odd/result.json is not the result of a run"), (["good", "good/../good"], "a directory is given twice"),
+            (["odd"], "odd/result.json is not the result of a run"),
+            (["null"], "null/result.json is not the result of a run"), (["good", "good/../good"], "a directory is given twice"),
             (["good", "--label", "a", "--label", "b"], "2 --label for 1 directories"),
             (["good", "--output", "x.png"], "must end in .html")):
         monkeypatch.setattr(sys, "argv", ["visualize.py", "run", *flags])
