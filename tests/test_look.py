@@ -226,8 +226,8 @@ def test_64_large_frames_fit_in_memory(checkpoint, tmp_path):
     for index in range(64):
         writer.write(np.full((720, 1280, 3), 3 * index, np.uint8))
     writer.release()
-    command = [sys.executable, ROOT / "visualize.py", "sample", "--model_name_or_path", checkpoint, "--video", tmp_path / "hd.mp4", "--question",
-               "q", "--frames", "64", "--prior", "no_semantic", "--max_completion_length", "64", "--output", tmp_path / "x.html"]
+    command = [sys.executable, ROOT / "visualize.py", "sample", "--model_name_or_path", checkpoint, "--video", tmp_path / "hd.mp4",
+               "--question", "q", "--frames", "64", "--prior", "no_semantic", "--output", tmp_path / "x.html"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0 and (tmp_path / "x.html").is_file(), done.stderr
     assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss < 3 * 1024**2  # KiB: the largest child so far
