@@ -456,6 +456,7 @@ def plot_strip(axes, sheet, row, pictures, start, high, largest):
             by = 0.47 if name == "scene" else 0.43
             axes.add_patch(Rectangle((x - by, 1.45 - (by - 0.43)), 2 * by, high + 2 * (by - 0.43), fill=False, zorder=3, linewidth=2,
                                      edgecolor=sheet.lines[CUES[name]], linestyle=(0, DASHES[1]) if name == "scene" else "-"))
+        if marks(row, place):
             axes.text(x, row["prior"][place] / largest + 0.02, f"{row['prior'][place]:.2f}", fontsize=9, ha="center", va="bottom")
     times = row["times"][start : start + STRIP]
     axes.set(xlim=(-0.5, STRIP - 0.5), ylim=(0, 1.55 + high), xticks=range(len(times)), yticks=[], ylabel="P")

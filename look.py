@@ -7,6 +7,7 @@ Letters in shapes: K frames, t temporal slots of h x w = M visual tokens (after 
 import json
 import os
 import sys
+import textwrap
 from dataclasses import dataclass, replace
 from html import escape
 from pathlib import Path
@@ -25,7 +26,7 @@ import reward
 from data import DataError, Encoder, Example, decode_frames, read_template
 from grpo import FAMILIES, Policy, collate, rollout_frame_use, sample_texts
 from prior import PriorSettings, load_clip, make_prior
-from report import CUES, DASHES, DPI, SHEETS, Panel, data_url, draw, jpeg, panels_html, short_names, table_html, write_report
+from report import CUES, DASHES, DPI, SHEETS, Panel, data_url, draw, jpeg, panels_html, short_names, shorten, table_html, write_report
 
 
 @dataclass
@@ -228,14 +229,15 @@ def sample_panels(arguments, row, looks):
 
 
 def plot_strip(axes, thumbs, times):
-    """As many of the frames (K, h, w, 3) as fit in a row, each where its bar will be."""
+    """As many of the frames (K, h, w, 3) as fit in a row, each over the bars of those that it stands for."""
     step, (inches, high), (height, width) = time_ticks(axes, times), axes.bbox.size / axes.figure.dpi, thumbs[0].shape[:2]
     across = 0.96 * step  # of the room that a shown frame has, in frames; less where it would be higher than the strip
     tall = across * inches / len(thumbs) * height / width / high
     across, tall = across / max(tall, 1.0), min(tall, 1.0)
     for position in range(0, len(thumbs), step):
-        left = position - 0.5 + (step - across) / 2
-        axes.imshow(thumbs[position], extent=(left, left + across, 0, tall), aspect="auto")
+        share = min(1.0, (len(thumbs) - position) / step)  # the last one may stand for fewer
+        left = position - 0.5 + share * (step - across) / 2
+        axes.imshow(thumbs[position], extent=(left, left + share * across, 0, share * tall), aspect="auto")
     axes.set(xlim=(-0.5, len(thumbs) - 0.5), ylim=(0, 1), yticks=[])
     axes.grid(False)
     axes.spines[:].set_visible(False)
@@ -269,17 +271,20 @@ def maps_figure(looks, thumbs, times, layers, across=8):
         for one in looks:
             if score in one.maps:
                 name = score_name(score, layers)
-                rows.append((f"{name}\n{one.name}" if len(looks) > 1 else name, slot_maps(one, thumbs)[score]))
+                rows.append((f"{name}\n{shorten(one.name, 22)}" if len(looks) > 1 else name, slot_maps(one, thumbs)[score]))
     blocks, shape = -(-slots // across), thumbs[0].shape
-    wide, left, top = 1.35, 1.9, 0.5  # inches
+    wide, left = 1.35, 1.9  # inches
     high, gap = wide * shape[0] / shape[1], 0.08
     block = len(rows) * (high + gap) + 0.35
-    size = (left + across * (wide + gap) + 0.1, top + blocks * block)
+    across_inches = left + across * (wide + gap) + 0.1
+    heading = "What each patch adds to its slot's score: black least, pale yellow most, one colour scale a row"
+    heading = textwrap.wrap(heading, int(9 * across_inches))
+    top = 0.25 + 0.25 * len(heading)
+    size = across_inches, top + blocks * block
     sheet = SHEETS["light"]
     figure = Figure(size, dpi=DPI, facecolor=sheet.back)
     FigureCanvasAgg(figure)
-    heading = "What each patch adds to its slot's score: black least, pale yellow most, one colour scale a row"
-    figure.text(0.15 / size[0], 1 - 0.12 / size[1], heading, fontsize=13, fontweight="bold", va="top", color=sheet.text)
+    figure.text(0.15 / size[0], 1 - 0.12 / size[1], "\n".join(heading), fontsize=13, fontweight="bold", va="top", color=sheet.text)
     for slot in range(slots):
         line, column = divmod(slot, across)
         for index, (name, pictures) in enumerate(rows):
@@ -341,7 +346,7 @@ def sample_html(arguments, example, row, looks, thumbs, panels, legend, note):
             what = "largest share of its attention" if score == "attention" else "largest cosine"
             parts.append(f"<p>By {escape(score_name(score, layers))} ({what}):</p>{text_html(one, score, times)}")
     for one in looks:
-        maps = slot_maps(one, thumbs)
+        maps, patch = slot_maps(one, thumbs), -(-len(times) // len(one.uses["max", 0.1]))
         order = ", ".join(score_name(score, layers) for score in maps)
         parts += [f"<h2>Where {escape(one.name)} looks within the frames</h2><p>From left to right: the frame; {escape(order)}. "
                   "What a patch adds to its slot's score: black least, pale yellow most, one colour scale a score. Of a slot, the first "

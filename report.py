@@ -103,12 +103,12 @@ def draw(panels, sheet, heading="", legend=(), columns=3, width=WIDTH, note=""):
                 places.append((column * width, height - below - high, high))
         alts = []
         for one, panel in zip(axes, panels, strict=True):
-            one.set_title(panel.title, loc="left", fontsize=12, fontweight="bold")
+            one.set_title(shorten(panel.title, int(9.6 * (width - left))), loc="left", fontsize=12, fontweight="bold")
             alts.append(f"{panel.title}. {panel.plot(one, sheet)}")
         for shared in {panel.shared for panel in panels if panel.shared}:
             members = [one for one, panel in zip(axes, panels, strict=True) if panel.shared == shared]
-            limits = [one.get_ylim() for one in members]
-            for one in members:
+            limits = [one.get_ylim() for one in members if np.isfinite(one.dataLim.intervaly).all()]  # of those with a number
+            for one in members if limits else []:
                 one.set_ylim(min(low for low, _ in limits), max(high for _, high in limits))
         figure.text(0.15 / across, 1 - 0.12 / height, shorten(heading, int(8.5 * across)), fontsize=14, fontweight="bold", va="top")
         if heading and note:
@@ -232,7 +232,7 @@ METRICS = [
     ("grpo", "reward/total", "Reward, total", "reward", "", "Sum of the terms: accuracy and those that follow."),
     ("grpo", "reward/consensus", "Reward term: consensus", "reward", "", "λ × gate × consensus score, Eq. 7."),
     ("grpo", "reward/temporal", "Reward term: temporal", "reward", "", "For correct completions where frame order helps."),
-    ("grpo", "reward/alignment", "Reward term: temporal alignment", "reward", "", "Share of timed claims that match, if correct."),
+    ("grpo", "reward/alignment", "Reward term: alignment", "reward", "", "Share of timed claims that match, if correct."),
     ("grpo", "reward/consistency", "Reward term: consistency", "reward", "", "For correct answers that the reference finds likely too."),
     ("grpo", "reward/format", "Reward term: format", "reward", "0 to 1", "1 for a think block followed by an answer block."),
     ("grpo", "reward/length", "Reward term: length", "reward", "", "Bonus of correct completions within the length band."),

@@ -104,12 +104,19 @@ def test_a_single_step_is_a_dot():
 
 
 def test_shared_limits_are_joined():
-    """0..1 and -5..-2 on one axis: both -5..1; a third panel keeps its own 20..30."""
+    """0..1 and -5..-2 on one axis: both -5..1; a third panel keeps its own 20..30; one with crosses alone has no limits to give."""
     def panel(low, high, shared):
-        return report.Panel("t", "", lambda axes, sheet: axes.set_ylim(low, high), shared)
+        def plot(axes, sheet):
+            axes.plot([0, 1], [low, high])
+            axes.set_ylim(low, high)
+        return report.Panel("t", "", plot, shared)
 
-    figure = report.draw([panel(0, 1, "s"), panel(20, 30, ""), panel(-5, -2, "s")], SHEET)[0]
-    assert [axes.get_ylim() for axes in figure.axes] == [(-5, 1), (20, 30), (-5, 1)]
+    crosses = report.Panel("t", "", lambda axes, sheet: axes.plot([3], [0.03], "x", transform=axes.get_xaxis_transform()), "s")
+    figure = report.draw([panel(2, 3, "s"), panel(20, 30, ""), panel(5, 6, "s"), crosses], SHEET)[0]
+    assert [axes.get_ylim() for axes in figure.axes] == [(2, 6), (20, 30), (2, 6), (2, 6)]
+    figure = report.draw([panel(0, 1, "s"), panel(-5, -2, "s")], SHEET)[0]
+    assert [axes.get_ylim() for axes in figure.axes] == [(-5, 1), (-5, 1)]
+    assert report.draw([crosses], SHEET)[0].axes[0].get_ylim()[1] < 1  # alone: left as it is
 
 
 def test_panels_are_cut_where_they_are_drawn():
@@ -409,7 +416,7 @@ def test_page_tiles_are_the_slots():
     thumbs = plain(0, 60, 120, 180, size=(32, 32))
     looks = [made_look("one", {"max": [0.0, 3.0], "mean": [7.0, 2.0]}), made_look("two", {"max": [3.0, 0.0]})]
     row = {"times": [0.0, 1.0, 2.0, 3.0], "prior": [0.1, 0.2, 0.3, 0.4], "scene": [2], "semantic": [0, 2]}
-    arguments = SimpleNamespace(hidden_layer=-1, attention_layer=1, cfr_weight=1.0)
+    arguments = SimpleNamespace(hidden_layer=-1, attention_layer=1, cfr_weight=1.0, max_completion_length=9)
     page = look.sample_html(arguments, Example("0", "q", [], "free-form", "", "", "video"), row, looks, thumbs,
                             [report.Panel("t", "", lambda axes, sheet: "")], [], "")
     pictures = jpegs(page)
