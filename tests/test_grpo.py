@@ -884,7 +884,7 @@ def test_fixed_shapes_sample_the_same(items, talker, steps):
     assert steps == 1 or len(set(mask.sum(1).tolist())) > 3
     fixed = rollout(talker, *rows, **options, graph=True)
     assert torch.equal(fixed[0], tokens) and torch.equal(fixed[1], mask)
-    torch.testing.assert_close(fixed[2], logp, atol=1e-5, rtol=0)
+    torch.testing.assert_close(fixed[2], logp, atol=1e-4, rtol=0)
 
 
 def test_other_families_sample_the_same_in_fixed_shapes(other_family):
