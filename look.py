@@ -335,9 +335,9 @@ def sample_html(arguments, example, row, looks, thumbs, panels, legend, note):
         back, text = colours[position // patch]
         cues = [name for name in ("scene", "semantic") if position in row[name]]
         told = f"{times[position]:.1f} s, P {row['prior'][position]:.3f}{''.join(f', {cue}' for cue in cues)}"
+        caption = f"{position // patch + 1} · {told}".replace(", ", "<br>")
         parts.append(f'<figure><img src="{data_url(jpeg(thumb), "jpeg")}" width="{thumb.shape[1]}" height="{thumb.shape[0]}" '
-                     f'alt="Frame at {told}"><figcaption style="background:{back};color:{text}">{position // patch + 1} · {told}'
-                     "</figcaption></figure>")
+                     f'alt="Frame at {told}"><figcaption style="background:{back};color:{text}">{caption}</figcaption></figure>')
     parts += ["</div>", f"<h2>Prior and frame use</h2><p>{escape(note)}</p>", panels_html(panels, legend)]
     for one in looks:
         parts.append(f"<h2>What {escape(one.name)} says, and the slot that each token leans on</h2>"

@@ -431,5 +431,5 @@ def test_page_tiles_are_the_slots():
             assert tile[:, index * step - 4 : index * step - 2].mean() > 225
     captions = re.findall(r'<figcaption style="background:(#\w+);color:#\w+">(.*?)</figcaption>', page)
     back = [colour for colour, _ in look.slot_colours(2)]
-    assert captions == [(back[0], "1 · 0.0 s, P 0.100, semantic"), (back[0], "1 · 1.0 s, P 0.200"),
-                        (back[1], "2 · 2.0 s, P 0.300, scene, semantic"), (back[1], "2 · 3.0 s, P 0.400")]
+    assert captions == [(back[0], "1 · 0.0 s<br>P 0.100<br>semantic"), (back[0], "1 · 1.0 s<br>P 0.200"),
+                        (back[1], "2 · 2.0 s<br>P 0.300<br>scene<br>semantic"), (back[1], "2 · 3.0 s<br>P 0.400")]
