@@ -164,10 +164,29 @@ def time_ticks(axes, times):
     return step
 
 
+def prior_parts(row):
+    """{cue: (K,)}: what uniform coverage, the scene cue and the semantic cue add to each frame's P (Eq. 1-2); their sum is P."""
+    settings, count = PriorSettings(**row["settings"]), len(row["prior"])
+    weights = {"prior": np.full(count, settings.w_base), "scene": np.zeros(count), "semantic": np.zeros(count)}
+    weights["scene"][row["scene"]] = settings.w_scene * settings.has_scene
+    weights["semantic"][row["semantic"]] = settings.w_sem * settings.has_semantic
+    return {name: weight / sum(weights.values()).sum() for name, weight in weights.items()}
+
+
+def plot_prior(axes, sheet, row):
+    """P, each bar made of its three cues' parts."""
+    bottom, parts = np.zeros(len(row["prior"])), prior_parts(row)
+    for (name, part), hatch in zip(parts.items(), ("", "//", ".."), strict=True):
+        axes.bar(range(len(part)), part, bottom=bottom, width=0.8, color=sheet.lines[CUES[name]], hatch=hatch)
+        bottom += part
+    axes.set_ylabel("P")
+    time_ticks(axes, row["times"])
+    return "Frames: " + ", ".join(f"{time:.1f} s {value:.3f}" for time, value in zip(row["times"], row["prior"], strict=True))
+
+
 def plot_cue(axes, sheet, row, name, unit, threshold=None):
-    """The K scores of a cue, or P; those of the chosen frames are filled. Cosines are dots, since their zero means nothing."""
-    scores, colour = row["prior" if name == "prior" else f"{name}_scores"], sheet.lines[CUES[name]]
-    chosen = range(len(scores)) if name == "prior" else row[name]
+    """The K scores of a cue; those of the chosen frames are filled. Cosines are dots, since their zero means nothing."""
+    scores, chosen, colour = row[f"{name}_scores"], row[name], sheet.lines[CUES[name]]
     faces = [colour if position in chosen else sheet.back for position in range(len(scores))]
     if name == "semantic":
         axes.scatter(range(len(scores)), scores, s=60, color=faces, edgecolor=colour, linewidth=1.4, zorder=3)
@@ -215,9 +234,9 @@ def sample_panels(arguments, row, looks):
     if row["semantic_scores"]:
         caption = f"Cosine of question and frame (CLIP); filled: the {len(row['semantic'])} frames most like the question."
         panels.append(Panel("Semantic cue", caption, lambda axes, sheet: plot_cue(axes, sheet, row, "semantic", "cosine")))
-    left = f"; --prior {row['settings']['prior']} leaves a cue out" if row["settings"]["prior"] != "full" else ""
-    caption = f"Eq. 1-2: every frame some weight, more where a cue names it{left}."
-    panels.append(Panel("Prior P", caption, lambda axes, sheet: plot_cue(axes, sheet, row, "prior", "P")))
+    left = f" --prior {row['settings']['prior']} leaves a cue out." if row["settings"]["prior"] != "full" else ""
+    caption = f"Eq. 1-2: every frame some weight, and that of each cue that names it, in its colour.{left}"
+    panels.append(Panel("Prior P", caption, lambda axes, sheet: plot_prior(axes, sheet, row)))
     of = "the last layer" if layers[0] == -1 else f"hidden states {layers[0]}"
     captions = {"max": f"Eq. 3-5 of {of}, channel-wise max over a frame's tokens.", "mean": f"The same with their mean ({of}).",
                 "attention": f"The answer's attention to each slot in layer {layers[1]}, mean over heads."}

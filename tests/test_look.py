@@ -160,6 +160,19 @@ def test_use_bars_are_the_numbers():
     assert "0.0 s 0.300 chosen, 1.0 s -0.100, 2.0 s 0.500 chosen, 3.0 s 0.200" in alt
 
 
+def test_prior_bars_are_made_of_their_cues():
+    """Weights 0.5 for all, 1 for the scene cue on frame 0, 2 for the semantic on 0 and 2: 3.5, 0.5, 2.5, of 6.5."""
+    row = {"prior": [3.5 / 6.5, 0.5 / 6.5, 2.5 / 6.5], "times": [0.0, 1.0, 2.0], "scene": [0], "semantic": [0, 2],
+           "settings": {"prior": "full", "w_base": 0.5, "w_scene": 1.0, "w_sem": 2.0}}
+    axes = Figure().add_subplot()
+    look.plot_prior(axes, SHEETS["light"], row)
+    bars = [(round(bar.get_y() * 6.5, 6), round(bar.get_height() * 6.5, 6)) for bar in axes.patches]
+    assert bars == [(0, 0.5), (0, 0.5), (0, 0.5), (0.5, 1), (0.5, 0), (0.5, 0), (1.5, 2), (0.5, 0), (0.5, 2)]
+    np.testing.assert_allclose(sum(look.prior_parts(row).values()), row["prior"])
+    uniform = look.prior_parts({**row, "settings": {**row["settings"], "prior": "no_scene"}})
+    assert uniform["scene"].tolist() == [0, 0, 0] and uniform["semantic"].tolist() == [2 / 5.5, 0, 2 / 5.5]
+
+
 def test_text_is_coloured_by_the_slot_of_each_token():
     colours = look.slot_colours(2)
     text = look.text_html(fake_look("m", "<x>y", [0.5, 0.5], ["<x>", "y"]), "max", [0.0, 1.0, 2.0, 3.0])
