@@ -418,11 +418,10 @@ def run_report(folders, labels=None, output=None, command=""):
                 axes, sheet, metric, groups, own), metric[4] if metric[4] != "0 to 1" else ""))
         elif len(steps):
             zero.append(metric[2])
+        if metric[1] == "time/step" and any(stage_seconds(runs)):
+            panels.append(Panel("Time by stage", "What a GRPO step spends its time on.", lambda axes, sheet: plot_stages(axes, sheet, groups)))
     if not panels:
         raise DataError("metrics.jsonl has none of the metrics that this report draws, or all of them are zero")
-    if any(stage_seconds(runs)):
-        panels.insert(-1, Panel("Time by stage", "What a GRPO step spends its time on.", lambda axes, sheet: plot_stages(
-            axes, sheet, groups)))
     unfinished = [run.folder for run in runs if run.result is None]
     heading = f"Training dynamics of {runs[0].folder if len(runs) == 1 else f'{len(runs)} runs'}"
     note = "Line: running mean over about √n of n steps, centred. Faint: value of each step."
