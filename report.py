@@ -419,7 +419,8 @@ def run_report(folders, labels=None, output=None, command=""):
         elif len(steps):
             zero.append(metric[2])
         if metric[1] == "time/step" and any(stage_seconds(runs)):
-            panels.append(Panel("Time by stage", "What a GRPO step spends its time on.", lambda axes, sheet: plot_stages(axes, sheet, groups)))
+            panels.append(Panel("Time by stage", "What a GRPO step spends its time on.",
+                                lambda axes, sheet: plot_stages(axes, sheet, groups)))
     if not panels:
         raise DataError("metrics.jsonl has none of the metrics that this report draws, or all of them are zero")
     unfinished = [run.folder for run in runs if run.result is None]
