@@ -71,7 +71,8 @@ def start_ranks():
     deepspeed.init_distributed()
     if not torch.cuda.is_available():
         torch.set_flush_denormal(True)  # a CPU computes with denormal numbers a hundred times slower
-        torch.set_num_threads(max(1, os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", dist.get_world_size()))))
+        if "OMP_NUM_THREADS" not in os.environ:
+            torch.set_num_threads(max(1, os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", dist.get_world_size()))))
 
 
 def on_main_first(work):

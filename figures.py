@@ -517,7 +517,7 @@ def prior_table(told):
     return f"<h2>Numbers</h2>\n{table_html(['measure', 'value'], numbers)}\n{settings}"
 
 
-def run_prior(priors, media_root=None, items=6, seed=0, output="prior.html", command=""):
+def run_prior(priors, media_root=None, items=6, seed=0, output="priors.html", command=""):
     """The report of `visualize.py prior`. Returns the path of the HTML file; FILE-sheet.png and .svg show the rows drawn at random."""
     media_root = media_root or Path(priors).parent
     check_output(output)

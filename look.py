@@ -23,7 +23,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 from transformers.utils import logging as hf_logging
 
 import reward
-from data import DataError, Encoder, Example, decode_frames, read_template
+from data import DataError, Encoder, Example, decode_frames, open_video, read_template
 from grpo import FAMILIES, Policy, collate, rollout_frame_use, sample_texts
 from prior import PriorSettings, load_clip, make_prior
 from report import CUES, DASHES, DPI, SHEETS, Panel, data_url, draw, jpeg, panels_html, short_names, shorten, table_html, write_report
@@ -389,6 +389,7 @@ def sample_report(arguments, settings, command):
                       os.path.abspath(arguments.video), "video")
     paths = [arguments.model_name_or_path, *([arguments.compare] if arguments.compare else [])]
     told = [words for path in paths for words in check_model(arguments, settings, path)]
+    open_video(example.media)  # what cannot be read is said before CLIP is loaded
     for words in told:
         print(f"visualize.py: warning: {words}", file=sys.stderr)
     row = make_prior(example, load_clip(settings.clip, settings.clip_pretrained) if settings.has_semantic else None, settings)

@@ -8,6 +8,7 @@ visualize.py is the command line; train.py calls run_report() at its end.
 import base64
 import io
 import json
+import os
 import shlex
 import textwrap
 from collections.abc import Callable
@@ -211,8 +212,12 @@ def write_report(output, heading, body, command, figures):
 
 
 def check_output(output):
+    """Before the work: DataError where no page can be written later."""
     if Path(output).suffix != ".html":
         raise DataError(f"--output {output} must end in .html; the PNG and the SVG are written beside it")
+    folder = next(folder for folder in Path(output).absolute().parents if folder.exists())
+    if not folder.is_dir() or not os.access(folder, os.W_OK):
+        raise DataError(f"--output {output}: nothing can be written in {folder}")
 
 
 # ---------------------------------------------------------------------------------------------------------------- run report
@@ -391,7 +396,8 @@ def seconds_table(groups):
     done = {label: results for label, results in done.items() if results}
     rows = [(name, *(f"{np.mean([result.get(name, 0.0) for result in results]):.0f}" for results in done.values()))
             for name in {name: 0 for results in done.values() for result in results for name in result}]
-    return f"<h2>Seconds</h2>{table_html(['stage', *done], rows)}" if rows else ""
+    of = ", mean of the runs" if any(len(results) > 1 for results in done.values()) else ""
+    return f"<h2>Seconds of each stage{of}</h2>{table_html(['stage', *done], rows)}" if rows else ""
 
 
 def run_report(folders, labels=None, output=None, command=""):
@@ -436,6 +442,7 @@ def run_report(folders, labels=None, output=None, command=""):
               for index, (label, members) in enumerate(groups.items())]
     legend += [("uniform use (chance, held-out)", None, (1, 1))] if chances and any(panel.shared == "evidence" for panel in panels) else []
     parts = [result_table(groups), f"<h2>Step by step</h2><p>{escape(note)}</p>", panels_html(panels, legend), seconds_table(groups)]
-    trained = [f"# {run.folder}: {shlex.join(run.result['command'])}" for run in runs if run.result and "command" in run.result]
+    trained = [f"# {run.folder}: {shlex.join(word for word in run.result['command'] if 'local_rank' not in word)}"  # the launcher's
+               for run in runs if run.result and "command" in run.result]
     figures = {"": draw(panels, SHEETS["light"], heading, legend, note=note)[0]}
     return write_report(output, heading, "\n".join(parts), "\n".join([command, *trained]), figures)

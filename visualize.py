@@ -16,6 +16,7 @@ those with the same label (seeds of one arm) become one line, their mean, in a b
 """
 
 import argparse
+import os
 import re
 import shlex
 import sys
@@ -65,8 +66,10 @@ class SampleArguments:
         letters = {option[0] for option in self.options if re.match(r"[A-Z]\. ", option)}
         if self.options and (len(letters) < len(self.options) or self.answer and set(self.answer.split(",")) - letters):
             raise DataError("--options are 'A. ...' 'B. ...' with a letter each, and --answer is one of the letters (or several: A,C)")
-        if self.compare == self.model_name_or_path:
+        if self.compare and os.path.realpath(self.compare) == os.path.realpath(self.model_name_or_path):
             raise DataError("--compare names the model itself; give another one")
+        if not self.question.strip():
+            raise DataError("--question is empty")
 
 
 # ------------------------------------------------------------------------------------------------------------ command line
@@ -75,7 +78,8 @@ class SampleArguments:
 def main():
     parser = argparse.ArgumentParser(allow_abbrev=False, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True, parser_class=HfArgumentParser)
-    run = commands.add_parser("run", dataclass_types=(), allow_abbrev=False, help="training dynamics of one or several runs")
+    run = commands.add_parser("run", dataclass_types=(), allow_abbrev=False, help="training dynamics of one or several runs",
+                              formatter_class=argparse.HelpFormatter)
     run.add_argument("output_dirs", nargs="+", metavar="OUTPUT_DIR", help="what train.py wrote (its --output_dir)")
     run.add_argument("--label", action="append", metavar="NAME", help="once a directory, in their order; same name: one line and a band")
     run.add_argument("--output", metavar="FILE.html", help="default: report.html in the directory, of several ./report.html")
@@ -85,14 +89,14 @@ def main():
                                      help="the strongest token-slot pairs of answers (the paper's figure 9)")
     enrichment.add_argument("--predictions", nargs="+", required=True, metavar="FILE", help=(
         "what evaluate.py --frame_use ... --priors ... wrote: NAME.predictions.jsonl"))
-    enrichment.add_argument("--label", nargs="+", metavar="NAME", help="one a file, in their order; default: the files' names")
+    enrichment.add_argument("--label", action="append", metavar="NAME", help="once a file, in their order; default: the files' names")
     enrichment.add_argument("--output", default="enrichment.html", metavar="FILE.html", help="report to write")
     prior = commands.add_parser("prior", dataclass_types=(), allow_abbrev=False, help="what a priors file says, and some of its rows")
     prior.add_argument("--priors", required=True, metavar="FILE", help="what prior.py wrote")
     prior.add_argument("--media_root", metavar="DIR", help="folder that the rows' media paths start from; default: the priors file's")
     prior.add_argument("--items", type=int, default=6, metavar="N", help="rows whose frames are shown, drawn at random")
     prior.add_argument("--seed", type=int, default=0, help="of that choice")
-    prior.add_argument("--output", default="prior.html", metavar="FILE.html", help="report to write")
+    prior.add_argument("--output", default="priors.html", metavar="FILE.html", help="report to write")
     arguments = parser.parse_args()
     command = f"python {shlex.join(sys.argv)}"
     try:

@@ -177,7 +177,8 @@ def test_predictions_that_cannot_be_drawn(tmp_path, monkeypatch, capsys):
     assert "consensus_slots that are not ascending indices below 8" in told({"consensus_slots": [8]})
     assert "tokens that are no number above 0" in told({"tokens": None})
     assert "no answer that counts: the consensus slots of 1 are all or none" in told({"consensus_slots": list(range(8))})
-    assert "2 labels for 1 prediction files" in told({}, "--label", "a", "b") and "must end in .html" in told({}, "--output", "e.png")
+    assert "2 labels for 1 prediction files" in told({}, "--label", "a", "--label", "b")
+    assert "must end in .html" in told({}, "--output", "e.png")
     assert "given twice" in told({}, tmp_path / "p.jsonl")
 
 

@@ -225,7 +225,8 @@ def test_bad_input_is_one_sentence(tmp_path, capsys, monkeypatch):
             (["odd"], "odd/result.json is not the result of a run"),
             (["null"], "null/result.json is not the result of a run"), (["good", "good/../good"], "a directory is given twice"),
             (["good", "--label", "a", "--label", "b"], "2 --label for 1 directories"),
-            (["good", "--output", "x.png"], "must end in .html")):
+            (["good", "--output", "x.png"], "must end in .html"),
+            (["good", "--output", "good/result.json/x.html"], "nothing can be written in")):
         monkeypatch.setattr(sys, "argv", ["visualize.py", "run", *flags])
         with pytest.raises(SystemExit) as stop:
             visualize.main()
