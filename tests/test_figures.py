@@ -219,7 +219,7 @@ def made_rows(media):
 
 
 def test_prior_page(toy_folder, tmp_path, monkeypatch, capsys, chromium):
-    media = sorted(str(file.relative_to(toy_folder)) for file in toy_folder.glob("videos/*.mp4"))[:2]
+    media = sorted(str(file.relative_to(toy_folder)) for file in toy_folder.glob("videos/*_0*.mp4"))[:2]
     rows = made_rows(media)
     rows[1]["settings"] = {"frames": 4, "scene": "content"}
     words = ["--priors", write_lines(tmp_path / "p.jsonl", rows), "--output", tmp_path / "out/prior.html"]
@@ -284,7 +284,7 @@ def test_prior_page_without_media(toy_folder, tmp_path, monkeypatch, capsys):
     page, _ = read(tmp_path / "prior.html")
     assert len(page.images) == 5 and "4 of 4 videos of the sheet cannot be shown" in page.words
     assert not (tmp_path / "prior-sheet.png").exists()
-    video = sorted(toy_folder.glob("videos/*.mp4"))[0]
+    video = sorted(toy_folder.glob("videos/*_0*.mp4"))[0]
     strip = prior_row("a", video.name, [1], [2], times=[0.0, 1.0, 2.0, 3.0])
     with pytest.raises(ValueError, match="at other times"):
         figures.read_strip(strip, video.parent)

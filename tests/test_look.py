@@ -248,7 +248,7 @@ def test_64_large_frames_fit_in_memory(checkpoint, tmp_path):
 
 def test_other_family_without_attention(tmp_path, toy_processor, toy_folder, monkeypatch):
     """A model that cannot pack has no recorded attention: its score and line are left out, the rest is drawn."""
-    video = next((toy_folder / "videos").glob("*.mp4"))
+    video = next((toy_folder / "videos").glob("*_0*.mp4"))
     monkeypatch.setattr(look, "check_model", lambda *_: [])
     monkeypatch.setattr(look, "look", lambda arguments, name, path, example, row: look.Look(
         name, "<answer>A</answer>", ["A"], {(pool, tau): torch.full((8,), 0.125) for pool in ("max", "mean") for tau in (0.1, 1.0)},
@@ -262,7 +262,7 @@ def test_other_family_without_attention(tmp_path, toy_processor, toy_folder, mon
 
 
 def test_bad_input_is_one_sentence(tmp_path, toy_folder, checkpoint, capsys, monkeypatch):
-    video = next((toy_folder / "videos").glob("*.mp4"))
+    video = next((toy_folder / "videos").glob("*_0*.mp4"))
     (tmp_path / "llava").mkdir()
     (tmp_path / "llava/config.json").write_text('{"model_type": "llava"}')
     (tmp_path / "empty.mp4").write_bytes(b"")
