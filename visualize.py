@@ -5,7 +5,7 @@ network, on a phone, light or dark, and its figures as PNG and SVG beside it.
     python visualize.py run a0 a1 b0 b1 --label "λ = 0" --label "λ = 0" --label "λ = 3" --label "λ = 3" --output compare.html
     python visualize.py sample --model_name_or_path output/grpo --compare output/sft --video clip.mp4 --question "Who falls first?"
     python visualize.py enrichment --predictions sft.predictions.jsonl grpo.predictions.jsonl     # -> enrichment.html, .png, .svg
-    python visualize.py prior --priors priors.jsonl --media_root DATA                             # -> prior.html, prior-sheet.png, ...
+    python visualize.py prior --priors priors.jsonl --media_root DATA                             # -> priors.html, priors-sheet.png, ...
 
 `run` draws the training dynamics that train.py wrote to metrics.jsonl, and the before/after table of result.json. Directories are overlaid;
 those with the same label (seeds of one arm) become one line, their mean, in a band from the lowest to the highest run.

@@ -99,7 +99,8 @@ def test_a_broken_video_is_skipped_counted_and_named(small_toy, first_run, tmp_p
 def test_bad_input_ends_with_one_sentence(small_toy, first_run, tmp_path):
     sft = first_run[0] / "sft"
     assert "--no_such_flag" in complain("--no_such_flag", "1")
-    assert "--cuda_graph needs a GPU" in complain("--cuda_graph", "true")
+    if not torch.cuda.is_available():
+        assert "--cuda_graph needs a GPU" in complain("--cuda_graph", "true")
     assert "not found" in complain("--dataset_name", tmp_path / "none.json", "--model_name_or_path", sft, "--output_dir", tmp_path / "a")
     data = tmp_path / "data.json"
     data.write_text(json.dumps([{**row, "path": ""} for row in rows_of(small_toy, 4)]))
