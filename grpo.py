@@ -432,13 +432,13 @@ class FixedLayer(DynamicLayer):
         return self.keys, self.values
 
 
-def replay(step, steps, going):
+def replay(step, steps, going, device):
     """Calls step() `steps` times, or until going() is false, which is asked every 16 steps. On a GPU from the fourth time on as one CUDA
     graph: no kernel is launched by itself then, nor anything waited for."""
     for done in range(steps):
         if done % 16 == 0 and not going():
             return
-        if done == 3 and torch.cuda.is_available():
+        if done == 3 and device.type == "cuda":
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph):  # records the step, does not run it
                 step()
@@ -479,7 +479,7 @@ def sample_fixed(model, cache, hidden, prompt_mask, position, counts, uniforms, 
         pick()
 
     pick()
-    replay(step, steps - 1, lambda: bool(alive.any()))
+    replay(step, steps - 1, lambda: bool(alive.any()), device)
     ended = torch.arange(steps, device=device) >= lengths[..., None]
     return tokens.masked_fill(ended, eos[0])[there], logps.masked_fill(ended, 0.0)[there], lengths[there]
 

@@ -899,7 +899,7 @@ def test_nothing_in_a_replayed_step_waits_for_a_value(items, talker, monkeypatch
     class Done(Exception):
         pass
 
-    def replay(step, steps, going):
+    def replay(step, steps, going, device):
         held = [cell.cell_contents for cell in step.__closure__ if torch.is_tensor(cell.cell_contents)]
         cached = [tensor for cell in step.__closure__ if isinstance(cell.cell_contents, transformers.DynamicCache)
                   for layer in cell.cell_contents.layers for tensor in (layer.keys, layer.values)]
