@@ -285,12 +285,12 @@ def maps_figure(looks, thumbs, times, layers, across=8):
     """Slots side by side, `across` in a line; under each its frame, and a heat map per model and score."""
     slots = max(len(one.uses["max", 0.1]) for one in looks)
     patch, across = -(-len(thumbs) // slots), min(across, slots)
-    rows = [("frame", [thumbs[slot * patch] for slot in range(slots)])]
-    for score in dict.fromkeys(score for one in looks for score in one.maps):
-        for one in looks:
-            if score in one.maps:
+    rows, drawn = [("frame", [thumbs[slot * patch] for slot in range(slots)])], [slot_maps(one, thumbs) for one in looks]
+    for score in dict.fromkeys(score for maps in drawn for score in maps):
+        for one, maps in zip(looks, drawn, strict=True):
+            if score in maps:
                 name = score_name(score, layers)
-                rows.append((f"{name}\n{shorten(one.name, 22)}" if len(looks) > 1 else name, slot_maps(one, thumbs)[score]))
+                rows.append((f"{name}\n{shorten(one.name, 22)}" if len(looks) > 1 else name, maps[score]))
     blocks, shape = -(-slots // across), thumbs[0].shape
     wide, left = 1.35, 1.9  # inches
     high, gap = wide * shape[0] / shape[1], 0.08

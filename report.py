@@ -351,14 +351,15 @@ def stage_seconds(runs):
 def plot_stages(axes, sheet, groups):
     told = []
     for row, (label, runs) in enumerate(groups.items()):
-        begin = 0.0
-        for index, seconds in enumerate(stage_seconds(runs)):
+        begin, found = 0.0, stage_seconds(runs)
+        for index, (stage, seconds) in enumerate(zip(STAGES, found, strict=True)):
             axes.barh(row, seconds, left=begin, height=0.6, color=sheet.lines[index], hatch=["", "//", "..", "xx"][index],
-                      label=STAGES[index] if row == 0 else None)
+                      label=stage if row == 0 else None)
             begin += seconds
-        told.append(f"{label}: " + ", ".join(f"{stage} {seconds:.3g}" for stage, seconds in zip(STAGES, stage_seconds(runs), strict=True)))
-    axes.set(xlabel="seconds, median over steps", ylim=(len(groups) - 0.4, -1.1), yticks=range(len(groups)) if len(groups) > 1 else [])
-    axes.set_yticks(axes.get_yticks(), [shorten(label, 10) for label in groups][: len(axes.get_yticks())], fontsize=9)
+        told.append(f"{label}: " + ", ".join(f"{stage} {seconds:.3g}" for stage, seconds in zip(STAGES, found, strict=True)))
+    axes.set(xlabel="seconds, median over steps", ylim=(len(groups) - 0.4, -1.1))
+    names = [shorten(label, 10) for label in groups] if len(groups) > 1 else []  # of one, the page's heading says which
+    axes.set_yticks(range(len(names)), names, fontsize=9)
     axes.grid(axis="y", visible=False)
     axes.legend(ncols=4, fontsize=8, frameon=False, loc="upper left", borderpad=0, handlelength=1, columnspacing=0.8, handletextpad=0.4)
     return f"Seconds, median over steps. {'; '.join(told)}."
