@@ -14,13 +14,28 @@ from pathlib import Path
 
 import numpy as np
 from matplotlib.patches import Rectangle
-from PIL import Image
 from tqdm import tqdm
 
 import scores
 from data import DataError, MediaError, decode_frames, resolve_media
 from prior import read_priors
-from report import CUES, DASHES, HEIGHT, SHEETS, Panel, check_output, data_url, draw, jpeg, panels_html, shorten, table_html, write_report
+from report import (
+    CUES,
+    DASHES,
+    HEIGHT,
+    SHEETS,
+    Panel,
+    check_output,
+    data_url,
+    draw,
+    jpeg,
+    panels_html,
+    short_names,
+    shorten,
+    table_html,
+    thumbnail,
+    write_report,
+)
 
 # --------------------------------------------------------------------------------------------------------------- enrichment
 
@@ -227,8 +242,7 @@ def run_enrichment(predictions, labels=None, output="enrichment.html", command="
     """The report of `visualize.py enrichment`. labels: one a file, or None. Returns the path of the HTML file."""
     if labels and len(labels) != len(predictions):
         raise DataError(f"{len(labels)} labels for {len(predictions)} prediction files; give none, or one a file in their order")
-    names = [Path(path).name.removesuffix(".jsonl").removesuffix(".predictions") for path in predictions]
-    labels = labels or (names if len(set(names)) == len(names) else [str(path) for path in predictions])
+    labels = labels or short_names([str(Path(path).absolute()).removesuffix(".jsonl").removesuffix(".predictions") for path in predictions])
     if len(set(labels)) < len(labels):
         raise DataError("a file or a label is given twice")
     check_output(output)
@@ -437,9 +451,7 @@ def read_strip(row, media_root):
     frames, times = decode_frames(path, row["frames"])
     if not np.allclose(times, row["times"], atol=0.02):
         raise MediaError(f"{path}: its frames were taken at other times than the row's")
-    scale = min(1, THUMBNAIL / max(frames.shape[1:3]))
-    size = max(1, round(frames.shape[2] * scale)), max(1, round(frames.shape[1] * scale))
-    return [np.asarray(Image.fromarray(frame).resize(size, Image.Resampling.LANCZOS)) for frame in frames]
+    return [thumbnail(frame, THUMBNAIL) for frame in frames]
 
 
 def marks(row, place):

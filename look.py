@@ -26,7 +26,22 @@ import reward
 from data import DataError, Encoder, Example, decode_frames, open_video, read_template
 from grpo import FAMILIES, Policy, collate, rollout_frame_use, sample_texts
 from prior import PriorSettings, load_clip, make_prior
-from report import CUES, DASHES, DPI, SHEETS, Panel, data_url, draw, jpeg, panels_html, short_names, shorten, table_html, write_report
+from report import (
+    CUES,
+    DASHES,
+    DPI,
+    SHEETS,
+    Panel,
+    data_url,
+    draw,
+    jpeg,
+    panels_html,
+    short_names,
+    shorten,
+    table_html,
+    thumbnail,
+    write_report,
+)
 
 
 @dataclass
@@ -393,10 +408,7 @@ def sample_report(arguments, settings, command):
     for words in told:
         print(f"visualize.py: warning: {words}", file=sys.stderr)
     row = make_prior(example, load_clip(settings.clip, settings.clip_pretrained) if settings.has_semantic else None, settings)
-    thumbs = []
-    for frame in decode_frames(example.media, row["frames"])[0]:
-        scale = min(1.0, 240 / max(frame.shape[:2]))
-        thumbs.append(cv2.resize(frame, None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA))
+    thumbs = [thumbnail(frame, 240) for frame in decode_frames(example.media, row["frames"])[0]]
     looks = []
     for name, path in zip(short_names(paths), paths, strict=True):
         print(f"{path} is asked", file=sys.stderr)

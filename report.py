@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 
+import cv2
 import matplotlib
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -70,7 +71,7 @@ def short_names(paths):
     parts = [path.rstrip("/").split("/") for path in paths]
     for count in range(1, max(map(len, parts))):
         names = ["/".join(part[-count:]) for part in parts]
-        if len(set(names)) == len(paths) and all(len(name) > 5 or count > 1 for name in names):
+        if len(set(names)) == len(paths):
             return names
     return paths
 
@@ -139,6 +140,12 @@ def jpeg(pixels):
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, "jpeg", quality=85)
     return buffer.getvalue()
+
+
+def thumbnail(frame, side):
+    """(H, W, 3) uint8 -> the same, shrunk to at most `side` pixels on the longer side."""
+    height, width = (max(1, round(length * min(1, side / max(frame.shape[:2])))) for length in frame.shape[:2])
+    return cv2.resize(frame, (width, height), interpolation=cv2.INTER_AREA)
 
 
 def data_url(content, kind="png"):

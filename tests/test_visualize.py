@@ -202,7 +202,7 @@ def test_a_run_that_ended_early_moves_no_mean():
 
 def test_names_are_short_and_different():
     assert report.short_names(["/x/y/a/output/grpo", "/x/y/b/output/grpo"]) == ["a/output/grpo", "b/output/grpo"]
-    assert report.short_names(["runs/first", "runs/other"]) == ["runs/first", "runs/other"] and report.short_names(["a", "b"]) == ["a", "b"]
+    assert report.short_names(["runs/first", "runs/other"]) == ["first", "other"] and report.short_names(["a", "b"]) == ["a", "b"]
     assert report.short_names(["/long/way/to/output-0", "/long/way/to/output-1/"]) == ["output-0", "output-1"]
     assert report.shorten("Qwen2.5-VL-7B-seed0", 9) == "Qwen…eed0" and report.shorten("short", 9) == "short"
 
