@@ -59,7 +59,7 @@ from data import (
     target_text,
     uniform_frames,
 )
-from grpo import Policy, collate, rollout_frame_use, sample_texts, slot_shares
+from grpo import Policy, collate, rollout_frame_use, sample_texts, slot_shares, token_frame_use
 from prior import append_lines, join_shards, read_priors, write_whole
 
 
@@ -324,16 +324,7 @@ def frame_uses(arguments, model, prompts, tokens, mask):
     _, _, hidden, attention, _ = Policy(model)(prompts, tokens[:, None], mask[:, None], **layers)
     states = hidden.get(layer)
     for row, (use,) in enumerate(rollout_frame_use(prompts, mask[:, None], states, attention)):
-        if use is None:
-            found.append(None)
-            continue
-        columns, slots, valid = prompts.visual[row].nonzero().squeeze(1), prompts.slots[row], mask[row].bool()
-        if attention is not None:
-            each = attention[row, 0][valid][:, columns].view(int(valid.sum()), slots, -1).sum(-1)
-        else:
-            frames = reward.pool_frames(states[row, columns].view(slots, -1, states.shape[-1]))
-            each = torch.cosine_similarity(states[row, -len(valid) :][valid].float()[:, None], frames[None], dim=-1)
-        found.append((use, each))
+        found.append(None if use is None else (use, token_frame_use(prompts, row, mask[row].bool(), states, attention)))
     return found
 
 

@@ -629,6 +629,16 @@ def rollout_frame_use(prompts, completion_mask, hidden=None, attention=None, tau
     return rows
 
 
+def token_frame_use(prompts, row, valid, hidden=None, attention=None, pool="max"):
+    """What each token of a row's only completion makes of each temporal slot: its cosine with the slot's pooled state, or its attention to
+    it. valid (T,) bool, hidden (B, S, D) or attention (B, 1, T, P) as Policy.forward returns them -> (L, slots)."""
+    columns, slots = prompts.visual[row].nonzero().squeeze(1), prompts.slots[row]
+    if attention is not None:
+        return attention[row, 0][valid][:, columns].float().unflatten(1, (slots, -1)).sum(-1)
+    frames = reward.pool_frames(hidden[row, columns].unflatten(0, (slots, -1)), pool)
+    return torch.cosine_similarity(hidden[row, -len(valid) :][valid].float()[:, None], frames[None], dim=-1)
+
+
 @torch.no_grad()
 def answer_likelihoods(tokenizer, completions, mask, logp):
     """GRPO-CARE's likelihood of the answers (arXiv 2506.16141): exp(mean log-prob of the tokens inside the last answer block).

@@ -24,7 +24,7 @@ from transformers.utils import logging as hf_logging
 
 import reward
 from data import DataError, Encoder, Example, decode_frames, open_video, read_template
-from grpo import FAMILIES, Policy, collate, rollout_frame_use, sample_texts
+from grpo import FAMILIES, Policy, collate, rollout_frame_use, sample_texts, token_frame_use
 from prior import PriorSettings, load_clip, make_prior
 from report import (
     CUES,
@@ -128,16 +128,14 @@ def look(arguments, name, path, example, row):
     patches, response = states[0, columns].view(slots, height * width, -1), states[0, -tokens.shape[1] :]
     uses, each, maps = {}, {}, {}
     for pool in ("max", "mean"):
-        frames = reward.pool_frames(patches, pool)
-        each[pool] = torch.cosine_similarity(response.float()[:, None], frames[None], dim=-1).cpu()
+        each[pool] = token_frame_use(prompts, 0, mask[0], states, pool=pool).cpu()
         maps[pool] = patch_contributions(response, patches, pool).view(slots, height, width).cpu()
         for tau in (0.1, 1.0):
             uses[pool, tau] = rollout_frame_use(prompts, mask[:, None], states, tau=tau, pool=pool)[0][0].cpu()
     if attention is not None:
-        share = attention[0, 0][:, columns].float()  # (L, t*M)
         uses["attention", None] = rollout_frame_use(prompts, mask[:, None], attention=attention)[0][0].cpu()
-        each["attention"] = share.view(len(share), slots, -1).sum(-1).cpu()
-        maps["attention"] = share.mean(0).view(slots, height, width).cpu()
+        each["attention"] = token_frame_use(prompts, 0, mask[0], attention=attention).cpu()
+        maps["attention"] = attention[0, 0][:, columns].float().mean(0).view(slots, height, width).cpu()
     return Look(name, text, token_pieces(tokens[0].tolist(), processor.tokenizer), uses, each, maps)
 
 
