@@ -453,13 +453,13 @@ def sample_fixed(model, cache, hidden, prompt_mask, position, counts, uniforms, 
     there = torch.arange(width, device=device) < torch.tensor(counts, device=device)[:, None]  # (B, W)
     spread = torch.zeros(batch, width, steps, device=device).masked_scatter(there[..., None], uniforms)
     tokens, logps = torch.full(spread.shape, eos[0].item(), device=device), torch.zeros_like(spread)
-    hidden, alive, lengths = hidden.expand(-1, width, -1).clone(), there.clone(), torch.zeros_like(there, dtype=torch.long)
+    alive, lengths = there.clone(), torch.zeros_like(there, dtype=torch.long)
     at, own = torch.zeros(1, dtype=torch.long, device=device), torch.arange(width, device=device)
     columns = own + prompt
     cache.layers = [FixedLayer(layer, width * (steps - 1), columns) for layer in cache.layers]
     seen = pad(prompt_mask[:, None, None].expand(-1, 1, width, -1), (0, width * (steps - 1)))  # (B, 1, W, all columns)
 
-    def pick():
+    def pick(hidden):
         logits = model.lm_head(hidden).flatten(0, 1)  # (B*W, V)
         token = choose(logits, spread.index_select(2, at).flatten())
         logp = torch.log_softmax(logits.float(), dim=-1).gather(-1, token[:, None])
@@ -474,11 +474,10 @@ def sample_fixed(model, cache, hidden, prompt_mask, position, counts, uniforms, 
         embeds = model.get_input_embeddings()(tokens.index_select(2, at).squeeze(2))
         output = model.model.language_model(inputs_embeds=embeds, attention_mask=seen, past_key_values=cache, use_cache=True,
                                             position_ids=(position + at)[None, :, None].expand(3, -1, width))
-        hidden.copy_(output.last_hidden_state)
         at.add_(1)
-        pick()
+        pick(output.last_hidden_state)
 
-    pick()
+    pick(hidden.expand(-1, width, -1))
     replay(step, steps - 1, lambda: bool(alive.any()), device)
     ended = torch.arange(steps, device=device) >= lengths[..., None]
     return tokens.masked_fill(ended, eos[0])[there], logps.masked_fill(ended, 0.0)[there], lengths[there]

@@ -13,12 +13,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-import transformers
-from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+from conftest import NO_EOS, banned_ids
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import grpo
-from data import Encoder, load_examples
 from grpo import (
     Layout,
     Policy,
@@ -377,23 +375,6 @@ def test_frame_use_from_attention_by_hand():
 # --------------------------------------------------------------------------------------------- the model, against plain HF
 
 
-def video_row(frames):
-    return {"frames": frames, "times": [index / 4 for index in frames]}  # the toy's videos have 4 frames a second
-
-
-@pytest.fixture(scope="module")
-def items(toy_folder, toy_processor):
-    """Encoded examples: a video of 6 frames (3 slots), an image, a video of 5 frames at another rate, a text."""
-    examples = load_examples(toy_folder / "train_cot.json")
-    encoder = Encoder(toy_processor, 56 * 56, 56 * 56)
-    videos = {example.media: example for example in examples if example.media_type == "video"}
-    first, second = list(videos.values())[:2]
-    image = next(example for example in examples if example.media_type == "image")
-    text = replace(image, id="text", media="", media_type="text", question="Which letter is red?")
-    return [encoder.encode(first, video_row([0, 10, 20, 30, 40, 50])), encoder.encode(image),
-            encoder.encode(second, video_row([0, 3, 6, 9, 12])), encoder.encode(text)]
-
-
 @pytest.fixture(scope="module")
 def group(items, toy_model):
     """(prompts, completions (4, 3, 5), mask) of random tokens with different lengths."""
@@ -638,36 +619,6 @@ def test_a_packing_model_still_generates_alone_and_saves_no_trace(items, toy_mod
     assert '"group"' not in (tmp_path / "config.json").read_text()
 
 
-@pytest.fixture(scope="module", params=["Qwen2VL", "Qwen3VL", "Qwen3VLMoe", "Qwen3_5"])
-def other_family(request, items, toy_model):
-    """(model, items) of another family with the toy's token ids: a video, an image, a text. Since Qwen3 times stand between the slots."""
-    name, config, text = request.param, toy_model.config, toy_model.config.text_config
-    torch.manual_seed(0)
-    vision = dict(depth=2, num_heads=4, patch_size=14, temporal_patch_size=2, spatial_merge_size=2, initializer_range=0.1)
-    later = dict(hidden_size=64, intermediate_size=96, out_hidden_size=64, num_position_embeddings=16)
-    options = dict(vocab_size=text.vocab_size, hidden_size=64, intermediate_size=128, num_hidden_layers=3, num_attention_heads=4,
-                   num_key_value_heads=2, bos_token_id=None, eos_token_id=text.eos_token_id, pad_token_id=text.pad_token_id,
-                   initializer_range=0.1, rope_parameters={"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]})
-    more = {"Qwen2VL": {}, "Qwen3VL": dict(head_dim=16),
-            "Qwen3VLMoe": dict(head_dim=16, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=64),
-            "Qwen3_5": dict(head_dim=16, linear_key_head_dim=16, linear_value_head_dim=16, linear_num_key_heads=2, linear_num_value_heads=4,
-                            layer_types=["linear_attention", "full_attention", "linear_attention"])}[name]
-    vision |= dict(embed_dim=64, hidden_size=64) if name == "Qwen2VL" else later
-    vision |= dict(deepstack_visual_indexes=[0, 1]) if name in ("Qwen3VL", "Qwen3VLMoe") else {}
-    model = getattr(transformers, f"{name}ForConditionalGeneration")(getattr(transformers, f"{name}Config")(
-        text_config=options | more, vision_config=vision, tie_word_embeddings=False, image_token_id=config.image_token_id,
-        video_token_id=config.video_token_id, vision_start_token_id=config.vision_start_token_id,
-        vision_end_token_id=config.vision_end_token_id)).eval()
-    video, image, words = dict(items[0]), items[1], items[3]
-    if name != "Qwen2VL":  # one run of video tokens becomes a run for every slot
-        ids, token = video["input_ids"].tolist(), config.video_token_id
-        first, count = ids.index(token), ids.count(token) // int(video["grid_thw"][0])
-        run = [config.vision_start_token_id, *[token] * count, config.vision_end_token_id]
-        slots = [[65 + slot, 66, *run] for slot in range(int(video["grid_thw"][0]))]
-        video["input_ids"] = torch.tensor(ids[: first - 1] + sum(slots, []) + ids[first + ids.count(token) + 1 :])
-    return model, [video, image, words]
-
-
 def test_other_families_agree_with_their_plain_forward(other_family):
     model, family_items = other_family
     prompts = collate(family_items, model)
@@ -811,23 +762,6 @@ def test_a_layer_that_does_not_exist_is_an_error(group, toy_model, layer):
 # ------------------------------------------------------------------------------------------------------------- rollouts
 
 
-@pytest.fixture(scope="module")
-def talker(toy_model):
-    """The tiny model with an output layer of its own: a tied one repeats its last token for ever."""
-    model = copy.deepcopy(toy_model)
-    generator = torch.Generator().manual_seed(3)
-    model.lm_head.weight = torch.nn.Parameter(0.4 * torch.randn(model.lm_head.weight.shape, generator=generator))
-    return model
-
-
-def banned_ids(model):
-    config = model.config
-    return [config.image_token_id, config.video_token_id, config.vision_start_token_id, config.vision_end_token_id]
-
-
-NO_EOS = 10**9
-
-
 def rows_of(tokens, mask):
     return [row[valid].tolist() for row, valid in zip(tokens, mask, strict=True)]
 
@@ -891,33 +825,6 @@ def test_other_families_sample_the_same_in_fixed_shapes(other_family):
     model, family_items = other_family
     rows = collate(family_items, model), [2, 1, 2], range(5), 6, [NO_EOS], banned_ids(model)
     assert torch.equal(rollout(model, *rows)[0], rollout(model, *rows, graph=True)[0])
-
-
-def test_nothing_in_a_replayed_step_waits_for_a_value(items, talker, monkeypatch):
-    """What a CUDA graph asks of the step, as far as a CPU can tell: its tensors stay where they are, and it never asks the device for a
-    number, which a fake tensor could not give."""
-    class Done(Exception):
-        pass
-
-    def replay(step, steps, going, device):
-        held = [cell.cell_contents for cell in step.__closure__ if torch.is_tensor(cell.cell_contents)]
-        cached = [tensor for cell in step.__closure__ if isinstance(cell.cell_contents, transformers.DynamicCache)
-                  for layer in cell.cell_contents.layers for tensor in (layer.keys, layer.values)]
-        before = [tensor.data_ptr() for tensor in held + cached]
-        assert len(held) > 5 and len(cached) == 8
-        step()
-        now = [tensor for cell in step.__closure__ if isinstance(cell.cell_contents, transformers.DynamicCache)
-               for layer in cell.cell_contents.layers for tensor in (layer.keys, layer.values)]
-        assert before == [tensor.data_ptr() for tensor in held + now]
-        with FakeTensorMode(allow_non_fake_inputs=True):
-            step()
-            with pytest.raises(DataDependentOutputException):
-                going()  # the question that stands between replays
-        raise Done
-
-    monkeypatch.setattr(grpo, "replay", replay)
-    with pytest.raises(Done):
-        rollout(talker, collate(items, talker), [2] * 4, range(8), 4, [NO_EOS], banned_ids(talker), top_k=50, return_logp=True, graph=True)
 
 
 def test_a_row_depends_on_its_own_seed_only(items, talker):
