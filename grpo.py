@@ -434,14 +434,17 @@ class FixedLayer(DynamicLayer):
 
 def replay(step, steps, going, device):
     """Calls step() `steps` times, or until going() is false, which is asked every 16 steps. On a GPU from the fourth time on as one CUDA
-    graph: no kernel is launched by itself then, nor anything waited for."""
+    graph: no kernel is launched by itself then, nor anything waited for. RuntimeError if it cannot be captured."""
     for done in range(steps):
         if done % 16 == 0 and not going():
             return
         if done == 3 and device.type == "cuda":
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):  # records the step, does not run it
-                step()
+            try:
+                with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # records the step, does not run it
+                    step()
+            except RuntimeError as error:
+                raise RuntimeError("the decode step cannot be captured as a CUDA graph; --cuda_graph false samples without one") from error
             step = graph.replay
         step()
 

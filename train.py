@@ -108,7 +108,8 @@ class TrainArguments:
     temperature: float = flag(1.0, "Sampling temperature of rollouts.")
     top_p: float = flag(0.95, "Nucleus of rollouts.")
     top_k: int = flag(0, "Likeliest tokens that rollouts choose from, 0: all.")
-    cuda_graph: bool = flag(False, "Sample in fixed shapes, every step one CUDA graph (a GPU is needed; written and not run on one yet).")
+    cuda_graph: bool = flag(torch.cuda.is_available(), "Sample in fixed shapes, every step one CUDA graph, on by itself on a GPU; false "
+                            "launches kernel by kernel.")
     # rewards
     recipe: str = flag("cfgrpo", "Which system's terms and constants are the defaults; any other flag on the command line wins over it. "
                        "The README has a table.", choices=["cfgrpo", "grpo", "tgrpo", "care", "tw", "video_r2", "release"])
@@ -336,7 +337,7 @@ class Rollouts:
     prompts: Prompts
     completions: torch.Tensor  # (B, G, T)
     mask: torch.Tensor  # (B, G, T)
-    logp: torch.Tensor | None  # (B, G, T) of the sampled tokens, with --old_logp sampled
+    logp: torch.Tensor  # (B, G, T) of the sampled tokens
     texts: list  # B lists of G
     control_texts: dict  # {index of the question: texts with shuffled frames}
 
@@ -357,16 +358,15 @@ def sample_groups(arguments, model, processor, usable):
     if arguments.freeze_vision:
         with torch.no_grad():
             prompts.features = Policy(model).encode(prompts)
-    tokens, mask, texts, *logp = sample_texts(model, processor, prompts, counts, row_seeds, arguments.max_completion_length,
-                                              arguments.temperature, arguments.top_p, arguments.top_k, arguments.old_logp == "sampled",
-                                              arguments.cuda_graph)
+    tokens, mask, texts, logp = sample_texts(model, processor, prompts, counts, row_seeds, arguments.max_completion_length,
+                                             arguments.temperature, arguments.top_p, arguments.top_k, True, arguments.cuda_graph)
     own = len(items) * group
     longest = int(mask[:own].sum(-1).max())
     shape, visual = (len(items), group, longest), int(prompts.visual[: len(items)].sum())
     features = prompts.features and tuple(feature[:visual] if visual else feature for feature in prompts.features)  # 0: text, a blank image
     shaped = lambda tensor: tensor[:own, :longest].reshape(shape)  # noqa: E731
     return Rollouts(
-        examples, replace(collate(items, model), features=features), shaped(tokens), shaped(mask), *(map(shaped, logp) if logp else [None]),
+        examples, replace(collate(items, model), features=features), shaped(tokens), shaped(mask), shaped(logp),
         [texts[start : start + group] for start in range(0, own, group)],
         {index: texts[own + place * half : own + (place + 1) * half] for place, index in enumerate(controls)})
 
@@ -375,7 +375,7 @@ METRICS = (
     *(f"reward/{name}" for name in ("total", "accuracy", "format", "length", "temporal", "alignment", "consensus", "consistency")),
     *(f"consensus/{name}" for name in ("score", "evidence_use", "paper_score", "paper_evidence_use")),
     *(f"loss/{name}" for name in ("policy", "kl", "ratio", "clip_fraction", "zero_variance_groups")),
-    *(f"rollout/{name}" for name in ("length", "truncated", "entropy", "shuffled_accuracy")),
+    *(f"rollout/{name}" for name in ("length", "truncated", "entropy", "logp_difference", "shuffled_accuracy")),
     *(f"time/{name}" for name in ("rollout", "reference", "policy", "update", "step")),
 )
 
@@ -447,7 +447,7 @@ def grpo_micro_batch(arguments, engine, reference, processor, rollouts, rows, sh
     advantages = group_advantages(totals, scale=arguments.scale_rewards, anchors=anchors).flatten()  # (N,)
     dropped = degenerate if arguments.degenerate == "drop" else torch.zeros_like(degenerate)
     replay = {"prompts": prompts, "completions": completions, "mask": mask, "advantages": advantages,
-              "ref_logp": ref_logp, "old_logp": logp.detach() if rollouts.logp is None else rollouts.logp, "share": share,
+              "ref_logp": ref_logp, "old_logp": rollouts.logp if arguments.old_logp == "sampled" else logp.detach(), "share": share,
               "dropped": dropped}
     backward_loss(arguments, engine, replay, logp, weights, values)
     spend(values, "policy", clock)
@@ -455,6 +455,7 @@ def grpo_micro_batch(arguments, engine, reference, processor, rollouts, rows, sh
     values["rollout/length"] += lengths.flatten().tolist()
     values["rollout/truncated"] += (lengths.flatten() >= arguments.max_completion_length).float().tolist()
     values["rollout/entropy"] += ((entropy * mask).sum(-1) / lengths).flatten().tolist()
+    values["rollout/logp_difference"] += (((rollouts.logp - logp.detach()).abs() * mask).sum(-1) / lengths).flatten().tolist()
     return lines, replay
 
 
@@ -619,7 +620,7 @@ def score_heldout(arguments, model_path, processor, encoder, examples, rows, bat
             for decoding, temperature in (("greedy", 0.0), ("sampled", arguments.temperature)):
                 seeds = [run_seed(arguments, position) for position in positions]
                 tokens, mask, texts = sample_texts(model, processor, prompts, [1] * len(part), seeds, arguments.max_completion_length,
-                                                   temperature, arguments.top_p, arguments.top_k)
+                                                   temperature, arguments.top_p, arguments.top_k, graph=arguments.cuda_graph)
                 for example, text in zip(part, texts, strict=True):
                     (accuracy,) = accuracies(example, [text])
                     for name in (decoding, f"{decoding}/{kind(example)}"):

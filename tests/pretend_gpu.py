@@ -65,7 +65,7 @@ class PretendGpu:
         return self.stack.__exit__(*error)
 
     @contextmanager
-    def capture(self, graph):
+    def capture(self, graph, capture_error_mode="global"):
         self.capturing = graph
         self.graphs.append(graph)
         try:

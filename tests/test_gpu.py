@@ -122,6 +122,13 @@ def test_a_graph_waits_once_in_16_steps(items, talker):
         assert [graph.replays for graph in gpu.graphs] == [16, 80]  # one token is the prompt's, three steps are run one by one
 
 
+def test_a_step_that_cannot_be_captured_says_what_to_do():
+    with PretendGpu():
+        count = torch.zeros((), device="cuda")
+        with pytest.raises(RuntimeError, match="--cuda_graph false"):
+            replay(lambda: count.add_(count.item()), 10, lambda: True, count.device)
+
+
 def test_what_has_ended_is_not_replayed():
     with PretendGpu() as gpu:
         count = torch.zeros((), dtype=torch.long, device="cuda")

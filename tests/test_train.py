@@ -210,6 +210,7 @@ def test_every_recipe_trains(recipe, cold_start, tmp_path):
     terms = {name.removeprefix("reward/") for name in records[0] if name.startswith("reward/")} - {"total"}
     for record in records:
         assert record["reward/total"] == pytest.approx(sum(record[f"reward/{name}"] for name in terms), abs=1e-5)
+        assert 0 < record["rollout/logp_difference"] < 1e-4
     assert {name for name in terms if any(record[f"reward/{name}"] for record in records)} - {"accuracy", "format"} == TERMS[recipe]
     assert ("rollout/shuffled_accuracy" in records[0]) == ("temporal" in TERMS[recipe])
     result = json.loads((output / "result.json").read_text())
@@ -264,7 +265,7 @@ def micro_batch(toy_folder, toy_processor, toy_model, texts, *flags):
 
     values, rows = defaultdict(list), {example.id: {"frames": [0, 10, 20, 30], "times": [0.0, 2.5, 5.0, 7.5], "prior": [0.25] * 4}}
     item = encoder.encode(example, rows[example.id])
-    rollouts = train.Rollouts((example,), collate([item], toy_model), completions, mask, None, [texts], {})
+    rollouts = train.Rollouts((example,), collate([item], toy_model), completions, mask, torch.zeros(mask.shape), [texts], {})
     train.grpo_micro_batch(arguments, Engine(toy_model), Policy(other), toy_processor, rollouts, rows, 1.0, values)
     with torch.no_grad():
         logps = [Policy(model)(collate([item], model), completions, mask, weight_alpha=1.7)
@@ -288,11 +289,12 @@ def test_the_consistency_bonus_asks_the_reference(toy_folder, toy_processor, toy
 def test_the_token_weights_enter_the_loss(toy_folder, toy_processor, toy_model):
     texts = ["<think>a</think><answer>{right}</answer>", "<think>b c d</think><answer>{wrong}</answer>"]
     flags = ["--token_weight_alpha", "1.7", "--reduction", "token", "--beta", "0"]
-    loss, values, mask, ((*_, weights), _), *_ = micro_batch(toy_folder, toy_processor, toy_model, texts, *flags)
+    loss, values, mask, ((logp, *_, weights), _), *_ = micro_batch(toy_folder, toy_processor, toy_model, texts, *flags)
     # rewards 2 and 1: mean 1.5, unbiased std 0.7071; at ratio 1 the loss is -sum(A w) / tokens
     advantage = 0.5 / (0.5**0.5 + 1e-4)
     expected = -(advantage * weights[0, 0][mask[0]].sum() - advantage * weights[0, 1][mask[1]].sum()) / mask.sum()
     assert loss.item() == pytest.approx(expected.item(), abs=1e-5)
+    assert values["rollout/logp_difference"] == pytest.approx((-(logp[0] * mask).sum(1) / mask.sum(1)).tolist())  # to the 0 when sampled
     assert abs(loss.item() + advantage * (mask[0].sum() - mask[1].sum()).item() / mask.sum().item()) > 1e-3  # not that of weights 1
 
 
