@@ -68,6 +68,8 @@ def start_ranks():
         port = "29511" if "WORLD_SIZE" in os.environ else str(free.getsockname()[1])
     for name, value in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1"), ("MASTER_ADDR", "127.0.0.1"), ("MASTER_PORT", port)):
         os.environ.setdefault(name, value)
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))  # NCCL's first collective comes before any engine
     deepspeed.init_distributed()
     if not torch.cuda.is_available():
         torch.set_flush_denormal(True)  # a CPU computes with denormal numbers a hundred times slower

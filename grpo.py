@@ -150,15 +150,19 @@ class Prompts:
     def repeat(self, times):
         """Row b times[b] times in a row, its medium too: what the releases do."""
         again = lambda tensor, dim: tensor.repeat_interleave(torch.tensor(times, device=tensor.device), dim)  # noqa: E731
-        pixels, grid = self.pixel_values, self.grid_thw
+        pixels, grid, features = self.pixel_values, self.grid_thw, self.features
         if pixels is not None:
             media = [count for count, slots in zip(times, self.slots, strict=True) if slots]
-            parts = zip(pixels.split(grid.prod(1).tolist()), grid, media, strict=True)
-            pixels, grid = zip(*((patches, thw) for patches, thw, count in parts for _ in range(count)), strict=True)
-            pixels, grid = torch.cat(pixels), torch.stack(grid)
+
+            def copies(tensor, sizes):
+                return torch.cat([part for part, count in zip(tensor.split(sizes), media, strict=True) for _ in range(count)])
+
+            patches, tokens = grid.prod(1).tolist(), [count for count in self.visual.sum(1).tolist() if count]
+            pixels, grid = copies(pixels, patches), copies(grid, 1)
+            features = features and tuple(copies(feature, tokens) for feature in features)
         return replace(
             self, input_ids=again(self.input_ids, 0), mask=again(self.mask, 0), position_ids=again(self.position_ids, 1),
-            visual=again(self.visual, 0), pixel_values=pixels, grid_thw=grid, features=None,
+            visual=again(self.visual, 0), pixel_values=pixels, grid_thw=grid, features=features,
             slots=[slots for slots, count in zip(self.slots, times, strict=True) for _ in range(count)])
 
 
@@ -231,12 +235,17 @@ def group_attention(module, query, key, value, attention_mask, layout=None, scal
     return torch.cat(rows).transpose(1, 2), None
 
 
+LOWER_RIGHT = causal_lower_right(1, 2)  # made here, for its class cannot be made within a dispatch mode such as a FLOP counter
+
+
 def attend_to_both(attend, query, key, value, prompt_key, prompt_value):
     """Completions (G, heads, T, d) to [prompt (1, heads, P, d) | themselves] -> (G, heads, T, d)."""
     keys, values = (torch.cat([prompt.expand(len(own), -1, -1, -1), own], 2) for prompt, own in ((prompt_key, key), (prompt_value, value)))
-    shape = query.shape[2], keys.shape[2]  # a mask on a GPU would rule out its flash kernel, which knows causal_lower_right
-    own = causal_lower_right(*shape) if query.is_cuda else torch.ones(shape, dtype=torch.bool).tril(shape[1] - shape[0])
-    return attend(query, keys, values, own)
+    length, columns = query.shape[2], keys.shape[2]
+    if not query.is_cuda:
+        return attend(query, keys, values, torch.ones(length, columns, dtype=torch.bool).tril(columns - length))
+    LOWER_RIGHT.seq_len_q, LOWER_RIGHT.seq_len_kv = length, columns
+    return attend(query, keys, values, LOWER_RIGHT)  # a mask would rule out the flash kernel
 
 
 @torch.no_grad()
@@ -414,8 +423,8 @@ class RoomyLayer(DynamicLayer):
         self.keys, self.values = (room[:, :, :after] for room in self.room)
         return self.keys, self.values
 
-    def batch_select_indices(self, indices):
-        self.room = [states[indices] for states in self.room]
+    def reorder_cache(self, beam_idx):
+        self.room = [states[beam_idx] for states in self.room]
 
 
 class FixedLayer(DynamicLayer):
@@ -545,7 +554,7 @@ def rollout(model, prompts, counts, seeds, max_new_tokens, eos_ids, banned_ids=(
         going = (active >= 0).any(1)
         if int(going.sum()) * 2 <= len(going):  # prompts whose completions have all ended leave the batch
             keep = going.nonzero().squeeze(1)
-            cache.batch_select_indices(keep)
+            cache.reorder_cache(keep)  # which every kind of layer has
             active, inputs, position, mask, owners = (tensor[keep] for tensor in (active, inputs, position, mask, owners))
         owners = torch.cat([owners, active], dim=1)
         own = (owners[:, None] == active[..., None]) & (active >= 0)[..., None]  # (B, W, columns)

@@ -14,11 +14,10 @@ from contextlib import ExitStack, contextmanager
 from unittest import mock
 
 import torch
+from torch.nn.attention.bias import CausalBias, CausalVariant
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
-
-import grpo
 
 aten = torch.ops.aten
 DEVICE = torch.device("cuda", 0)
@@ -56,7 +55,7 @@ class PretendGpu:
         engine = run_within(torch.autograd._engine_run_backward)
         for context in (Devices(), Operations(self), torch.autograd.set_multithreading_enabled(False),
                         mock.patch.object(torch.cuda, "CUDAGraph", Graph), mock.patch.object(torch.cuda, "graph", self.capture),
-                        mock.patch.object(torch.nn.Module, "to", move), mock.patch.object(grpo, "causal_lower_right", lower_right),
+                        mock.patch.object(torch.nn.Module, "to", move), mock.patch.object(torch.cuda, "synchronize", lambda: None),
                         mock.patch.object(torch.autograd, "_engine_run_backward", engine)):
             self.stack.enter_context(context)
         return self
@@ -163,8 +162,11 @@ def to_meta(value):
 def attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False):
     """softmax(Q K^T scale + mask) V in float32."""
     assert dropout_p == 0 and not (is_causal and attn_mask is not None)
-    if is_causal:
-        attn_mask = torch.ones(query.shape[-2], key.shape[-2], dtype=torch.bool, device="meta").tril()
+    length, columns = query.shape[-2], key.shape[-2]
+    if isinstance(attn_mask, CausalBias):
+        assert (attn_mask.variant, attn_mask.seq_len_q, attn_mask.seq_len_kv) == (CausalVariant.LOWER_RIGHT, length, columns)
+    if is_causal or isinstance(attn_mask, CausalBias):  # torch's is_causal is that of the upper left corner
+        attn_mask = torch.ones(length, columns, dtype=torch.bool, device="meta").tril(0 if is_causal else columns - length)
     if enable_gqa:
         key, value = (states.repeat_interleave(query.shape[1] // states.shape[1], 1) for states in (key, value))
     assert key.shape[1] == query.shape[1] and query.dtype == key.dtype == value.dtype
@@ -172,11 +174,6 @@ def attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False,
     if attn_mask is not None:
         scores = scores.masked_fill(~attn_mask, float("-inf")) if attn_mask.dtype == torch.bool else scores + attn_mask
     return (scores.softmax(-1) @ value.float()).to(query.dtype)
-
-
-def lower_right(queries, keys):
-    """torch.nn.attention.bias.causal_lower_right as a mask: its class cannot be made within a dispatch mode."""
-    return torch.ones(queries, keys, dtype=torch.bool, device="cuda").tril(keys - queries)
 
 
 def run_within(engine):

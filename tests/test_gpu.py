@@ -11,13 +11,13 @@ import torch
 from conftest import NO_EOS, banned_ids
 from pretend_gpu import GpuTensor, PretendGpu
 
+import engine
 import evaluate
 import look
 import prior
 import train
 import visualize
 from data import Encoder, load_examples
-from engine import encode
 from grpo import Policy, collate, policy_loss, replay, rollout, rollout_frame_use, token_frame_use
 
 # ------------------------------------------------------------------------------------------------- the pretended GPU itself
@@ -179,6 +179,17 @@ def test_forward_and_backward(items, talker, packed, checkpointed):
 # ----------------------------------------------------------------------------------------------------- train.py and the others
 
 
+def test_a_rank_takes_its_own_gpu_before_the_first_collective(monkeypatch):
+    done = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: done.append(device))
+    monkeypatch.setattr(engine.deepspeed, "init_distributed", lambda: done.append("ranks"))
+    for name, value in {"RANK": "11", "LOCAL_RANK": "3", "WORLD_SIZE": "16", "MASTER_ADDR": "node", "MASTER_PORT": "1"}.items():
+        monkeypatch.setenv(name, value)
+    engine.start_ranks()
+    assert done == [3, "ranks"]
+
+
 @pytest.mark.parametrize("flags", [
     ("--recipe", "cfgrpo", "--freeze_vision", "true", "--old_logp", "sampled"),
     ("--recipe", "release", "--frame_use", "attention", "--frame_use_layer", "2", "--cuda_graph", "true"),
@@ -189,7 +200,7 @@ def test_groups_of_every_recipe(flags, toy_folder, toy_processor, talker, monkey
     examples = load_examples(toy_folder / "train.json")
     videos = {example.media: example for example in examples if example.media_type == "video" and example.options}
     chosen = [*videos.values()][:2] + [example for example in examples if example.media_type == "image"][:1]
-    row = {"frames": [0, 10, 20, 30], "times": [0.0, 2.5, 5.0, 7.5], "prior": [0.1, 0.2, 0.3, 0.4]}
+    rows = {"video": {"frames": [0, 10, 20, 30], "times": [0.0, 2.5, 5.0, 7.5], "prior": [0.1, 0.2, 0.3, 0.4]}, "image": None}
     encoder = Encoder(toy_processor, 3136, 3136)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(sys, "argv", ["train.py", "--model_name_or_path", "x", "--num_generations", "4", *flags])
@@ -199,16 +210,20 @@ def test_groups_of_every_recipe(flags, toy_folder, toy_processor, talker, monkey
 
     def run(device):
         model = copy.deepcopy(talker).to(device)
-        engine, reference, values = Policy(model), Policy(copy.deepcopy(talker).to(device)), defaultdict(list)
-        engine.device, engine.backward = torch.device(device), lambda loss: loss.backward()
+        policy, reference, values, towers = Policy(model), Policy(copy.deepcopy(talker).to(device)), defaultdict(list), []
+        reference = reference if arguments.beta or arguments.consistency_coef else None
+        policy.device, policy.backward = torch.device(device), lambda loss: loss.backward()
+        for one in filter(None, (policy, reference)):
+            one.model.model.visual.register_forward_pre_hook(lambda *_: towers.append(1))
         order = {"video": [3, 0, 2, 1] if arguments.temporal else None}
-        usable = [(place, example, *encode(encoder, example, row if example.media_type == "video" else None, order.get(example.media_type)))
+        usable = [(place, example, *engine.encode(encoder, example, rows[example.media_type], order.get(example.media_type)))
                   for place, example in enumerate(chosen)]
         with torch.no_grad():
             rollouts = train.sample_groups(arguments, model, toy_processor, usable)
         assert rollouts.mask.is_cuda == (device == "cuda")
-        rows = {example.id: row for example in chosen}
-        lines, _ = train.grpo_micro_batch(arguments, engine, reference, toy_processor, rollouts, rows, 1.0, values)
+        priors = {example.id: rows["video"] for example in chosen}
+        lines, _ = train.grpo_micro_batch(arguments, policy, reference, toy_processor, rollouts, priors, 1.0, values)
+        assert len(towers) == (1 if arguments.freeze_vision else 2 + (reference is not None))  # once for each set of weights and sampling
         return values, [line["text"] for line in lines], gradients(model)
 
     values, texts, expected = run("cpu")

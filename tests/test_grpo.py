@@ -660,6 +660,19 @@ def test_other_families_sample_what_their_plain_forward_likes_best(other_family)
             assert torch.equal(model(**inputs).logits[0, len(item["input_ids"]) - 1 : -1].argmax(-1), row)
 
 
+def test_rows_of_other_families_that_have_ended_leave_the_batch(other_family):
+    model, family_items = other_family
+    ends = list(range(0, model.config.text_config.vocab_size, 6))
+
+    def sample(which, seeds):
+        prompts = collate([family_items[index] for index in which], model)
+        return rows_of(*rollout(model, prompts, [1] * len(which), seeds, 12, ends, banned_ids(model)))
+
+    together = sample([0, 1, 2, 0, 1, 2], range(6))
+    assert len({len(row) for row in together}) > 2
+    assert together == [sample([number % 3], [number])[0] for number in range(6)]
+
+
 @pytest.mark.parametrize("packed", [True, False])
 def test_chunks_of_the_vocabulary_change_nothing(group, toy_model, packed, monkeypatch):
     prompts, completions, mask = group
@@ -725,13 +738,26 @@ def test_peak_memory_of_a_large_vocabulary():
     assert float(done.stdout.split("model:")[1]) < 2.5
 
 
-def test_features_of_a_frozen_tower_are_shared(group, toy_model):
+@pytest.mark.parametrize("packed", [True, False])
+def test_features_of_a_frozen_tower_are_shared(group, toy_model, packed):
     prompts, completions, mask = group
     with torch.no_grad():
         features = Policy(toy_model).encode(prompts)
         expected = Policy(toy_model)(prompts, completions, mask)[0]
         shared = replace(prompts, features=features, pixel_values=torch.full_like(prompts.pixel_values, NAN))  # not read again
-        torch.testing.assert_close(Policy(toy_model)(shared, completions, mask)[0], expected, atol=1e-6, rtol=0)
+        torch.testing.assert_close(Policy(toy_model)(shared, completions, mask, packed)[0], expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("graph", [False, True])
+def test_a_prompt_is_encoded_and_prefilled_once(items, talker, graph):
+    towers, inputs, model = [], [], copy.deepcopy(talker)
+    model.model.visual.register_forward_pre_hook(lambda tower, args, kwargs: towers.append(len(kwargs["grid_thw"])), with_kwargs=True)
+    model.model.language_model.register_forward_pre_hook(
+        lambda language, args, kwargs: inputs.append(kwargs["inputs_embeds"].shape[:2]), with_kwargs=True)
+    prompts = collate(items, model)
+    rollout(model, prompts, [3, 1, 2, 2], range(8), 5, [NO_EOS], banned_ids(model), graph=graph)
+    assert towers == [3]  # two videos and an image, whatever the number of completions
+    assert inputs == [prompts.input_ids.shape] + 4 * [(4, 3)]  # then a token a completion; prompts of fewer are filled up
 
 
 def test_one_step_moves_every_parameter(group, toy_model):
