@@ -52,6 +52,8 @@ from data import DataError, Encoder, Example
 from engine import start_engine, start_ranks
 from grpo import FAMILIES, Policy, collate, group_advantages, policy_loss, rollout, sampling, special_tokens
 
+GPU = torch.cuda.is_available()
+DEVICE, DTYPE = ("cuda", torch.bfloat16) if GPU else ("cpu", torch.float32)
 SIDES = ("packed", "repeated", "zero3", "trl", "graph")
 PHASES = ("rollout", "reference", "policy", "optimizer", "step")
 STEP_FLAGS = {  # default, least, help
@@ -84,11 +86,9 @@ def time_turns(works, repeats):
     seconds = np.zeros((repeats + 1, len(works)))
     for row in seconds:
         for column, work in enumerate(works):
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
             begin = time.perf_counter()
             work()
-            if torch.cuda.is_available():
+            if GPU:
                 torch.cuda.synchronize()
             row[column] = time.perf_counter() - begin
     return seconds[1:]
@@ -113,14 +113,14 @@ def prepare(arguments, folder):
 
 
 def reset_peak():
-    if torch.cuda.is_available():
+    if GPU:
         torch.cuda.reset_peak_memory_stats()
     Path("/proc/self/clear_refs").write_text("5")  # VmHWM <- VmRSS
 
 
 def peak():
     """Bytes, the most since reset_peak: of the GPU's memory if there is one, else of this process's."""
-    if torch.cuda.is_available():
+    if GPU:
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated()
     return int(re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024  # ru_maxrss inherits the parent's
@@ -137,7 +137,7 @@ def phase(found, name, base):
 
 def our_steps(arguments, side, base):
     """Yields ({phase: [seconds, MB]}, the log-probs and the tokens) of every whole step of ours."""
-    zero3, group, device = side == "zero3", arguments.num_generations, "cuda" if torch.cuda.is_available() else "cpu"
+    zero3, group = side == "zero3", arguments.num_generations
     if zero3:
         start_ranks()
         settings = train.TrainArguments(deepspeed=str(Path(__file__).with_name("ds_zero3.json")), output_dir=None)
@@ -145,9 +145,8 @@ def our_steps(arguments, side, base):
         policy = start_engine(settings, arguments.folder, learning_rate=1e-6)
         model = policy.module.model
     else:
-        dtype = torch.bfloat16 if device == "cuda" else torch.float32
-        policy, reference = (Policy(AutoModelForImageTextToText.from_pretrained(arguments.folder, dtype=dtype, attn_implementation="sdpa"))
-                             .to(device) for _ in range(2))
+        policy, reference = (Policy(AutoModelForImageTextToText.from_pretrained(arguments.folder, dtype=DTYPE, attn_implementation="sdpa"))
+                             .to(DEVICE) for _ in range(2))
         reference.eval()
         model, optimizer = policy.model, torch.optim.AdamW(policy.parameters(), lr=1e-6)
     processor = big_pictures(AutoProcessor.from_pretrained(arguments.folder))
@@ -158,7 +157,7 @@ def our_steps(arguments, side, base):
     while True:
         found = {}
         with phase(found, "rollout", base), sampling(policy) if zero3 else nullcontext(model.eval()) as bare:
-            prompts = collate([encoder.encode(example)], model).to(device)
+            prompts = collate([encoder.encode(example)], model).to(DEVICE)
             rows, numbers = (prompts, [group]) if packed else (prompts.repeat([group]), [1] * group)
             tokens, mask = rollout(bare, rows, numbers, range(group), arguments.completion_length, eos, banned + eos, graph=side == "graph")
         model.train()
@@ -167,7 +166,7 @@ def our_steps(arguments, side, base):
             ref_logp = reference(prompts, completions, mask, packed)[0][0]
         with phase(found, "policy", base):
             logp = policy(prompts, completions, mask, packed, hidden_layers=(-1,))[0][0]
-            loss, _ = policy_loss(logp, logp.detach(), group_advantages(torch.rand(1, group))[0].to(device), mask[0], ref_logp)
+            loss, _ = policy_loss(logp, logp.detach(), group_advantages(torch.rand(1, group))[0].to(DEVICE), mask[0], ref_logp)
             policy.backward(loss) if zero3 else loss.backward()
         with phase(found, "optimizer", base):
             if zero3:
@@ -193,7 +192,7 @@ def trl_steps(arguments, base):
     from transformers import TrainerCallback
     from trl import GRPOConfig, GRPOTrainer
 
-    ends, length, gpu = [], arguments.completion_length, torch.cuda.is_available()
+    ends, length = [], arguments.completion_length
     clock = type("Clock", (TrainerCallback,), {"on_step_end": lambda self, *_, **__: ends.append(time.perf_counter())})
     question = {"prompt": [{"role": "user", "content": "Which ball is red?"}], "image": arguments.picture}
     reset_peak()
@@ -204,9 +203,9 @@ def trl_steps(arguments, base):
             train_dataset=Dataset.from_list([question] * 4).cast_column("image", Picture()),
             args=GRPOConfig(output_dir=output, max_steps=arguments.steps + 1, per_device_train_batch_size=arguments.num_generations,
                             num_generations=arguments.num_generations, max_completion_length=length, beta=0.04, learning_rate=1e-6,
-                            generation_kwargs={"min_new_tokens": length}, save_strategy="no", report_to=[], use_cpu=not gpu, bf16=gpu,
+                            generation_kwargs={"min_new_tokens": length}, save_strategy="no", report_to=[], use_cpu=not GPU, bf16=GPU,
                             gradient_checkpointing=False, disable_tqdm=True, logging_strategy="no",
-                            model_init_kwargs={"dtype": "bfloat16" if gpu else "float32", "attn_implementation": "sdpa"})).train()
+                            model_init_kwargs={"dtype": str(DTYPE).removeprefix("torch."), "attn_implementation": "sdpa"})).train()
     return {"step": [float(np.median(np.diff(ends))), (peak() - base) / 1e6]}
 
 
@@ -215,7 +214,7 @@ def run_side(arguments):
     if arguments.side == "trl":  # not part of the peak
         from datasets import Dataset  # noqa: F401
         from trl import GRPOTrainer  # noqa: F401
-    base = 0 if torch.cuda.is_available() else psutil.Process().memory_info().rss
+    base = 0 if GPU else psutil.Process().memory_info().rss
     if arguments.side == "trl":
         return print(json.dumps(trl_steps(arguments, base)))
     (_, first), *steps = itertools.islice(our_steps(arguments, arguments.side, base), arguments.steps + 1)
@@ -244,7 +243,7 @@ def phase_values(results, side, phase, column):
 
 
 def machine():
-    gpu = f"{torch.cuda.get_device_name()}, " if torch.cuda.is_available() else ""
+    gpu = f"{torch.cuda.get_device_name()}, " if GPU else ""
     return f"{gpu}{platform.machine()} CPU, {os.cpu_count()} cores, {torch.get_num_threads()} threads"
 
 
@@ -339,9 +338,8 @@ def steady(results, workers=1):
 def bench_prior(arguments):
     torch.manual_seed(arguments.seed)
     torch.set_num_threads(1)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    model, _, preprocess = open_clip.create_model_and_transforms(arguments.clip, pretrained=None, device=device)  # random weights
-    clip = prior.Clip(model.eval(), preprocess, lambda texts: torch.ones(len(texts), model.context_length, dtype=torch.long), device)
+    model, _, preprocess = open_clip.create_model_and_transforms(arguments.clip, pretrained=None, device=DEVICE)  # random weights
+    clip = prior.Clip(model.eval(), preprocess, lambda texts: torch.ones(len(texts), model.context_length, dtype=torch.long), DEVICE)
     hsv, full = (prior.PriorSettings(frames=arguments.frames, prior=name) for name in ("no_semantic", "full"))
     context = multiprocessing.get_context("forkserver")
     with tempfile.TemporaryDirectory() as folder:
@@ -367,7 +365,7 @@ def bench_prior(arguments):
             for one in pixels:
                 yield prior.encode_texts(["x"], clip) @ prior.encode_pixels(one, clip).T
 
-        print(f"machine     {platform.machine()} CPU, {os.cpu_count()} cores; CLIP on {device}; torch {torch.__version__}\n"
+        print(f"machine     {platform.machine()} CPU, {os.cpu_count()} cores; CLIP on {DEVICE}; torch {torch.__version__}\n"
               f"videos      {len(examples)}, {arguments.width}x{arguments.height}, {arguments.seconds} s at 24 fps, MPEG-4; "
               f"{arguments.frames} frames of each\n"
               f"timing      median of {arguments.repeats} alternating turns (lowest to highest); workers from their first results on\n")
