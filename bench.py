@@ -2,6 +2,7 @@
 
     python bench.py step                                         # a random small Qwen2.5-VL; with TRL beside it after pip install trl
     python bench.py step --model_name_or_path Qwen2.5-VL-3B-Instruct --visual_tokens 4096 --completion_length 512
+    python bench.py step --shape 7b --completion_length 512 --sides packed graph     # random weights in the released sizes, on a GPU
     python bench.py grow --plot growth.png                       # the same for more completions and for more visual tokens, half an hour
     python bench.py prior                                        # random videos, a random ViT-B-32, some minutes
     python bench.py prior --memory_videos 2000
@@ -66,6 +67,8 @@ PRIOR_FLAGS = {
     "videos": (32, 3, "videos to make and build the priors of"), "seconds": (10, 1, "length of a video, at 24 frames a second"),
     "width": (640, 32, "pixels"), "height": (360, 32, "pixels"), "frames": (16, 2, "K, frames sampled from a video"),
     "repeats": (5, 1, "timed turns"), "memory_videos": (0, 0, "0: without the memory figures"), "seed": (0, 0, "of everything random")}
+SHAPES = {  # width, layers, heads, key heads, intermediate width, vocabulary, tied embeddings: Qwen2.5-VL's language models
+    "3b": (2048, 36, 16, 2, 11008, 151936, True), "7b": (3584, 28, 28, 4, 18944, 152064, False)}
 
 
 def make_toy(seed, **size):
@@ -79,6 +82,19 @@ def make_toy(seed, **size):
         (Path(folder) / "train_cot.json").write_text(json.dumps(rows), encoding="utf-8")
         processor = toy.make_processor(Path(folder))
     return toy.make_model(processor, seed, **size), processor
+
+
+def released_config(small, shape):
+    """The toy's configuration, with its token ids, in the sizes of a released Qwen2.5-VL."""
+    names = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "intermediate_size", "vocab_size")
+    sizes, (*numbers, tied) = small.to_dict(), SHAPES[shape]
+    sizes["text_config"] |= {**dict(zip(names, numbers, strict=True)), "tie_word_embeddings": tied, "layer_types": None,
+                             "max_position_embeddings": 128000, "rms_norm_eps": 1e-6, "initializer_range": 0.02,
+                             "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]}}
+    sizes["vision_config"] |= {"depth": 32, "hidden_size": 1280, "num_heads": 16, "intermediate_size": 3420, "window_size": 112,
+                               "fullatt_block_indexes": [7, 15, 23, 31], "out_hidden_size": numbers[0], "tokens_per_second": 2,
+                               "initializer_range": 0.02}
+    return type(small).from_dict({**sizes, "tie_word_embeddings": tied})
 
 
 def time_turns(works, repeats):
@@ -99,6 +115,8 @@ def prepare(arguments, folder):
     path = Path(arguments.model_name_or_path or folder)
     if arguments.model_name_or_path is None:
         model, processor = make_toy(arguments.seed, hidden=arguments.hidden, layers=arguments.layers, group=4)
+        if arguments.shape:
+            model = AutoModelForImageTextToText.from_config(released_config(model.config, arguments.shape), dtype=DTYPE)
         model.save_pretrained(folder)
         processor.save_pretrained(folder)
     elif not (path / "config.json").is_file():
@@ -250,11 +268,12 @@ def machine():
 def bench_step(arguments):
     sides = arguments.sides
     results = time_sides(arguments, sides)
-    model = f"random Qwen2.5-VL, width {arguments.hidden}, {arguments.layers} layers, 4 query heads a key head"
+    sizes = (f"the sizes of Qwen2.5-VL-{arguments.shape.upper()}" if arguments.shape else
+             f"width {arguments.hidden}, {arguments.layers} layers, 4 query heads a key head")
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("torch", "transformers", "trl")
                          if name != "trl" or "trl" in sides)
     print(f"machine     {machine()}; {versions}\n"
-          f"model       {arguments.model_name_or_path or model}\n"
+          f"model       {arguments.model_name_or_path or f'random Qwen2.5-VL, {sizes}'}\n"
           f"step        a picture of {arguments.visual_tokens} visual tokens, {arguments.num_generations} completions of "
           f"{arguments.completion_length} tokens\n"
           f"timing      median of {arguments.repeats} alternating turns of processes, {arguments.steps} steps each; seconds and MB at the "
@@ -408,7 +427,9 @@ def main():
     grow.add_argument("--plot", default="growth.png", help="file of the plot (default growth.png)")
     trl = ["trl"] if importlib.util.find_spec("trl") else []
     for command in (step, grow):
-        command.add_argument("--model_name_or_path", help="folder of a checkpoint; without one a random small Qwen2.5-VL")
+        model = command.add_mutually_exclusive_group()
+        model.add_argument("--model_name_or_path", help="folder of a checkpoint; without one a random small Qwen2.5-VL")
+        model.add_argument("--shape", choices=SHAPES, help="random weights in the sizes of Qwen2.5-VL-3B or -7B")
         command.add_argument("--sides", nargs="+", choices=SIDES, default=[*SIDES[:3], *trl],
                              help="default: all but graph, trl if it is installed")
     for name in ("side", "folder", "picture"):
@@ -425,10 +446,12 @@ def main():
             if arguments.clip not in open_clip.list_models():
                 raise DataError(f"--clip {arguments.clip} is no architecture of open_clip")
             return bench_prior(arguments)
-        if "trl" in arguments.sides and not trl:
-            raise DataError("TRL is not installed (pip install trl)")
         if arguments.command == "step" and arguments.side:
             return run_side(arguments)
+        if arguments.shape and (arguments.hidden, arguments.layers) != (STEP_FLAGS["hidden"][0], STEP_FLAGS["layers"][0]):
+            raise DataError(f"--shape {arguments.shape} has a width and layers of its own: leave out --hidden and --layers")
+        if "trl" in arguments.sides and not trl:
+            raise DataError("TRL is not installed (pip install trl)")
         return bench_step(arguments) if arguments.command == "step" else bench_grow(arguments)
     except DataError as error:
         print(f"bench.py: error: {error}", file=sys.stderr)
