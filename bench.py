@@ -2,16 +2,16 @@
 
     python bench.py step                                         # a random small Qwen2.5-VL; with TRL beside it after pip install trl
     python bench.py step --model_name_or_path Qwen2.5-VL-3B-Instruct --visual_tokens 4096 --completion_length 512
-    python bench.py step --shape 7b --completion_length 512 --sides packed graph     # random weights in the released sizes, on a GPU
+    python bench.py step --shape 7b --frames 16 --visual_tokens 1024 --completion_length 512 --sides packed graph   # random weights, a GPU
     python bench.py grow --plot growth.png                       # the same for more completions and for more visual tokens, half an hour
     python bench.py prior                                        # random videos, a random ViT-B-32, some minutes
     python bench.py prior --memory_videos 2000
 
-`step`: one question about a picture (TRL scores no videos): sampling, reference, policy, update. Sides: `packed`, the group in one row
-and the prompt encoded once; `repeated`, the prompt repeated for every completion; `zero3`, packed under DeepSpeed's ZeRO-3 on one rank;
-`trl`, TRL's GRPOTrainer; `graph`, packed and sampled in fixed shapes, on a GPU as one CUDA graph. The same weights, picture, group and
-lengths; each side in processes of its own, in turns; AdamW, in float32 on a CPU and bfloat16 on a GPU. Memory is the peak of a phase
-over what the process had with its libraries loaded.
+`step`: one question about a picture, or with --frames a video (TRL scores none): sampling, reference, policy, update. Sides: `packed`,
+the group in one row and the prompt encoded once; `repeated`, the prompt repeated for every completion; `zero3`, packed under
+DeepSpeed's ZeRO-3 on one rank; `trl`, TRL's GRPOTrainer; `graph`, packed and sampled in fixed shapes, on a GPU as one CUDA graph. The
+same weights, medium, group and lengths; each side in processes of its own, in turns; AdamW, in float32 on a CPU and bfloat16 on a GPU.
+Memory is the peak of a phase over what the process had with its libraries loaded.
 `prior`: building priors without CLIP against decord's get_batch of the same frames; two workers against one; with CLIP, the whole
 against its slower half alone (decoding and preprocessing, or CLIP). On a CPU, CLIP has one thread, so that one worker has a core too.
 Processes that decode keep to a core each, those that only call get_batch too.
@@ -23,6 +23,7 @@ import importlib.metadata
 import importlib.util
 import itertools
 import json
+import math
 import multiprocessing
 import os
 import platform
@@ -59,9 +60,11 @@ SIDES = ("packed", "repeated", "zero3", "trl", "graph")
 PHASES = ("rollout", "reference", "policy", "optimizer", "step")
 STEP_FLAGS = {  # default, least, help
     "num_generations": (8, 2, "completions of the question"), "completion_length": (128, 2, "tokens of every completion"),
-    "visual_tokens": (2048, 16, "of the picture; rounded to 2 n^2"), "hidden": (256, 128, "width of the random model, a multiple of 128"),
-    "layers": (6, 1, "of the random model"), "steps": (2, 1, "timed steps of a process, after one that is not"),
-    "repeats": (3, 1, "timed turns"), "seed": (0, 0, "of everything random")}
+    "visual_tokens": (2048, 16, "of the whole picture or video; rounded to 2 n^2 a temporal slot"),
+    "frames": (0, 0, "of a video, two a slot; 0: a picture; people train with 16 frames of 1024 visual tokens in all, 64 of 4096"),
+    "hidden": (256, 128, "width of the random model, a multiple of 128"), "layers": (6, 1, "of the random model"),
+    "steps": (2, 1, "timed steps of a process, after one that is not"), "repeats": (3, 1, "timed turns"),
+    "seed": (0, 0, "of everything random")}
 
 PRIOR_FLAGS = {
     "videos": (32, 3, "videos to make and build the priors of"), "seconds": (10, 1, "length of a video, at 24 frames a second"),
@@ -110,8 +113,14 @@ def time_turns(works, repeats):
     return seconds[1:]
 
 
+def slots_and_rows(arguments):
+    """Temporal slots of the medium, and n: a slot has n rows of 2n visual tokens."""
+    slots = max(1, math.ceil(arguments.frames / 2))
+    return slots, max(1, round((arguments.visual_tokens / slots / 2) ** 0.5))
+
+
 def prepare(arguments, folder):
-    """The random model, unless there is a checkpoint, and the picture; -> the checkpoint's folder and the picture's path."""
+    """The random model, unless there is a checkpoint, and the medium; -> the checkpoint's folder and the medium's path."""
     path = Path(arguments.model_name_or_path or folder)
     if arguments.model_name_or_path is None:
         model, processor = make_toy(arguments.seed, hidden=arguments.hidden, layers=arguments.layers, group=4)
@@ -124,10 +133,14 @@ def prepare(arguments, folder):
     config = AutoConfig.from_pretrained(path)
     if config.model_type not in FAMILIES:
         raise DataError(f"{path} is a {config.model_type} checkpoint, not one of {', '.join(FAMILIES)}")
-    side = config.vision_config.patch_size * config.vision_config.spatial_merge_size * round((arguments.visual_tokens / 2) ** 0.5)
-    pixels = np.random.default_rng(arguments.seed).integers(0, 256, (side, 2 * side, 3), dtype=np.uint8)
-    Image.fromarray(pixels).save(Path(folder) / "picture.png")
-    return str(path), str(Path(folder) / "picture.png")
+    side = config.vision_config.patch_size * config.vision_config.spatial_merge_size * slots_and_rows(arguments)[1]
+    pixels = np.random.default_rng(arguments.seed).integers(0, 256, (arguments.frames or 1, side, 2 * side, 3), dtype=np.uint8)
+    medium = str(Path(folder) / ("video.mp4" if arguments.frames else "picture.png"))
+    if arguments.frames:
+        toy.write_video(medium, pixels, fps=2)
+    else:
+        Image.fromarray(pixels[0]).save(medium)
+    return str(path), medium
 
 
 def reset_peak():
@@ -168,10 +181,10 @@ def our_steps(arguments, side, base):
         reference.eval()
         model, optimizer = policy.model, torch.optim.AdamW(policy.parameters(), lr=1e-6)
     processor = big_pictures(AutoProcessor.from_pretrained(arguments.folder))
-    encoder = Encoder(processor, 0, 1 << 40)
+    encoder = Encoder(processor, 0, 1 << 40, arguments.frames)
     eos, banned = special_tokens(model, processor)
     packed = side != "repeated"
-    example = Example("0", "Which ball is red?", [], "numerical", "1", arguments.picture, "image")
+    example = Example("0", "Which ball is red?", [], "numerical", "1", arguments.medium, "video" if arguments.frames else "image")
     while True:
         found = {}
         with phase(found, "rollout", base), sampling(policy) if zero3 else nullcontext(model.eval()) as bare:
@@ -212,7 +225,7 @@ def trl_steps(arguments, base):
 
     ends, length = [], arguments.completion_length
     clock = type("Clock", (TrainerCallback,), {"on_step_end": lambda self, *_, **__: ends.append(time.perf_counter())})
-    question = {"prompt": [{"role": "user", "content": "Which ball is red?"}], "image": arguments.picture}
+    question = {"prompt": [{"role": "user", "content": "Which ball is red?"}], "image": arguments.medium}
     reset_peak()
     with tempfile.TemporaryDirectory() as output:
         GRPOTrainer(
@@ -244,10 +257,10 @@ def time_sides(arguments, sides):
     results = {side: [] for side in sides}
     with tempfile.TemporaryDirectory() as folder:
         torch.manual_seed(arguments.seed)
-        checkpoint, picture = prepare(arguments, folder)
+        checkpoint, medium = prepare(arguments, folder)
         flags = [value for name in STEP_FLAGS for value in (f"--{name}", str(getattr(arguments, name)))]
         for side in [*sides] * arguments.repeats:
-            command = [sys.executable, __file__, "step", *flags, "--side", side, "--folder", checkpoint, "--picture", picture]
+            command = [sys.executable, __file__, "step", *flags, "--side", side, "--folder", checkpoint, "--medium", medium]
             done = subprocess.run(command, capture_output=True, text=True)
             if done.returncode:
                 raise DataError(f"the process of {side} failed: {(done.stderr.strip() or str(done.returncode)).splitlines()[-1]}")
@@ -272,9 +285,11 @@ def bench_step(arguments):
              f"width {arguments.hidden}, {arguments.layers} layers, 4 query heads a key head")
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("torch", "transformers", "trl")
                          if name != "trl" or "trl" in sides)
+    slots, rows = slots_and_rows(arguments)
+    medium = f"a video of {arguments.frames} frames, {slots} slots," if arguments.frames else "a picture"
     print(f"machine     {machine()}; {versions}\n"
           f"model       {arguments.model_name_or_path or f'random Qwen2.5-VL, {sizes}'}\n"
-          f"step        a picture of {arguments.visual_tokens} visual tokens, {arguments.num_generations} completions of "
+          f"step        {medium} of {slots * 2 * rows**2} visual tokens, {arguments.num_generations} completions of "
           f"{arguments.completion_length} tokens\n"
           f"timing      median of {arguments.repeats} alternating turns of processes, {arguments.steps} steps each; seconds and MB at the "
           f"peak of a phase\n\n{'':12s}" + "".join(f"{side:>22s}" for side in sides))
@@ -430,9 +445,9 @@ def main():
         model = command.add_mutually_exclusive_group()
         model.add_argument("--model_name_or_path", help="folder of a checkpoint; without one a random small Qwen2.5-VL")
         model.add_argument("--shape", choices=SHAPES, help="random weights in the sizes of Qwen2.5-VL-3B or -7B")
-        command.add_argument("--sides", nargs="+", choices=SIDES, default=[*SIDES[:3], *trl],
-                             help="default: all but graph, trl if it is installed")
-    for name in ("side", "folder", "picture"):
+        command.add_argument("--sides", nargs="+", choices=SIDES,
+                             help="default: all but graph, trl if it is installed and there is a picture")
+    for name in ("side", "folder", "medium"):
         step.add_argument(f"--{name}", help=argparse.SUPPRESS)  # of the processes that it starts
     for command, known in zip((step, grow, build), known_flags.values(), strict=True):
         for name, (default, _, text) in known.items():
@@ -450,6 +465,9 @@ def main():
             return run_side(arguments)
         if arguments.shape and (arguments.hidden, arguments.layers) != (STEP_FLAGS["hidden"][0], STEP_FLAGS["layers"][0]):
             raise DataError(f"--shape {arguments.shape} has a width and layers of its own: leave out --hidden and --layers")
+        arguments.sides = arguments.sides or [*SIDES[:3], *([] if arguments.frames else trl)]
+        if "trl" in arguments.sides and arguments.frames:
+            raise DataError("TRL scores no videos: leave out --frames, or trl of --sides")
         if "trl" in arguments.sides and not trl:
             raise DataError("TRL is not installed (pip install trl)")
         return bench_step(arguments) if arguments.command == "step" else bench_grow(arguments)

@@ -105,8 +105,9 @@ def plan_video(rng):
             for t, c, s, n in zip(textures, colours, starts, lengths, strict=True)]
 
 
-def write_video(path, frames):
-    writer = cv2.VideoWriter(str(path), cv2.VideoWriter_fourcc(*"mp4v"), FPS, (SIZE, SIZE))
+def write_video(path, frames, fps=FPS):
+    """uint8 (frames, height, width, 3) RGB -> an mp4."""
+    writer = cv2.VideoWriter(str(path), cv2.VideoWriter_fourcc(*"mp4v"), fps, frames.shape[2:0:-1])
     if not writer.isOpened():
         raise RuntimeError(f"OpenCV cannot write {path}: its build has no MPEG-4 encoder")
     for frame in frames:
