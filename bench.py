@@ -11,7 +11,7 @@
 the group in one row and the prompt encoded once; `repeated`, the prompt repeated for every completion; `zero3`, packed under
 DeepSpeed's ZeRO-3 on one rank; `trl`, TRL's GRPOTrainer; `graph`, packed and sampled in fixed shapes, on a GPU as one CUDA graph. The
 same weights, medium, group and lengths; each side in processes of its own, in turns; AdamW, in float32 on a CPU and bfloat16 on a GPU.
-Memory is the peak of a phase over what the process had with its libraries loaded.
+Memory is the peak of a phase over what the process had with its libraries loaded; a side that finds too little says so in its column.
 `prior`: building priors without CLIP against decord's get_batch of the same frames; two workers against one; with CLIP, the whole
 against its slower half alone (decoding and preprocessing, or CLIP). On a CPU, CLIP has one thread, so that one worker has a core too.
 Processes that decode keep to a core each, those that only call get_batch too.
@@ -29,6 +29,7 @@ import os
 import platform
 import random
 import re
+import signal
 import subprocess
 import sys
 import tempfile
@@ -241,36 +242,52 @@ def trl_steps(arguments, base):
 
 
 def run_side(arguments):
-    """One process: prints {phase: [seconds, MB]} as JSON, medians over its steps."""
+    """One process: {phase: [seconds, MB]}, medians over its steps; {} when the memory does not suffice."""
     if arguments.side == "trl":  # not part of the peak
         from datasets import Dataset  # noqa: F401
         from trl import GRPOTrainer  # noqa: F401
     base = 0 if GPU else psutil.Process().memory_info().rss
-    if arguments.side == "trl":
-        return print(json.dumps(trl_steps(arguments, base)))
-    (_, first), *steps = itertools.islice(our_steps(arguments, arguments.side, base), arguments.steps + 1)
-    print(json.dumps({**{name: np.median([found[name] for found, _ in steps], axis=0).tolist() for name in PHASES}, **first}))
+    try:
+        if arguments.side == "trl":
+            return trl_steps(arguments, base)
+        (_, first), *steps = itertools.islice(our_steps(arguments, arguments.side, base), arguments.steps + 1)
+    except torch.OutOfMemoryError:
+        return {}
+    return {**{name: np.median([found[name] for found, _ in steps], axis=0).tolist() for name in PHASES}, **first}
 
 
 def time_sides(arguments, sides):
-    """{side: list of what its processes printed}, in `repeats` turns."""
+    """{side: list of what its processes printed}, in `repeats` turns; the last is {} where the memory did not suffice."""
     results = {side: [] for side in sides}
     with tempfile.TemporaryDirectory() as folder:
         torch.manual_seed(arguments.seed)
         checkpoint, medium = prepare(arguments, folder)
         flags = [value for name in STEP_FLAGS for value in (f"--{name}", str(getattr(arguments, name)))]
         for side in [*sides] * arguments.repeats:
+            if {} in results[side]:
+                continue
             command = [sys.executable, __file__, "step", *flags, "--side", side, "--folder", checkpoint, "--medium", medium]
             done = subprocess.run(command, capture_output=True, text=True)
-            if done.returncode:
+            if done.returncode not in (0, -signal.SIGKILL):  # the latter is the kernel's way to say that the memory is full
                 raise DataError(f"the process of {side} failed: {(done.stderr.strip() or str(done.returncode)).splitlines()[-1]}")
-            results[side].append(json.loads(done.stdout.strip().splitlines()[-1]))
+            results[side].append(json.loads(done.stdout.strip().splitlines()[-1]) if done.returncode == 0 else {})
     return results
 
 
 def phase_values(results, side, phase, column):
-    """(turns,) seconds (column 0) or MB (column 1) of a phase."""
-    return np.array([found[phase][column] for found in results[side]])
+    """(turns,) seconds (column 0) or MB (column 1) of a phase; NaN where the memory did not suffice."""
+    return np.array([found[phase][column] if found else np.nan for found in results[side]])
+
+
+def shown(results, side, phase, form, full="out of memory"):
+    """A phase's seconds and MB in a format, or that the memory was full, or nothing for a phase that the side does not tell apart."""
+    if {} in results[side]:
+        return full
+    return form.format(*(np.median(phase_values(results, side, phase, column)) for column in (0, 1))) if phase in results[side][0] else ""
+
+
+def print_row(title, cells):
+    print((f"{title:12s}" + "".join(f"{cell:>22s}" for cell in cells)).rstrip())
 
 
 def machine():
@@ -292,20 +309,20 @@ def bench_step(arguments):
           f"step        {medium} of {slots * 2 * rows**2} visual tokens, {arguments.num_generations} completions of "
           f"{arguments.completion_length} tokens\n"
           f"timing      median of {arguments.repeats} alternating turns of processes, {arguments.steps} steps each; seconds and MB at the "
-          f"peak of a phase\n\n{'':12s}" + "".join(f"{side:>22s}" for side in sides))
+          f"peak of a phase\n")
+    print_row("", sides)
     for phase in PHASES:
-        cells = [f"{np.median(phase_values(results, side, phase, 0)):10.4f} s{np.median(phase_values(results, side, phase, 1)):7.0f} MB"
-                 if phase in results[side][0] else "" for side in sides]
-        print(f"{phase:12s}" + "".join(f"{cell:>22s}" for cell in cells))
+        print_row(phase, [shown(results, side, phase, "{:10.4f} s{:7.0f} MB") for side in sides])
     print()
+    fit = [side for side in sides if {} not in results[side]]
     for title, side, phase, column in (
             ("step, TRL / packed", "trl", "step", 0), ("memory, TRL / packed", "trl", "step", 1),
             ("step, repeated / packed", "repeated", "step", 0), ("memory, repeated / packed", "repeated", "step", 1),
             ("policy, repeated / packed", "repeated", "policy", 0), ("rollout, repeated / packed", "repeated", "rollout", 0),
             ("rollout, zero3 / packed", "zero3", "rollout", 0), ("rollout, graph / packed", "graph", "rollout", 0)):
-        if side in sides and "packed" in sides:
+        if side in fit and "packed" in fit:
             print_ratio(title, phase_values(results, side, phase, column) / phase_values(results, "packed", phase, column))
-    if {"packed", "repeated"} <= set(sides):
+    if {"packed", "repeated"} <= set(fit):
         one, two = (results[side][0] for side in ("packed", "repeated"))
         apart = np.abs(np.array(one["logp"]) - np.array(two["logp"])).max() if one["tokens"] == two["tokens"] else float("nan")
         equal = np.mean(np.array(one["tokens"]) == np.array(two["tokens"]))
@@ -317,7 +334,7 @@ def bench_grow(arguments):
     import matplotlib.pyplot as plt
 
     sides = [side for side in arguments.sides if side != "zero3"]
-    colours = {"packed": "#0072B2", "repeated": "#D55E00", "trl": "#009E73"}  # Okabe and Ito's
+    colours = {"packed": "#0072B2", "repeated": "#D55E00", "trl": "#009E73", "graph": "#E69F00"}  # Okabe and Ito's
     figure, axes = plt.subplots(2, 2, figsize=(9, 6.4), layout="constrained")
     print(f"{machine()}; median of {arguments.repeats} turns of {arguments.steps} steps\n")
     for row, (name, label, sizes) in enumerate((("num_generations", "completions G", (2, 4, 8, 16)),
@@ -325,8 +342,7 @@ def bench_grow(arguments):
         table = {size: time_sides(argparse.Namespace(**{**vars(arguments), name: size}), sides) for size in sizes}
         print(f"| {label} | " + " | ".join(f"{side}, s | {side}, MB" for side in sides) + " |\n|" + "---|" * (2 * len(sides) + 1))
         for size, results in table.items():
-            cells = [f"{np.median(phase_values(results, side, 'step', 0)):.2f} | {np.median(phase_values(results, side, 'step', 1)):,.0f}"
-                     for side in sides]
+            cells = [shown(results, side, "step", "{:.2f} | {:,.0f}", "out of memory | ") for side in sides]
             print(f"| {size:,} | {' | '.join(cells)} |", flush=True)
         print()
         for column, unit in enumerate(("seconds a step", "MB at the peak")):
@@ -462,7 +478,7 @@ def main():
                 raise DataError(f"--clip {arguments.clip} is no architecture of open_clip")
             return bench_prior(arguments)
         if arguments.command == "step" and arguments.side:
-            return run_side(arguments)
+            return print(json.dumps(run_side(arguments)))
         if arguments.shape and (arguments.hidden, arguments.layers) != (STEP_FLAGS["hidden"][0], STEP_FLAGS["layers"][0]):
             raise DataError(f"--shape {arguments.shape} has a width and layers of its own: leave out --hidden and --layers")
         arguments.sides = arguments.sides or [*SIDES[:3], *([] if arguments.frames else trl)]
