@@ -12,6 +12,8 @@ the group in one row and the prompt encoded once; `repeated`, the prompt repeate
 DeepSpeed's ZeRO-3 on one rank; `trl`, TRL's GRPOTrainer; `graph`, packed and sampled in fixed shapes, on a GPU as one CUDA graph. The
 same weights, medium, group and lengths; each side in processes of its own, in turns; AdamW, in float32 on a CPU and bfloat16 on a GPU.
 Memory is the peak of a phase over what the process had with its libraries loaded; a side that finds too little says so in its column.
+FLOPs are those of torch's FlopCounterMode: matmuls and convolutions, attention in full squares, causal or not, and again what is computed
+again. tokens/s are sampled tokens. A step of decoding takes at least the time to read the weights: the bound knows no cache.
 `prior`: building priors without CLIP against decord's get_batch of the same frames; two workers against one; with CLIP, the whole
 against its slower half alone (decoding and preprocessing, or CLIP). On a CPU, CLIP has one thread, so that one worker has a core too.
 Processes that decode keep to a core each, those that only call get_batch too.
@@ -37,6 +39,7 @@ import time
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from unittest.mock import patch
 
 import cv2
 import decord
@@ -45,6 +48,7 @@ import open_clip
 import psutil
 import torch
 from PIL import Image
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 from transformers.utils import logging as hf_logging
 
@@ -53,12 +57,12 @@ import toy
 import train
 from data import DataError, Encoder, Example
 from engine import start_engine, start_ranks
-from grpo import FAMILIES, Policy, collate, group_advantages, policy_loss, rollout, sampling, special_tokens
+from grpo import FAMILIES, Policy, collate, group_advantages, policy_loss, replay, rollout, sampling, special_tokens
 
 GPU = torch.cuda.is_available()
 DEVICE, DTYPE = ("cuda", torch.bfloat16) if GPU else ("cpu", torch.float32)
 SIDES = ("packed", "repeated", "zero3", "trl", "graph")
-PHASES = ("rollout", "reference", "policy", "optimizer", "step")
+PHASES = ("prefill", "rollout", "reference", "policy", "optimizer", "step")  # prefill: a rollout of one token, beside the step
 STEP_FLAGS = {  # default, least, help
     "num_generations": (8, 2, "completions of the question"), "completion_length": (128, 2, "tokens of every completion"),
     "visual_tokens": (2048, 16, "of the whole picture or video; rounded to 2 n^2 a temporal slot"),
@@ -66,13 +70,20 @@ STEP_FLAGS = {  # default, least, help
     "hidden": (256, 128, "width of the random model, a multiple of 128"), "layers": (6, 1, "of the random model"),
     "steps": (2, 1, "timed steps of a process, after one that is not"), "repeats": (3, 1, "timed turns"),
     "seed": (0, 0, "of everything random")}
-
+SPEED_FLAGS = {
+    "peak_tflops": (0.0, 0, "what utilisation is a share of; 0: the rate of a large matmul, measured"),
+    "bandwidth_gbs": (0.0, 0, "GB/s of the memory that the weights are in; 0: the better of a large sum and a large copy, measured")}
 PRIOR_FLAGS = {
     "videos": (32, 3, "videos to make and build the priors of"), "seconds": (10, 1, "length of a video, at 24 frames a second"),
     "width": (640, 32, "pixels"), "height": (360, 32, "pixels"), "frames": (16, 2, "K, frames sampled from a video"),
     "repeats": (5, 1, "timed turns"), "memory_videos": (0, 0, "0: without the memory figures"), "seed": (0, 0, "of everything random")}
 SHAPES = {  # width, layers, heads, key heads, intermediate width, vocabulary, tied embeddings: Qwen2.5-VL's language models
     "3b": (2048, 36, 16, 2, 11008, 151936, True), "7b": (3584, 28, 28, 4, 18944, 152064, False)}
+# The same in every version of torch: some count no attention on a CPU, some refuse fewer key heads. Shapes (B, heads, S, d).
+ATTENTION_FLOPS = {getattr(torch.ops.aten, f"_scaled_dot_product_{kernel}{end}"): formula
+                   for kernel in ("flash_attention", "flash_attention_for_cpu", "efficient_attention", "cudnn_attention")
+                   for end, formula in (("", lambda query, key, *_, **__: 4 * math.prod(query) * key[2]),
+                                        ("_backward", lambda _, query, key, *__, **___: 10 * math.prod(query) * key[2]))}
 
 
 def make_toy(seed, **size):
@@ -144,6 +155,21 @@ def prepare(arguments, folder):
     return str(path), medium
 
 
+def measure():
+    """TFLOP/s of a large matmul, GB/s of a large sum (reads) and of a large copy (reads and writes); the best of ten each."""
+    side, size = (8192, 1 << 30) if GPU else (1536, 1 << 26)
+    square, large = torch.randn(side, side, device=DEVICE, dtype=DTYPE), torch.ones(size, device=DEVICE, dtype=DTYPE)
+    other = torch.empty_like(large)
+    seconds = time_turns((lambda: square @ square, large.sum, lambda: other.copy_(large)), 10).min(0)
+    return [2e-12 * side**3 / seconds[0], 1e-9 * large.nbytes / seconds[1], 2e-9 * large.nbytes / seconds[2]]
+
+
+def weight_bytes(model):
+    """What a step of decoding reads of the weights: layers, final norm and head. The embedding table counts as the head that it may be."""
+    layers = (weight for name, weight in model.model.language_model.named_parameters() if not name.startswith("embed_tokens."))
+    return sum(weight.nbytes for weight in layers) + model.lm_head.weight.nbytes
+
+
 def reset_peak():
     if GPU:
         torch.cuda.reset_peak_memory_stats()
@@ -159,16 +185,20 @@ def peak():
 
 
 @contextmanager
-def phase(found, name, base):
+def phase(found, name, base, count=False):
+    """found[name] <- [seconds, MB at the peak, FLOPs if they are counted] of the block."""
+    counter = FlopCounterMode(display=False, custom_mapping=ATTENTION_FLOPS)
+    launch = patch("grpo.replay", lambda *work: replay(*work[:-1], torch.device("cpu")))  # no CUDA graph, whose replays nothing counts
     reset_peak()
     begin = time.perf_counter()
-    yield
+    with counter if count else nullcontext(), launch if count else nullcontext():
+        yield
     top = peak()  # waits for the GPU
-    found[name] = [time.perf_counter() - begin, (top - base) / 1e6]
+    found[name] = [time.perf_counter() - begin, (top - base) / 1e6, counter.get_total_flops()]
 
 
 def our_steps(arguments, side, base):
-    """Yields ({phase: [seconds, MB]}, the log-probs and the tokens) of every whole step of ours."""
+    """Yields ({phase: [seconds, MB, FLOPs]}, log-probs, tokens and weight_bytes) of every whole step of ours; FLOPs of the first alone."""
     zero3, group = side == "zero3", arguments.num_generations
     if zero3:
         start_ranks()
@@ -186,29 +216,32 @@ def our_steps(arguments, side, base):
     eos, banned = special_tokens(model, processor)
     packed = side != "repeated"
     example = Example("0", "Which ball is red?", [], "numerical", "1", arguments.medium, "video" if arguments.frames else "image")
-    while True:
+    for count in itertools.chain([True], itertools.repeat(False)):
         found = {}
-        with phase(found, "rollout", base), sampling(policy) if zero3 else nullcontext(model.eval()) as bare:
-            prompts = collate([encoder.encode(example)], model).to(DEVICE)
-            rows, numbers = (prompts, [group]) if packed else (prompts.repeat([group]), [1] * group)
-            tokens, mask = rollout(bare, rows, numbers, range(group), arguments.completion_length, eos, banned + eos, graph=side == "graph")
+        for name, length in (("prefill", 1), ("rollout", arguments.completion_length)):
+            with phase(found, name, base, count), sampling(policy) if zero3 else nullcontext(model.eval()) as bare:
+                prompts = collate([encoder.encode(example)], model).to(DEVICE)
+                rows, numbers = (prompts, [group]) if packed else (prompts.repeat([group]), [1] * group)
+                tokens, mask = rollout(bare, rows, numbers, range(group), length, eos, banned + eos, graph=side == "graph")
+                read = weight_bytes(bare)
         model.train()
         completions, mask = tokens[None], mask[None]
-        with phase(found, "reference", base), torch.no_grad():
+        with phase(found, "reference", base, count), torch.no_grad():
             ref_logp = reference(prompts, completions, mask, packed)[0][0]
-        with phase(found, "policy", base):
+        with phase(found, "policy", base, count):
             logp = policy(prompts, completions, mask, packed, hidden_layers=(-1,))[0][0]
             loss, _ = policy_loss(logp, logp.detach(), group_advantages(torch.rand(1, group))[0].to(DEVICE), mask[0], ref_logp)
             policy.backward(loss) if zero3 else loss.backward()
-        with phase(found, "optimizer", base):
+        with phase(found, "optimizer", base, count):
             if zero3:
                 policy.step()
             else:
                 torch.nn.utils.clip_grad_norm_(policy.parameters(), 5.0)
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
-        found["step"] = [sum(seconds for seconds, _ in found.values()), max(top for _, top in found.values())]
-        yield found, {"logp": logp.flatten().tolist(), "tokens": tokens.flatten().tolist()}
+        seconds, tops, flops = zip(*(found[name] for name in PHASES[1:-1]), strict=True)
+        found["step"] = [sum(seconds), max(tops), sum(flops)]
+        yield found, {"logp": logp.flatten().tolist(), "tokens": tokens.flatten().tolist(), "weight_bytes": read}
 
 
 def big_pictures(processor):
@@ -242,7 +275,7 @@ def trl_steps(arguments, base):
 
 
 def run_side(arguments):
-    """One process: {phase: [seconds, MB]}, medians over its steps; {} when the memory does not suffice."""
+    """One process: {phase: [seconds, MB, FLOPs]}, medians over its steps, and measure()'s rates; {} when the memory does not suffice."""
     if arguments.side == "trl":  # not part of the peak
         from datasets import Dataset  # noqa: F401
         from trl import GRPOTrainer  # noqa: F401
@@ -250,10 +283,13 @@ def run_side(arguments):
     try:
         if arguments.side == "trl":
             return trl_steps(arguments, base)
-        (_, first), *steps = itertools.islice(our_steps(arguments, arguments.side, base), arguments.steps + 1)
+        rates = measure()
+        torch.cuda.empty_cache()
+        (counted, first), *steps = itertools.islice(our_steps(arguments, arguments.side, base), arguments.steps + 1)
     except torch.OutOfMemoryError:
         return {}
-    return {**{name: np.median([found[name] for found, _ in steps], axis=0).tolist() for name in PHASES}, **first}
+    medians = {name: np.median([found[name][:2] for found, _ in steps], axis=0).tolist() for name in PHASES}
+    return {**{name: [*medians[name], counted[name][2]] for name in PHASES}, **first, "rates": rates}
 
 
 def time_sides(arguments, sides):
@@ -287,7 +323,7 @@ def shown(results, side, phase, form, full="out of memory"):
 
 
 def print_row(title, cells):
-    print((f"{title:12s}" + "".join(f"{cell:>22s}" for cell in cells)).rstrip())
+    print((f"{title:20s}" + "".join(f"{cell:>24s}" for cell in cells)).rstrip())
 
 
 def machine():
@@ -313,7 +349,7 @@ def bench_step(arguments):
     print_row("", sides)
     for phase in PHASES:
         print_row(phase, [shown(results, side, phase, "{:10.4f} s{:7.0f} MB") for side in sides])
-    print()
+    print_speeds(arguments, results)
     fit = [side for side in sides if {} not in results[side]]
     for title, side, phase, column in (
             ("step, TRL / packed", "trl", "step", 0), ("memory, TRL / packed", "trl", "step", 1),
@@ -327,6 +363,37 @@ def bench_step(arguments):
         apart = np.abs(np.array(one["logp"]) - np.array(two["logp"])).max() if one["tokens"] == two["tokens"] else float("nan")
         equal = np.mean(np.array(one["tokens"]) == np.array(two["tokens"]))
         print(f"packed and repeated: {equal:.1%} of the sampled tokens equal, log-probs {apart:.0e} apart at most")
+
+
+def print_speeds(arguments, results):
+    """FLOPs, utilisation and sampled tokens/s of every side by the medians of its seconds, and what they are shares of."""
+    ours = [found for processes in results.values() for found in processes if "rates" in found]
+    matmul, summed, copied = np.max([found["rates"] for found in ours] or [[np.nan] * 3], axis=0)
+    peak, of = (arguments.peak_tflops, "--peak_tflops") if arguments.peak_tflops else (matmul, "a large matmul")
+    bandwidth, at = max((summed, "a large sum"), (copied, "a large copy"))
+    bandwidth, at = (arguments.bandwidth_gbs, "--bandwidth_gbs") if arguments.bandwidth_gbs else (bandwidth, at)
+    group, columns = arguments.num_generations, []
+    sampled = group * arguments.completion_length
+    for side, processes in results.items():
+        seconds = {} if {} in processes else {name: np.median(phase_values(results, side, name, 0)) for name in PHASES
+                                              if name in processes[0]}
+        column = {f"tokens/s, {name}": f"{sampled / seconds[name]:,.1f}" for name in ("rollout", "step") if name in seconds}
+        if "rollout" in seconds:
+            flops = {name: processes[0][name][2] / 1e12 for name in PHASES if name != "optimizer"}
+            column = {f"FLOPs, {name}": f"{count:.4g} TFLOP{count / seconds[name] / peak:7.1%}" for name, count in flops.items()} | column
+            decoding = seconds["rollout"] - seconds["prefill"]
+            rate = (sampled - group) / decoding if decoding > 0 else np.nan  # a few tokens can be lost in the prefill's noise
+            bound = group * bandwidth * 1e9 / processes[0]["weight_bytes"]
+            column |= {"tokens/s, decoding": f"{rate:,.1f}", "its bound": f"{bound:,.1f}", "share of the bound": f"{rate / bound:.1%}"}
+        columns.append(column)
+    print()
+    for title in dict.fromkeys(title for column in columns for title in column):
+        print_row(title, [column.get(title, "") for column in columns])
+    if ours:
+        print(f"\nFLOPs       of an untimed step, attention in full squares (a causal kernel does half); % of {peak:.4g} TFLOP/s ({of})\n"
+              f"decoding    rollout without prefill (one token, beside the step); its bound reads {ours[0]['weight_bytes'] / 1e9:.4g} GB "
+              f"of weights a step at {bandwidth:.4g} GB/s ({at})")
+    print()
 
 
 def bench_grow(arguments):
@@ -448,7 +515,7 @@ def print_ratio(title, ratios):
 
 def main():
     hf_logging.set_verbosity_error()
-    known_flags = {"step": STEP_FLAGS, "grow": STEP_FLAGS, "prior": PRIOR_FLAGS}
+    known_flags = {"step": STEP_FLAGS | SPEED_FLAGS, "grow": STEP_FLAGS, "prior": PRIOR_FLAGS}
     parser = argparse.ArgumentParser(allow_abbrev=False, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     step = commands.add_parser("step", allow_abbrev=False, help="a whole step: packed, repeated, under ZeRO-3, TRL's")
@@ -467,7 +534,7 @@ def main():
         step.add_argument(f"--{name}", help=argparse.SUPPRESS)  # of the processes that it starts
     for command, known in zip((step, grow, build), known_flags.values(), strict=True):
         for name, (default, _, text) in known.items():
-            command.add_argument(f"--{name}", type=int, default=default, help=f"{text} (default {default})")
+            command.add_argument(f"--{name}", type=type(default), default=default, help=f"{text} (default {default})")
     arguments = parser.parse_args()
     try:
         for name, (_, least, _) in known_flags[arguments.command].items():
