@@ -529,7 +529,7 @@ def main():
         model.add_argument("--model_name_or_path", help="folder of a checkpoint; without one a random small Qwen2.5-VL")
         model.add_argument("--shape", choices=SHAPES, help="random weights in the sizes of Qwen2.5-VL-3B or -7B")
         command.add_argument("--sides", nargs="+", choices=SIDES,
-                             help="default: all but graph, trl if it is installed and there is a picture")
+                             help="default: all, but graph on a GPU alone, trl if it is installed and there is a picture")
     for name in ("side", "folder", "medium"):
         step.add_argument(f"--{name}", help=argparse.SUPPRESS)  # of the processes that it starts
     for command, known in zip((step, grow, build), known_flags.values(), strict=True):
@@ -548,7 +548,7 @@ def main():
             return print(json.dumps(run_side(arguments)))
         if arguments.shape and (arguments.hidden, arguments.layers) != (STEP_FLAGS["hidden"][0], STEP_FLAGS["layers"][0]):
             raise DataError(f"--shape {arguments.shape} has a width and layers of its own: leave out --hidden and --layers")
-        arguments.sides = arguments.sides or [*SIDES[:3], *([] if arguments.frames else trl)]
+        arguments.sides = arguments.sides or [*SIDES[:3], *([] if arguments.frames else trl), *(["graph"] if GPU else [])]
         if "trl" in arguments.sides and arguments.frames:
             raise DataError("TRL scores no videos: leave out --frames, or trl of --sides")
         if "trl" in arguments.sides and not trl:

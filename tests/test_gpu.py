@@ -1,7 +1,9 @@
 """What runs on a GPU, on a pretended one (pretend_gpu.py): the same numbers as on the CPU, no tensor on the wrong device, and a decode step
 that a CUDA graph can capture. Kernels, speed and bfloat16's rounding there are not tested by anything here."""
 
+import argparse
 import copy
+import itertools
 import json
 import sys
 from collections import defaultdict
@@ -11,6 +13,7 @@ import torch
 from conftest import NO_EOS, banned_ids
 from pretend_gpu import GpuTensor, PretendGpu
 
+import bench
 import engine
 import evaluate
 import look
@@ -289,3 +292,24 @@ def test_prior(small_toy):
     assert len(gpu.waits) > 50
     for one, two in zip(there, run("cpu"), strict=True):
         torch.testing.assert_close(one, two)
+
+
+def test_bench(tmp_path, monkeypatch):
+    """Two steps, the first of them within torch's FLOP counter; a graph is captured in the second alone."""
+    arguments = argparse.Namespace(hidden=128, layers=2, num_generations=2, completion_length=6, visual_tokens=32, frames=4, seed=0,
+                                   model_name_or_path=None, shape=None)
+    arguments.folder, arguments.medium = bench.prepare(arguments, tmp_path)
+    monkeypatch.setattr(bench, "group_advantages", lambda rewards: torch.tensor([[1.0, -1.0]]))  # of random rewards; they move the weights
+    here = list(itertools.islice(bench.our_steps(arguments, "packed", 0), 2))
+    for name, value in {"reset_peak_memory_stats": lambda: None, "max_memory_allocated": lambda: 7_000_000}.items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    monkeypatch.setattr(bench, "GPU", True)
+    monkeypatch.setattr(bench, "DEVICE", "cuda")
+    for side in ("packed", "graph"):
+        with PretendGpu() as gpu:
+            there = list(itertools.islice(bench.our_steps(arguments, side, 0), 2))
+        assert len(gpu.graphs) == (side == "graph")
+        for (found, first), (expected, second) in zip(there, here, strict=True):
+            assert first["tokens"] == second["tokens"] and first["weight_bytes"] == second["weight_bytes"]
+            assert found["step"][1] == 7 and found["reference"][2] == expected["reference"][2]
+        assert there[0][0]["step"][2] > 1e8
