@@ -114,7 +114,8 @@ def test_flops_are_those_of_a_one_layer_model_by_hand(step_run, tmp_path):
     for side in ("packed", "zero3", "graph", "repeated"):
         (found,) = step_run[2][side]
         by_hand = flops_by_hand(arguments, item, side != "repeated", side == "graph")
-        assert {name: found[name][2] for name in by_hand} == by_hand, side
+        counted = {name: found[name][2] for name in by_hand}
+        assert counted == pytest.approx(by_hand, rel=2e-4), side  # exact but for transformers before 5.23, whose rotary angles are a matmul
         assert found["optimizer"][2] == 0 and found["step"][2] == sum(found[name][2] for name in ("rollout", "reference", "policy"))
 
 

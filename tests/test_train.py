@@ -170,6 +170,21 @@ def test_other_families_train(family, small_toy, tmp_path):
 # ------------------------------------------------------------------------------------------------------------ the recipes
 
 
+def test_bfloat16_with_gradient_checkpointing(cold_start, tmp_path):
+    """What the configuration turns on by itself on a GPU, here by hand."""
+    config = json.loads((ROOT / "ds_zero3.json").read_text()) | {"bf16": {"enabled": True}}
+    (tmp_path / "bf16.json").write_text(json.dumps(config))
+    checkpoint, flags = cold_start
+    launch(*flags, "--deepspeed", tmp_path / "bf16.json", "--gradient_checkpointing", "true", "--max_steps", 2, "--learning_rate", 1e-3,
+           "--per_device_train_batch_size", 4, "--weight_decay", 0, "--output_dir", tmp_path / "out")
+    first, second = metrics(tmp_path / "out", "grpo")
+    assert first["loss/ratio"] == 1 and first["loss/kl"] < 1e-6 < second["loss/kl"] and first["loss/zero_variance_groups"] < 1
+    assert 1e-6 < first["rollout/logp_difference"] < 0.05  # sampling and scoring round in other places
+    before, after = weights(checkpoint), weights(tmp_path / "out" / "grpo")
+    assert {value.dtype for value in after.values()} == {torch.bfloat16}
+    assert [name for name in before if torch.equal(before[name].bfloat16(), after[name])] == []
+
+
 @pytest.fixture(scope="session")
 def cold_start(small_toy, tmp_path_factory):
     """A checkpoint that has learned short answers ("0s striped red 2."), so that every reward varies, and flags to go on from it."""
