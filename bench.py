@@ -11,9 +11,11 @@
 the group in one row and the prompt encoded once; `repeated`, the prompt repeated for every completion; `zero3`, packed under
 DeepSpeed's ZeRO-3 on one rank; `trl`, TRL's GRPOTrainer; `graph`, packed and sampled in fixed shapes, on a GPU as one CUDA graph. The
 same weights, medium, group and lengths; each side in processes of its own, in turns; AdamW, in float32 on a CPU and bfloat16 on a GPU.
-Memory is the peak of a phase over what the process had with its libraries loaded; a side that finds too little says so in its column.
-FLOPs are those of torch's FlopCounterMode: matmuls and convolutions, attention in full squares, causal or not, and again what is computed
-again. tokens/s are sampled tokens. A step of decoding takes at least the time to read the weights: the bound knows no cache.
+Memory is the peak of a phase over what the process had with its libraries loaded, on a GPU that of torch's allocator; a side that finds
+too little says so in its column. AdamW's moments are in the weights' type, not in float32 as under DeepSpeed.
+FLOPs are those of torch's FlopCounterMode: matmuls and convolutions, attention in full squares, causal or not, with a graph's empty
+columns, and again what is computed again. tokens/s are sampled tokens. A step of decoding takes at least the time to read the weights:
+the bound knows no cache.
 `prior`: building priors without CLIP against decord's get_batch of the same frames; two workers against one; with CLIP, the whole
 against its slower half alone (decoding and preprocessing, or CLIP). On a CPU, CLIP has one thread, so that one worker has a core too.
 Processes that decode keep to a core each, those that only call get_batch too.
@@ -57,7 +59,7 @@ import toy
 import train
 from data import DataError, Encoder, Example
 from engine import start_engine, start_ranks
-from grpo import FAMILIES, Policy, collate, group_advantages, policy_loss, replay, rollout, sampling, special_tokens
+from grpo import FAMILIES, PACKED_FAMILIES, Policy, collate, group_advantages, policy_loss, replay, rollout, sampling, special_tokens
 
 GPU = torch.cuda.is_available()
 DEVICE, DTYPE = ("cuda", torch.bfloat16) if GPU else ("cpu", torch.float32)
@@ -145,6 +147,8 @@ def prepare(arguments, folder):
     config = AutoConfig.from_pretrained(path)
     if config.model_type not in FAMILIES:
         raise DataError(f"{path} is a {config.model_type} checkpoint, not one of {', '.join(FAMILIES)}")
+    if "graph" in arguments.sides and config.model_type not in PACKED_FAMILIES:
+        raise DataError(f"{config.model_type} is not packed and samples without a graph: leave graph out of --sides")
     side = config.vision_config.patch_size * config.vision_config.spatial_merge_size * slots_and_rows(arguments)[1]
     pixels = np.random.default_rng(arguments.seed).integers(0, 256, (arguments.frames or 1, side, 2 * side, 3), dtype=np.uint8)
     medium = str(Path(folder) / ("video.mp4" if arguments.frames else "picture.png"))
@@ -275,19 +279,18 @@ def trl_steps(arguments, base):
 
 
 def run_side(arguments):
-    """One process: {phase: [seconds, MB, FLOPs]}, medians over its steps, and measure()'s rates; {} when the memory does not suffice."""
+    """One process: {phase: [seconds, MB, FLOPs]}, medians over its steps, and measure()'s rates."""
     if arguments.side == "trl":  # not part of the peak
         from datasets import Dataset  # noqa: F401
         from trl import GRPOTrainer  # noqa: F401
     base = 0 if GPU else psutil.Process().memory_info().rss
-    try:
-        if arguments.side == "trl":
-            return trl_steps(arguments, base)
-        rates = measure()
-        torch.cuda.empty_cache()
-        (counted, first), *steps = itertools.islice(our_steps(arguments, arguments.side, base), arguments.steps + 1)
-    except torch.OutOfMemoryError:
-        return {}
+    if arguments.side == "trl":
+        return trl_steps(arguments, base)
+    rates = measure()
+    torch.cuda.empty_cache()
+    untimed = 1 + (arguments.side == "graph")  # FLOPs are counted without the graph, whose first capture takes longer
+    (counted, first), *steps = itertools.islice(our_steps(arguments, arguments.side, base), arguments.steps + untimed)
+    steps = steps[untimed - 1 :]
     medians = {name: np.median([found[name][:2] for found, _ in steps], axis=0).tolist() for name in PHASES}
     return {**{name: [*medians[name], counted[name][2]] for name in PHASES}, **first, "rates": rates}
 
@@ -304,7 +307,8 @@ def time_sides(arguments, sides):
                 continue
             command = [sys.executable, __file__, "step", *flags, "--side", side, "--folder", checkpoint, "--medium", medium]
             done = subprocess.run(command, capture_output=True, text=True)
-            if done.returncode not in (0, -signal.SIGKILL):  # the latter is the kernel's way to say that the memory is full
+            full = done.returncode == -signal.SIGKILL or "out of memory" in done.stderr.lower()  # SIGKILL: the kernel's way to say so
+            if done.returncode and not full:
                 raise DataError(f"the process of {side} failed: {(done.stderr.strip() or str(done.returncode)).splitlines()[-1]}")
             results[side].append(json.loads(done.stdout.strip().splitlines()[-1]) if done.returncode == 0 else {})
     return results
@@ -369,7 +373,7 @@ def print_speeds(arguments, results):
     """FLOPs, utilisation and sampled tokens/s of every side by the medians of its seconds, and what they are shares of."""
     ours = [found for processes in results.values() for found in processes if "rates" in found]
     matmul, summed, copied = np.max([found["rates"] for found in ours] or [[np.nan] * 3], axis=0)
-    peak, of = (arguments.peak_tflops, "--peak_tflops") if arguments.peak_tflops else (matmul, "a large matmul")
+    roof, of = (arguments.peak_tflops, "--peak_tflops") if arguments.peak_tflops else (matmul, "a large matmul")
     bandwidth, at = max((summed, "a large sum"), (copied, "a large copy"))
     bandwidth, at = (arguments.bandwidth_gbs, "--bandwidth_gbs") if arguments.bandwidth_gbs else (bandwidth, at)
     group, columns = arguments.num_generations, []
@@ -380,7 +384,7 @@ def print_speeds(arguments, results):
         column = {f"tokens/s, {name}": f"{sampled / seconds[name]:,.1f}" for name in ("rollout", "step") if name in seconds}
         if "rollout" in seconds:
             flops = {name: processes[0][name][2] / 1e12 for name in PHASES if name != "optimizer"}
-            column = {f"FLOPs, {name}": f"{count:.4g} TFLOP{count / seconds[name] / peak:7.1%}" for name, count in flops.items()} | column
+            column = {f"FLOPs, {name}": f"{count:.4g} TFLOP{count / seconds[name] / roof:7.1%}" for name, count in flops.items()} | column
             decoding = seconds["rollout"] - seconds["prefill"]
             rate = (sampled - group) / decoding if decoding > 0 else np.nan  # a few tokens can be lost in the prefill's noise
             bound = group * bandwidth * 1e9 / processes[0]["weight_bytes"]
@@ -390,7 +394,7 @@ def print_speeds(arguments, results):
     for title in dict.fromkeys(title for column in columns for title in column):
         print_row(title, [column.get(title, "") for column in columns])
     if ours:
-        print(f"\nFLOPs       of an untimed step, attention in full squares (a causal kernel does half); % of {peak:.4g} TFLOP/s ({of})\n"
+        print(f"\nFLOPs       of an untimed step, attention in full squares (a causal kernel does half); % of {roof:.4g} TFLOP/s ({of})\n"
               f"decoding    rollout without prefill (one token, beside the step); its bound reads {ours[0]['weight_bytes'] / 1e9:.4g} GB "
               f"of weights a step at {bandwidth:.4g} GB/s ({at})")
     print()
@@ -518,7 +522,7 @@ def main():
     known_flags = {"step": STEP_FLAGS | SPEED_FLAGS, "grow": STEP_FLAGS, "prior": PRIOR_FLAGS}
     parser = argparse.ArgumentParser(allow_abbrev=False, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
-    step = commands.add_parser("step", allow_abbrev=False, help="a whole step: packed, repeated, under ZeRO-3, TRL's")
+    step = commands.add_parser("step", allow_abbrev=False, help="a whole step: packed, repeated, under ZeRO-3, TRL's, by a CUDA graph")
     grow = commands.add_parser("grow", allow_abbrev=False, help="the same over the size of the group and of the picture; tables and a plot")
     build = commands.add_parser("prior", allow_abbrev=False, help="building priors, against decord alone; workers; overlap; memory")
     build.add_argument("--clip", default="ViT-B-32", help="open_clip's name of the architecture, with random weights (default ViT-B-32)")

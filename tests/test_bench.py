@@ -40,7 +40,7 @@ def small(**changes):
     """What main() makes of SMALL."""
     flags = {name: default for name, (default, *_) in {**bench.STEP_FLAGS, **bench.SPEED_FLAGS}.items()}
     flags |= dict(zip((flag.removeprefix("--") for flag in SMALL[::2]), map(int, SMALL[1::2]), strict=True))
-    return Namespace(**{"model_name_or_path": None, "shape": None, **flags, **changes})
+    return Namespace(**{"model_name_or_path": None, "shape": None, "sides": ["packed"], **flags, **changes})
 
 
 def encoded(arguments, folder):
@@ -234,12 +234,14 @@ def test_shares_by_hand(monkeypatch, capsys):
 
 
 def test_what_does_not_fit_is_out_of_memory_in_its_column(monkeypatch, capsys):
-    asked, seen = [], {"packed": (0, json.dumps(MEASURED)), "repeated": (-signal.SIGKILL, ""), "zero3": (0, "{}"), "graph": (1, "")}
+    asked, chained = [], "torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2 GiB.\n\nRuntimeError: no graph"
+    seen = {"packed": (0, json.dumps(MEASURED), "a warning: out of memory"), "repeated": (-signal.SIGKILL, "", ""),
+            "zero3": (1, "", chained), "graph": (1, "", "torch.SomeOtherError: no luck")}
 
     def run(command, **_):
         asked.append(command[command.index("--side") + 1])
-        code, out = seen[asked[-1]]
-        return subprocess.CompletedProcess(command, code, f"some library speaks\n{out}\n", "torch.SomeOtherError: no luck")
+        code, out, told = seen[asked[-1]]
+        return subprocess.CompletedProcess(command, code, f"some library speaks\n{out}\n", told)
 
     monkeypatch.setattr(bench, "prepare", lambda *_: ("folder", "medium"))
     monkeypatch.setattr(subprocess, "run", run)
@@ -250,18 +252,6 @@ def test_what_does_not_fit_is_out_of_memory_in_its_column(monkeypatch, capsys):
     told = print_step(results, monkeypatch, capsys)
     assert told["step"] == "10.0000 s 7 MB out of memory out of memory".split() and told["tokens/s, step"] == ["0.6"]
     assert not [title for title in told if "packed" in title]  # nothing to compare with
-
-
-def test_only_full_memory_is_out_of_memory(monkeypatch):
-    monkeypatch.setattr(bench, "measure", lambda: [1, 1, 1])
-    for error in (torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("something else")):
-        def steps(*_, error=error):
-            raise error
-            yield
-
-        monkeypatch.setattr(bench, "our_steps", steps)
-        with pytest.raises(RuntimeError, match="something else") if type(error) is RuntimeError else contextlib.nullcontext():
-            assert bench.run_side(small(side="packed")) == {}
 
 
 def test_growth_prints_tables_and_draws_them(tmp_path, monkeypatch, capsys):
