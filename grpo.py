@@ -443,15 +443,17 @@ class FixedLayer(DynamicLayer):
 
 def replay(step, steps, going, device):
     """Calls step() `steps` times, or until going() is false, which is asked every 16 steps. On a GPU from the fourth time on as one CUDA
-    graph: no kernel is launched by itself then, nor anything waited for. RuntimeError if it cannot be captured."""
+    graph: no kernel is launched by itself then, and nothing waited for between two questions. RuntimeError if it cannot be captured."""
     for done in range(steps):
         if done % 16 == 0 and not going():
             return
         if done == 3 and device.type == "cuda":
             graph = torch.cuda.CUDAGraph()
             try:
-                with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # records the step, does not run it
+                with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # records the step; other threads, NCCL's, may go on
                     step()
+            except torch.OutOfMemoryError:
+                raise
             except RuntimeError as error:
                 raise RuntimeError("the decode step cannot be captured as a CUDA graph; --cuda_graph false samples without one") from error
             step = graph.replay
@@ -468,7 +470,8 @@ def sample_fixed(model, cache, hidden, prompt_mask, position, counts, uniforms, 
     alive, lengths = there.clone(), torch.zeros_like(there, dtype=torch.long)
     at, own = torch.zeros(1, dtype=torch.long, device=device), torch.arange(width, device=device)
     columns = own + prompt
-    cache.layers = [FixedLayer(layer, width * (steps - 1), columns) for layer in cache.layers]
+    for index, layer in enumerate(cache.layers):  # one by one, so that the old ones go
+        cache.layers[index] = FixedLayer(layer, width * (steps - 1), columns)
     seen = pad(prompt_mask[:, None, None].expand(-1, 1, width, -1), (0, width * (steps - 1)))  # (B, 1, W, all columns)
 
     def pick(hidden):
@@ -478,7 +481,7 @@ def sample_fixed(model, cache, hidden, prompt_mask, position, counts, uniforms, 
         tokens.index_copy_(2, at, token.view(batch, width, 1))
         logps.index_copy_(2, at, logp.view(batch, width, 1))
         lengths.add_(alive)
-        alive.logical_and_(~torch.isin(token, eos).view(batch, width))
+        alive.logical_and_((token[:, None] != eos).all(1).view(batch, width))  # isin sorts where there are many, and waits
 
     def step():
         columns.copy_(prompt + at * width + own)
@@ -503,7 +506,7 @@ def rollout(model, prompts, counts, seeds, max_new_tokens, eos_ids, banned_ids=(
     A step appends one column a completion to its prompt's cache, [prompt | first tokens | second tokens | ...], and a completion sees the
     prompt and its own columns. So the prompt's keys and values exist once, not once a completion, and what has ended just leaves.
     seeds: one int per completion (sum of counts). banned_ids are never sampled (vision placeholders break the next forward). graph: the
-    same in shapes that never change, on a GPU as one CUDA graph; the default shrinks with what has ended and launches kernel by kernel.
+    same in shapes that never change, on a GPU as one CUDA graph, if the family packs; False shrinks with what has ended, kernel by kernel.
     Returns completions (N, T) right-padded with eos, mask (N, T), and with return_logp the model's log-probabilities (N, T) of the tokens
     (0 where masked): before temperature, top-k, top-p and bans, as a forward on the completions gives them.
     """

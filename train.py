@@ -108,8 +108,8 @@ class TrainArguments:
     temperature: float = flag(1.0, "Sampling temperature of rollouts.")
     top_p: float = flag(0.95, "Nucleus of rollouts.")
     top_k: int = flag(0, "Likeliest tokens that rollouts choose from, 0: all.")
-    cuda_graph: bool = flag(torch.cuda.is_available(), "Sample in fixed shapes, every step one CUDA graph, on by itself on a GPU; false "
-                            "launches kernel by kernel.")
+    cuda_graph: bool = flag(torch.cuda.is_available(), "Sample in fixed shapes by a CUDA graph, captured once a rollout and replayed "
+                            "every step; on by itself on a GPU, where it has not been run yet; false launches kernel by kernel.")
     # rewards
     recipe: str = flag("cfgrpo", "Which system's terms and constants are the defaults; any other flag on the command line wins over it. "
                        "The README has a table.", choices=["cfgrpo", "grpo", "tgrpo", "care", "tw", "video_r2", "release"])

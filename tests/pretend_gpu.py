@@ -1,8 +1,8 @@
 """A GPU for tests on machines that have none: tensors that say they are on cuda:0 and are computed on the CPU.
 
-It finds what a run on a CPU cannot: tensors of two devices in one operation, every wait of the host for the device, and what the capture of
-a CUDA graph forbids. A replay repeats the recorded operations on the recorded memory with the recorded numbers, as a GPU does.
-Of kernels, their speed and their rounding it knows nothing.
+It finds what a run on a CPU cannot: tensors of two devices in one operation, the waits of the host for the device that an operation's
+meaning implies (not those within kernels), and what the capture of a CUDA graph forbids. A replay repeats the recorded operations on
+the recorded memory with the recorded numbers, as a GPU does. Of kernels, their speed and their rounding it knows nothing.
 
     with PretendGpu() as gpu:
         policy = Policy(model.to("cuda"))
@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 aten = torch.ops.aten
 DEVICE = torch.device("cuda", 0)
 WAITS = {aten._local_scalar_dense.default, aten.nonzero.default, aten.masked_select.default, aten.equal.default,
-         aten.repeat_interleave.Tensor, aten._unique2.default}
+         aten.repeat_interleave.Tensor, aten._unique2.default, aten.isin.Tensor_Tensor}  # isin: of many
 INDEXING = {aten.index.Tensor, aten.index_put_.default, aten.index_put.default, aten._index_put_impl_.default}  # indices may be on the host
 COPIES = {aten.copy_.default, aten._to_copy.default}
 

@@ -3,6 +3,7 @@ that a CUDA graph can capture. Kernels, speed and bfloat16's rounding there are 
 
 import argparse
 import copy
+import importlib.util
 import itertools
 import json
 import sys
@@ -193,6 +194,15 @@ def test_a_rank_takes_its_own_gpu_before_the_first_collective(monkeypatch):
     assert done == [3, "ranks"]
 
 
+def test_the_graph_is_on_where_there_is_a_gpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    spec = importlib.util.spec_from_file_location("train_there", train.__file__)
+    there = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "train_there", there)
+    spec.loader.exec_module(there)
+    assert there.TrainArguments().cuda_graph and not train.TrainArguments().cuda_graph
+
+
 @pytest.mark.parametrize("flags", [
     ("--recipe", "cfgrpo", "--freeze_vision", "true", "--old_logp", "sampled"),
     ("--recipe", "release", "--frame_use", "attention", "--frame_use_layer", "2", "--cuda_graph", "true"),
@@ -242,7 +252,7 @@ def test_groups_of_every_recipe(flags, toy_folder, toy_processor, talker, monkey
 
 @pytest.fixture
 def as_if(monkeypatch):
-    """A pretended GPU that torch finds, and the programs' checkpoint in bfloat16 on it."""
+    """A pretended GPU that torch finds, so that the programs take it, with bfloat16."""
     with PretendGpu() as gpu:
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
         yield gpu
@@ -297,7 +307,7 @@ def test_prior(small_toy):
 def test_bench(tmp_path, monkeypatch):
     """Two steps, the first of them within torch's FLOP counter; a graph is captured in the second alone."""
     arguments = argparse.Namespace(hidden=128, layers=2, num_generations=2, completion_length=6, visual_tokens=32, frames=4, seed=0,
-                                   model_name_or_path=None, shape=None)
+                                   model_name_or_path=None, shape=None, sides=["packed", "graph"])
     arguments.folder, arguments.medium = bench.prepare(arguments, tmp_path)
     monkeypatch.setattr(bench, "group_advantages", lambda rewards: torch.tensor([[1.0, -1.0]]))  # of random rewards; they move the weights
     here = list(itertools.islice(bench.our_steps(arguments, "packed", 0), 2))
