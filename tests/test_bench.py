@@ -127,7 +127,8 @@ def test_a_video_has_its_slots_and_visual_tokens(tmp_path):
     config = json.loads((tmp_path / "config.json").read_text())
     assert (item["input_ids"] == config["video_token_id"]).sum() == 24
     found, first = next(bench.our_steps(arguments, "packed", 0))
-    assert {name: found[name][2] for name in ("prefill", "rollout", "reference", "policy")} == flops_by_hand(arguments, item)
+    by_hand = flops_by_hand(arguments, item)
+    assert {name: found[name][2] for name in by_hand} == pytest.approx(by_hand, rel=2e-4)  # as above
     assert len(first["tokens"]) == len(first["logp"]) == 6
 
 

@@ -8,6 +8,7 @@ import itertools
 import json
 import sys
 from collections import defaultdict
+from unittest import mock
 
 import pytest
 import torch
@@ -131,6 +132,9 @@ def test_a_step_that_cannot_be_captured_says_what_to_do():
         count = torch.zeros((), device="cuda")
         with pytest.raises(RuntimeError, match="--cuda_graph false"):
             replay(lambda: count.add_(count.item()), 10, lambda: True, count.device)
+    steps = [None, None, None, torch.OutOfMemoryError("CUDA out of memory")]
+    with PretendGpu(), pytest.raises(torch.OutOfMemoryError):  # which is no matter of graphs
+        replay(mock.Mock(side_effect=steps), 10, lambda: True, count.device)
 
 
 def test_what_has_ended_is_not_replayed():
