@@ -462,7 +462,7 @@ def replay(step, steps, going, device):
 
 def sample_fixed(model, cache, hidden, prompt_mask, position, counts, uniforms, choose, eos):
     """What rollout() does after the prompt, in shapes that never change: what has ended goes on until all have. hidden (B, 1, D),
-    prompt_mask (B, P), position (B,), uniforms (N, steps), choose(logits, uniform) -> tokens (N, steps), log-probs, lengths (N,)."""
+    prompt_mask (B, P), position (B,), uniforms (N, steps), choose as rollout()'s -> tokens (N, steps), log-probs, lengths (N,)."""
     device, (batch, prompt), width, steps = hidden.device, prompt_mask.shape, max(counts), uniforms.shape[1]
     there = torch.arange(width, device=device) < torch.tensor(counts, device=device)[:, None]  # (B, W)
     spread = torch.zeros(batch, width, steps, device=device).masked_scatter(there[..., None], uniforms)
@@ -476,8 +476,7 @@ def sample_fixed(model, cache, hidden, prompt_mask, position, counts, uniforms, 
 
     def pick(hidden):
         logits = model.lm_head(hidden).flatten(0, 1)  # (B*W, V)
-        token = choose(logits, spread.index_select(2, at).flatten())
-        logp = torch.log_softmax(logits.float(), dim=-1).gather(-1, token[:, None])
+        token, logp = choose(logits, spread.index_select(2, at).flatten())
         tokens.index_copy_(2, at, token.view(batch, width, 1))
         logps.index_copy_(2, at, logp.view(batch, width, 1))
         lengths.add_(alive)
@@ -522,8 +521,9 @@ def rollout(model, prompts, counts, seeds, max_new_tokens, eos_ids, banned_ids=(
     position, mask, uniforms = prompts.position_ids.amax(dim=(0, 2)) + 1, prompts.mask, row_uniforms(seeds, max_new_tokens).to(device)
     eos, banned = torch.tensor(eos_ids, device=device), torch.tensor(list(banned_ids), dtype=torch.long, device=device)
 
-    def choose(logits, uniform):  # (n, V), (n,) -> (n,)
-        return sample_tokens(logits.index_fill(-1, banned, float("-inf")), uniform, temperature, top_p, top_k)
+    def choose(logits, uniform):  # (n, V), (n,) -> tokens, their log-probs (n,)
+        token = sample_tokens(logits.index_fill(-1, banned, float("-inf")), uniform, temperature, top_p, top_k)
+        return token, torch.log_softmax(logits.float(), dim=-1).gather(-1, token[:, None]).squeeze(-1)
 
     def finish(tokens, logps, lengths):
         longest = int(lengths.max())
@@ -543,10 +543,8 @@ def rollout(model, prompts, counts, seeds, max_new_tokens, eos_ids, banned_ids=(
         alive = active >= 0
         rows = active[alive]  # (n,) completions
         logits = model.lm_head(hidden[alive])  # (n, V)
-        token = choose(logits, uniforms[rows, step])
+        token, logps[rows, step] = choose(logits, uniforms[rows, step])
         tokens[rows, step], lengths[rows] = token, step + 1
-        if return_logp:
-            logps[rows, step] = torch.log_softmax(logits.float(), dim=-1).gather(-1, token[:, None]).squeeze(-1)
         rows = rows.masked_fill(torch.isin(token, eos), -1)
         if step + 1 == max_new_tokens or bool((rows < 0).all()):
             break
