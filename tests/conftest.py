@@ -73,6 +73,16 @@ def talker(toy_model):
     return model
 
 
+@pytest.fixture(scope="session")
+def checkpoint(talker, toy_processor, tmp_path_factory):
+    """It, as from_pretrained loads it."""
+    folder, model = tmp_path_factory.mktemp("model") / "a" / "talker", copy.deepcopy(talker)
+    model.config.tie_word_embeddings = model.config.text_config.tie_word_embeddings = False
+    model.save_pretrained(folder)
+    toy_processor.save_pretrained(folder)
+    return folder
+
+
 def banned_ids(model):
     config = model.config
     return [config.image_token_id, config.video_token_id, config.vision_start_token_id, config.vision_end_token_id]

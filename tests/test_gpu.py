@@ -262,15 +262,6 @@ def as_if(monkeypatch):
         yield gpu
 
 
-@pytest.fixture(scope="module")
-def checkpoint(talker, toy_processor, tmp_path_factory):
-    folder, model = tmp_path_factory.mktemp("checkpoint"), copy.deepcopy(talker)
-    model.config.tie_word_embeddings = model.config.text_config.tie_word_embeddings = False
-    model.save_pretrained(folder)
-    toy_processor.save_pretrained(folder)
-    return folder
-
-
 @pytest.mark.parametrize("more", [("--frame_use", "attention"), ("--frame_use", "hidden"), ("--frame_use_check",)])
 def test_evaluate(more, checkpoint, toy_folder, tmp_path, as_if, monkeypatch):
     rows = json.loads((toy_folder / "train_cot.json").read_text())

@@ -1,7 +1,6 @@
 """visualize.py sample: what it draws are the numbers of the method, recomputed here with transformers alone; the page; bad input."""
 
 import base64
-import copy
 import html
 import io
 import json
@@ -31,17 +30,6 @@ from report import SHEETS
 ROOT = Path(__file__).resolve().parents[1]
 QUESTION = ["--question", "What colour are the balls in the plain scene?", "--options", "A. red", "B. <b>blue & 'x'"]
 SIDE = ["--min_pixels", "3136", "--max_pixels", "3136"]
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory, toy_model, toy_processor):
-    """An untrained toy that does not repeat itself, as from_pretrained loads it."""
-    folder, model = tmp_path_factory.mktemp("model") / "a" / "talker", copy.deepcopy(toy_model)
-    model.config.tie_word_embeddings = model.config.text_config.tie_word_embeddings = False
-    model.lm_head.weight = torch.nn.Parameter(0.4 * torch.randn(model.lm_head.weight.shape, generator=torch.Generator().manual_seed(3)))
-    model.save_pretrained(folder)
-    toy_processor.save_pretrained(folder)
-    return folder
 
 
 def arguments(checkpoint, **more):

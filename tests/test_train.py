@@ -178,7 +178,7 @@ def test_bfloat16_with_gradient_checkpointing(cold_start, tmp_path):
     launch(*flags, "--deepspeed", tmp_path / "bf16.json", "--gradient_checkpointing", "true", "--max_steps", 2, "--learning_rate", 1e-3,
            "--per_device_train_batch_size", 4, "--weight_decay", 0, "--output_dir", tmp_path / "out")
     first, second = metrics(tmp_path / "out", "grpo")
-    assert first["loss/ratio"] == 1 and first["loss/kl"] < 1e-6 < second["loss/kl"] and first["loss/zero_variance_groups"] < 1
+    assert first["loss/kl"] < 1e-6 < second["loss/kl"] and first["loss/zero_variance_groups"] < 1
     assert 1e-6 < first["rollout/logp_difference"] < 0.05  # sampling and scoring round in other places
     before, after = weights(checkpoint), weights(tmp_path / "out" / "grpo")
     assert {value.dtype for value in after.values()} == {torch.bfloat16}
