@@ -445,11 +445,30 @@ def draw_times(frames, times):
     return torch.stack(drawn)
 
 
-def chat_text(processor, example, template=PROMPT_TEMPLATE):
-    """The chat-templated prompt with its media placeholder, ending where the assistant begins."""
+MARK = "\ue000"  # stands for the user's words while the chat template is rendered
+
+
+def chat_parts(processor, example, template=PROMPT_TEMPLATE, system_prompt=None):
+    """The chat-templated prompt, cut around the user's words -> (before, words, after).
+
+    `before` ends with the media placeholder, `after` where the assistant begins. The words stand apart because they are tokenized as plain
+    text: a question about "<|im_end|>" neither ends a turn nor asks for a picture. DataError if the template does not show them once.
+    """
     content = [{"type": example.media_type}] if example.media_type != "text" else []
-    content.append({"type": "text", "text": build_prompt(example, template)})
-    return processor.apply_chat_template([{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True)
+    content.append({"type": "text", "text": MARK})
+    messages = [{"role": "user", "content": content}]
+    if system_prompt:
+        messages.insert(0, {"role": "system", "content": [{"type": "text", "text": system_prompt}]})
+    rendered = processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    if rendered.count(MARK) != 1:
+        raise DataError(f"the checkpoint's chat template shows the user's text {rendered.count(MARK)} times, not once")
+    before, after = rendered.split(MARK)
+    return before, build_prompt(example, template), after
+
+
+def plain_ids(tokenizer, text):
+    """Token ids of a text in which special tokens are ordinary characters."""
+    return tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids
 
 
 def target_text(example):
@@ -458,40 +477,49 @@ def target_text(example):
 
 
 class Encoder:
-    """Examples -> model inputs through the checkpoint's own processor. Decoded media are kept up to `cache_gb`, the oldest leave first.
+    """Examples -> model inputs through the checkpoint's own processor. Decoded media are kept up to `cache_gb`; the oldest leave first.
 
     frame_times: how a video's frames say when they were taken: text (a line before the question), drawn (on the frames), none.
+    system_prompt: text of a system turn before the question; None: whatever the chat template does by itself.
     """
 
-    def __init__(self, processor, min_pixels, max_pixels, frames=16, template=PROMPT_TEMPLATE, cache_gb=1.0, frame_times="none"):
+    def __init__(self, processor, min_pixels, max_pixels, frames=16, template=PROMPT_TEMPLATE, cache_gb=1.0, frame_times="none",
+                 system_prompt=None):
         self.processor, self.template, self.frames, self.frame_times = processor, template, frames, frame_times
+        self.system_prompt = system_prompt
         self.min_pixels, self.max_pixels = min_pixels, max_pixels
         self.factor = processor.image_processor.patch_size * processor.image_processor.merge_size
         self.media, self.media_bytes, self.limit = OrderedDict(), 0, int(cache_gb * 1e9)  # (path, frame indices) -> frames, patches
 
-    def encode(self, example, row=None, shuffle=None):
+    def encode(self, example, row=None, shuffle=None, black=False):
         """-> dict: input_ids (P,), pixel_values (patches, C), grid_thw (3,), second_per_grid, times (K,) of the frames in seconds.
 
         row: the example's row of a priors file, which says the frames; without one they are `frames` uniform ones.
         shuffle: a permutation of the frames (the temporal reward's control); times and prompt stay as they are.
+        black: the frames are black (a control of the evaluation).
         """
-        text = chat_text(self.processor, example, self.template)
         if example.media_type == "text":
-            ids = self.processor.tokenizer(text, return_tensors="pt")["input_ids"][0]
-            return {"input_ids": ids, "pixel_values": None, "grid_thw": None, "second_per_grid": 1.0, "times": []}
-        entry = self.load(example, row)
-        if self.frame_times == "text" and example.media_type == "video":
-            times = f"The frames were taken at {', '.join(map(clock, entry['times']))}.\n"
-            text = chat_text(self.processor, replace(example, question=times + example.question), self.template)
-        if shuffle is not None:
-            return self.process(example, text, entry["frames"][list(shuffle)], entry)
-        prompts = entry["prompts"]
-        if text not in prompts:
-            item = self.process(example, text, entry["frames"], entry)
-            prompts[text] = item.pop("input_ids")
-            entry.update(item)
-        kept = ("pixel_values", "grid_thw", "second_per_grid", "times")
-        return {"input_ids": prompts[text], **{name: entry[name] for name in kept}}
+            before, words, after = chat_parts(self.processor, example, self.template, self.system_prompt)
+            ids = torch.tensor(self.processor.tokenizer(before).input_ids)
+            seen = {"input_ids": ids, "pixel_values": None, "grid_thw": None, "second_per_grid": 1.0, "times": []}
+        else:
+            entry = self.load(example, row)
+            if self.frame_times == "text" and example.media_type == "video":
+                times = f"The frames were taken at {', '.join(map(clock, entry['times']))}.\n"
+                example = replace(example, question=times + example.question)
+            before, words, after = chat_parts(self.processor, example, self.template, self.system_prompt)
+            if black:
+                seen = self.process(example, before, torch.zeros_like(entry["frames"]), entry)
+            elif shuffle is not None:
+                seen = self.process(example, before, entry["frames"][list(shuffle)], entry)
+            else:
+                # the medium and what stands before it are the same for all questions about it
+                if "seen" not in entry:
+                    entry["seen"] = self.process(example, before, entry["frames"], entry)
+                seen = entry["seen"]
+        tokenizer = self.processor.tokenizer
+        question = plain_ids(tokenizer, words) + tokenizer(after, add_special_tokens=False).input_ids
+        return {**seen, "input_ids": torch.cat([seen["input_ids"], torch.tensor(question)])}
 
     def load(self, example, row):
         """Decoded, resized frames of the example's medium, from the cache if they are there."""
@@ -507,7 +535,7 @@ class Encoder:
                 raise MediaError(f"{example.media}: cannot be resized ({error})") from error
             fps = (len(times) - 1) / (times[-1] - times[0]) if len(times) > 1 else 1.0
             size = (5 if len(times) > 1 else 9) * frames.numel()  # the frames and their float32 patches, in which an image stands twice
-            self.media[key] = {"frames": frames, "times": [float(t) for t in times], "fps": float(fps), "prompts": {}, "bytes": size}
+            self.media[key] = {"frames": frames, "times": [float(t) for t in times], "fps": float(fps), "bytes": size}
             self.media_bytes += size
             while self.media_bytes > self.limit and len(self.media) > 1:
                 self.media_bytes -= self.media.popitem(last=False)[1]["bytes"]

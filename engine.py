@@ -137,12 +137,20 @@ def start_engine(arguments, model_path, micro_batch=1, accumulation=1, learning_
         engine, *_ = deepspeed.initialize(model=policy, config=config)
         engine.eval()
     else:
-        model.model.visual.requires_grad_(not arguments.freeze_vision)
+        choose_trained(model, arguments)
         if arguments.gradient_checkpointing:
             model.gradient_checkpointing_enable()
         engine, *_ = deepspeed.initialize(model=policy, config=config, model_parameters=[p for p in policy.parameters() if p.requires_grad])
         engine.train()
     return engine
+
+
+def choose_trained(model, arguments):
+    """Which parameters learn: all, all but the vision tower, or the mergers between tower and language model alone."""
+    model.model.visual.requires_grad_(not arguments.freeze_vision)
+    if arguments.train_only_merger:
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(".visual." in name and "merger" in name)
 
 
 def set_learning_rate(engine, step, steps, peak, warmup_ratio, decay_ratio=0.3):

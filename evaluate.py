@@ -49,7 +49,6 @@ from data import (
     Encoder,
     MediaError,
     build_prompt,
-    chat_text,
     decode_frames,
     load_examples,
     load_image,
@@ -309,10 +308,10 @@ def encode(encoder, example, arguments, position):
         return encoder.encode(without_medium(example))
     if arguments.control == "none" or example.media_type == "text":
         return encoder.encode(example)
-    entry = encoder.load(example, None)
-    if arguments.control == "shuffled":
-        return encoder.encode(example, shuffle=frame_order(arguments, position, len(entry["frames"])))
-    return encoder.process(example, chat_text(encoder.processor, example, encoder.template), torch.zeros_like(entry["frames"]), entry)
+    if arguments.control == "black":
+        return encoder.encode(example, black=True)
+    frames = encoder.load(example, None)["frames"]
+    return encoder.encode(example, shuffle=frame_order(arguments, position, len(frames)))
 
 
 @torch.no_grad()

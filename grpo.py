@@ -9,10 +9,11 @@ D hidden size, V vocabulary, K frames, t temporal slots of M visual tokens.
 """
 
 import math
+import re
 from bisect import bisect_left, bisect_right
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
-from functools import partial
+from functools import cache, partial
 from itertools import accumulate
 
 import deepspeed
@@ -567,21 +568,56 @@ def rollout(model, prompts, counts, seeds, max_new_tokens, eos_ids, banned_ids=(
     return finish(tokens, logps, lengths)
 
 
+@dataclass(frozen=True)
+class Turn:
+    """How a checkpoint's chat template frames what the assistant says."""
+
+    opening: str  # what the prompt says already: "<think>\n" for templates that think first, else ""
+    end: int  # id of the token that ends the turn: the template's, else the tokenizer's end of sequence
+
+
+@cache
+def read_turn(processor):
+    """The assistant's turn of a checkpoint, read off its chat template once -> Turn."""
+    tokenizer = processor.tokenizer
+    user = {"role": "user", "content": [{"type": "text", "text": "question"}]}
+    prompt = processor.apply_chat_template([user], tokenize=False, add_generation_prompt=True)
+    opening = re.search(r"<think>\s*$", prompt)
+    # what the template writes behind an answer; its first token, if it is a special one, ends the turn
+    assistant = {"role": "assistant", "content": [{"type": "text", "text": "an answer"}]}
+    dialogue = processor.apply_chat_template([user, assistant], tokenize=False)
+    behind = tokenizer(dialogue.rpartition("an answer")[2], add_special_tokens=False).input_ids
+    added = tokenizer.added_tokens_decoder
+    ends = bool(behind) and behind[0] in added and added[behind[0]].special
+    return Turn(opening.group() if opening else "", behind[0] if ends else tokenizer.eos_token_id)
+
+
+def stop_tokens(model, processor):
+    """Ids that end a completion: those of the generation config, the tokenizer's and the end of the template's turn, without repeats."""
+    told = model.generation_config.eos_token_id
+    told = told if isinstance(told, list) else [told]
+    wanted = [*told, processor.tokenizer.eos_token_id, read_turn(processor).end]
+    return list(dict.fromkeys(token for token in wanted if token is not None))
+
+
 def special_tokens(model, processor):
-    """The checkpoint's own token ids: those that end a completion, and the vision placeholders that none may contain."""
-    config, eos = model.config, model.generation_config.eos_token_id
-    eos = processor.tokenizer.eos_token_id if eos is None else eos
+    """-> ids that end a completion, and the vision placeholders that none may contain."""
+    config = model.config
     banned = [config.image_token_id, config.video_token_id, config.vision_start_token_id, config.vision_end_token_id]
-    return eos if isinstance(eos, list) else [eos], banned
+    return stop_tokens(model, processor), banned
 
 
 def sample_texts(model, processor, prompts, counts, seeds, max_new_tokens, temperature=1.0, top_p=0.95, top_k=0, return_logp=False,
                  graph=False):
-    """rollout() with the checkpoint's own stop and vision tokens -> completions (N, T), mask (N, T), decoded texts[, log-probs (N, T)]."""
+    """rollout() with the checkpoint's own stop and vision tokens -> completions (N, T), mask (N, T), texts[, log-probs (N, T)].
+
+    The texts begin with what the prompt says in the assistant's place (Turn.opening), so that a think block is whole.
+    """
     stop_and_banned = special_tokens(model, processor)
     tokens, mask, *logp = rollout(model, prompts, counts, seeds, max_new_tokens, *stop_and_banned, temperature, top_p, top_k, return_logp,
                                   graph)
-    texts = [processor.tokenizer.decode(row[valid], skip_special_tokens=True) for row, valid in zip(tokens, mask, strict=True)]
+    opening = read_turn(processor).opening
+    texts = [opening + processor.tokenizer.decode(row[valid], skip_special_tokens=True) for row, valid in zip(tokens, mask, strict=True)]
     return tokens, mask, texts, *logp
 
 

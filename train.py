@@ -35,7 +35,7 @@ from transformers.utils import logging as hf_logging
 import prior
 import reward
 import toy
-from data import DataError, Encoder, invert_question, load_examples, read_template, target_text
+from data import DataError, Encoder, invert_question, load_examples, plain_ids, read_template, target_text
 from engine import (
     Checkpoints,
     Inputs,
@@ -64,10 +64,12 @@ from grpo import (
     collate,
     group_advantages,
     policy_loss,
+    read_turn,
     rollout_frame_use,
     sample_texts,
     sampling,
     slot_shares,
+    stop_tokens,
 )
 from report import run_report
 
@@ -89,6 +91,7 @@ class TrainArguments:
     priors: str | None = flag(None, "Priors file made by prior.py for the training questions. Without one they are computed first.")
     toy_dir: str | None = flag(None, "Folder of the toy. Default: toy-seedN, made on first use.")
     prompt_template: str | None = flag(None, "Text file with {question} and {instruction}; replaces our wording.")
+    system_prompt: str | None = flag(None, "Text of a system turn before every question. None: what the chat template does by itself.")
     # frames
     min_pixels: int = flag(16 * 28 * 28, "Fewest pixels a frame.")
     max_pixels: int = flag(128 * 28 * 28, "Most pixels a frame.")
@@ -100,8 +103,10 @@ class TrainArguments:
     max_prompt_length: int = flag(16384, "Questions with more prompt tokens, visual ones included, are skipped.")
     # SFT
     sft_learning_rate: float = flag(1e-5, "Peak learning rate of SFT.")
-    sft_max_steps: int = flag(-1, "SFT steps; -1: one epoch.")
-    sft_per_device_batch_size: int = flag(1, "Demonstrations per device and SFT step.")
+    sft_max_steps: int = flag(-1, "SFT steps; -1: --sft_num_train_epochs.")
+    sft_num_train_epochs: float = flag(1.0, "SFT epochs, when --sft_max_steps is -1.")
+    sft_per_device_batch_size: int = flag(1, "Demonstrations per device and forward.")
+    sft_gradient_accumulation_steps: int = flag(1, "Forwards per SFT step.")
     # rollouts
     num_generations: int = flag(8, "G, rollouts per question.")
     max_completion_length: int = flag(768, "Most tokens of a completion.")
@@ -151,6 +156,7 @@ class TrainArguments:
     reduction: str = flag("sequence", "Token losses to one, a step: sequence (GRPO), token (TW-GRPO, DAPO), constant (Dr. GRPO).",
                           choices=["sequence", "token", "constant"])
     scale_rewards: bool = flag(True, "Divide advantages by the group's standard deviation.")
+    mask_truncated_completions: bool = flag(False, "Leave completions that were cut at --max_completion_length out of the loss (DAPO).")
     per_device_train_batch_size: int = flag(1, "Questions per device and forward.")
     gradient_accumulation_steps: int = flag(1, "Forwards per optimizer step.")
     max_steps: int = flag(-1, "GRPO steps; -1: num_train_epochs.")
@@ -160,9 +166,11 @@ class TrainArguments:
                          "sampled, those of sampling; they differ by rounding.", choices=["forward", "sampled"])
     num_iterations: int = flag(1, "Updates on the same rollouts; from the second on the ratio of Eq. 10 is not 1.")
     freeze_vision: bool = flag(False, "Do not train the vision tower. Rollouts, reference and policy then share one pass through it.")
+    train_only_merger: bool = flag(False, "Train the layers between vision tower and language model alone (the mergers).")
     gradient_checkpointing: bool = flag(False, "Recompute activations in the backward pass: less memory, a third more time.")
     # checkpoints
     save_steps: int = flag(100, "Steps between checkpoints, from which a run can go on; 0: none but the final model.")
+    eval_steps: int = flag(0, "GRPO steps between scorings of the held-out questions; 0: before and after training only.")
     save_total_limit: int = flag(2, "Checkpoints that are kept; the oldest leave.")
     resume_from_checkpoint: str | None = flag(None, "Folder of a checkpoint, or auto: the output folder's last one, if there is one.")
     seed: int = flag(0, "Of everything random.")
@@ -202,64 +210,96 @@ def toy_defaults(world_size):
 # ----------------------------------------------------------------------------------------------------------------- SFT
 
 
-def batch_targets(examples, tokenizer, eos):
-    """Demonstrations as groups of one: completions, mask (B, 1, T)."""
-    targets = [tokenizer(target_text(example)).input_ids + [eos] for example in examples]
+def batch_targets(examples, processor):
+    """Demonstrations as groups of one: completions, mask (B, 1, T).
+
+    What the prompt says already in the assistant's place is not said again; the end of the turn is part of what is learned.
+    """
+    turn = read_turn(processor)
+    said = turn.opening.strip()
+    targets = []
+    for example in examples:
+        text = target_text(example).removeprefix(said)
+        targets.append([*plain_ids(processor.tokenizer, text), turn.end])
     length = max(map(len, targets))
-    completions = torch.tensor([[ids + [eos] * (length - len(ids))] for ids in targets])
+    completions = torch.tensor([[ids + [turn.end] * (length - len(ids))] for ids in targets])
     mask = torch.tensor([[[True] * len(ids) + [False] * (length - len(ids))] for ids in targets])
     return completions, mask
+
+
+def sft_steps(arguments, demonstrations, per_step):
+    """Steps of SFT over so many usable demonstrations. DataError if they are fewer than one step takes."""
+    if per_step > demonstrations:
+        raise DataError(f"SFT has {demonstrations} usable demonstrations, fewer than one step of {per_step}")
+    if arguments.sft_max_steps > 0:
+        return arguments.sft_max_steps
+    return max(1, int(arguments.sft_num_train_epochs * demonstrations) // per_step)
 
 
 def train_sft(arguments, model_path, processor, encoder, examples, skipped, checkpoint, writer):
     """Cold start: reasoning and answer as target, prompt masked, mean over the tokens of all ranks. Returns the checkpoint's folder."""
     world, rank = dist.get_world_size(), dist.get_rank()
-    engine = start_engine(arguments, model_path, arguments.sft_per_device_batch_size, 1, arguments.sft_learning_rate)
+    batch = arguments.sft_per_device_batch_size
+    accumulation = arguments.sft_gradient_accumulation_steps
+    engine = start_engine(arguments, model_path, batch, accumulation, arguments.sft_learning_rate)
     device = engine.device
     model, (done, kept) = engine.module.model, checkpoint.load(engine, "sft")
     lost = 0
     if kept:
         lost = kept["lost"]
         skipped.update(kept["skipped"])
-    batch = arguments.sft_per_device_batch_size
-    if batch * world > len(examples):
-        raise DataError(f"SFT has {len(examples)} usable demonstrations, fewer than one batch of {batch * world}")
-    steps = arguments.sft_max_steps if arguments.sft_max_steps > 0 else len(examples) // (batch * world)
+    per_step = batch * accumulation * world
+    steps = sft_steps(arguments, len(examples), per_step)
     rng, order = random.Random(arguments.seed), []
-    while len(order) < steps * batch * world:
+    while len(order) < steps * per_step:
         order += rng.sample(examples, len(examples))
-    eos, inputs = processor.tokenizer.eos_token_id, Inputs(encoder, arguments.decode_workers, arguments.decode_timeout)
+    inputs = Inputs(encoder, arguments.decode_workers, arguments.decode_timeout)
 
     def requests(step):
-        """This rank's demonstrations of a step."""
-        start = (step * world + rank) * batch
-        return [(start + index, example, None) for index, example in enumerate(order[start : start + batch] if step < steps else [])]
+        """This rank's demonstrations of a step, forward by forward: lists of (place in the run, example, None)."""
+        parts = []
+        for micro in range(accumulation if step < steps else 0):
+            start = ((step * accumulation + micro) * world + rank) * batch
+            part = order[start : start + batch]
+            parts.append([(start + index, example, None) for index, example in enumerate(part)])
+        return parts
 
-    inputs.ahead(requests(done))
+    inputs.ahead(request for part in requests(done) for request in part)
     progress = tqdm(range(done, steps), desc="SFT", unit="step", mininterval=1, initial=done, total=steps, disable=not is_main())
     for step in progress:
         begin = time.perf_counter()
-        inputs.ahead(requests(step + 1))
-        usable = inputs.usable(requests(step), arguments.max_prompt_length, skipped)
-        fewest, everywhere = agree(len(usable), device)
-        lost += batch * world - everywhere
+        inputs.ahead(request for part in requests(step + 1) for request in part)
+        # 1. the step's demonstrations; a forward in which a rank has nothing to do is left out on all of them
+        forwards = []
+        for part in requests(step):
+            usable = inputs.usable(part, arguments.max_prompt_length, skipped)
+            fewest, everywhere = agree(len(usable), device)
+            lost += batch * world - everywhere
+            if fewest > 0:
+                _, chosen, items, _ = zip(*usable, strict=True)
+                completions, mask = batch_targets(chosen, processor)
+                forwards.append((chosen, items, completions.to(device), mask.to(device)))
         kept = dict(skipped=skipped, lost=lost)
-        if fewest == 0:
+        if not forwards:
             checkpoint.after_step(engine, "sft", step + 1, steps, **kept)
             continue
-        _, chosen, items, _ = zip(*usable, strict=True)
-        completions, mask = (tensor.to(device) for tensor in batch_targets(chosen, processor.tokenizer, eos))
-        logp, *_ = engine(collate(items, model).to(device), completions, mask)
-        tokens = mask.sum().float()
+        # 2. the loss: mean over the tokens of all forwards and ranks, however the step is split into them
+        tokens = torch.tensor(float(sum(mask.sum() for *_, mask in forwards)), device=device)
         dist.all_reduce(tokens)
-        loss = -(logp * mask).sum() / tokens  # this rank's share of the mean over all ranks' tokens
         set_learning_rate(engine, step, steps, arguments.sft_learning_rate, arguments.warmup_ratio)
-        with checkpoint.guard("sft", step, chosen):
-            check_finite(loss.item(), "loss")
-        engine.backward(loss * world)  # DeepSpeed averages gradients over ranks
-        engine.step()
-        values = {"loss/sft": [loss.item() * world], "time/step": [time.perf_counter() - begin]}
+        total = 0.0
+        for number, (chosen, items, completions, mask) in enumerate(forwards, 1):
+            engine.set_gradient_accumulation_boundary(number == len(forwards))
+            logp, *_ = engine(collate(items, model).to(device), completions, mask)
+            loss = -(logp * mask).sum() / tokens
+            total += loss.item()
+            with checkpoint.guard("sft", step, chosen):
+                check_finite(loss.item(), "loss")
+            engine.backward(loss * world * accumulation)  # DeepSpeed averages over ranks and forwards
+            engine.step()
+        values = {"loss/sft": [total * world], "time/step": [time.perf_counter() - begin]}
         metrics = average(values, tuple(values), device)
+        metrics["loss/grad_norm"] = float(engine.get_global_grad_norm() or 0)  # before clipping; stage 0 computes none
         record = {"stage": "sft", "step": step, **metrics, "data/skipped": lost}
         writer(record)
         show(engine, record)
@@ -337,6 +377,7 @@ class Rollouts:
     prompts: Prompts
     completions: torch.Tensor  # (B, G, T)
     mask: torch.Tensor  # (B, G, T)
+    truncated: torch.Tensor  # (B, G) bool, cut at the limit before their end
     logp: torch.Tensor  # (B, G, T) of the sampled tokens
     texts: list  # B lists of G
     control_texts: dict  # {index of the question: texts with shuffled frames}
@@ -365,8 +406,10 @@ def sample_groups(arguments, model, processor, usable):
     shape, visual = (len(items), group, longest), int(prompts.visual[: len(items)].sum())
     features = prompts.features and tuple(feature[:visual] if visual else feature for feature in prompts.features)  # 0: text, a blank image
     shaped = lambda tensor: tensor[:own, :longest].reshape(shape)  # noqa: E731
+    ended = torch.isin(tokens[:own], torch.tensor(stop_tokens(model, processor), device=device)) & mask[:own]
+    truncated = ~ended.any(dim=-1)
     return Rollouts(
-        examples, replace(collate(items, model), features=features), shaped(tokens), shaped(mask), shaped(logp),
+        examples, replace(collate(items, model), features=features), shaped(tokens), shaped(mask), truncated.view(shape[:2]), shaped(logp),
         [texts[start : start + group] for start in range(0, own, group)],
         {index: texts[own + place * half : own + (place + 1) * half] for place, index in enumerate(controls)})
 
@@ -446,17 +489,25 @@ def grpo_micro_batch(arguments, engine, reference, processor, rollouts, rows, sh
     anchors = torch.tensor(anchors, device=engine.device) if arguments.degenerate == "virtual_anchor" else None  # (B,)
     advantages = group_advantages(totals, scale=arguments.scale_rewards, anchors=anchors).flatten()  # (N,)
     dropped = degenerate if arguments.degenerate == "drop" else torch.zeros_like(degenerate)
-    replay = {"prompts": prompts, "completions": completions, "mask": mask, "advantages": advantages,
+    replay = {"prompts": prompts, "completions": completions, "mask": mask, "learned": learned_tokens(arguments, rollouts),
+              "advantages": advantages,
               "ref_logp": ref_logp, "old_logp": rollouts.logp if arguments.old_logp == "sampled" else logp.detach(), "share": share,
               "dropped": dropped}
     backward_loss(arguments, engine, replay, logp, weights, values)
     spend(values, "policy", clock)
     values["loss/zero_variance_groups"] += degenerate.float().tolist()
     values["rollout/length"] += lengths.flatten().tolist()
-    values["rollout/truncated"] += (lengths.flatten() >= arguments.max_completion_length).float().tolist()
+    values["rollout/truncated"] += rollouts.truncated.flatten().float().tolist()
     values["rollout/entropy"] += ((entropy * mask).sum(-1) / lengths).flatten().tolist()
     values["rollout/logp_difference"] += (((rollouts.logp - logp.detach()).abs() * mask).sum(-1) / lengths).flatten().tolist()
     return lines, replay
+
+
+def learned_tokens(arguments, rollouts):
+    """(B, G, T) bool, the tokens that count in the loss: all, or those of completions that came to their end."""
+    if not arguments.mask_truncated_completions:
+        return rollouts.mask
+    return rollouts.mask & ~rollouts.truncated[..., None]
 
 
 def weight_alpha(arguments):
@@ -468,7 +519,7 @@ def backward_loss(arguments, engine, replay, logp, weights, values):
     if replay["dropped"].any():
         weights = (torch.ones_like(logp) if weights is None else weights) * ~replay["dropped"][:, None, None]
     logp, old_logp, mask, ref_logp, weights = (tensor if tensor is None else tensor.flatten(0, 1) for tensor in (
-        logp, replay["old_logp"], replay["mask"], replay["ref_logp"], weights))  # (N, T)
+        logp, replay["old_logp"], replay["learned"], replay["ref_logp"], weights))  # (N, T)
     loss, stats = policy_loss(logp, old_logp, replay["advantages"], mask, ref_logp, arguments.beta, arguments.clip_low,
                               arguments.clip_high, arguments.reduction, weights)
     check_finite(loss.item(), "loss")
@@ -493,7 +544,7 @@ def loss_shares(arguments, masks, device):
             for count, scale in zip(counts, scales, strict=True)]
 
 
-def train_grpo(arguments, model_path, processor, encoder, stream, rows, skipped, checkpoint, writer, log_rollouts):
+def train_grpo(arguments, model_path, processor, encoder, stream, rows, skipped, checkpoint, writer, log_rollouts, heldout=None):
     """CF-GRPO on a stream of questions, with the starting checkpoint as frozen reference. Returns the folder of the trained one."""
     world, rank = dist.get_world_size(), dist.get_rank()
     batch, accumulation = arguments.per_device_train_batch_size, arguments.gradient_accumulation_steps
@@ -537,7 +588,7 @@ def train_grpo(arguments, model_path, processor, encoder, stream, rows, skipped,
         with sampling(engine) as model:  # everything is sampled before anything is learned: one gathering of the parameters a step
             sampled = [sample_groups(arguments, model, processor, usable) for usable in micro_batches]
         spend(values, "rollout", begin)
-        shares, replays = loss_shares(arguments, [rollouts.mask for rollouts in sampled], engine.device), []
+        shares, replays = loss_shares(arguments, [learned_tokens(arguments, rollouts) for rollouts in sampled], engine.device), []
         for iteration in range(arguments.num_iterations):
             for number, (rollouts, share) in enumerate(zip(sampled, shares, strict=True)):
                 engine.set_gradient_accumulation_boundary(number == len(sampled) - 1)
@@ -565,6 +616,9 @@ def train_grpo(arguments, model_path, processor, encoder, stream, rows, skipped,
         if micro_batches and norm:
             metrics["loss/grad_norm"] = norm
         record = {"stage": "grpo", "step": step, **metrics, "data/skipped": lost}
+        if heldout and arguments.eval_steps and (step + 1) % arguments.eval_steps == 0:
+            scores = score_heldout(arguments, engine, *heldout)
+            record |= {f"eval/{name}": value for name, value in scores.items()}
         writer(record)
         show(engine, record)
         shown = {"reward": "reward/total", "acc": "reward/accuracy", "cfr": "consensus/score", "len": "rollout/length", "kl": "loss/kl",
@@ -604,13 +658,21 @@ def invert_share(stream, share, seed):
 # ------------------------------------------------------------------------------------------------------ held-out score
 
 
+def score_checkpoint(arguments, model_path, *heldout):
+    """score_heldout of a saved model."""
+    engine = start_engine(arguments, model_path)
+    scores = score_heldout(arguments, engine, *heldout)
+    engine.destroy()
+    return scores
+
+
 @torch.no_grad()
-def score_heldout(arguments, model_path, processor, encoder, examples, rows, batch=32):
+def score_heldout(arguments, engine, processor, encoder, examples, rows, batch=32):
     """Greedy and sampled answers on questions that were never trained on, every rank its share. Returns {name: mean}.
 
     'conflict' are the questions whose asked and most salient evidence differ. Frame use is read on the sampled completions.
     """
-    engine, values = start_engine(arguments, model_path), defaultdict(list)
+    values = defaultdict(list)
     kinds = sorted({kind(example) for example in examples})
     mine = list(enumerate(examples))[dist.get_rank() :: dist.get_world_size()]
     with sampling(engine) as model:
@@ -640,9 +702,7 @@ def score_heldout(arguments, model_path, processor, encoder, examples, rows, bat
                         values["evidence_chance"].append(float(slot_shares(rows[example.id]["times"], example.evidence, len(use)).mean()))
     names = [f"{decoding}{rest}" for decoding in ("greedy", "sampled") for rest in ("", "/conflict", *(f"/{name}" for name in kinds))]
     names += ["consensus", "evidence_use", "paper_consensus", "paper_evidence_use", "evidence_chance", "length"]
-    scores = average(values, names, engine.device)
-    engine.destroy()
-    return scores
+    return average(values, names, engine.device)
 
 
 def kind(example):
@@ -681,6 +741,28 @@ FOREIGN_FLAGS = {  # of the originals' launch scripts
     "--per_device_eval_batch_size": "none, held-out questions come 32 at a time", "--data_seed": "--seed"}
 
 
+SFT_FLAGS = {  # GRPO's flags whose namesakes SFT reads
+    "learning_rate": "sft_learning_rate", "max_steps": "sft_max_steps", "num_train_epochs": "sft_num_train_epochs",
+    "per_device_train_batch_size": "sft_per_device_batch_size", "gradient_accumulation_steps": "sft_gradient_accumulation_steps"}
+GRPO_FLAGS = (  # read by GRPO alone
+    *SFT_FLAGS, "priors", "num_generations", "cfr_weight", "gate", "temporal", "temporal_gamma", "temporal_ratio", "length_low",
+    "length_high", "length_bonus", "consistency_coef", "consistency_margin", "consistency_dense", "alignment_weight", "alignment_threshold",
+    "alignment_buffer", "invert_questions", "beta", "ema_decay", "ema_steps", "token_weight_alpha", "clip_low", "clip_high", "degenerate",
+    "reduction", "scale_rewards", "mask_truncated_completions", "packed", "old_logp", "num_iterations", "eval_steps")
+
+
+def refuse_unread_flags(stage, given):
+    """DataError for a flag of the command line that this stage does not read. given: names of settings."""
+    other = {theirs: ours for ours, theirs in SFT_FLAGS.items()}
+    for name in given:
+        if stage == "sft" and name in SFT_FLAGS:
+            raise DataError(f"--stage sft does not read --{name}; its own is --{SFT_FLAGS[name]}")
+        if stage == "sft" and name in GRPO_FLAGS:
+            raise DataError(f"--stage sft does not read --{name}: it is GRPO's")
+        if stage == "grpo" and name in other:
+            raise DataError(f"--stage grpo does not read --{name}; its own is --{other[name]}")
+
+
 def parse_arguments():
     parser = HfArgumentParser((TrainArguments, prior.PriorSettings), allow_abbrev=False, description=__doc__,
                               formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -715,6 +797,10 @@ def parse_arguments():
     if arguments.num_generations < 2 or arguments.save_total_limit < 1:
         raise DataError("--num_generations must be at least 2 and --save_total_limit at least 1")
     arguments.stage = arguments.stage or ("both" if arguments.model_name_or_path is None else "grpo")
+    if arguments.freeze_vision and arguments.train_only_merger:
+        raise DataError("--freeze_vision freezes the mergers too; give it or --train_only_merger")
+    words = [word[2:].partition("=")[0] for word in sys.argv[1:] if word.startswith("--")]
+    refuse_unread_flags(arguments.stage, [word.replace("-", "_").removeprefix("no_") for word in words])
     return arguments, settings
 
 
@@ -778,7 +864,7 @@ def run(arguments, settings):
     if arguments.frame_use == "attention" and family not in PACKED_FAMILIES:
         raise DataError(f"--frame_use attention works with {', '.join(PACKED_FAMILIES)}, not with {family}")
     encoder = Encoder(processor, arguments.min_pixels, arguments.max_pixels, settings.frames, read_template(arguments.prompt_template),
-                      arguments.media_cache_gb, arguments.frame_times)
+                      arguments.media_cache_gb, arguments.frame_times, arguments.system_prompt)
     files = {name: open(output / name, "a", encoding="utf-8") for name in ("metrics.jsonl", "rollouts.jsonl")} if is_main() else {}
     checkpoint = Checkpoints(arguments, processor, files, resume)
 
@@ -788,7 +874,7 @@ def run(arguments, settings):
             files[name].flush()
 
     def score(path):
-        return score_heldout(arguments, path, processor, encoder, heldout_examples, heldout_rows) if heldout_examples else {}
+        return score_checkpoint(arguments, path, processor, encoder, heldout_examples, heldout_rows) if heldout_examples else {}
 
     def load(path):
         """-> examples of a data set, {problem_id: cause} of its rows that are none."""
@@ -840,7 +926,8 @@ def run(arguments, settings):
         if len(stream) < per_step:
             raise DataError(f"{len(stream)} usable questions ({len(skipped)} skipped) are fewer than one step's {per_step}")
         folder = train_grpo(arguments, model_path, processor, encoder, stream, rows, skipped, checkpoint,
-                            lambda record: write("metrics.jsonl", record), lambda records: write("rollouts.jsonl", *records))
+                            lambda record: write("metrics.jsonl", record), lambda records: write("rollouts.jsonl", *records),
+                            (processor, encoder, heldout_examples, heldout_rows) if heldout_examples else None)
         lap("GRPO")
         after = score(folder)
         lap("scoring after")

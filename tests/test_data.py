@@ -21,7 +21,7 @@ from data import (
     MediaError,
     answer_type,
     build_prompt,
-    chat_text,
+    chat_parts,
     decode_frames,
     invert_question,
     load_examples,
@@ -398,14 +398,14 @@ def test_prompt_template_replaces_the_wording():
     assert build_prompt(braces, "{question}") == "What is {x} in {0}?"
 
 
-def test_chat_text(toy_processor):
-    text = chat_text(toy_processor, example_of(media_type="video"))
+def test_chat_parts(toy_processor):
+    text = "".join(chat_parts(toy_processor, example_of(media_type="video")))
     assert text == ("<|im_start|>user\n<|vision_start|><|video_pad|><|vision_end|>" + build_prompt(example_of())
                     + "<|im_end|>\n<|im_start|>assistant\n")
     assert "\nA. a ball\nB. a car\n" in text
-    assert "<|image_pad|>" in chat_text(toy_processor, example_of(media_type="image"))
-    assert "<|vision_start|>" not in chat_text(toy_processor, example_of())
-    assert chat_text(toy_processor, example_of(), "<{question}>").startswith("<|im_start|>user\n<What moves?")
+    assert "<|image_pad|>" in chat_parts(toy_processor, example_of(media_type="image"))[0]
+    assert "<|vision_start|>" not in chat_parts(toy_processor, example_of())[0]
+    assert "".join(chat_parts(toy_processor, example_of(), "<{question}>")).startswith("<|im_start|>user\n<What moves?")
 
 
 def test_target_text():
@@ -448,7 +448,7 @@ def test_encode_video(video_example, toy_processor):
     assert item["second_per_grid"] == pytest.approx(2 * 3.8 / 3)  # two frames a slot, 3 steps in 3.8 s
     ids = item["input_ids"].tolist()
     assert ids.count(toy_processor.tokenizer.convert_tokens_to_ids("<|video_pad|>")) == 2 * 2 * 2
-    text = chat_text(toy_processor, video_example).replace("<|video_pad|>", "<|video_pad|>" * 8)
+    text = "".join(chat_parts(toy_processor, video_example)).replace("<|video_pad|>", "<|video_pad|>" * 8)
     assert ids == toy_processor.tokenizer(text).input_ids
 
 
@@ -466,7 +466,7 @@ def test_encode_image_and_text(image_example, toy_processor):
     np.testing.assert_allclose(brightness(item, toy_processor), [(200 + 60 + 20) / 3] * 2, atol=2)
     text = encoder.encode(example_of())
     assert text["pixel_values"] is None and text["grid_thw"] is None and text["times"] == []
-    assert text["input_ids"].tolist() == toy_processor.tokenizer(chat_text(toy_processor, example_of())).input_ids
+    assert text["input_ids"].tolist() == toy_processor.tokenizer("".join(chat_parts(toy_processor, example_of()))).input_ids
 
 
 def test_cache_gives_the_same_and_reads_the_file_once(video_example, image_example, toy_processor, monkeypatch):
@@ -502,7 +502,8 @@ def test_examples_of_two_files_may_share_an_id(video_example, toy_processor, tmp
 
 
 def bytes_held(entry):
-    return sum(value.numel() * value.element_size() for value in entry.values() if torch.is_tensor(value))
+    tensors = [value for value in [*entry.values(), *entry.get("seen", {}).values()] if torch.is_tensor(value)]
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
 def test_eviction_keeps_within_the_limit_and_stays_right(tmp_path, toy_processor):

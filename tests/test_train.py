@@ -1,7 +1,9 @@
 """train.py as a user runs it: the deepspeed launcher, ZeRO-3, a small toy, one and two CPU ranks; and what it says to bad input."""
 
 import copy
+import dataclasses
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -15,8 +17,8 @@ from conftest import ENV, ROOT, SMALL, complain, launch, metrics, weights
 from transformers import HfArgumentParser
 
 import train
-from data import Encoder, load_examples
-from engine import update_reference
+from data import DataError, Encoder, load_examples
+from engine import choose_trained, update_reference
 from grpo import Policy, collate
 
 
@@ -235,6 +237,44 @@ def test_every_recipe_trains(recipe, cold_start, tmp_path):
     assert [name for name in before if torch.equal(before[name], after[name])] == frozen
 
 
+def test_an_sft_step_does_not_depend_on_how_it_is_split(cold_start, small_toy, tmp_path):
+    """8 demonstrations as one forward, and as two forwards of 2 on each of two ranks."""
+    whole, flags = metrics(cold_start[0].parent, "sft")[0], cold_start[1][: cold_start[1].index("--model_name_or_path")]
+    launch(*flags, "--stage", "sft", "--model_name_or_path", small_toy / "model", "--sft_max_steps", 1, "--sft_per_device_batch_size", 2,
+           "--sft_gradient_accumulation_steps", 2, "--output_dir", tmp_path / "out", ranks=2)
+    (parts,) = metrics(tmp_path / "out", "sft")
+    for name in ("loss/sft", "loss/grad_norm"):
+        assert parts[name] == pytest.approx(whole[name], rel=1e-4) and whole[name] > 0.1
+
+
+@pytest.mark.parametrize(("flags", "words"), [
+    (["--stage", "sft", "--learning_rate", "1e-6"], "--sft_learning_rate"),
+    (["--stage", "sft", "--per_device_train_batch_size=2"], "--sft_per_device_batch_size"),
+    (["--stage", "sft", "--gradient-accumulation-steps", "2"], "--sft_gradient_accumulation_steps"),
+    (["--stage", "sft", "--num_train_epochs", "2"], "--sft_num_train_epochs"),
+    (["--stage", "sft", "--max_steps", "3"], "--sft_max_steps"),
+    (["--stage", "sft", "--no_temporal"], "does not read --temporal"),
+    (["--stage", "grpo", "--sft_learning_rate", "1e-6"], "its own is --learning_rate"),
+])
+def test_flags_that_a_stage_does_not_read_are_refused(monkeypatch, flags, words):
+    monkeypatch.setattr(sys, "argv", ["train.py", "--model_name_or_path", "m", "--dataset_name", "d.json", *flags])
+    with pytest.raises(DataError, match=re.escape(words)):
+        train.parse_arguments()
+
+
+def test_every_flag_of_a_stage_is_a_setting():
+    names = {setting.name for setting in dataclasses.fields(train.TrainArguments)}
+    assert {*train.GRPO_FLAGS, *train.SFT_FLAGS.values()} <= names
+
+
+def test_sft_steps_come_from_epochs():
+    arguments = SimpleNamespace(sft_max_steps=-1, sft_num_train_epochs=2.5)
+    assert train.sft_steps(arguments, 10, 4) == 6  # 25 demonstrations, four a step
+    assert train.sft_steps(SimpleNamespace(sft_max_steps=7), 10, 4) == 7
+    with pytest.raises(DataError, match="3 usable demonstrations, fewer than one step of 4"):
+        train.sft_steps(arguments, 3, 4)
+
+
 def test_several_updates_on_the_same_rollouts(cold_start, tmp_path):
     flags = [*cold_start[1], "--num_iterations", 2, "--max_steps", 1, "--learning_rate", 1e-3, "--gradient_accumulation_steps", 2,
              "--per_device_train_batch_size", 2]
@@ -250,14 +290,17 @@ def test_several_updates_on_the_same_rollouts(cold_start, tmp_path):
 
 def test_the_reference_follows_the_policy_on_every_rank(cold_start, tmp_path):
     launch(*cold_start[1], "--recipe", "care", "--beta", 0.1, "--ema_decay", 0, "--ema_steps", 2, "--learning_rate", 1e-3, "--output_dir",
-           tmp_path / "out", "--per_device_train_batch_size", 2, "--eval_dataset_name", cold_start[1][3] / "heldout.json", ranks=2)
+           tmp_path / "out", "--per_device_train_batch_size", 2, "--eval_dataset_name", cold_start[1][3] / "heldout.json",
+           "--eval_steps", 3, ranks=2)
     result = json.loads((tmp_path / "out" / "result.json").read_text())
+    during = [{name: value for name, value in record.items() if name.startswith("eval/")} for record in metrics(tmp_path / "out", "grpo")]
+    assert during == [{}, {}, {f"eval/{name}": pytest.approx(value) for name, value in result["after"].items()}]
     assert 10 < result["before"]["length"] < 40  # scored, though the ranks' completions end at different times
     start, moved, followed = (record["loss/kl"] for record in metrics(tmp_path / "out", "grpo"))
     assert start == pytest.approx(0, abs=1e-7) and moved > 1e-5 and followed == pytest.approx(0, abs=1e-7)
 
 
-def micro_batch(toy_folder, toy_processor, toy_model, texts, *flags):
+def micro_batch(toy_folder, toy_processor, toy_model, texts, *flags, cut=()):
     """One question's group with these completions through grpo_micro_batch: its loss, values, mask, log-probs of policy and reference."""
     example = next(example for example in load_examples(toy_folder / "train.json") if example.options and example.media_type == "video")
     arguments = HfArgumentParser(train.TrainArguments).parse_args_into_dataclasses(
@@ -280,7 +323,8 @@ def micro_batch(toy_folder, toy_processor, toy_model, texts, *flags):
 
     values, rows = defaultdict(list), {example.id: {"frames": [0, 10, 20, 30], "times": [0.0, 2.5, 5.0, 7.5], "prior": [0.25] * 4}}
     item = encoder.encode(example, rows[example.id])
-    rollouts = train.Rollouts((example,), collate([item], toy_model), completions, mask, torch.zeros(mask.shape), [texts], {})
+    truncated = torch.tensor([[number in cut for number in range(len(ids))]])
+    rollouts = train.Rollouts((example,), collate([item], toy_model), completions, mask, truncated, torch.zeros(mask.shape), [texts], {})
     train.grpo_micro_batch(arguments, Engine(toy_model), Policy(other), toy_processor, rollouts, rows, 1.0, values)
     with torch.no_grad():
         logps = [Policy(model)(collate([item], model), completions, mask, weight_alpha=1.7)
@@ -311,6 +355,31 @@ def test_the_token_weights_enter_the_loss(toy_folder, toy_processor, toy_model):
     assert loss.item() == pytest.approx(expected.item(), abs=1e-5)
     assert values["rollout/logp_difference"] == pytest.approx((-(logp[0] * mask).sum(1) / mask.sum(1)).tolist())  # to the 0 when sampled
     assert abs(loss.item() + advantage * (mask[0].sum() - mask[1].sum()).item() / mask.sum().item()) > 1e-3  # not that of weights 1
+
+
+def test_truncated_completions_can_be_left_out_of_the_loss(toy_folder, toy_processor, toy_model):
+    texts = ["<think>a</think><answer>{right}</answer>", "<think>b c d e f"]
+    losses = {}
+    for flag, cut in (("true", (1,)), ("false", (1,)), ("true", ())):
+        flags = ["--mask_truncated_completions", flag, "--beta", "0"]
+        loss, values, *_ = micro_batch(toy_folder, toy_processor, toy_model, texts, *flags, cut=cut)
+        losses[flag, cut] = loss.item()
+        assert values["rollout/truncated"] == [0, len(cut)]
+    # rewards 2 and 0: advantages +-0.7071; at ratio 1 a completion's mean is -A, and the mean over both cancels unless one is left out
+    advantage = 1 / (2**0.5 + 1e-4)
+    assert losses["true", (1,)] == pytest.approx(-advantage / 2, abs=1e-5)
+    assert losses["false", (1,)] == losses["true", ()] == pytest.approx(0, abs=1e-6)
+
+
+def test_the_mergers_alone_learn(other_family):
+    model, items = other_family
+    model = copy.deepcopy(model).train()
+    choose_trained(model, SimpleNamespace(freeze_vision=False, train_only_merger=True))
+    logp, *_ = Policy(model)(collate(items, model), torch.full((3, 1, 4), 70), torch.ones(3, 1, 4, dtype=torch.bool))
+    logp.sum().backward()
+    moved = {name for name, parameter in model.named_parameters() if parameter.grad is not None and parameter.grad.abs().sum() > 0}
+    mergers = {name for name, _ in model.named_parameters() if ".merger." in name or ".deepstack_merger_list." in name}
+    assert mergers and moved == mergers
 
 
 def test_the_alignment_reward_is_gated_and_weighed(toy_folder, toy_processor, toy_model):
