@@ -58,7 +58,7 @@ from data import (
     target_text,
     uniform_frames,
 )
-from grpo import Policy, collate, rollout_frame_use, sample_texts, slot_shares, token_frame_use
+from grpo import Policy, collate, read_turn, rollout_frame_use, sample_texts, slot_shares, token_frame_use
 from prior import append_lines, join_shards, read_priors, write_whole
 
 
@@ -77,6 +77,8 @@ class EvaluateArguments:
     max_pixels: int = field(default=256 * 28 * 28, metadata={"help": "Most pixels a frame (the paper's at inference)."})
     prompt_template: str | None = field(default=None, metadata={
         "help": "Text file with {question} and {instruction}; replaces our wording. Scores depend on it."})
+    system_prompt: str | None = field(default=None, metadata={
+        "help": "Text of a system turn before every question, as in training. None: what the chat template does by itself."})
     frame_times: str = field(default="none", metadata={
         "help": "How frames say when they were taken, as in training: text, drawn, none. For a model on this machine.",
         "choices": ["none", "text", "drawn"]})
@@ -169,7 +171,7 @@ def fingerprint(model):
 def score_settings(arguments):
     """Every setting that an answer depends on: it stands in the report, and a run continues only an earlier one that has the same."""
     settings = {name: getattr(arguments, name) for name in (
-        "model_name_or_path", "frames", "frame_times", "min_pixels", "max_pixels", "max_completion_length", "temperature", "top_p", "top_k",
+        "model_name_or_path", "frames", "frame_times", "system_prompt", "min_pixels", "max_pixels", "max_completion_length", "temperature", "top_p", "top_k",
         "seed", "control")}
     settings["prompt_template"] = read_template(arguments.prompt_template)
     if arguments.api_base:
@@ -376,7 +378,7 @@ def answer_here(arguments, examples, done, rank, world):
         return
     model, processor = load_model(arguments)
     encoder = Encoder(processor, arguments.min_pixels, arguments.max_pixels, arguments.frames, read_template(arguments.prompt_template),
-                      frame_times=arguments.frame_times)
+                      frame_times=arguments.frame_times, system_prompt=arguments.system_prompt)
     priors = {row["problem_id"]: row for row in read_priors(arguments.priors)} if arguments.priors else {}
     for part in tqdm(left, desc="answer", unit="batch", initial=len(parts) - len(left), total=len(parts), disable=rank > 0):
         items, answers = {}, {}
@@ -424,7 +426,8 @@ def message(arguments, example, position, template):
             picture = io.BytesIO()
             Image.fromarray(frame).save(picture, "PNG")
             content.append({"type": "image_url", "image_url": {"url": data_url(picture.getvalue(), "image/png")}})
-    return [{"role": "user", "content": [*content, {"type": "text", "text": build_prompt(example, template)}]}]
+    system = [{"role": "system", "content": arguments.system_prompt}] if arguments.system_prompt else []
+    return [*system, {"role": "user", "content": [*content, {"type": "text", "text": build_prompt(example, template)}]}]
 
 
 def chat(client, retries, messages, **settings):
@@ -679,12 +682,12 @@ def encode_all(encoder, examples):
     return pairs, broken
 
 
-def told_intervals(example, tokenizer):
+def told_intervals(example, processor):
     """Tokens of the known reasoning and, of those in a sentence that cites a time, the interval it is about.
 
     -> ids list, {token index: (start, end)} from the example's grounding."""
-    text = target_text(example)
-    encoded = tokenizer(text, return_offsets_mapping=True)
+    text = target_text(example).removeprefix(read_turn(processor).opening.strip())  # what the prompt says already is not said again
+    encoded = processor.tokenizer(text, return_offsets_mapping=True, add_special_tokens=False, split_special_tokens=True)
     intervals = {}
     for match in re.finditer(r"[^.<>]*\.", text):
         claims = reward.parse_claims(match.group())
@@ -703,7 +706,7 @@ def check_frame_use(model, processor, pairs, tau=0.1):
     sums = defaultdict(lambda: torch.zeros(3, dtype=torch.float64))  # hits, mass, chance
     count = 0
     for example, item in tqdm(pairs, desc="frame use", unit="question"):
-        ids, intervals = told_intervals(example, processor.tokenizer)
+        ids, intervals = told_intervals(example, processor)
         if not intervals or not item["times"]:
             continue
         prompts = collate([item], model).to(model.device)
@@ -737,7 +740,7 @@ def run_check(arguments):
     examples, settings = load_examples(arguments.dataset_name, arguments.media_root), score_settings(arguments)
     model, processor = load_model(arguments)
     encoder = Encoder(processor, arguments.min_pixels, arguments.max_pixels, arguments.frames, read_template(arguments.prompt_template),
-                      frame_times=arguments.frame_times)
+                      frame_times=arguments.frame_times, system_prompt=arguments.system_prompt)
     pairs, broken = encode_all(encoder, examples)
     table, count = check_frame_use(model, processor, pairs)
     print(f"{count} tokens that describe a known scene\n{'frame use from':32s}{'argmax inside':>14s}{'mass over chance':>18s}")

@@ -94,7 +94,7 @@ def check_model(arguments, settings, path):
     file, asked = Path(path).parent / "run.json", vars(arguments) | vars(settings)
     trained = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
     return [f"{path} was trained with --{name} {trained[name]}, here it is {asked[name]}"
-            for name in ("frames", "min_pixels", "max_pixels", "frame_times", "prompt_template")
+            for name in ("frames", "min_pixels", "max_pixels", "frame_times", "prompt_template", "system_prompt")
             if trained.get(name, asked[name]) != asked[name]]
 
 
@@ -110,7 +110,7 @@ def look(arguments, name, path, example, row):
         raise DataError(f"{path} cannot be loaded: {str(error).splitlines()[0]}") from error
     policy = Policy(model)
     encoder = Encoder(processor, arguments.min_pixels, arguments.max_pixels, len(row["frames"]), read_template(arguments.prompt_template),
-                      cache_gb=0, frame_times=arguments.frame_times)
+                      cache_gb=0, frame_times=arguments.frame_times, system_prompt=arguments.system_prompt)
     item = encoder.encode(example, row)
     prompts = collate([item], model).to(device)
     merge = model.config.vision_config.spatial_merge_size

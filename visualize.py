@@ -45,6 +45,7 @@ class SampleArguments:
     min_pixels: int = field(default=4 * 28 * 28, metadata={"help": "fewest pixels a frame"})
     max_pixels: int = field(default=256 * 28 * 28, metadata={"help": "most pixels a frame"})
     prompt_template: str | None = field(default=None, metadata={"help": "text file with {question} and {instruction}"})
+    system_prompt: str | None = field(default=None, metadata={"help": "text of a system turn before the question, as in training"})
     frame_times: str = field(default="none", metadata={
         "help": "how frames say when they were taken, as in training", "choices": ["none", "text", "drawn"]})
     hidden_layer: int = field(default=-1, metadata={
