@@ -171,8 +171,8 @@ def fingerprint(model):
 def score_settings(arguments):
     """Every setting that an answer depends on: it stands in the report, and a run continues only an earlier one that has the same."""
     settings = {name: getattr(arguments, name) for name in (
-        "model_name_or_path", "frames", "frame_times", "system_prompt", "min_pixels", "max_pixels", "max_completion_length", "temperature", "top_p", "top_k",
-        "seed", "control")}
+        "model_name_or_path", "frames", "frame_times", "system_prompt", "min_pixels", "max_pixels", "max_completion_length", "temperature",
+        "top_p", "top_k", "seed", "control")}
     settings["prompt_template"] = read_template(arguments.prompt_template)
     if arguments.api_base:
         return settings | {"engine": "api", "api_base": arguments.api_base, "api_media": arguments.api_media,
