@@ -24,14 +24,16 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from pebble import ProcessExpired, ProcessPool
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 from transformers import AutoModelForImageTextToText
+from transformers.core_model_loading import Transpose, WeightConverter
 from transformers.integrations import HfDeepSpeedConfig
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 
 import prior
 from data import DataError, MediaError, first_words
-from grpo import Policy
+from grpo import Policy, checkpoint_activations
 
 # ------------------------------------------------------------------------------------------------------------------------------------ ranks
 
@@ -130,16 +132,22 @@ def start_engine(arguments, model_path, micro_batch=1, accumulation=1, learning_
     config = deepspeed_config(arguments, micro_batch, accumulation, learning_rate)
     keep = HfDeepSpeedConfig(config)  # noqa: F841  from_pretrained partitions while this object lives
     dtype = torch.bfloat16 if config.get("bf16", {}).get("enabled") else torch.float32
-    model = AutoModelForImageTextToText.from_pretrained(model_path, dtype=dtype, attn_implementation="sdpa", use_safetensors=True)
+    model, found = AutoModelForImageTextToText.from_pretrained(
+        model_path, dtype=dtype, attn_implementation="sdpa", use_safetensors=True, key_mapping=MISNAMED, output_loading_info=True)
+    # transformers would start these at random and go on
+    if found["missing_keys"]:
+        missing = sorted(found["missing_keys"])
+        raise DataError(f"{model_path} lacks {len(missing)} weights of a {model.config.model_type} model, the first is {missing[0]}")
     policy = Policy(model)
     if learning_rate is None:
         policy.requires_grad_(False)
         engine, *_ = deepspeed.initialize(model=policy, config=config)
         engine.eval()
     else:
+        keep_names(policy, model_path)
         choose_trained(model, arguments)
         if arguments.gradient_checkpointing:
-            model.gradient_checkpointing_enable()
+            checkpoint_activations(model)
         engine, *_ = deepspeed.initialize(model=policy, config=config, model_parameters=[p for p in policy.parameters() if p.requires_grad])
         engine.train()
     return engine
@@ -151,6 +159,78 @@ def choose_trained(model, arguments):
     if arguments.train_only_merger:
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(".visual." in name and "merger" in name)
+
+
+# Names that transformers up to 5.24 gave the weights of a Qwen that ZeRO-3 had partitioned -> what they should be.
+MISNAMED = {r"^model\.model\.": "model.", r"^model\.language_model\.model\.": "model.language_model."}
+
+
+def weight_shapes(path):
+    """{name: [sizes]} of a checkpoint's weights, read from the heads of its files.
+
+    Args:
+        path: a folder, or the name of a model of the hub.
+    Raises:
+        DataError: it has no safetensors.
+    """
+    files = [cached_file(path, SAFE_WEIGHTS_NAME, _raise_exceptions_for_missing_entries=False)]
+    if files == [None]:
+        index = cached_file(path, SAFE_WEIGHTS_INDEX_NAME, _raise_exceptions_for_missing_entries=False)
+        if index is None:
+            raise DataError(f"{path} has neither {SAFE_WEIGHTS_NAME} nor {SAFE_WEIGHTS_INDEX_NAME}")
+        shards = json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"].values()
+        files = [cached_file(path, shard) for shard in sorted(set(shards))]
+    shapes = {}
+    for file in files:
+        with safe_open(file, "pt") as weights:
+            for name in weights.keys():
+                shapes[name] = weights.get_slice(name).get_shape()
+    return shapes
+
+
+def right_name(name):
+    for wrong, right in MISNAMED.items():
+        name = re.sub(wrong, right, name)
+    return name
+
+
+def is_transposition(conversion):
+    return isinstance(conversion, WeightConverter) and all(isinstance(step, Transpose) for step in conversion.operations)
+
+
+def keep_names(policy, path):
+    """Lets save_model() write a policy, just loaded from the checkpoint at path, with the names and shapes that its weights have there."""
+    # save_pretrained undoes the conversions that the model has. The loader for ZeRO-3 leaves all of the family, not those that matched;
+    # transposed experts are not always turned back, so in_layout() does it.
+    conversions = [one for one in policy.model._weight_conversions if one.was_used() and not is_transposition(one)]
+    shapes = weight_shapes(path)
+    policy.source, policy.shapes = path, {right_name(name): shape for name, shape in shapes.items()}
+    if policy.shapes.keys() != shapes.keys():
+        # to undo what was done to these would write them again; without a list transformers takes the family's
+        conversions = None
+        say(f"{path} has weights named model.model., as a fault of transformers made them; what this run saves has the right names")
+    policy.model._weight_conversions = conversions
+
+
+def in_layout(tensor, shape):
+    """Qwen3-VL's experts are (experts, in, out) in its checkpoints and (experts, out, in) in transformers 5."""
+    turned = shape is not None and list(tensor.shape) != shape and list(tensor.mT.shape) == shape
+    return tensor.cpu().mT.contiguous() if turned else tensor
+
+
+def check_names(policy, folder):
+    """The weights just written against those of the checkpoint that the policy came from. DataError when they differ."""
+    written, expected = weight_shapes(folder), dict(policy.shapes)
+    if policy.model.config.tie_word_embeddings:
+        expected.pop("lm_head.weight", None)  # the embedding again; who loads a tied model does not look for it
+    wrong = sorted(name for name, shape in written.items() if expected.get(name) != shape)
+    lost = sorted(expected.keys() - written.keys())
+    if wrong:
+        raise DataError(f"{len(wrong)} weights in {folder} are not those of {policy.source}: the first is {wrong[0]} {written[wrong[0]]}, "
+                        f"there is {expected.get(wrong[0]) or ', '.join(lost[:1])}; report this with the version of transformers")
+    if lost:
+        say(f"{len(lost)} weights of {policy.source} are not part of the model and not saved, the first is {lost[0]}")
+        policy.shapes = written  # said once
 
 
 def set_learning_rate(engine, step, steps, peak, warmup_ratio, decay_ratio=0.3):
@@ -197,10 +277,36 @@ def save_model(engine, processor, folder):
     if is_main():
         aside = Path(f"{folder}.unfinished")
         state = {name.removeprefix("model."): value for name, value in state.items()}
+        state = {name: in_layout(value, engine.module.shapes.get(name)) for name, value in state.items()}
         engine.module.model.save_pretrained(aside, state_dict=state)
         processor.save_pretrained(aside)
+        check_names(engine.module, aside)
+        write_for_version_4(aside, engine.module.model.config.text_config.attribute_map)
         replace_folder(aside, folder)
     dist.barrier()
+
+
+def write_for_version_4(folder, attribute_map):
+    """Writes once more, where transformers 4 and servers built on it look, what transformers 5 writes elsewhere; 5 reads both."""
+    file = Path(folder) / "config.json"
+    config = json.loads(file.read_text(encoding="utf-8"))
+    text = config["text_config"]
+    rope = dict(text["rope_parameters"])  # rope_type, mrope_section, ..., rope_theta
+    text["rope_theta"] = rope.pop("rope_theta")
+    text["rope_scaling"] = rope
+    for old, new in attribute_map.items():  # of the text model: num_experts
+        text[old] = text[new]
+    text["tie_word_embeddings"] = config["tie_word_embeddings"]  # 4 looks here alone, with False as default
+    file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    file = Path(folder) / "tokenizer_config.json"
+    config = json.loads(file.read_text(encoding="utf-8"))
+    if config["tokenizer_class"] == "TokenizersBackend":
+        config["tokenizer_class"] = "PreTrainedTokenizerFast"  # its name in 4
+    special = config.get("extra_special_tokens")
+    if isinstance(special, list):
+        # 4 expects a dict under this name, and a list under another
+        config["additional_special_tokens"] = config.pop("extra_special_tokens")
+    file.write_text(json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def replace_folder(aside, folder):

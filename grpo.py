@@ -8,6 +8,7 @@ Letters in shapes: B prompts, G completions of each, P prompt tokens (left-padde
 D hidden size, V vocabulary, K frames, t temporal slots of M visual tokens.
 """
 
+import inspect
 import math
 import re
 from bisect import bisect_left, bisect_right
@@ -474,6 +475,7 @@ def sample_fixed(model, cache, hidden, prompt_mask, position, counts, uniforms, 
     for index, layer in enumerate(cache.layers):  # one by one, so that the old ones go
         cache.layers[index] = FixedLayer(layer, width * (steps - 1), columns)
     seen = pad(prompt_mask[:, None, None].expand(-1, 1, width, -1), (0, width * (steps - 1)))  # (B, 1, W, all columns)
+    cached = cache_argument(model.model.language_model, cache)
 
     def pick(hidden):
         logits = model.lm_head(hidden).flatten(0, 1)  # (B*W, V)
@@ -487,7 +489,7 @@ def sample_fixed(model, cache, hidden, prompt_mask, position, counts, uniforms, 
         columns.copy_(prompt + at * width + own)
         seen.scatter_(3, columns.expand(batch, 1, -1)[..., None], True)
         embeds = model.get_input_embeddings()(tokens.index_select(2, at).squeeze(2))
-        output = model.model.language_model(inputs_embeds=embeds, attention_mask=seen, past_key_values=cache, use_cache=True,
+        output = model.model.language_model(inputs_embeds=embeds, attention_mask=seen, use_cache=True, **cached,
                                             position_ids=(position + at)[None, :, None].expand(3, -1, width))
         at.add_(1)
         pick(output.last_hidden_state)
@@ -496,6 +498,17 @@ def sample_fixed(model, cache, hidden, prompt_mask, position, counts, uniforms, 
     replay(step, steps - 1, lambda: bool(alive.any()), device)
     ended = torch.arange(steps, device=device) >= lengths[..., None]
     return tokens.masked_fill(ended, eos[0])[there], logps.masked_fill(ended, 0.0)[there], lengths[there]
+
+
+def cache_argument(language, cache):
+    """{name: cache} of a language model's forward: past_key_values, which transformers 5.24 calls cache and 5.40 ends."""
+    return {"cache" if "cache" in inspect.signature(language.forward).parameters else "past_key_values": cache}
+
+
+def checkpoint_activations(model, on=True):
+    """Recompute activations in the backward pass, or no longer; the methods whose name has gradient end with transformers 6."""
+    kind = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"
+    getattr(model, f"{kind}_checkpointing_{'enable' if on else 'disable'}")()
 
 
 @torch.no_grad()
@@ -518,7 +531,8 @@ def rollout(model, prompts, counts, seeds, max_new_tokens, eos_ids, banned_ids=(
     cache.layers = [RoomyLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
     embeds, more = policy.embed(prompts)
     more |= {"layout": Layout(prompts.padding())} if policy.packs else {"attention_mask": prompts.mask.long()}
-    output = language(inputs_embeds=embeds, position_ids=prompts.position_ids, past_key_values=cache, use_cache=True, **more)
+    cached = cache_argument(language, cache)
+    output = language(inputs_embeds=embeds, position_ids=prompts.position_ids, use_cache=True, **cached, **more)
     position, mask, uniforms = prompts.position_ids.amax(dim=(0, 2)) + 1, prompts.mask, row_uniforms(seeds, max_new_tokens).to(device)
     eos, banned = torch.tensor(eos_ids, device=device), torch.tensor(list(banned_ids), dtype=torch.long, device=device)
 
@@ -562,7 +576,7 @@ def rollout(model, prompts, counts, seeds, max_new_tokens, eos_ids, banned_ids=(
         own = (owners[:, None] == active[..., None]) & (active >= 0)[..., None]  # (B, W, columns)
         seen = torch.cat([mask[:, None].expand(-1, active.shape[1], -1), own], dim=2)  # (B, W, P + columns)
         seen = seen[:, None] if policy.packs else seen[:, 0].long()
-        output = language(inputs_embeds=model.get_input_embeddings()(inputs), attention_mask=seen, past_key_values=cache,
+        output = language(inputs_embeds=model.get_input_embeddings()(inputs), attention_mask=seen, **cached,
                           position_ids=(position + step)[None, :, None].expand(3, -1, active.shape[1]), use_cache=True)
         hidden = output.last_hidden_state
     return finish(tokens, logps, lengths)

@@ -23,7 +23,7 @@ import prior
 import train
 import visualize
 from data import Encoder, load_examples
-from grpo import Policy, collate, policy_loss, replay, rollout, rollout_frame_use, token_frame_use
+from grpo import Policy, checkpoint_activations, collate, policy_loss, replay, rollout, rollout_frame_use, token_frame_use
 
 # ------------------------------------------------------------------------------------------------- the pretended GPU itself
 
@@ -159,7 +159,7 @@ def test_forward_and_backward(items, talker, packed, checkpointed):
     def run(model, device):
         policy = Policy(model)
         if checkpointed:
-            model.gradient_checkpointing_enable()
+            checkpoint_activations(model)
         policy.train()
         rows, tokens, valid = prompts.to(device), completions.to(device), mask.to(device)
         rows.features = policy.encode(rows) if checkpointed else None

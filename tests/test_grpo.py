@@ -22,6 +22,7 @@ from grpo import (
     Policy,
     Prompts,
     answer_likelihoods,
+    checkpoint_activations,
     collate,
     group_advantages,
     group_attention,
@@ -421,10 +422,10 @@ def gradients(model, loss):
 def checkpointing(model, on):
     """The model in train mode with its layers checkpointed, or as it is."""
     if on:
-        model.gradient_checkpointing_enable()
+        checkpoint_activations(model)
         model.train()
     yield
-    model.gradient_checkpointing_disable()
+    checkpoint_activations(model, on=False)
     model.eval()
 
 
