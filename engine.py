@@ -5,6 +5,7 @@ rank{r}.pt and state.json. Runs under ZeRO-0 to 3, on one process or many.
 """
 
 import copy
+import importlib.util
 import json
 import math
 import multiprocessing
@@ -14,6 +15,8 @@ import shutil
 import signal
 import socket
 import sys
+import tempfile
+import uuid
 from collections import OrderedDict
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -21,14 +24,20 @@ from pathlib import Path
 
 import deepspeed
 import numpy as np
+import psutil
 import torch
 import torch.distributed as dist
+from deepspeed.constants import TORCH_DISTRIBUTED_DEFAULT_PORT
+from deepspeed.monitor.config import get_monitor_config
+from deepspeed.monitor.monitor import MonitorMaster
+from deepspeed.runtime.config import DeepSpeedConfig, DeepSpeedConfigError
 from pebble import ProcessExpired, ProcessPool
 from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
-from transformers import AutoModelForImageTextToText
+from transformers import AutoConfig, AutoModelForImageTextToText
 from transformers.core_model_loading import Transpose, WeightConverter
 from transformers.integrations import HfDeepSpeedConfig
+from transformers.integrations.deepspeed import HfTrainerDeepSpeedConfig
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 
 import prior
@@ -63,13 +72,36 @@ def average(values, names, device):
     return {name: (total / count).item() for name, (total, count) in zip(names, table, strict=True) if count > 0}
 
 
-def start_ranks():
-    """One process alone is a world of one, on any free port; the deepspeed launcher or torchrun set these variables themselves."""
+def free_port():
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = "29511" if "WORLD_SIZE" in os.environ else str(free.getsockname()[1])
+        return str(free.getsockname()[1])
+
+
+def own_port():
+    """A free port for the ranks of one deepspeed launcher on one machine, which gives every run the same; None for other launchers.
+
+    The ranks agree on it in a file named after the launcher's process, so that two runs at the same time do not meet.
+    """
+    if os.environ.get("CROSS_SIZE") != "1" or os.environ["MASTER_PORT"] != str(TORCH_DISTRIBUTED_DEFAULT_PORT):
+        return None
+    launchers = [process for process in psutil.Process().parents() if "deepspeed.launcher.launch" in process.cmdline()]
+    if not launchers:
+        return None
+    file = Path(tempfile.gettempdir()) / f"ranks-{launchers[0].pid}-{launchers[0].create_time()}"
+    store = dist.FileStore(str(file), int(os.environ["WORLD_SIZE"]))  # removes its file when the last rank lets go of it
+    if os.environ["RANK"] == "0":
+        store.set("port", free_port())
+    return store.get("port").decode()
+
+
+def start_ranks():
+    """One process alone is a world of one, on any free port; the deepspeed launcher or torchrun set these variables themselves."""
+    # Ranks that something else started without a port have to guess the same one.
+    port = "29511" if int(os.environ.get("WORLD_SIZE", 1)) > 1 else free_port()
     for name, value in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1"), ("MASTER_ADDR", "127.0.0.1"), ("MASTER_PORT", port)):
         os.environ.setdefault(name, value)
+    os.environ["MASTER_PORT"] = own_port() or os.environ["MASTER_PORT"]
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))  # NCCL's first collective comes before any engine
     deepspeed.init_distributed()
@@ -96,40 +128,170 @@ def on_main_first(work):
 # ---------------------------------------------------------------------------------------------------------------------------------- engines
 
 
-def deepspeed_config(arguments, micro_batch=1, accumulation=1, learning_rate=None):
-    """The JSON file with its 'auto' values filled in; without a learning rate, one for inference (reference, scoring)."""
+# Sections of a DeepSpeed file that send metrics somewhere, and the package that each needs.
+MONITORS = {"tensorboard": "tensorboard", "wandb": "wandb", "comet": "comet_ml", "csv_monitor": "csv"}
+OFFLOADS = ("zero_optimization.offload_optimizer", "zero_optimization.offload_param")
+SECTIONS = ("fp16", "bf16", "optimizer", "optimizer.params", "zero_optimization", *OFFLOADS, *MONITORS)
+
+
+def read_deepspeed_file(arguments):
+    """The --deepspeed file as it is, with the functions of HfTrainerDeepSpeedConfig; DataError if it is no such file."""
     file = Path(arguments.deepspeed)
     if not file.is_file():
         raise DataError(f"DeepSpeed configuration {file} not found (--deepspeed)")
-    config = json.loads(file.read_text(encoding="utf-8"))
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise DataError(f"DeepSpeed configuration {file} is not JSON: {error}") from error
+    if not isinstance(config, dict):
+        raise DataError(f"DeepSpeed configuration {file} is not a JSON object")
+    for name in SECTIONS:
+        # From the outer section to the inner one, so that find_config_node meets objects alone.
+        place = config
+        for key in name.split("."):
+            place = place.get(key, {})
+        if not isinstance(place, dict):
+            raise DataError(f"{name} in {file} is {json.dumps(place)}, not an object")
+    return HfTrainerDeepSpeedConfig(config)
+
+
+def deepspeed_config(arguments, hidden_size, micro_batch=1, accumulation=1, learning_rate=None):
+    """The --deepspeed file as an engine gets it: what Hugging Face's Trainer fills is filled, what this program decides is replaced.
+
+    Args:
+        hidden_size: width of the language model, from which Hugging Face takes the sizes of ZeRO's buckets.
+        learning_rate: None for an engine without an optimizer (reference, scoring).
+    Returns:
+        dict without "auto".
+    Errors: DataError for fp16, for an "auto" that nothing fills, for an optimizer without a type.
+    """
+    file = read_deepspeed_file(arguments)
+    config = file.config
+    # Decided by flags or by this program's own loop. The whole run has one writer of metrics (Tracker), not one an engine.
+    for name in ("train_batch_size", "scheduler", *MONITORS):
+        config.pop(name, None)
     config["train_micro_batch_size_per_gpu"] = micro_batch
     config["gradient_accumulation_steps"] = accumulation
-    if config.get("gradient_clipping") == "auto":
-        config["gradient_clipping"] = arguments.max_grad_norm
-    if config.get("fp16", {}).get("enabled"):
-        raise DataError(f"{file} asks for fp16, whose loss scaling this program does not know; use bf16")
-    if config.get("bf16", {}).get("enabled") == "auto":
-        config["bf16"]["enabled"] = torch.cuda.is_available()
+    # A file that says nothing about these takes the flags as well.
+    config.setdefault("gradient_clipping", "auto")
     if learning_rate is None:
         config.pop("optimizer", None)
-        zero = config.get("zero_optimization", {})
+    else:
+        parameters = optimizer_parameters(file)
+        parameters["lr"] = learning_rate
+        parameters.setdefault("weight_decay", "auto")
+
+    # What stands for "auto", as in HfTrainerDeepSpeedConfig; betas and eps are TrainingArguments' defaults.
+    autos = {
+        "gradient_clipping": arguments.max_grad_norm,
+        "fp16.enabled": False,
+        "bf16.enabled": torch.cuda.is_available(),
+        "optimizer.params.betas": [0.9, 0.999],
+        "optimizer.params.eps": 1e-8,
+        "optimizer.params.weight_decay": arguments.weight_decay,
+        "zero_optimization.reduce_bucket_size": hidden_size * hidden_size,
+        "zero_optimization.stage3_prefetch_bucket_size": int(0.9 * hidden_size * hidden_size),
+        "zero_optimization.stage3_param_persistence_threshold": 10 * hidden_size,
+    }
+    for key, value in autos.items():
+        file.fill_only(key, value)
+    left = list(find_autos(config))
+    if left:
+        raise DataError(f"{arguments.deepspeed}: nothing fills the \"auto\" of {', '.join(left)}; write a value there")
+    if file.is_true("fp16.enabled"):
+        raise DataError(f"{arguments.deepspeed} asks for fp16, whose loss scaling this program does not know; use bf16")
+
+    zero = config.get("zero_optimization", {})
+    if learning_rate is None:
+        zero.pop("offload_optimizer", None)
         if zero.get("stage") in (1, 2):
             zero["stage"] = 0  # these partition what an optimizer has
         if arguments.ema_decay < 1:
             if zero.get("offload_param", {}).get("device") == "nvme":
                 raise DataError("--ema_decay below 1 needs the parameters in memory, not offloaded to nvme")
             zero["stage3_param_persistence_threshold"] = 0  # update_reference() writes to the shards
-    else:
-        parameters = config["optimizer"]["params"]
-        parameters["lr"] = learning_rate
-        if parameters.get("weight_decay") == "auto":
-            parameters["weight_decay"] = arguments.weight_decay
     return config
+
+
+def optimizer_parameters(file):
+    """optimizer.params of a file's configuration, which gets the section of ds_zero3.json if it has none."""
+    missing = "optimizer" not in file.config
+    optimizer = file.config.setdefault("optimizer", {"type": "AdamW", "params": {"betas": [0.9, 0.95]}})
+    if "type" not in optimizer:
+        raise DataError("the optimizer section of the DeepSpeed configuration has no type, for example AdamW")
+    parameters = optimizer.setdefault("params", {})
+    # DeepSpeed compiles its own Adam on first use: for minutes, to no end without a GPU. Offloaded states need its CPUAdam to be fast.
+    offloads = file.get_value("zero_optimization.offload_optimizer.device", "none") != "none"
+    if optimizer["type"].lower() in ("adam", "adamw") and (not torch.cuda.is_available() or missing and not offloads):
+        parameters.setdefault("torch_adam", True)
+    return parameters
+
+
+def find_autos(node, name=""):
+    """Dotted keys whose value is "auto"."""
+    if node == "auto":
+        yield name
+    if isinstance(node, dict):
+        for key, value in node.items():
+            if key != "keep_in_fp32_modules":  # DeepSpeed's own "auto"
+                yield from find_autos(value, f"{name}.{key}".lstrip("."))
+
+
+def check_deepspeed_file(arguments):
+    """Looks at the --deepspeed file before anything is loaded or written, and says what of it is not used. The ranks must have started.
+
+    Errors: DataError for all that is wrong with it, a package that is not installed included.
+    """
+    file = read_deepspeed_file(arguments)
+    for section, package in MONITORS.items():
+        if file.is_true(f"{section}.enabled") and importlib.util.find_spec(package) is None:
+            raise DataError(f"{section} is enabled in {arguments.deepspeed}, but not installed: pip install {package}")
+    try:
+        get_monitor_config(file.config)
+        for learning_rate in (arguments.learning_rate, None):
+            DeepSpeedConfig(deepspeed_config(arguments, 1, learning_rate=learning_rate))
+    except (AssertionError, DeepSpeedConfigError, TypeError, ValueError) as error:
+        if isinstance(error, DataError):
+            raise
+        raise DataError(f"DeepSpeed does not take {arguments.deepspeed}: {' '.join(str(error).split())}") from error
+
+    # What the file says and the run does not do.
+    batch = arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps * dist.get_world_size()
+    decided = {
+        "train_batch_size": {"--per_device_train_batch_size x --gradient_accumulation_steps x ranks": batch},
+        "train_micro_batch_size_per_gpu": {
+            "--sft_per_device_batch_size": arguments.sft_per_device_batch_size,
+            "--per_device_train_batch_size": arguments.per_device_train_batch_size,
+        },
+        "gradient_accumulation_steps": {
+            "--sft_gradient_accumulation_steps": arguments.sft_gradient_accumulation_steps,
+            "--gradient_accumulation_steps": arguments.gradient_accumulation_steps,
+        },
+        "optimizer.params.lr": {"--sft_learning_rate": arguments.sft_learning_rate, "--learning_rate": arguments.learning_rate},
+    }
+    for key, flags in decided.items():
+        value = file.get_value(key, "auto")
+        if value != "auto" and any(value != own for own in flags.values()):
+            instead = ", ".join(f"{name} is {own}" for name, own in flags.items())
+            say(f"{arguments.deepspeed}: {key} {value} is not used, {instead}")
+    if "scheduler" in file.config:
+        say(f"{arguments.deepspeed}: its scheduler is not used, --warmup_ratio {arguments.warmup_ratio} is")
+    # What the file says in place of a flag.
+    for key, name in (("gradient_clipping", "max_grad_norm"), ("optimizer.params.weight_decay", "weight_decay")):
+        value = file.get_value(key, "auto")
+        if value != "auto" and value != getattr(arguments, name):
+            say(f"{arguments.deepspeed}: {key} {value} is used, --{name} {getattr(arguments, name)} is not")
+    # What it does not say.
+    if "optimizer" not in file.config:
+        say(f"{arguments.deepspeed} has no optimizer: AdamW with betas 0.9, 0.95 as in ds_zero3.json")
+    elif not torch.cuda.is_available() and not file.get_value("optimizer.params.torch_adam"):
+        say(f"{arguments.deepspeed}: without a GPU Adam is torch's, not the one that DeepSpeed would have to compile")
 
 
 def start_engine(arguments, model_path, micro_batch=1, accumulation=1, learning_rate=None):
     """A checkpoint under DeepSpeed, partitioned while it loads; trainable when there is a learning rate, else frozen and in eval mode."""
-    config = deepspeed_config(arguments, micro_batch, accumulation, learning_rate)
+    hidden_size = AutoConfig.from_pretrained(model_path).get_text_config().hidden_size
+    config = deepspeed_config(arguments, hidden_size, micro_batch, accumulation, learning_rate)
     keep = HfDeepSpeedConfig(config)  # noqa: F841  from_pretrained partitions while this object lives
     dtype = torch.bfloat16 if config.get("bf16", {}).get("enabled") else torch.float32
     model, found = AutoModelForImageTextToText.from_pretrained(
@@ -241,11 +403,53 @@ def set_learning_rate(engine, step, steps, peak, warmup_ratio, decay_ratio=0.3):
         group["lr"] = peak * rise * (1 - 0.9 * fall)
 
 
-def show(engine, record):
-    """A line of metrics.jsonl to what the DeepSpeed configuration names: tensorboard, wandb, comet, csv_monitor."""
-    if engine.monitor.enabled:
-        stage, step = record["stage"], record["step"]
-        engine.monitor.write_events([(f"{stage}/{name}", value, step) for name, value in record.items() if "/" in name])
+class Tracker:
+    """Shows the records of metrics.jsonl where the --deepspeed file says (tensorboard, wandb, comet, csv_monitor).
+
+    One writer for the whole run, on rank 0. Its step counts over the run: GRPO's steps come after SFT's. A run that goes on after a
+    checkpoint shows no step twice, and continues its W&B run; tracker.json in the output folder says which and where.
+    """
+
+    def __init__(self, arguments):
+        config = get_monitor_config(read_deepspeed_file(arguments).config)
+        self.file = Path(arguments.output_dir) / "tracker.json"
+        self.enabled = config.enabled and is_main()
+        self.sft_steps = 0
+        if not self.enabled:
+            return
+        self.state = {"wandb_run_id": uuid.uuid4().hex[:8], "shown": -1}
+        if arguments.resume_from_checkpoint is not None and self.file.is_file():
+            self.state = json.loads(self.file.read_text(encoding="utf-8"))
+            say(f"tracker.json: the trackers have shown {self.state['shown'] + 1} steps of this run, those are not shown again")
+        # Only the lines up to the checkpoint are left.
+        metrics = Path(arguments.output_dir) / "metrics.jsonl"
+        for line in metrics.read_text(encoding="utf-8").splitlines():
+            self.step_of(json.loads(line))
+        if config.wandb.enabled:
+            self.state["wandb_run_id"] = os.environ.setdefault("WANDB_RUN_ID", self.state["wandb_run_id"])
+            os.environ.setdefault("WANDB_RESUME", "allow")
+        self.monitor = MonitorMaster(config)
+
+    def step_of(self, record):
+        """Of the whole run."""
+        if record["stage"] == "sft":
+            self.sft_steps = record["step"] + 1
+            return record["step"]
+        return self.sft_steps + record["step"]
+
+    def show(self, record):
+        if not self.enabled:
+            return
+        step = self.step_of(record)
+        if step <= self.state["shown"]:
+            return
+        stage = record["stage"]
+        self.monitor.write_events([(f"{stage}/{name}", value, step) for name, value in record.items() if "/" in name])
+        # Written aside and renamed: a run that is killed here can go on.
+        self.state["shown"] = step
+        aside = self.file.with_suffix(".unfinished")
+        aside.write_text(json.dumps(self.state), encoding="utf-8")
+        os.replace(aside, self.file)
 
 
 def update_reference(reference, engine, averages, decay):

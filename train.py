@@ -39,8 +39,10 @@ from data import DataError, Encoder, invert_question, load_examples, plain_ids, 
 from engine import (
     Checkpoints,
     Inputs,
+    Tracker,
     agree,
     average,
+    check_deepspeed_file,
     check_finite,
     checkpoints,
     find_checkpoint,
@@ -49,7 +51,6 @@ from engine import (
     save_model,
     say,
     set_learning_rate,
-    show,
     start_engine,
     start_ranks,
     update_reference,
@@ -300,9 +301,8 @@ def train_sft(arguments, model_path, processor, encoder, examples, skipped, chec
         values = {"loss/sft": [total * world], "time/step": [time.perf_counter() - begin]}
         metrics = average(values, tuple(values), device)
         metrics["loss/grad_norm"] = float(engine.get_global_grad_norm() or 0)  # before clipping; stage 0 computes none
-        record = {"stage": "sft", "step": step, **metrics, "data/skipped": lost}
+        record = {"stage": "sft", "step": step, **metrics, "train/learning_rate": engine.get_lr()[0], "data/skipped": lost}
         writer(record)
-        show(engine, record)
         progress.set_postfix(loss=f"{metrics['loss/sft']:.3f}", refresh=False)
         checkpoint.after_step(engine, "sft", step + 1, steps, **kept)
     inputs.stop()
@@ -615,12 +615,11 @@ def train_grpo(arguments, model_path, processor, encoder, stream, rows, skipped,
         metrics = average(values, METRICS, engine.device)
         if micro_batches and norm:
             metrics["loss/grad_norm"] = norm
-        record = {"stage": "grpo", "step": step, **metrics, "data/skipped": lost}
+        record = {"stage": "grpo", "step": step, **metrics, "train/learning_rate": engine.get_lr()[0], "data/skipped": lost}
         if heldout and arguments.eval_steps and (step + 1) % arguments.eval_steps == 0:
             scores = score_heldout(arguments, engine, *heldout)
             record |= {f"eval/{name}": value for name, value in scores.items()}
         writer(record)
-        show(engine, record)
         shown = {"reward": "reward/total", "acc": "reward/accuracy", "cfr": "consensus/score", "len": "rollout/length", "kl": "loss/kl",
                  "same": "loss/zero_variance_groups", "skipped": "data/skipped"}
         progress.set_postfix({short: f"{record[name]:.3g}" for short, name in shown.items() if name in record}, refresh=False)
@@ -842,6 +841,7 @@ def run(arguments, settings):
         nonlocal clock
         seconds[name], clock = time.perf_counter() - clock, time.perf_counter()
 
+    check_deepspeed_file(arguments)
     output = Path(arguments.output_dir)
     resume = on_main_first(lambda: prepare_output(output, arguments, settings))
     if resume is None:
@@ -867,11 +867,16 @@ def run(arguments, settings):
                       arguments.media_cache_gb, arguments.frame_times, arguments.system_prompt)
     files = {name: open(output / name, "a", encoding="utf-8") for name in ("metrics.jsonl", "rollouts.jsonl")} if is_main() else {}
     checkpoint = Checkpoints(arguments, processor, files, resume)
+    tracker = Tracker(arguments)
 
     def write(name, *records):
         if is_main():
             files[name].writelines(json.dumps(record) + "\n" for record in records)
             files[name].flush()
+
+    def log(record):
+        write("metrics.jsonl", record)
+        tracker.show(record)
 
     def score(path):
         return score_checkpoint(arguments, path, processor, encoder, heldout_examples, heldout_rows) if heldout_examples else {}
@@ -900,8 +905,7 @@ def run(arguments, settings):
         if resume.get("stage") == "grpo":
             model_path = output / "sft"
         else:
-            model_path = train_sft(arguments, model_path, processor, encoder, examples, unusable, checkpoint,
-                                   lambda record: write("metrics.jsonl", record))
+            model_path = train_sft(arguments, model_path, processor, encoder, examples, unusable, checkpoint, log)
         lap("SFT")
     before = checkpoint.shared["before"] = resume["before"] if resume.get("stage") == "grpo" else score(model_path)
     lap("scoring before")
@@ -926,7 +930,7 @@ def run(arguments, settings):
         if len(stream) < per_step:
             raise DataError(f"{len(stream)} usable questions ({len(skipped)} skipped) are fewer than one step's {per_step}")
         folder = train_grpo(arguments, model_path, processor, encoder, stream, rows, skipped, checkpoint,
-                            lambda record: write("metrics.jsonl", record), lambda records: write("rollouts.jsonl", *records),
+                            log, lambda records: write("rollouts.jsonl", *records),
                             (processor, encoder, heldout_examples, heldout_rows) if heldout_examples else None)
         lap("GRPO")
         after = score(folder)
