@@ -56,6 +56,7 @@ from data import (
     open_video,
     read_template,
     resize_frames,
+    solution_letters,
     target_text,
     uniform_frames,
 )
@@ -211,7 +212,10 @@ def finished(predictions, questions, settings):
     done = set()
     for row in scores.read_json(predictions)[0] if predictions.exists() and predictions.stat().st_size else ():
         known = questions.get(row.get("problem_id"))
-        if known is None or "settings" not in row or row.get("solution") != known["solution"] or row.get("problem") != known["problem"]:
+        truth = row.get("solution")
+        if row.get("problem_type") == "multiple choice":  # older files have "(A)" as it stood in the data set
+            truth = solution_letters(str(truth), row.get("options") or []) or truth
+        if known is None or "settings" not in row or truth != known["solution"] or row.get("problem") != known["problem"]:
             raise DataError(f"{predictions} has a row of another data set ({row.get('problem_id')}); choose another --output")
         for name in settings:
             if row["settings"].get(name) != settings[name]:
