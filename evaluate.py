@@ -47,6 +47,7 @@ import scores
 from data import (
     DataError,
     Encoder,
+    Help,
     MediaError,
     build_prompt,
     chat_text,
@@ -661,12 +662,12 @@ def run_compare(first, second, output=None, seed=0):
 
 
 def parse_compare(words):
-    parser = argparse.ArgumentParser("evaluate.py compare", allow_abbrev=False, description=(
+    parser = argparse.ArgumentParser("evaluate.py compare", allow_abbrev=False, formatter_class=Help, description=(
         "Pair the questions of two reports or prediction files by problem_id: gains, losses, and whether they are more than noise."))
     parser.add_argument("first", help="report or predictions of one run")
     parser.add_argument("second", help="of the other, over the same questions")
     parser.add_argument("--output", help="JSON file to write, with the problem_ids of gains and losses")
-    parser.add_argument("--seed", type=int, default=0, help="of the bootstrap (default: 0)")
+    parser.add_argument("--seed", type=int, default=0, help="of the bootstrap")
     return parser.parse_args(words)
 
 
@@ -750,10 +751,6 @@ def run_check(arguments):
         print(f"{name:32s}{hits:14.3f}{mass:18.2f}")
     report = {"tokens": count, "frame_use": table, "errors": broken, "settings": settings}
     write_whole(arguments.output, [json.dumps(report, indent=1).encode()])
-
-
-class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """The docstring of this file as it is, and every flag's default."""
 
 
 def main():
