@@ -2,7 +2,9 @@
 
 import json
 import random
+import re
 from dataclasses import replace
+from pathlib import Path
 
 import cv2
 import numpy as np
@@ -12,6 +14,7 @@ from PIL import Image
 
 import data
 import reward
+import train
 from data import (
     ASK_FOR_WRONG,
     INSTRUCTIONS,
@@ -755,3 +758,25 @@ def test_drawn_times_stand_in_the_corner_of_their_own_frame():
     for frame in (one, two):
         assert frame[:, :40, :110].max() > 250 and frame[:, :40, :110].min() == 0 and (frame[:, :2, :2] == 0).all()
         assert (frame[:, 40:] == 90).all() and (frame[:, :, 110:] == 90).all()
+
+
+# ------------------------------------------------------------------------------------------------------- docs/own_data.md
+
+
+def test_the_rows_of_the_page_are_a_data_set(tmp_path, toy_processor):
+    page = (Path(__file__).parent.parent / "docs" / "own_data.md").read_text(encoding="utf-8")
+    (block,) = re.findall(r"```json\n(.*?)```", page, re.DOTALL)
+    (tmp_path / "data.json").write_text(block, encoding="utf-8")
+    (tmp_path / "clips").mkdir()
+    (tmp_path / "pictures").mkdir()
+    write_video(tmp_path / "clips/kitchen.mp4")
+    Image.new("RGB", (64, 48), "red").save(tmp_path / "pictures/sign.png")
+    examples = load_examples(tmp_path / "data.json")
+    assert {example.problem_type for example in examples} == set(PROBLEM_TYPES)
+    assert {example.media_type for example in examples} == {"video", "image", "text"}
+    answers = {example.id: example.answer for example in examples}
+    assert answers["choice"] == "B" and answers["bare options"] == "A" and answers["several letters"] == "A,B"
+    encoder = Encoder(toy_processor, 56 * 56, 56 * 56)
+    for example in examples:
+        assert train.unearnable(example) is None
+        assert len(encoder.encode(example)["input_ids"])
