@@ -23,6 +23,7 @@ Processes that decode keep to a core each, those that only call get_batch too.
 """
 
 import argparse
+import functools
 import importlib.metadata
 import importlib.util
 import itertools
@@ -57,7 +58,7 @@ from transformers.utils import logging as hf_logging
 import prior
 import toy
 import train
-from data import DataError, Encoder, Example
+from data import DataError, Encoder, Example, Help
 from engine import start_engine, start_ranks
 from grpo import FAMILIES, PACKED_FAMILIES, Policy, collate, group_advantages, policy_loss, replay, rollout, sampling, special_tokens
 
@@ -520,13 +521,14 @@ def print_ratio(title, ratios):
 def main():
     hf_logging.set_verbosity_error()
     known_flags = {"step": STEP_FLAGS | SPEED_FLAGS, "grow": STEP_FLAGS, "prior": PRIOR_FLAGS}
-    parser = argparse.ArgumentParser(allow_abbrev=False, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(allow_abbrev=False, description=__doc__, formatter_class=Help)
     commands = parser.add_subparsers(dest="command", required=True)
-    step = commands.add_parser("step", allow_abbrev=False, help="a whole step: packed, repeated, under ZeRO-3, TRL's, by a CUDA graph")
-    grow = commands.add_parser("grow", allow_abbrev=False, help="the same over the size of the group and of the picture; tables and a plot")
-    build = commands.add_parser("prior", allow_abbrev=False, help="building priors, against decord alone; workers; overlap; memory")
-    build.add_argument("--clip", default="ViT-B-32", help="open_clip's name of the architecture, with random weights (default ViT-B-32)")
-    grow.add_argument("--plot", default="growth.png", help="file of the plot (default growth.png)")
+    add = functools.partial(commands.add_parser, allow_abbrev=False, formatter_class=Help)
+    step = add("step", help="a whole step: packed, repeated, under ZeRO-3, TRL's, by a CUDA graph")
+    grow = add("grow", help="the same over the size of the group and of the picture; tables and a plot")
+    build = add("prior", help="building priors, against decord alone; workers; overlap; memory")
+    build.add_argument("--clip", default="ViT-B-32", help="open_clip's name of the architecture, with random weights")
+    grow.add_argument("--plot", default="growth.png", help="file of the plot")
     trl = ["trl"] if importlib.util.find_spec("trl") else []
     for command in (step, grow):
         model = command.add_mutually_exclusive_group()
@@ -538,7 +540,7 @@ def main():
         step.add_argument(f"--{name}", help=argparse.SUPPRESS)  # of the processes that it starts
     for command, known in zip((step, grow, build), known_flags.values(), strict=True):
         for name, (default, _, text) in known.items():
-            command.add_argument(f"--{name}", type=type(default), default=default, help=f"{text} (default {default})")
+            command.add_argument(f"--{name}", type=type(default), default=default, help=text)
     arguments = parser.parse_args()
     try:
         for name, (_, least, _) in known_flags[arguments.command].items():

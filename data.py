@@ -8,10 +8,13 @@ SFT, process. Two optional fields of ours: evidence [[start, end], ...] in secon
 Rows of SEED-Bench-R1, TW-GRPO (CLEVRER, NExT-GQA, STAR) and Video-R2 are told by their fields and rewritten as Video-R1 rows first.
 """
 
+import argparse
 import json
+import math
 import os
 import random
 import re
+import string
 from collections import OrderedDict
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -48,6 +51,13 @@ class DataError(ValueError):
 
 class MediaError(DataError):
     """One image or video that cannot be decoded: skipped, counted and named, never replaced."""
+
+
+class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """--help of every command: its docstring as it is and the flags' defaults; where that is None, the flag's text says what it means."""
+
+    def _get_help_string(self, action):
+        return action.help if action.default is None else super()._get_help_string(action)
 
 
 @dataclass
@@ -144,8 +154,6 @@ def from_video_r2(row):
     asked, told = (turn["value"] for turn in row["conversations"])
     question, options = split_options(re.sub(r"<(video|image)>\n?", "", asked))
     answer = strip_tag(told, "answer")
-    if answer_type(answer) == "multiple choice":
-        answer = answer.strip("().").upper()  # "(b)" and "B." mean the option B, which is what accuracy compares with
     return {**row, "problem": question, "options": options, "solution": answer, "process": told if "<think>" in told else "",
             "problem_type": answer_type(answer), "data_type": media_type, "path": path, "grounding": row.get("temporal_grounding")}
 
@@ -159,12 +167,98 @@ def to_video_r1(row):
     return from_tw_grpo(row) if "video" in row and "path" not in row else row
 
 
+# ---------------------------------------------------------------------------------------------- options and what names them
+
+
+LETTER = r"\(?([A-Za-z])(?:[.:]|\)[.:]?)?"  # B, b, (B), B., (B).
+LETTERED = re.compile(r"\(?([A-Z])(?:[.:]|\)[.:]?)(?![A-Z]\.)\s*(.*)", re.DOTALL)  # "A. x", "(A) x", "A) x", "A: x", not "U.S. flag"
+
+
+def option_texts(options):
+    """Options as they come, "A. x", "(A) x" or bare -> {letter: text}; a bare one has the letter of its place."""
+    texts = {}
+    for index, option in enumerate(options):
+        match = LETTERED.fullmatch(option.strip())
+        letter, text = match.groups() if match else (chr(ord("A") + index), option)
+        texts[letter] = text.strip()
+    return texts
+
+
+def with_letters(options):
+    """Options of which none has a letter get one by their place, for the prompt asks for a letter: ["x", "y"] -> ["A. x", "B. y"]."""
+    if any(LETTERED.fullmatch(option.strip()) for option in options):
+        return options
+    return [f"{letter}. {text}" for letter, text in option_texts(options).items()]
+
+
+def plain_text(text):
+    """An option's text without what people write differently: case, white space, full stops at the end."""
+    return " ".join(text.split()).rstrip(". ").lower()
+
+
+def read_choice(answer, options=()):
+    """The letter that an answer names, "" for none: "B", "b", "(B)", "B.", "B. car", or an option's text. "a dog" is no letter."""
+    letter, lettered = re.fullmatch(LETTER, answer.strip()), LETTERED.fullmatch(answer.strip())
+    if letter:
+        return letter[1].upper()
+    told = plain_text(lettered[2] if lettered else answer)
+    named = [name for name, text in option_texts(options).items() if plain_text(text) == told]
+    if lettered:
+        return "" if named and lettered[1] not in named else lettered[1]  # "": the letter of one option with the text of another
+    return named[0] if len(named) == 1 else ""
+
+
+def solution_letters(solution, options):
+    """A solution as people write it -> the letter of the option that it names, several letters joined by commas: "A", "A,C".
+
+    "(A)", "A.", "a", "A. red", "(A) red" and "red" are A where A. red is an option; "A, C" and "(A), (C)" are A,C. None for what names no
+    option, or more than one. Without options (their letters may stand in the question) every letter names one.
+    """
+    texts = option_texts(options or [f"{letter}." for letter in string.ascii_uppercase])
+    # "A" is the letter where options have letters; without them it may be the text of another option
+    if solution in texts and with_letters(options) == options:
+        return solution
+    parts = [part.strip() for part in solution.split(",")]
+    if not all(re.fullmatch(LETTER, part) for part in parts):
+        parts = [solution]  # a comma of the option's text
+    letters = list(dict.fromkeys(read_choice(part, options) for part in parts))  # each once, in their order
+    by_text = [letter for letter, text in texts.items() if plain_text(text) == plain_text(solution)]
+    if by_text not in ([], letters) or not set(letters) <= texts.keys():
+        return None
+    return ",".join(letters)
+
+
 # --------------------------------------------------------------------------------------------------------------- examples
 
 
 def row_id(row, index):
     """What a row is known by everywhere: its problem_id (SEED-Bench-R1: sample_id), else its position in the file."""
-    return str(next((row[name] for name in ("problem_id", "sample_id") if row.get(name) is not None), index))
+    found = next((row[name] for name in ("problem_id", "sample_id") if row.get(name) is not None), index)
+    return str(found).encode(errors="backslashreplace").decode()  # a lone surrogate could not be printed
+
+
+def is_unicode(text):
+    """False for a text with lone surrogates, which JSON can hold and no tokenizer and no file takes."""
+    return text.encode(errors="replace").decode() == text
+
+
+def read_solution(row, options, where):
+    """The bare truth of a row as the rewards compare it; of a multiple-choice question the letters. DataError when there is none."""
+    solution = row["solution"]
+    if not isinstance(solution, str | int | float) or (isinstance(solution, float) and not math.isfinite(solution)):
+        raise DataError(f"{where} has a solution that is neither text nor number: {solution!r}")
+    answer = strip_tag(str(solution), "answer")
+    if not answer:
+        raise DataError(f"{where} has an empty solution")
+    if row["problem_type"] != "multiple choice":
+        return answer
+    if len(options) > len(string.ascii_uppercase):
+        raise DataError(f"{where} has {len(options)} options, more than there are letters")
+    letters = solution_letters(answer, options)
+    if options and letters is None:
+        letters_there = ", ".join(option_texts(options))
+        raise DataError(f"{where} solution {answer[:60]!r} names none of the options {letters_there}, or more than one")
+    return letters or answer
 
 
 def parse_example(row, index, media_root):
@@ -189,12 +283,18 @@ def parse_example(row, index, media_root):
     if row["data_type"] != "text":
         if not row.get("path"):
             raise DataError(f"{where} has no {row['data_type']}: its path is empty")
-        if not isinstance(row["path"], str) or "\0" in row["path"] or row["path"].encode(errors="replace").decode() != row["path"]:
+        if not isinstance(row["path"], str) or "\0" in row["path"] or not is_unicode(row["path"]):
             raise DataError(f"{where} has a path that is none: {row['path']!r}")
         media = resolve_media(row["path"], media_root, where)
     options, process = row.get("options") or [], row.get("process") or ""
     if not isinstance(options, list) or not isinstance(process, str):
         raise DataError(f"{where}: options must be a list and process a text")
+    options = [str(option) for option in options]
+    texts = {"problem": str(row["problem"]), "options": "".join(options), "process": process, "solution": str(row["solution"])}
+    broken = [name for name, text in texts.items() if not is_unicode(text)]
+    if broken:
+        raise DataError(f"{where} has no valid Unicode in {', '.join(broken)} (a lone surrogate)")
+    answer = read_solution(row, options, where)
     try:
         spans = [(*span.partition("-"), sentence) for span, sentence in (row.get("grounding") or {}).items()]
         grounding = [(parse_time(start), parse_time(end or start), sentence) for start, _, end, sentence in spans]
@@ -205,9 +305,9 @@ def parse_example(row, index, media_root):
     return Example(
         id=row_id(row, index),
         question=str(row["problem"]),
-        options=[str(option) for option in options],
+        options=with_letters(options) if row["problem_type"] == "multiple choice" else options,
         problem_type=row["problem_type"],
-        answer=strip_tag(str(row["solution"]), "answer"),
+        answer=answer,
         media=media,
         media_type=row["data_type"],
         reasoning=strip_tag(process, "think"),
@@ -263,7 +363,7 @@ def load_examples(dataset_name, media_root=None, errors=None):
         seen[example.id] = index
         examples.append(example)
     choices = [example for example in examples if example.problem_type == "multiple choice"]
-    if any(re.fullmatch(r"[A-Z](\s*,\s*[A-Z])+", example.answer) for example in choices):
+    if any(re.fullmatch(r"[A-Z](,[A-Z])+", example.answer) for example in choices):
         for example in choices:  # those with a single letter too: the prompt must not tell how many are right
             example.extra["multi_answer"] = True
     return examples

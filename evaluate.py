@@ -47,6 +47,7 @@ import scores
 from data import (
     DataError,
     Encoder,
+    Help,
     MediaError,
     build_prompt,
     decode_frames,
@@ -55,6 +56,7 @@ from data import (
     open_video,
     read_template,
     resize_frames,
+    solution_letters,
     target_text,
     uniform_frames,
 )
@@ -212,7 +214,10 @@ def finished(predictions, questions, settings):
     done = set()
     for row in scores.read_json(predictions)[0] if predictions.exists() and predictions.stat().st_size else ():
         known = questions.get(row.get("problem_id"))
-        if known is None or "settings" not in row or row.get("solution") != known["solution"] or row.get("problem") != known["problem"]:
+        truth = row.get("solution")
+        if row.get("problem_type") == "multiple choice":  # older files have "(A)" as it stood in the data set
+            truth = solution_letters(str(truth), row.get("options") or []) or truth
+        if known is None or "settings" not in row or truth != known["solution"] or row.get("problem") != known["problem"]:
             raise DataError(f"{predictions} has a row of another data set ({row.get('problem_id')}); choose another --output")
         for name in settings:
             if row["settings"].get(name) != settings[name]:
@@ -659,12 +664,12 @@ def run_compare(first, second, output=None, seed=0):
 
 
 def parse_compare(words):
-    parser = argparse.ArgumentParser("evaluate.py compare", allow_abbrev=False, description=(
+    parser = argparse.ArgumentParser("evaluate.py compare", allow_abbrev=False, formatter_class=Help, description=(
         "Pair the questions of two reports or prediction files by problem_id: gains, losses, and whether they are more than noise."))
     parser.add_argument("first", help="report or predictions of one run")
     parser.add_argument("second", help="of the other, over the same questions")
     parser.add_argument("--output", help="JSON file to write, with the problem_ids of gains and losses")
-    parser.add_argument("--seed", type=int, default=0, help="of the bootstrap (default: 0)")
+    parser.add_argument("--seed", type=int, default=0, help="of the bootstrap")
     return parser.parse_args(words)
 
 
@@ -748,10 +753,6 @@ def run_check(arguments):
         print(f"{name:32s}{hits:14.3f}{mass:18.2f}")
     report = {"tokens": count, "frame_use": table, "errors": broken, "settings": settings}
     write_whole(arguments.output, [json.dumps(report, indent=1).encode()])
-
-
-class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """The docstring of this file as it is, and every flag's default."""
 
 
 def main():

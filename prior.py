@@ -14,7 +14,6 @@ semantic_scores, scene and semantic (positions among the K frames), prior, setti
 text-only example has no row. Worker processes decode; this one runs CLIP on what they send, so that the two overlap.
 """
 
-import argparse
 import json
 import math
 import multiprocessing
@@ -47,6 +46,7 @@ from transformers import HfArgumentParser
 from data import (
     DataError,
     Example,
+    Help,
     MediaError,
     decode_frames,
     load_examples,
@@ -853,10 +853,6 @@ def draw_prior(row, frames, path):
             axes.axhline(settings.hsv_threshold, color="grey", linestyle="--")
     axes.set_xlabel("sampled frame; filled: chosen by the cue; dashed: the least score of a scene cut")
     figure.savefig(path, dpi=110)
-
-
-class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """The docstring of this file as it is, and every flag's default."""
 
 
 def main():

@@ -420,8 +420,11 @@ def trl_format(completions: list, **columns) -> list[float]:
     return [format_reward(text if isinstance(text, str) else text[-1]["content"]) for text in completions]
 
 
-def compute_score(data_source: str, solution_str: str, ground_truth: str, extra_info: dict) -> float:
-    """For verl's custom_reward_function: accuracy + format; extra_info["problem_type"] is the question's."""
+def compute_score(data_source: str, solution_str: str, ground_truth: str, extra_info: dict, **_) -> float:
+    """For verl's reward.custom_reward_function.path: accuracy + format; extra_info["problem_type"] is the question's.
+
+    What else verl passes (reward_router_address, reward_model_tokenizer, the configuration's reward_kwargs) is not needed.
+    """
     return accuracy_reward(solution_str, ground_truth, extra_info["problem_type"]) + format_reward(solution_str)
 
 

@@ -23,7 +23,7 @@ from pathlib import Path
 import numpy as np
 
 import reward
-from data import PROBLEM_TYPES, DataError, split_options
+from data import PROBLEM_TYPES, DataError, option_texts, read_choice, solution_letters, split_options
 
 # Questions of each benchmark's files (test, validation or level), after the releases' own; a file of another size is warned about.
 SIZES = {"vsibench": (5130,), "videommmu": (900,), "mmvu": (625,), "mvbench": (4000,), "tempcompass": (7540,), "videomme": (2700,),
@@ -84,6 +84,8 @@ def item_of(row, **more):
         "groups": {name: row[name] for name in BREAKDOWNS if isinstance(row.get(name), str) and row[name]},
         "stored": float(stored) if isinstance(stored, int | float) and math.isfinite(stored) else None}
     item = Item(**{**values, **more})
+    if item.problem_type == "multiple choice":
+        item.solution = solution_letters(item.solution, item.options) or item.solution  # as data.py reads it
     if item.output.strip() == "<answer>error</answer>":  # what eval_bench.py stores for a whole batch of which one video is unreadable
         item.error = item.error or "stored as error: the file has <answer>error</answer>"
     if not item.problem_id:  # two runs over the same question must name it alike, whatever the order of their files
@@ -255,29 +257,6 @@ def mean_relative_accuracy(answer, truth, strict=False):
 def several_letters(truth):
     """Whether a truth names several options: "A,C"."""
     return re.fullmatch(r"[A-Za-z](\s*,\s*[A-Za-z])+", truth) is not None
-
-
-def option_texts(options):
-    """Options as they come, "A. x", "(A) x" or bare -> {letter: text}."""
-    texts = {}
-    for index, option in enumerate(options):
-        match = re.fullmatch(r"\(?([A-Z])(?:[.:]|\)[.:]?)\s*(.*)", option.strip(), re.DOTALL)
-        letter, text = match.groups() if match else (chr(ord("A") + index), option)
-        texts[letter] = text.strip()
-    return texts
-
-
-def read_choice(answer, options=()):
-    """The letter that an answer names, "" for none: "B", "b", "(B)", "B.", "B. car", or an option's text. "a dog" is no letter."""
-    texts = {letter: text.rstrip(". ").lower() for letter, text in option_texts(options).items()}
-    match = re.fullmatch(r"\(?([A-Za-z])(?:[.:]|\)[.:]?)?|\(?([A-Z])(?:[.:]|\)[.:]?)\s*(\S.*)", answer.strip(), re.DOTALL)
-    if match and match[1]:
-        return match[1].upper()
-    told = (match[3] if match else answer).strip().rstrip(". ").lower()
-    named = [letter for letter, text in texts.items() if text == told]
-    if match and named and match[2] not in named:
-        return ""  # the letter of one option with the text of another
-    return match[2] if match else named[0] if len(named) == 1 else ""
 
 
 def official_score(answer, item):

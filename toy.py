@@ -9,7 +9,6 @@ The demonstrations for SFT are *biased*: they list what is there rightly, then 6
 instead of the asked one. SFT therefore learns to see and to look at the wrong evidence, and it is left to RL to find the right one.
 """
 
-import argparse
 import json
 import math
 import os
@@ -38,7 +37,7 @@ from transformers import (
     Qwen2VLVideoProcessor,
 )
 
-from data import DataError, build_prompt, decode_frames, load_examples, target_text
+from data import DataError, Help, build_prompt, decode_frames, load_examples, target_text
 
 VERSION = 3  # of the toy; a cached toy of another version is refused
 SIZE, FPS, SECONDS = 112, 4, 16  # pixels a side, frames per second, length of a video
@@ -409,7 +408,7 @@ def make_toy(arguments):
 
 
 def main():
-    parser = HfArgumentParser(ToyArguments, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = HfArgumentParser(ToyArguments, description=__doc__, formatter_class=Help)
     arguments = ToyArguments(**vars(parser.parse_args()))
     begin = time.perf_counter()
     recipe, reused = make_toy(arguments)

@@ -10,7 +10,6 @@ Per question (Eq. 3-10): sample G completions (and G/2 with the frames shuffled)
 gives log-probs and frame use -> consensus reward -> advantages -> loss -> step.
 """
 
-import argparse
 import importlib.metadata
 import json
 import os
@@ -35,7 +34,7 @@ from transformers.utils import logging as hf_logging
 import prior
 import reward
 import toy
-from data import DataError, Encoder, invert_question, load_examples, plain_ids, read_template, target_text
+from data import DataError, Encoder, Help, invert_question, load_examples, plain_ids, read_template, target_text
 from engine import (
     Checkpoints,
     Inputs,
@@ -145,7 +144,7 @@ class TrainArguments:
     learning_rate: float = flag(5e-6, "Peak learning rate of GRPO (the release has 1e-6).")
     weight_decay: float = flag(0.01, "AdamW's.")
     max_grad_norm: float = flag(5.0, "Gradient clipping.")
-    warmup_ratio: float = flag(0.05, "Share of the steps in which the learning rate rises; over the last 30 % it falls to a tenth.")
+    warmup_ratio: float = flag(0.05, "Share of the steps in which the learning rate rises; over the last 30 %% it falls to a tenth.")
     beta: float = flag(0.04, "Weight of the KL penalty to the reference, Eq. 10; 0 loads none, unless the consistency bonus needs it.")
     ema_decay: float = flag(1.0, "Reference <- decay * reference + (1 - decay) * policy; 1: frozen (GRPO-CARE has 0.995).")
     ema_steps: int = flag(10, "Steps between two such updates.")
@@ -341,6 +340,14 @@ def frame_uses(arguments, prompts, mask, hidden, attention):
 
 def accuracies(example, texts):
     return [reward.accuracy_reward(text, example.answer, example.problem_type) for text in texts]
+
+
+def unearnable(example):
+    """Why no answer to a question can earn anything: its own solution scores 0 ("50%" as numerical, 0 as regression). None if one can."""
+    (accuracy,) = accuracies(example, [f"<answer>{example.answer}</answer>"])
+    if accuracy > 0:
+        return None
+    return f"its own solution {example.answer[:60]!r} scores 0 as {example.problem_type}, so no answer can earn it"
 
 
 def text_rewards(arguments, example, texts, lengths, shuffled):
@@ -763,8 +770,8 @@ def refuse_unread_flags(stage, given):
 
 
 def parse_arguments():
-    parser = HfArgumentParser((TrainArguments, prior.PriorSettings), allow_abbrev=False, description=__doc__,
-                              formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = HfArgumentParser((TrainArguments, prior.PriorSettings), allow_abbrev=False, formatter_class=Help, description=(
+        f"{__doc__}\nThe defaults are those for a checkpoint; --recipe changes some, and so does the toy. run.json has what a run used."))
     first, unknown = parser.parse_known_args()
     for name in (word.partition("=")[0] for word in unknown):
         if name in FOREIGN_FLAGS:
@@ -881,11 +888,15 @@ def run(arguments, settings):
     def score(path):
         return score_checkpoint(arguments, path, processor, encoder, heldout_examples, heldout_rows) if heldout_examples else {}
 
-    def load(path):
-        """-> examples of a data set, {problem_id: cause} of its rows that are none."""
+    def load(path, scored=True):
+        """-> examples of a data set, {problem_id: cause} of its rows that are none. scored: whether answers to them will be."""
         errors = []
         examples = load_examples(path, arguments.media_root, errors)
         errors = {error["problem_id"]: error["cause"] for error in errors}
+        if scored:
+            hopeless = {example.id: cause for example in examples if (cause := unearnable(example))}
+            examples = [example for example in examples if example.id not in hopeless]
+            errors |= hopeless
         for problem, cause in errors.items():
             say(f"skipped {problem}: {cause}")
         unusable.update(errors)
@@ -899,7 +910,7 @@ def run(arguments, settings):
         lap("held-out priors")
     result = {"command": sys.argv, "seed": arguments.seed}
     if arguments.stage in ("sft", "both"):
-        examples = [example for example in load(sft_data)[0] if example.reasoning]
+        examples = [example for example in load(sft_data, scored=False)[0] if example.reasoning]
         if not examples:
             raise DataError(f"{sft_data} has no reasoning traces (field `process`) for --stage sft")
         if resume.get("stage") == "grpo":
@@ -955,7 +966,8 @@ def run(arguments, settings):
 
 
 def plain_cause(cause):
-    """Why something was skipped, without the names and numbers of its own."""
+    """Why something was skipped, without the names, numbers and solutions of its own."""
+    cause = re.sub(r"solution (['\"]).*\1", "solution ...", cause)
     cause = re.sub(r"^row \d+ (\(problem_id .*?\))?:? ?", "", cause) if cause.startswith("row ") else cause.partition(": ")[2] or cause
     return re.sub(r"\d[\d,.]*", "N", re.sub(r"\S*/\S*", "FILE", cause))
 

@@ -16,6 +16,7 @@ those with the same label (seeds of one arm) become one line, their mean, in a b
 """
 
 import argparse
+import functools
 import os
 import re
 import shlex
@@ -24,7 +25,7 @@ from dataclasses import dataclass, field, fields
 
 from transformers import HfArgumentParser
 
-from data import PROBLEM_TYPES, DataError
+from data import PROBLEM_TYPES, DataError, Help
 from figures import run_enrichment, run_prior
 from prior import PriorSettings
 from report import check_output, run_report
@@ -77,22 +78,20 @@ class SampleArguments:
 
 
 def main():
-    parser = argparse.ArgumentParser(allow_abbrev=False, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(allow_abbrev=False, description=__doc__, formatter_class=Help)
     commands = parser.add_subparsers(dest="command", required=True, parser_class=HfArgumentParser)
-    run = commands.add_parser("run", dataclass_types=(), allow_abbrev=False, help="training dynamics of one or several runs",
-                              formatter_class=argparse.HelpFormatter)
+    add = functools.partial(commands.add_parser, dataclass_types=(), allow_abbrev=False, formatter_class=Help)
+    run = add("run", help="training dynamics of one or several runs")
     run.add_argument("output_dirs", nargs="+", metavar="OUTPUT_DIR", help="what train.py wrote (its --output_dir)")
     run.add_argument("--label", action="append", metavar="NAME", help="once a directory, in their order; same name: one line and a band")
     run.add_argument("--output", metavar="FILE.html", help="default: report.html in the directory, of several ./report.html")
-    commands.add_parser("sample", dataclass_types=(SampleArguments, PriorSettings), allow_abbrev=False,
-                        help="where a model looks when it answers a question about a video")
-    enrichment = commands.add_parser("enrichment", dataclass_types=(), allow_abbrev=False,
-                                     help="the strongest token-slot pairs of answers (the paper's figure 9)")
+    add("sample", dataclass_types=(SampleArguments, PriorSettings), help="where a model looks when it answers a question about a video")
+    enrichment = add("enrichment", help="the strongest token-slot pairs of answers (the paper's figure 9)")
     enrichment.add_argument("--predictions", nargs="+", required=True, metavar="FILE", help=(
         "what evaluate.py --frame_use ... --priors ... wrote: NAME.predictions.jsonl"))
     enrichment.add_argument("--label", action="append", metavar="NAME", help="once a file, in their order; default: the files' names")
     enrichment.add_argument("--output", default="enrichment.html", metavar="FILE.html", help="report to write")
-    prior = commands.add_parser("prior", dataclass_types=(), allow_abbrev=False, help="what a priors file says, and some of its rows")
+    prior = add("prior", help="what a priors file says, and some of its rows")
     prior.add_argument("--priors", required=True, metavar="FILE", help="what prior.py wrote")
     prior.add_argument("--media_root", metavar="DIR", help="folder that the rows' media paths start from; default: the priors file's")
     prior.add_argument("--items", type=int, default=6, metavar="N", help="rows whose frames are shown, drawn at random")

@@ -2,7 +2,9 @@
 
 import json
 import random
+import re
 from dataclasses import replace
+from pathlib import Path
 
 import cv2
 import numpy as np
@@ -11,6 +13,8 @@ import torch
 from PIL import Image
 
 import data
+import reward
+import train
 from data import (
     ASK_FOR_WRONG,
     INSTRUCTIONS,
@@ -89,7 +93,65 @@ def test_json_lines_may_hold_unicode_line_separators(tmp_path):
 @pytest.mark.parametrize(("solution", "answer"), [("<answer>A</answer>", "A"), ("A", "A"), (" <answer> 3.5\n</answer>", "3.5"), (12, "12"),
                                                   ("so <answer>B</answer> not <answer>C</answer>", "B")])
 def test_solutions_come_with_and_without_tags(tmp_path, solution, answer):
-    assert parse_example({**ROW, "solution": solution}, 0, tmp_path).answer == answer
+    assert parse_example({**ROW, "problem_type": "OCR", "solution": solution}, 0, tmp_path).answer == answer
+
+
+OPTIONS = ["A. red", "B. dark blue", "C. red", "D. U.S. flag", "E. 1,200"]
+PAREN = ["(A) red", "(B) dark blue", "(C) c", "(D) D"]
+BARE = ["red", "dark blue", "C"]
+
+
+@pytest.mark.parametrize(("solution", "options", "letters"), [
+    # one option of "A. red": its letter as people write it, with or without its text, or the text alone
+    ("B", OPTIONS, "B"), ("b", OPTIONS, "B"), ("B.", OPTIONS, "B"), ("(B)", OPTIONS, "B"), ("(b).", OPTIONS, "B"), ("B)", OPTIONS, "B"),
+    ("B:", OPTIONS, "B"), ("B. dark blue", OPTIONS, "B"), ("(B) dark blue", OPTIONS, "B"), ("B: Dark  blue.", OPTIONS, "B"),
+    ("dark blue", OPTIONS, "B"), (" Dark\n Blue. ", OPTIONS, "B"), ("<answer>(B)</answer>", OPTIONS, "B"), ("A", OPTIONS, "A"),
+    ("A. red", OPTIONS, "A"), ("C. red", OPTIONS, "C"), ("U.S. flag", OPTIONS, "D"), ("D. U.S. flag", OPTIONS, "D"),
+    ("1,200", OPTIONS, "E"), (6, ["A. 5", "B. 6"], "B"), ("D", PAREN, "D"), ("c", PAREN, "C"),
+    ("(B) Dark blue", PAREN, "B"), ("(B)", ["A: red", "B: blue"], "B"), ("blue", ["A) red", "B) blue"], "B"),
+    # several
+    ("A,C", OPTIONS, "A,C"), ("A, C", OPTIONS, "A,C"), ("(A), (C)", OPTIONS, "A,C"), ("c,a", OPTIONS, "C,A"), ("A,A", OPTIONS, "A"),
+    ("<answer>(B),(D)</answer>", PAREN, "B,D"),
+    # none, or more than one
+    ("Z", OPTIONS, None), ("F", OPTIONS, None), ("A,F", OPTIONS, None), ("green", OPTIONS, None), ("red", OPTIONS, None),
+    ("red, dark blue", OPTIONS, None), ("AC", OPTIONS, None), ("B. red", OPTIONS, None), ("A,", OPTIONS, None), ("two", OPTIONS, None),
+    ("a", ["A. k", "B. a"], None), ("A", ["A. k", "B. a"], "A"),
+    # options without letters get them by their place; "A" may then be a text
+    ("dark blue", BARE, "B"), ("(B)", BARE, "B"), ("b", BARE, "B"), ("C", BARE, "C"), ("Z", BARE, None), ("A", ["K", "A"], None),
+    ("B", ["K", "B"], "B"), ("12", [10, 12], "B"),
+    # without options the letters may stand in the question; what else an answer can repeat stays
+    ("B", [], "B"), ("(b)", None, "B"), ("A, C", [], "A,C"), ("Yes", [], "Yes"), ("5", [], "5"),
+])
+def test_a_choice_is_read_as_its_letter(tmp_path, solution, options, letters):
+    row = {**ROW, "solution": solution, "options": options}
+    if letters is not None:
+        example = parse_example(row, 0, tmp_path)
+        assert example.answer == letters
+        assert reward.accuracy_reward(f"<answer>{letters}</answer>", example.answer, "multiple choice") == 1
+        return
+    with pytest.raises(DataError, match=r"^row 0 \(problem_id 7\) solution '.*' names none of the options A, B"):
+        parse_example(row, 0, tmp_path)
+
+
+def test_the_prompt_has_a_letter_for_every_option(tmp_path):
+    example = parse_example({**ROW, "options": ["red", "U.S. flag", 3], "solution": "U.S. flag"}, 0, tmp_path)
+    assert example.options == ["A. red", "B. U.S. flag", "C. 3"] and example.answer == "B"
+    assert "Options:\nA. red\nB. U.S. flag\nC. 3\n" in build_prompt(example)
+    for options in (["(A) x", "(B) y"], ["A. x", "B. y", "none of them"]):  # what has letters stays as it is
+        assert parse_example({**ROW, "options": options}, 0, tmp_path).options == options
+    assert parse_example({**ROW, "problem_type": "OCR", "options": ["x", "y"]}, 0, tmp_path).options == ["x", "y"]
+    with pytest.raises(DataError, match="has 27 options, more than there are letters"):
+        parse_example({**ROW, "options": [f"o{place}" for place in range(27)]}, 0, tmp_path)
+
+
+def test_several_letters_are_asked_for_however_they_are_written(tmp_path):
+    rows = [{**ROW, "solution": "(a), (b)"}, {**ROW, "problem_id": 8}]
+    examples = load_examples(write_dataset(tmp_path, rows))
+    assert [(example.answer, example.extra["multi_answer"]) for example in examples] == [("A,B", True), ("A", True)]
+
+
+def test_ids_can_be_printed(tmp_path):
+    assert parse_example({**ROW, "problem_id": "a\ud800"}, 0, tmp_path).id == "a\\ud800"
 
 
 def test_a_zero_is_a_solution(tmp_path):
@@ -118,6 +180,14 @@ def test_rows_without_optional_fields(tmp_path):
     ({"path": ["a.mp4"]}, "a path that is none"),
     ({"path": "a\0.mp4"}, "a path that is none"),
     ({"path": "a\ud800.mp4"}, "a path that is none"),  # a lone surrogate, which no file system has
+    ({"solution": float("nan")}, "has a solution that is neither text nor number: nan"),  # as JSON's NaN is read
+    ({"solution": float("inf")}, "has a solution that is neither text nor number: inf"),
+    ({"solution": {"A": 1}}, "has a solution that is neither text nor number"),
+    ({"solution": " "}, "has an empty solution"),
+    ({"solution": "<answer> </answer>"}, "has an empty solution"),
+    ({"problem": "What \udc80?"}, r"has no valid Unicode in problem \(a lone surrogate\)"),
+    ({"options": ["A. x", "B. \ud83d"]}, "has no valid Unicode in options"),
+    ({"process": "\ud83d", "solution": "\ud83d"}, "has no valid Unicode in process, solution"),
 ])
 def test_a_bad_row_is_named(tmp_path, change, message):
     with pytest.raises(DataError, match=rf"row 1 \(problem_id 8\).*{message}"):
@@ -689,3 +759,25 @@ def test_drawn_times_stand_in_the_corner_of_their_own_frame():
     for frame in (one, two):
         assert frame[:, :40, :110].max() > 250 and frame[:, :40, :110].min() == 0 and (frame[:, :2, :2] == 0).all()
         assert (frame[:, 40:] == 90).all() and (frame[:, :, 110:] == 90).all()
+
+
+# ------------------------------------------------------------------------------------------------------- docs/own_data.md
+
+
+def test_the_rows_of_the_page_are_a_data_set(tmp_path, toy_processor):
+    page = (Path(__file__).parent.parent / "docs" / "own_data.md").read_text(encoding="utf-8")
+    (block,) = re.findall(r"```json\n(.*?)```", page, re.DOTALL)
+    (tmp_path / "data.json").write_text(block, encoding="utf-8")
+    (tmp_path / "clips").mkdir()
+    (tmp_path / "pictures").mkdir()
+    write_video(tmp_path / "clips/kitchen.mp4")
+    Image.new("RGB", (64, 48), "red").save(tmp_path / "pictures/sign.png")
+    examples = load_examples(tmp_path / "data.json")
+    assert {example.problem_type for example in examples} == set(PROBLEM_TYPES)
+    assert {example.media_type for example in examples} == {"video", "image", "text"}
+    answers = {example.id: example.answer for example in examples}
+    assert answers["choice"] == "B" and answers["bare options"] == "A" and answers["several letters"] == "A,B"
+    encoder = Encoder(toy_processor, 56 * 56, 56 * 56)
+    for example in examples:
+        assert train.unearnable(example) is None
+        assert len(encoder.encode(example)["input_ids"])

@@ -19,6 +19,7 @@ import torch
 from conclusions import HELD_BACK, TEXTS
 from PIL import Image
 
+import data
 import evaluate
 import scores
 
@@ -323,6 +324,17 @@ def test_compare_refuses_other_questions(tmp_path, monkeypatch, capsys):
     for path, said in ((other, "share no problem_id"), (changed, "another question in each file: 'B' is right in the first, 'C'")):
         status, _, err = command(monkeypatch, capsys, "compare", one, path)
         assert status == 2 and said in err
+
+
+def test_answers_stored_before_choices_were_read_as_letters_count(tmp_path):
+    stored = row("1", "<answer>B</answer>", "", options=["(A) x", "(B) y"], settings={}) | {"solution": "(B)"}
+    file = write(tmp_path / "a.predictions.jsonl", [stored], lines=True)
+    known = {"problem": stored["problem"], "solution": "B"}
+    assert evaluate.finished(file, {"1": known}, {}) == {"1"}
+    (item,), _, _ = scores.read_predictions(file)
+    assert item.solution == "B" and scores.official_score("B", item) == scores.video_r1_score("B", item) == 1
+    with pytest.raises(data.DataError, match="another data set"):
+        evaluate.finished(file, {"1": known | {"solution": "A"}}, {})
 
 
 def test_mcnemar_by_hand():

@@ -163,7 +163,11 @@ def test_every_third_item_broken_in_another_way(small_toy, first_run, tmp_path):
         ({"path": "empty.mp4"}, "empty file"),
         ({"path": "text.mp4"}, "not a readable video"), ({"path": "picture.png"}, "an image where a video was promised"),
         ({"problem": ""}, "has no problem"), ({"problem_type": "riddle"}, "has problem_type 'riddle'"),
-        ({"solution": ""}, "has no solution"),
+        ({"solution": ""}, "has no solution"), ({"solution": float("nan")}, "has a solution that is neither text nor number"),
+        ({"solution": "Z"}, "solution ... names none of the options"),
+        ({"problem_type": "numerical", "solution": "50%"}, "its own solution ... scores N as numerical"),
+        ({"problem_type": "regression", "solution": 0}, "its own solution ... scores N as regression"),
+        ({"problem": "why \ud83d"}, "has no valid Unicode in problem"),
         ({"problem": "why " * 300}, "the prompt has N tokens (--max_prompt_length N)")]
     rows, expected = [], {}
     for index in range(60):

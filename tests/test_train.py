@@ -17,7 +17,7 @@ from conftest import ENV, ROOT, SMALL, complain, launch, metrics, weights
 from transformers import HfArgumentParser
 
 import train
-from data import DataError, Encoder, load_examples
+from data import DataError, Encoder, Example, load_examples
 from engine import choose_trained, update_reference
 from grpo import Policy, collate
 
@@ -167,6 +167,17 @@ def test_other_families_train(family, small_toy, tmp_path):
     assert first["loss/kl"] == pytest.approx(0, abs=1e-6) and second["loss/kl"] > 1e-9 and second["loss/grad_norm"] > 1e-3
     before, after = weights(tmp_path / "model"), weights(tmp_path / "out" / "grpo")
     assert [name for name in before if torch.equal(before[name], after[name])] == []
+
+
+@pytest.mark.parametrize("kind, answer, earned", [
+    ("numerical", "5", True), ("numerical", "1,200.5", True), ("numerical", "50%", False), ("numerical", "two", False),
+    ("regression", "-3.5", True), ("regression", "0", False), ("regression", "3 m", False), ("free-form", "a man runs", True),
+    ("free-form", "red", True), ("free-form", "он", False), ("OCR", "он", True), ("OCR", "5% off", True),
+    ("multiple choice", "B", True), ("multiple choice", "A,C", True), ("multiple choice", "Yes", True)])
+def test_what_no_answer_can_earn(kind, answer, earned):
+    cause = f"its own solution '{answer}' scores 0 as {kind}, so no answer can earn it"
+    assert train.unearnable(Example("1", "?", [], kind, answer, "", "text")) == (None if earned else cause)
+    assert train.plain_cause(cause) == f"its own solution ... scores N as {kind}, so no answer can earn it"
 
 
 # ------------------------------------------------------------------------------------------------------------ the recipes
