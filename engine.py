@@ -56,6 +56,26 @@ def say(text):
         tqdm.write(text)
 
 
+named = set()  # what name_skipped() has said
+
+
+def name_skipped(causes):
+    """Says what cannot be used, {problem_id: cause}: each once a run, whatever stage, epoch or file it comes from."""
+    for problem, cause in causes.items():
+        if (problem, cause) not in named:
+            named.add((problem, cause))
+            say(f"skipped {problem}: {cause}")
+
+
+def share_skipped(found, skipped):
+    """Adds what every rank has just found to be unusable, {problem_id: cause}, to `skipped` on all of them, and names it."""
+    everyone = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, found)
+    for causes in everyone:
+        skipped.update(causes)
+        name_skipped(causes)
+
+
 def agree(count, device):
     """-> (fewest, all) usable examples over the ranks, so that every rank skips a micro-batch or none does."""
     fewest, total = torch.tensor([count], device=device), torch.tensor([count], device=device)
@@ -653,12 +673,18 @@ def find_checkpoint(arguments):
         raise DataError(f"{folder} was written with another " + ", ".join(f"--{name} ({state['settings'].get(name)})" for name in fixed))
     for name in sorted(changed.keys() - {"resume_from_checkpoint", "local_rank"}):
         say(f"going on with --{name} {changed[name]}, before it was {state['settings'].get(name)}")
+        if name.startswith("sft_") and state["stage"] == "grpo":
+            say(f"--{name} changes nothing any more: SFT is over")
+        elif name in LENGTHS:
+            say("the learning rate's schedule is stretched over the new number of steps, from the next step on")
     return {**state, "folder": str(folder)}
 
 
-# settings that say which questions come at which step
-WHERE_A_RUN_IS = {"stage", "seed", "dataset_name", "toy_dir", "per_device_train_batch_size", "gradient_accumulation_steps",
-                  "sft_per_device_batch_size", "num_train_epochs", "invert_questions"}
+# settings that say which questions come at which step, and of what the scores before and after are
+WHERE_A_RUN_IS = {"stage", "seed", "dataset_name", "eval_dataset_name", "toy_dir", "per_device_train_batch_size",
+                  "gradient_accumulation_steps", "sft_per_device_batch_size", "invert_questions"}
+# settings that say how many steps there are: the order of the questions is the same for all of their values
+LENGTHS = ("max_steps", "num_train_epochs", "sft_max_steps")
 
 
 # ----------------------------------------------------------------------------------------------------------------------------- model inputs
@@ -727,8 +753,8 @@ class Inputs:
 
     def usable(self, requests, limit, skipped):
         """(place, example, model inputs, the control's) of the requests; those without, or of more than `limit` tokens, are named in
-        `skipped`."""
-        found = []
+        `skipped`, those of other ranks too: all of them call this at the same time."""
+        found, broken = [], {}
         for place, example, *request in requests:
             try:
                 item, control = self.take(place, example, *request)
@@ -736,6 +762,6 @@ class Inputs:
                     raise MediaError(f"{example.media}: the prompt has {len(item['input_ids'])} tokens (--max_prompt_length {limit})")
                 found.append((place, example, item, control))
             except MediaError as error:
-                skipped[example.id] = str(error)
-                tqdm.write(f"skipped {example.id}: {error}")
+                broken[example.id] = str(error)
+        share_skipped(broken, skipped)
         return found

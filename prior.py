@@ -25,6 +25,7 @@ import sys
 import textwrap
 import threading
 from concurrent.futures import FIRST_COMPLETED, wait
+from contextlib import closing
 from dataclasses import dataclass, field, fields
 from datetime import timedelta
 from itertools import islice
@@ -379,13 +380,17 @@ def weigh(row, scene, semantic, settings):
             "settings": {**row["settings"], **{name: getattr(settings, name) for name in WEIGHTS}}}
 
 
+def settings_of(settings):
+    """PriorSettings -> what a row records of them."""
+    return {setting.name: getattr(settings, setting.name) for setting in fields(PriorSettings)}
+
+
 def weigh_scores(row, settings):
     """A row with its sets and P from its stored scores: what --scores does; no pixels are needed. settings: all of PriorSettings."""
     scene = [position for position, score in enumerate(row["scene_scores"]) if score > 0]  # a detector's scores are 0 or 1
     if settings.scene == "hsv":
         scene = scene_set(row["scene_scores"], settings.hsv_threshold)
-    everything = {setting.name: getattr(settings, setting.name) for setting in fields(PriorSettings)}
-    return weigh({**row, "settings": everything}, scene, semantic_set(row["semantic_scores"], settings.semantic_k), settings)
+    return weigh({**row, "settings": settings_of(settings)}, scene, semantic_set(row["semantic_scores"], settings.semantic_k), settings)
 
 
 def media_name(example):
@@ -514,6 +519,20 @@ def build_priors(examples, clip, settings, workers=0, timeout=300.0):
             [errors[example.id] for example in examples if example.id in errors])
 
 
+def look_at(examples, settings, workers=0, timeout=300.0):
+    """Reads the examples' media one by one until one can be read -> (error lines of those that cannot, an example that can or None)."""
+    groups = group_by_medium(examples)
+    errors = []
+    if not groups:
+        return errors, None
+    with closing(all_cues(groups, settings, None, workers, timeout, pin=False)) as cues_of_all:
+        for medium, cues in cues_of_all:
+            if not isinstance(cues, MediaError):
+                return errors, groups[medium][0]
+            errors += error_lines(groups[medium], cues)
+    return errors, None
+
+
 def frame_set_rows(examples, settings):
     """Examples with the release's field frame_sets {"uniform", "scene", "semantic": frame indices} -> (rows, errors), as build_priors.
 
@@ -601,19 +620,17 @@ def other_question(row, example):
 
 
 def load_priors(path, examples, settings):
-    """Priors file -> {problem_id: row} for the video and image examples given; text-only examples need none.
+    """Priors file -> {problem_id: row} of the video and image examples that have one; check_missing() asks why others have none.
 
-    settings: the run's PriorSettings. DataError (one sentence) when the file or a row is malformed, an example has no row, or a row was
-    made for another question, another K or with other settings (the CLIP model's name is not compared). A video of fewer than K frames
-    is fine: its row has all of its frames.
+    settings: the run's PriorSettings. DataError (one sentence) when the file or a row is malformed, or a row was made for another
+    question, another K or with other settings (the CLIP model's name is not compared). A video of fewer than K frames is fine: its row
+    has all of its frames.
     """
     needed = {example.id: example for example in examples if example.media_type != "text"}
     found = {row["problem_id"]: row for row in read_priors(path) if row["problem_id"] in needed}
-    missing = [problem for problem in needed if problem not in found]
-    if missing:
-        raise DataError(f"priors file {path} has no row for {len(missing)} of {len(needed)} examples, the first is {missing[0]}; "
-                        "build it for this data set")
     for problem, example in needed.items():
+        if problem not in found:
+            continue
         indices, made_with = found[problem]["frames"], found[problem].get("settings", {})
         if other_question(found[problem], example):
             raise DataError(f"priors file {path}: {problem} is another question there, or about another file; build it for this data set")
@@ -625,7 +642,35 @@ def load_priors(path, examples, settings):
             if made_with.get(name, getattr(settings, name)) != getattr(settings, name):
                 raise DataError(f"the priors file {path} was made with --{name} {made_with[name]}, this run has {getattr(settings, name)}; "
                                 f"give the same here, or make another file by prior.py --scores {path}")
-    return {problem: found[problem] for problem in needed}
+    return {problem: found[problem] for problem in needed if problem in found}
+
+
+def check_missing(path, examples, settings, workers=0, timeout=300.0):
+    """Why examples have no row in a priors file -> error lines of those whose medium cannot be read.
+
+    DataError when a medium can be read: the file was made for other examples, or is not finished.
+    """
+    rows = load_priors(path, examples, settings)
+    needed = [example for example in examples if example.media_type != "text"]
+    missing = [example for example in needed if example.id not in rows]
+    errors, readable = look_at(missing, settings, workers, timeout)
+    if readable is not None:
+        raise DataError(f"priors file {path} has no row for {len(missing)} of {len(needed)} examples, though the medium of {readable.id} "
+                        f"can be read; prior.py --dataset_name DATA --output {path} adds what is missing")
+    return errors
+
+
+def rows_for(path, examples):
+    """Rows of a priors file that name the question and the medium of one of these examples, {problem_id: row}; others are left out."""
+    by_id = {example.id: example for example in examples}
+    found = {}
+    for row in read_priors(path):
+        example = by_id.get(row["problem_id"])
+        if example is None or "question" not in row or "media" not in row:
+            continue
+        if not other_question(row, example):
+            found[example.id] = row
+    return found
 
 
 def write_whole(path, parts):
@@ -710,9 +755,7 @@ def run_dataset(arguments):
         dist.init_process_group("gloo", timeout=timedelta(days=30))  # for its barrier: ranks end at different times
     if rank == 0:
         output.parent.mkdir(parents=True, exist_ok=True)
-        join_shards(output)  # of an earlier run; its errors are tried again
-        for file in (errors_file, *shards(errors_file)):
-            file.unlink(missing_ok=True)
+        join_shards(output)  # of an earlier run
     if world > 1:
         dist.barrier()
     groups, done = group_by_medium(examples), finished(output, examples, arguments)
@@ -721,7 +764,13 @@ def run_dataset(arguments):
     workers = arguments.workers
     if workers is None:
         workers = max(1, cores() // 2) if arguments.has_semantic and not torch.cuda.is_available() else cores()
-    clip = clip_of(arguments, workers) if left else None
+    clip = clip_of(arguments, workers) if any(kind == "video" for kind, _ in left) else None
+    # what an earlier run could not use is tried again; its list goes when nothing is left that could refuse this run
+    if rank == 0:
+        for file in (errors_file, *shards(errors_file)):
+            file.unlink(missing_ok=True)
+    if world > 1:
+        dist.barrier()
     rows_file, faults_file = (file if world == 1 else Path(f"{file}.shard{rank}") for file in (output, errors_file))
     with open(rows_file, "ab", buffering=0) as rows_out, open(faults_file, "ab", buffering=0) as faults_out:
         append_lines(faults_out, unusable if rank == 0 else [])
@@ -807,7 +856,7 @@ def run_scores(arguments):
     write_lines(arguments.output, rows)
     errors, listed = Path(f"{arguments.scores}.errors.jsonl"), Path(f"{arguments.output}.errors.jsonl")
     if errors.is_file():
-        shutil.copyfile(errors, listed)  # train.py skips what it names
+        shutil.copyfile(errors, listed)  # the same media have no row
     else:
         listed.unlink(missing_ok=True)
     print(f"{len(rows)} priors are in {arguments.output}, from the scores in {arguments.scores}")

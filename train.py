@@ -36,6 +36,7 @@ import reward
 import toy
 from data import DataError, Encoder, Help, invert_question, load_examples, plain_ids, read_template, target_text
 from engine import (
+    LENGTHS,
     Checkpoints,
     Inputs,
     Tracker,
@@ -46,6 +47,7 @@ from engine import (
     checkpoints,
     find_checkpoint,
     is_main,
+    name_skipped,
     on_main_first,
     save_model,
     say,
@@ -89,6 +91,7 @@ class TrainArguments:
                              choices=["sft", "grpo", "both"])
     output_dir: str = flag("output", "Everything the run writes.")
     priors: str | None = flag(None, "Priors file made by prior.py for the training questions. Without one they are computed first.")
+    eval_priors: str | None = flag(None, "Priors file of the held-out questions. Without one: their rows in --priors, else computed.")
     toy_dir: str | None = flag(None, "Folder of the toy. Default: toy-seedN, made on first use.")
     prompt_template: str | None = flag(None, "Text file with {question} and {instruction}; replaces our wording.")
     system_prompt: str | None = flag(None, "Text of a system turn before every question. None: what the chat template does by itself.")
@@ -227,13 +230,15 @@ def batch_targets(examples, processor):
     return completions, mask
 
 
-def sft_steps(arguments, demonstrations, per_step):
-    """Steps of SFT over so many usable demonstrations. DataError if they are fewer than one step takes."""
-    if per_step > demonstrations:
-        raise DataError(f"SFT has {demonstrations} usable demonstrations, fewer than one step of {per_step}")
+def sft_steps(arguments, count):
+    """-> optimizer steps of SFT on `count` demonstrations, demonstrations of a step. DataError when there are too few for one."""
+    forward = arguments.sft_per_device_batch_size * dist.get_world_size()
+    per_step = forward * arguments.sft_gradient_accumulation_steps
+    if per_step > count:
+        raise DataError(f"SFT has {count} usable demonstrations, fewer than one step of {per_step}")
     if arguments.sft_max_steps > 0:
-        return arguments.sft_max_steps
-    return max(1, int(arguments.sft_num_train_epochs * demonstrations) // per_step)
+        return arguments.sft_max_steps, per_step
+    return max(1, int(arguments.sft_num_train_epochs * count) // per_step), per_step
 
 
 def train_sft(arguments, model_path, processor, encoder, examples, skipped, checkpoint, writer):
@@ -248,8 +253,7 @@ def train_sft(arguments, model_path, processor, encoder, examples, skipped, chec
     if kept:
         lost = kept["lost"]
         skipped.update(kept["skipped"])
-    per_step = batch * accumulation * world
-    steps = sft_steps(arguments, len(examples), per_step)
+    steps, per_step = sft_steps(arguments, len(examples))
     rng, order = random.Random(arguments.seed), []
     while len(order) < steps * per_step:
         order += rng.sample(examples, len(examples))
@@ -560,7 +564,8 @@ def train_grpo(arguments, model_path, processor, encoder, stream, rows, skipped,
     steps = len(stream) // (batch * world * accumulation)
     lost, (done, kept) = len(skipped), checkpoint.load(engine, "grpo")
     if kept:
-        lost, averages = kept["lost"], kept["averages"]
+        new = skipped.keys() - kept["skipped"].keys()  # of questions that a longer run has come to
+        lost, averages = kept["lost"] + len(new), kept["averages"]
         skipped.update(kept["skipped"])
         if averages:
             write_shards(reference, averages)
@@ -642,11 +647,37 @@ def train_grpo(arguments, model_path, processor, encoder, stream, rows, skipped,
 def question_stream(arguments, examples, world):
     """The run's questions in order, shuffled epoch by epoch, and how many make a step."""
     per_step = arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps * world
-    wanted = arguments.max_steps * per_step if arguments.max_steps > 0 else int(arguments.num_train_epochs * len(examples))
+    wanted = questions_wanted(arguments, len(examples), per_step)
     rng, stream = random.Random(arguments.seed), []
-    while examples and len(stream) < wanted:
+    while examples and len(stream) < wanted:  # a longer run begins with the questions of a shorter one
         stream += rng.sample(examples, len(examples))
     return stream[:wanted], per_step
+
+
+def questions_wanted(arguments, count, per_step):
+    """Length of the stream of a data set of `count` questions."""
+    return arguments.max_steps * per_step if arguments.max_steps > 0 else int(arguments.num_train_epochs * count)
+
+
+def check_stream(arguments, data, stream, per_step, skipped):
+    """DataError when too few questions are left for a step, or none has what a term of the reward compares with."""
+    if len(stream) < per_step:
+        raise DataError(f"{len(stream)} usable questions ({len(skipped)} skipped) are fewer than one step's {per_step}")
+    if arguments.alignment_weight and not any(example.grounding for example in stream):
+        raise DataError(f"--alignment_weight needs claims to compare with, and no question of {data} has the field grounding")
+
+
+def grpo_plan(steps, planned, per_step, left_over, skipped):
+    """What GRPO will do, for people: steps or questions that go missing are counted."""
+    words = f"GRPO: {steps} step(s) "
+    if steps < planned:
+        words += f"instead of {planned} "
+    words += f"of {per_step} question(s)"
+    if skipped:
+        words += f"; {len(skipped)} question(s) unusable"
+    if left_over:
+        words += f"; {left_over} left over, too few for a step"
+    return words
 
 
 def invert_share(stream, share, seed):
@@ -670,6 +701,22 @@ def score_checkpoint(arguments, model_path, *heldout):
     scores = score_heldout(arguments, engine, *heldout)
     engine.destroy()
     return scores
+
+
+def unusable_heldout(arguments, encoder, examples, rows, batch=32):
+    """{problem_id: cause} of held-out questions whose medium cannot be read or whose prompt is too long, on all ranks.
+
+    Asked once, before the first scoring, so that all scorings of a run are of the same questions.
+    """
+    inputs = Inputs(encoder, arguments.decode_workers, arguments.decode_timeout)
+    skipped, rank, world = {}, dist.get_rank(), dist.get_world_size()
+    requests = [(place, example, rows.get(example.id), None) for place, example in enumerate(examples)]
+    for start in tqdm(range(0, len(requests), batch * world), desc="held-out", unit="batch", disable=not is_main(), leave=False):
+        mine = requests[start : start + batch * world][rank::world]
+        inputs.ahead(mine)
+        inputs.usable(mine, arguments.max_prompt_length, skipped)
+    inputs.stop()
+    return skipped
 
 
 @torch.no_grad()
@@ -810,35 +857,80 @@ def parse_arguments():
     return arguments, settings
 
 
-def priors_for(arguments, settings, examples, name, file=None):
-    """Rows of the priors of `examples` and what was skipped: from a priors file and its list of errors, else from the examples' own
-    frame_sets, else computed; on rank 0."""
-    def build():
-        rows, errors = prior.frame_set_rows([example for example in examples if "frame_sets" in example.extra], settings)
-        others = [example for example in examples if "frame_sets" not in example.extra]
-        if others:
-            clip = None
-            if settings.has_semantic:
-                clip = prior.load_clip(settings.clip, settings.clip_pretrained, deepspeed.get_accelerator().current_device_name())
-            more_rows, more_errors = prior.build_priors(others, clip, settings)
-            rows, errors = rows + more_rows, errors + more_errors
-        prior.write_lines(f"{path}.errors.jsonl", errors)
-        prior.write_lines(path, rows)
+def priors_for(arguments, settings, examples, name, resume, known, file=None, shared=None):
+    """-> {problem_id: row} of the examples' priors, {problem_id: cause} of examples that have none: their medium cannot be read.
+
+    file: a priors file that has them all. Without one they are taken from the first of these that has them, and written to
+    output/priors_NAME.jsonl: that file, of the run that this one goes on with; `shared`, a priors file that may have some; the examples'
+    own frame_sets; that file, of a start that was refused. The rest is computed.
+    known: causes that the run that this one goes on with (resume) has found.
+    """
+    made = Path(arguments.output_dir) / f"priors_{name}.jsonl"
+    asked = [example for example in examples if example.id not in known]
+
+    def look():
+        errors = prior.check_missing(file, asked, settings, arguments.decode_workers, arguments.decode_timeout)
         return {error["problem_id"]: error["cause"] for error in errors}
 
-    made = Path(arguments.output_dir) / f"priors_{name}.jsonl"
-    if file is None and made.is_file():  # of the run that this one goes on with
-        file = made
-    path, skipped = file or made, {}
-    if file is not None and Path(f"{file}.errors.jsonl").is_file():
-        errors = [json.loads(line) for line in Path(f"{file}.errors.jsonl").read_text(encoding="utf-8").splitlines()]
-        skipped = {error["problem_id"]: error["cause"] for error in errors}
-    if file is None:
-        say(f"computing the priors of {len(examples)} {name} questions (prior.py does this ahead, --priors FILE reuses it)")
-        skipped = on_main_first(build)
-    for problem, cause in skipped.items():
-        say(f"skipped {problem}: {cause}")
-    return prior.load_priors(path, [example for example in examples if example.id not in skipped], settings), skipped
+    def build():
+        old = list(prior.read_priors(made)) if made.is_file() else []
+        done = prior.load_priors(made, asked, settings) if resume and old else {}
+        left = [example for example in asked if example.media_type != "text" and example.id not in done]
+        new = []
+
+        # 1. a file that may have some
+        if shared is not None:
+            found = prior.rows_for(shared, left)
+            new += prior.load_priors(shared, [example for example in left if example.id in found], settings).values()
+            left = [example for example in left if example.id not in found]
+
+        # 2. the release's field
+        rows, errors = prior.frame_set_rows([example for example in left if "frame_sets" in example.extra], settings)
+        new += rows
+        left = [example for example in left if "frame_sets" not in example.extra]
+
+        # 3. a start that was refused
+        if old and not resume:
+            found = prior.rows_for(made, left)
+            found = {problem: row for problem, row in found.items() if row.get("settings") == prior.settings_of(settings)}
+            new += found.values()
+            left = [example for example in left if example.id not in found]
+
+        # 4. computed; CLIP is for videos that can be read
+        if left:
+            say(f"computing the priors of {len(left)} {name} questions (prior.py does this ahead, --priors or --eval_priors reuses it)")
+            videos = [example for example in left if example.media_type == "video"]
+            clip = None
+            if settings.has_semantic and prior.look_at(videos, settings)[1] is not None:
+                clip = prior.load_clip(settings.clip, settings.clip_pretrained, deepspeed.get_accelerator().current_device_name())
+            rows, more_errors = prior.build_priors(left, clip, settings)
+            new += rows
+            errors += more_errors
+        prior.write_lines(made, [*(old if resume else []), *new])
+        with open(f"{made}.errors.jsonl", "ab" if resume else "wb", buffering=0) as file:
+            prior.append_lines(file, errors)
+        return {error["problem_id"]: error["cause"] for error in errors}
+
+    found = on_main_first(build if file is None else look)
+    causes = {example.id: known[example.id] for example in examples if example.id in known}
+    causes.update(found)
+    name_skipped(causes)
+    rows = prior.load_priors(file or made, [example for example in examples if example.id not in causes], settings)
+    return rows, causes
+
+
+def load_processor(arguments, model_path):
+    """The checkpoint's processor. DataError when the checkpoint cannot be found or is of no family that this program knows."""
+    try:
+        processor = AutoProcessor.from_pretrained(model_path)
+        family = AutoConfig.from_pretrained(model_path).model_type
+    except (OSError, ValueError) as error:
+        raise DataError(f"model {model_path} cannot be loaded: {' '.join(str(error).split())[:300]}") from error
+    if family not in FAMILIES:
+        raise DataError(f"{model_path} is a {family} checkpoint, not one of {', '.join(FAMILIES)}")
+    if arguments.frame_use == "attention" and family not in PACKED_FAMILIES:
+        raise DataError(f"--frame_use attention works with {', '.join(PACKED_FAMILIES)}, not with {family}")
+    return processor
 
 
 def run(arguments, settings):
@@ -848,9 +940,22 @@ def run(arguments, settings):
         nonlocal clock
         seconds[name], clock = time.perf_counter() - clock, time.perf_counter()
 
+    def load(path, scored=True):
+        """-> examples of a data set, {problem_id: cause} of its unusable rows. scored: whether answers to them will be."""
+        errors = []
+        examples = load_examples(path, arguments.media_root, errors)
+        causes = {error["problem_id"]: error["cause"] for error in errors}
+        if scored:
+            hopeless = {example.id: cause for example in examples if (cause := unearnable(example))}
+            examples = [example for example in examples if example.id not in hopeless]
+            causes |= hopeless
+        name_skipped(causes)
+        return examples, causes
+
+    # 1. What there is to read. But for priors nothing is written to the output folder before all of it is known to be good.
     check_deepspeed_file(arguments)
-    output = Path(arguments.output_dir)
-    resume = on_main_first(lambda: prepare_output(output, arguments, settings))
+    output, sft, grpo = Path(arguments.output_dir), arguments.stage in ("sft", "both"), arguments.stage in ("grpo", "both")
+    resume = on_main_first(lambda: find_start(output, arguments))
     if resume is None:
         return
     set_seed(arguments.seed)
@@ -862,18 +967,73 @@ def run(arguments, settings):
         sft_data, data, heldout = folder / "train_cot.json", folder / "train.json", heldout or folder / "heldout.json"
         model_path = model_path or folder / "model"
         lap("toy")
-    if not Path(model_path).is_dir() and os.environ.get("HF_HUB_OFFLINE") == "1":
-        raise DataError(f"model {model_path} is not a folder, and HF_HUB_OFFLINE forbids the hub")
-    processor = AutoProcessor.from_pretrained(model_path)
-    family = AutoConfig.from_pretrained(model_path).model_type
-    if family not in FAMILIES:
-        raise DataError(f"{model_path} is a {family} checkpoint, not one of {', '.join(FAMILIES)}")
-    if arguments.frame_use == "attention" and family not in PACKED_FAMILIES:
-        raise DataError(f"--frame_use attention works with {', '.join(PACKED_FAMILIES)}, not with {family}")
+    if arguments.eval_priors and not heldout:
+        raise DataError("--eval_priors without held-out questions; give --eval_dataset_name")
+    processor = load_processor(arguments, model_path)
     encoder = Encoder(processor, arguments.min_pixels, arguments.max_pixels, settings.frames, read_template(arguments.prompt_template),
                       arguments.media_cache_gb, arguments.frame_times, arguments.system_prompt)
+
+    # 2. What will be trained
+    unusable, steps = {}, 0
+    result = {"command": sys.argv, "seed": arguments.seed}
+    heldout_examples, heldout_skipped = load(heldout) if heldout else ([], {})
+    if sft and resume.get("stage") != "grpo":
+        examples, errors = load(sft_data, scored=False)
+        unusable.update(errors)
+        demonstrations = [example for example in examples if example.reasoning]
+        if not demonstrations:
+            raise DataError(f"{sft_data} has no reasoning traces (field `process`) for --stage sft")
+        steps, per_step = sft_steps(arguments, len(demonstrations))
+        say(f"SFT: {len(demonstrations)} of {len(examples) + len(errors)} rows have reasoning, {steps} step(s) of {per_step}")
+    if grpo:
+        examples, errors = load(data)
+        stream, per_step = question_stream(arguments, examples, dist.get_world_size())
+        check_stream(arguments, data, stream, per_step, errors)
+    if heldout:
+        known = resume.get("heldout_skipped", {})
+        heldout_rows, causes = priors_for(arguments, settings, heldout_examples, "held-out", resume, known, arguments.eval_priors,
+                                          arguments.priors)
+        heldout_skipped.update(known)
+        heldout_skipped.update(causes)
+        lap("held-out priors")
+    if grpo:
+        asked = list({example.id: example for example in stream}.values())
+        rows, without_prior = priors_for(arguments, settings, asked, "training", resume, resume.get("without_prior", {}), arguments.priors)
+        skipped = {**without_prior, **errors}
+        lap("training priors")
+        stream = [example for example in stream if example.id not in skipped]
+        stream, result["inverted"], result["not_invertible"] = invert_share(stream, arguments.invert_questions, arguments.seed)
+        check_stream(arguments, data, stream, per_step, skipped)
+        if arguments.invert_questions and not result["inverted"]:
+            raise DataError(f"--invert_questions: none of the chosen questions of {data} can be inverted")
+        if arguments.alignment_weight:
+            say(f"{sum(bool(example.grounding) for example in stream)} of {len(stream)} questions have timed claims (grounding)")
+        if arguments.invert_questions:
+            say(f"{result['inverted']} questions are inverted; {result['not_invertible']} chosen ones cannot be and stay as they are")
+        planned = questions_wanted(arguments, len(examples) + len(errors), per_step) // per_step
+        steps, left_over = divmod(len(stream), per_step)
+        say(grpo_plan(steps, planned, per_step, left_over, skipped))
+    if resume.get("finished") and resume["stage"] == ("grpo" if grpo else "sft") and resume["step"] >= steps:
+        say(f"{output} holds a finished run of {resume['step']} {resume['stage']} steps, this command has {steps}; nothing to do")
+        return
+    if heldout:
+        heldout_examples = [example for example in heldout_examples if example.id not in heldout_skipped]
+        found = unusable_heldout(arguments, encoder, heldout_examples, heldout_rows)
+        if found and resume.get("stage") == "grpo" and "heldout_skipped" in resume:
+            raise DataError(f"{len(found)} held-out question(s) scored before GRPO can no longer be; the first: "
+                            f"{next(iter(found.values()))}")
+        heldout_examples = [example for example in heldout_examples if example.id not in found]
+        heldout_skipped.update(found)
+        if not heldout_examples:
+            raise DataError(f"no question of {heldout} can be used; the first: {next(iter(heldout_skipped.values()))}")
+        say(f"held-out: {len(heldout_examples)} question(s); unusable: {len(heldout_skipped)}")
+
+    # 3. The run
+    on_main_first(lambda: prepare_output(output, arguments, settings, resume))
     files = {name: open(output / name, "a", encoding="utf-8") for name in ("metrics.jsonl", "rollouts.jsonl")} if is_main() else {}
     checkpoint = Checkpoints(arguments, processor, files, resume)
+    checkpoint.shared["heldout_skipped"] = heldout_skipped
+    checkpoint.shared["without_prior"] = without_prior if grpo else {}
     tracker = Tracker(arguments)
 
     def write(name, *records):
@@ -888,58 +1048,16 @@ def run(arguments, settings):
     def score(path):
         return score_checkpoint(arguments, path, processor, encoder, heldout_examples, heldout_rows) if heldout_examples else {}
 
-    def load(path, scored=True):
-        """-> examples of a data set, {problem_id: cause} of its rows that are none. scored: whether answers to them will be."""
-        errors = []
-        examples = load_examples(path, arguments.media_root, errors)
-        errors = {error["problem_id"]: error["cause"] for error in errors}
-        if scored:
-            hopeless = {example.id: cause for example in examples if (cause := unearnable(example))}
-            examples = [example for example in examples if example.id not in hopeless]
-            errors |= hopeless
-        for problem, cause in errors.items():
-            say(f"skipped {problem}: {cause}")
-        unusable.update(errors)
-        return examples, errors
-
-    heldout_examples, heldout_rows, unusable = [], {}, {}
-    if heldout:
-        heldout_examples, _ = load(heldout)
-        heldout_rows, broken = priors_for(arguments, settings, heldout_examples, "held-out")
-        heldout_examples = [example for example in heldout_examples if example.id not in broken]
-        lap("held-out priors")
-    result = {"command": sys.argv, "seed": arguments.seed}
-    if arguments.stage in ("sft", "both"):
-        examples = [example for example in load(sft_data, scored=False)[0] if example.reasoning]
-        if not examples:
-            raise DataError(f"{sft_data} has no reasoning traces (field `process`) for --stage sft")
+    if sft:
         if resume.get("stage") == "grpo":
             model_path = output / "sft"
         else:
-            model_path = train_sft(arguments, model_path, processor, encoder, examples, unusable, checkpoint, log)
+            model_path = train_sft(arguments, model_path, processor, encoder, demonstrations, unusable, checkpoint, log)
         lap("SFT")
     before = checkpoint.shared["before"] = resume["before"] if resume.get("stage") == "grpo" else score(model_path)
     lap("scoring before")
     after = before
-    if arguments.stage in ("grpo", "both"):
-        examples, errors = load(data)
-        stream, per_step = question_stream(arguments, examples, dist.get_world_size())
-        asked = list({example.id: example for example in stream}.values())
-        rows, skipped = priors_for(arguments, settings, asked, "training", arguments.priors)
-        skipped.update(errors)
-        lap("training priors")
-        stream = [example for example in stream if example.id not in skipped]
-        stream, result["inverted"], result["not_invertible"] = invert_share(stream, arguments.invert_questions, arguments.seed)
-        if arguments.alignment_weight and not any(example.grounding for example in stream):
-            raise DataError(f"--alignment_weight needs claims to compare with, and no question of {data} has the field grounding")
-        if arguments.invert_questions and not result["inverted"]:
-            raise DataError(f"--invert_questions: none of the chosen questions of {data} can be inverted")
-        if arguments.alignment_weight:
-            say(f"{sum(bool(example.grounding) for example in stream)} of {len(stream)} questions have timed claims (grounding)")
-        if arguments.invert_questions:
-            say(f"{result['inverted']} questions are inverted; {result['not_invertible']} chosen ones cannot be and stay as they are")
-        if len(stream) < per_step:
-            raise DataError(f"{len(stream)} usable questions ({len(skipped)} skipped) are fewer than one step's {per_step}")
+    if grpo:
         folder = train_grpo(arguments, model_path, processor, encoder, stream, rows, skipped, checkpoint,
                             log, lambda records: write("rollouts.jsonl", *records),
                             (processor, encoder, heldout_examples, heldout_rows) if heldout_examples else None)
@@ -951,6 +1069,7 @@ def run(arguments, settings):
     dist.all_gather_object(everyone, unusable)
     result["skipped"] = {problem: cause for one in everyone for problem, cause in one.items()}
     result["skipped_by_cause"] = dict(Counter(map(plain_cause, result["skipped"].values())).most_common())
+    result["heldout_skipped"] = heldout_skipped
     for cause, count in result["skipped_by_cause"].items():
         say(f"{count} skipped: {cause}")
     if heldout_examples and is_main():
@@ -972,16 +1091,31 @@ def plain_cause(cause):
     return re.sub(r"\d[\d,.]*", "N", re.sub(r"\S*/\S*", "FILE", cause))
 
 
-def prepare_output(output, arguments, settings):
-    """The output folder with run.json, every setting of the run, and its files as they were at the checkpoint it goes on from, whose
-    state is returned ({} at the beginning, None if the run is finished). An earlier run is not written over."""
-    if arguments.resume_from_checkpoint == "auto" and (output / "result.json").is_file():
-        say(f"{output} holds a finished run (result.json); nothing to do")
-        return None
-    resume = find_checkpoint(arguments)
-    if arguments.resume_from_checkpoint is None and (output / "metrics.jsonl").exists():
+def find_start(output, arguments):
+    """state.json of the checkpoint that the run goes on from, with its folder and whether that run is finished; {} at the beginning, None
+    if there is nothing to do. DataError when the folder holds an earlier run, which is not written over, or cannot be written."""
+    finished, log = (output / "result.json").is_file(), output / "metrics.jsonl"
+    begun = log.is_file() and log.stat().st_size > 0
+    if arguments.resume_from_checkpoint is None and (finished or begun or checkpoints(output)):
         raise DataError(f"{output} holds an earlier run; remove it, choose another --output_dir, or --resume_from_checkpoint auto")
+    there = next(folder for folder in (output.resolve(), *output.resolve().parents) if folder.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        raise DataError(f"--output_dir {output}: {there} is no folder that this program can write to")
+    if finished and arguments.resume_from_checkpoint == "auto":
+        settings = json.loads((output / "run.json").read_text(encoding="utf-8"))
+        if all(settings.get(name) == getattr(arguments, name) for name in LENGTHS):
+            say(f"{output} holds a finished run (result.json); nothing to do")
+            return None
+        if not checkpoints(output):
+            raise DataError(f"{output} holds a finished run without checkpoints (--save_steps 0): there is none to go on from")
+    resume = find_checkpoint(arguments)
+    return {**resume, "finished": finished} if resume else {}
+
+
+def prepare_output(output, arguments, settings, resume):
+    """The output folder with run.json, every setting of the run, and its files as they were at the checkpoint it goes on from (resume)."""
     output.mkdir(parents=True, exist_ok=True)
+    (output / "result.json").unlink(missing_ok=True)  # from here on the run is not finished
     found = [path.name for path in checkpoints(output)]
     later = found[found.index(Path(resume["folder"]).name) + 1 :] if resume else []
     for old in (*(output / name for name in later), *output.glob("*.unfinished")):
@@ -991,10 +1125,16 @@ def prepare_output(output, arguments, settings):
         with open(output / name, "ab") as file:
             file.truncate(min(file.tell(), resume.get("sizes", {}).get(name, 0)))
     versions = {name: importlib.metadata.version(name) for name in ("torch", "transformers", "deepspeed", "open_clip_torch", "decord")}
-    git = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=Path(__file__).parent, capture_output=True, text=True)
-    facts = {"command": sys.argv, "ranks": dist.get_world_size(), "revision": git.stdout.strip() or None, "versions": versions}
+    facts = {"command": sys.argv, "ranks": dist.get_world_size(), "revision": revision(), "versions": versions}
     (output / "run.json").write_text(json.dumps({**asdict(arguments), **asdict(settings), **facts}, indent=1), encoding="utf-8")
-    return resume
+
+
+def revision():
+    """git's name of this code; None without git, or outside of a repository."""
+    if shutil.which("git") is None:
+        return None
+    git = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=Path(__file__).parent, capture_output=True, text=True)
+    return git.stdout.strip() or None
 
 
 def main():

@@ -278,12 +278,13 @@ def test_every_flag_of_a_stage_is_a_setting():
     assert {*train.GRPO_FLAGS, *train.SFT_FLAGS.values()} <= names
 
 
-def test_sft_steps_come_from_epochs():
-    arguments = SimpleNamespace(sft_max_steps=-1, sft_num_train_epochs=2.5)
-    assert train.sft_steps(arguments, 10, 4) == 6  # 25 demonstrations, four a step
-    assert train.sft_steps(SimpleNamespace(sft_max_steps=7), 10, 4) == 7
+def test_sft_steps_come_from_epochs(monkeypatch):
+    monkeypatch.setattr(train.dist, "get_world_size", lambda: 2)
+    flags = dict(sft_max_steps=-1, sft_num_train_epochs=2.5, sft_per_device_batch_size=1, sft_gradient_accumulation_steps=2)
+    assert train.sft_steps(SimpleNamespace(**flags), 10) == (6, 4)  # 25 demonstrations, four a step
+    assert train.sft_steps(SimpleNamespace(**flags | dict(sft_max_steps=7)), 10) == (7, 4)
     with pytest.raises(DataError, match="3 usable demonstrations, fewer than one step of 4"):
-        train.sft_steps(arguments, 3, 4)
+        train.sft_steps(SimpleNamespace(**flags), 3)
 
 
 def test_several_updates_on_the_same_rollouts(cold_start, tmp_path):
