@@ -545,7 +545,12 @@ def judge_one(arguments, client, record):
 
 def judge_report(arguments, report):
     """The judge's readings of every output, appended to REPORT.judged.jsonl as they come, -> the report's `judged`: TAC and VAS."""
-    readable = scores.rule_based_readings(report["results"])  # its keys: the types whose conclusion is a letter or a number
+    # only one letter or a number can be compared with the solution
+    readable = []
+    for record in report["results"]:
+        one_letter = record["problem_type"] == "multiple choice" and not scores.several_letters(record["solution"])
+        if one_letter or record["problem_type"] in ("numerical", "regression"):
+            readable.append(record["problem_id"])
     file, told = Path(arguments.output).with_suffix(".judged.jsonl"), {}
     join_shards(file)  # cuts a torn last line
     for row in scores.read_json(file)[0] if file.exists() and file.stat().st_size else ():
@@ -601,15 +606,14 @@ def print_report(report):
             numbers = report[key]
             print(f"grounding by {name}, {numbers['predicted']} of {numbers['n']} have one: Acc@GQA {share(numbers['acc_gqa'])}, "
                   f"mIoP {share(numbers['mIoP'])}, mIoU {share(numbers['mIoU'])}")
-    if "accuracy_lmms_eval" in report:
-        print(f"with lmms-eval's way of finding a letter: accuracy {share(report['accuracy_lmms_eval'])}")
     for mode, numbers in report.get("vsi_bench", {}).items():
         print(f"VSI-Bench, {mode}: " + ", ".join(f"{name} {share(value)}" for name, value in numbers.items() if name != "tasks"))
     for name, row in report.get("several_letters", {}).items():
         if isinstance(row, dict):
             whole, partial = share(row["per_question_accuracy"]), share(row["partial_accuracy"])
             print(f"{name}: {row['n']} questions, all letters right in {whole}, with partial credit {partial}")
-    for reasoning in [report[name] for name in ("reasoning", "judged") if name in report]:
+    reasoning = report["judged"]
+    if reasoning["judge"]:
         vas = "" if reasoning["VAS"]["value"] is None else f", VAS {reasoning['VAS']['value']:.1f}"
         print(f"reasoning, read by {reasoning['judge']}: {reasoning['no_conclusion']} of {reasoning['outputs']} never conclude; " +
               "".join(f"{name} {share(value)}, " for name, value in reasoning["TAC"].items()) +

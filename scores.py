@@ -1,7 +1,7 @@
 """Stage 5's rules: stored answers -> numbers, by pure functions; no model, no video. evaluate.py is the command line.
 
     items, duplicates, source = read_predictions("eval_mmvu_greedy_output.json")     # any of five formats
-    report = make_report(items, "mmvu")                                              # accuracy, per type and task, TAC
+    report = make_report(items, "mmvu")                                              # accuracy, per type and task
 
 Every answer gets two scores. "official": what a benchmark asks for, a readable right answer ("(B)", "B. car", "1,200" for "1200", mean
 relative accuracy with <=). "video_r1": what eval_bench.py of Video-R1, VideoCFR and GRPO-CARE gives, for numbers that are to be compared
@@ -283,148 +283,20 @@ def video_r1_score(answer, item):
     return mean_relative_accuracy(answer, item.solution, strict=True) if item.problem_type == "regression" else 0.0
 
 
-def letter_mvbench(text, texts):
-    match = re.match(r"\s*([A-Ea-e])\.", text) or re.search(r"\b([A-Ea-e])\b", re.sub(r"[^\w\s]", "", text))
-    return match[1].upper() if match else ""
-
-
-def letter_tempcompass(text, texts):
-    match = re.match(r"\(?([A-E])", text)
-    match = match or (re.search(r"\b([A-E])\b", text) if len(text.split()) <= 10 else None) or re.search(r"([A-E])\)", text)
-    return match[1] if match else ""
-
-
-def letter_videommmu(text, texts):
-    letters = "".join(texts) or "A-J"
-    for form in (rf"([{letters}])[.:]", rf"\(([{letters}])\)", rf"(?:^|\s)([{letters}])(?=\s|$)"):
-        found = re.findall(form, text)
-        if found:
-            return found[-1]
-    named = [(text.lower().rfind(option.lower()), letter) for letter, option in texts.items() if option and option.lower() in text.lower()]
-    return max(named)[1] if named else ""
-
-
-def letter_mmvu(text, texts):
-    named = [letter for letter, option in texts.items() if option.lower() == text.lower()]
-    match = re.search(r"[ABCDE]", text)
-    return named[0] if named else match[0] if match else ""
-
-
-def letter_videomme(text, texts):
-    match = re.search(r"[ABCD]", text)
-    return match[0] if match else ""
-
-
-def letter_vsibench(text, texts):
-    return (text.split() or [""])[0].rstrip(".").upper()
-
-
-# How lmms-eval, as Video-R2 uses it, finds the letter of an answer, by benchmark: generous, so that "Cannot tell" is C and "a dog" A.
-LETTERS = {"mvbench": letter_mvbench, "tempcompass": letter_tempcompass, "videommmu": letter_videommmu, "mmvu": letter_mmvu,
-           "videomme": letter_videomme, "vsibench": letter_vsibench}
-
-
-def score_item(item, benchmark=""):
-    """Item -> record of a report: the item, its prediction, `reward` (official), `reward_video_r1`, `correct`, format.
-
-    `reward_lmms_eval` on questions of options in a benchmark of LETTERS; on all others it is the official score."""
+def score_item(item):
+    """Item -> record of a report: the item, its prediction, `reward` (official), `reward_video_r1`, `correct`, format."""
     answer, known = find_answer(item), item.problem_type in PROBLEM_TYPES
     plain = reward.extract_answer(item.output) or item.output.strip()  # eval_bench.py's
     official = official_score(answer, item) if answer and known and not item.error else 0.0
     use = item.frame_use and {name: value for name, value in item.frame_use.items() if name != "events"}  # the predictions keep those
-    generous = official
-    if benchmark in LETTERS and item.problem_type == "multiple choice" and answer and not item.error:
-        generous = float(LETTERS[benchmark](answer, option_texts(item.options)) == item.solution.upper())
     return {"problem_id": item.problem_id, "problem_type": item.problem_type, "task": item.task, **item.groups, "problem": item.question,
             "options": item.options, "solution": item.solution, "evidence": item.evidence, "output": item.output, "prediction": answer,
             "reward": official, "correct": official == 1.0,
             "reward_video_r1": video_r1_score(plain, item) if plain and not item.error else 0.0,
-            "reward_lmms_eval": generous, "format": reward.format_reward(item.output), "frame_use": use, "error": item.error}
+            "format": reward.format_reward(item.output), "frame_use": use, "error": item.error}
 
 
-# --------------------------------------------------------------------------------- what a reasoning concludes; TAC, consistency
-
-CUE = re.compile(
-    r"\b(?:answer|choose|choice|options?(?=:| is)|pick|correct|conclu\w+|so|therefore|thus|hence|then it|match(?:es)?|correspond\w*"
-    r"|left with|points to|go with|it is|it['’]s|this is|that is|must be|has to be|best|suitable|listed|boxed|total|means|there are|overall"
-    r"|actually|likely|i think|i say|i believe|would say|gives(?: us)?|difference is|right (?:answer|choice|option|one))\b|=>|→"
-    r"|[=:]\s*(?=\S+\W*$)", re.I)
-CLAUSE = re.compile(r"\b(?:so|therefore|thus|hence|in total|gives us|answer(?: is)?)\b|=>|→|=|:\s", re.I)  # what follows is concluded
-ASIDE = re.compile(r",?\s\b(?:given that|since|because|as the|which adds|if i|when i)\b.*", re.I | re.S)  # a reason, not a conclusion
-HEDGE = re.compile(r"\b(?:could|might|may|maybe|perhaps|cannot|can['’]t|whether|unclear|hard to|difficult to|would have to|if)\b|\?", re.I)
-REJECTED = (r"\b(?:not|isn['’]t|neither|nor|eliminat\w+|exclud\w+|rul\w+ out|rather than|instead of|unlike)\s+"
-            r"(?:(?:the|options?|answers?|be)\s+)*")
-WORDS = dict(zip("zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen eighteen "
-                 "nineteen twenty".split(), range(21), strict=True))
-
-
-def named_letters(sentence, letters):
-    """Letters of options that a sentence names, in order: "(B)", "option B", "is B."; no article ("A man"), none it rejects ("not A")."""
-    one = rf"\(?\b[{letters}]\b\)?"
-    sentence = re.sub(rf"{REJECTED}{one}(?:(?:,|\s+and|\s+or|,\s+and|\s+nor)\s+{one})*", " ", sentence, flags=re.I)
-    article = r"\s(?!is|was|would|seems|must|because|since|as|and|or|it|best)[a-z]"
-    found = re.finditer(rf"(?<![\w'’-])([{letters}])(?![\w'’-]|{article})", sentence)
-    return [(match.start(), match[1]) for match in found]
-
-
-def named_texts(sentence, texts):
-    """Options whose text stands in a sentence, in order; the longest wins where they overlap. "no" and "yes" only before a stop."""
-    plain, found = re.sub(r"[-\s]+", " ", sentence.lower()), []
-    for letter, text in sorted(texts.items(), key=lambda pair: -len(pair[1])):
-        text = re.escape(re.sub(r"[-\s]+", " ", text.lower()).strip(" ."))
-        stop = r"(?=\s*(?:[.!;]|$))" if len(text) <= 3 and text.isalpha() else r"(?!\w|\.\d)"
-        for match in re.finditer(rf"(?<![\w.]){text}{stop}", plain) if text else ():
-            rejected = re.search(REJECTED + "$", plain[: match.start()])
-            if not rejected and all(match.end() <= start or end <= match.start() for start, end, _ in found):
-                found.append((*match.span(), letter))
-    return [(start, letter) for start, _, letter in sorted(found)]
-
-
-def named_numbers(sentence):
-    """Numbers of a sentence in order, times (0:05, 12 s into the clip) left out; number words where there are no digits."""
-    sentence = re.sub(r"\b\d+:\d\d(?::\d\d)?\b", " ", sentence)
-    found = [(m.start(), m[0].rstrip(".,")) for m in re.finditer(r"(?<![\w.])-?\d[\d,]*(?:\.\d+)?", sentence)]
-    words = re.finditer(rf"\b(?:{'|'.join(WORDS)})\b(?!\s+of\b)", sentence, re.I)
-    return found or [(m.start(), str(WORDS[m[0].lower()])) for m in words]
-
-
-def last_named(sentence, texts):
-    """What a sentence names last, a letter or an option by its text before a number: "" for nothing, or for several joined by "or"."""
-    if not texts:
-        named = named_numbers(ASIDE.sub("", sentence)) or named_numbers(sentence)
-    else:
-        letters = "".join(sorted(texts))
-        named = named_letters(sentence, letters) or named_texts(ASIDE.sub("", sentence), texts) or named_texts(sentence, texts)
-    if len({name for _, name in named}) > 1 and re.search(r"\bor\b", sentence[named[-2][0] : named[-1][0]]):
-        return ""
-    return named[-1][1] if named else ""
-
-
-def read_conclusion(reasoning, options=()):
-    """The option letter (with options) or the number (without) that a reasoning concludes by itself, "" where it never concludes.
-
-    The last explicit conclusion wins: from the last sentence to the first, one with a word of conclusion and a letter, an option's text or
-    a number, of which the part behind that word counts first. Where no sentence has such a word, the last one that plainly names exactly
-    one option or number. Rules, not understanding: "not B" and "B or C" conclude nothing, and irony is lost on it.
-
-    >>> read_conclusion("It looks red, so A. Wait, that is the lamp. The ball is blue, so the answer is B.", ["A. red", "B. blue"])
-    'B'
-    """
-    texts = option_texts(options)
-    sentences = [part.strip() for part in re.split(r"(?<=[.!?])\s+|\n+", reasoning.replace("*", "")) if part.strip()]
-    for sentence in reversed(sentences):
-        if not CUE.search(sentence) or (HEDGE.search(sentence) and not re.search(r"\banswer\b", sentence, re.I)):
-            continue
-        behind = CLAUSE.split(sentence)[-1]
-        named = last_named(behind, texts) or last_named(sentence, texts)
-        if named:
-            return named
-    for sentence in reversed(sentences):
-        plain = ASIDE.sub("", sentence)
-        found = named_texts(plain, texts) if texts else named_numbers(plain)
-        if not HEDGE.search(sentence) and len({name for _, name in found}) == 1:
-            return found[0][1]
-    return ""
+# ---------------------------------------------------------------- a judge's readings of a reasoning; TAC, consistency
 
 
 def last_block(text, tag):
@@ -443,30 +315,15 @@ def agrees(told, truth, problem_type):
     return 20 * abs(told - truth) <= abs(truth) if problem_type == "regression" else round(float(told), 2) == round(float(truth), 2)
 
 
-def rule_based_readings(records):
-    """Records -> {problem_id: (letter or number of the last answer block, conclusion of the last think block)}, where a rule can read them.
-
-    Questions with one right letter and numbers; of an answer block without a number or letter the reading is ""."""
-    readings = {}
-    for record in records:
-        choice, number = record["problem_type"] == "multiple choice", record["problem_type"] in ("numerical", "regression")
-        if (choice and not several_letters(record["solution"])) or number:
-            answer, think = last_block(record["output"], "answer"), last_block(record["output"], "think")
-            options = (record["options"] or [f"{letter}." for letter in "ABCDEFGH"]) if choice else []
-            told = read_choice(answer, options) if choice else (answer.split() or [""])[0].rstrip(".")
-            readings[record["problem_id"]] = told, read_conclusion(think, options) if think else ""
-    return readings
-
-
-def reasoning_metrics(records, readings=None, judge="rules: read_conclusion"):
+def reasoning_metrics(records, readings, judge):
     """Does the answer follow from the reasoning? TAC after Video-R2, by both formulas that its code exports, and the consistency rate.
 
-    readings: {problem_id: (answer, conclusion of the reasoning)}; default: rule_based_readings. a: answer right, t: conclusion right,
-    TP both, TN neither, FP only t, FN only a: answer_to_thinking_correlation = (TP + TN) / N, in which two different wrong letters agree;
-    consistency_accuracy = TP / (TP + FN), more likely the published one. N: questions that have an output. consistency_rate: share of all
-    questions, those without an output too, whose conclusion is the answer, right or wrong; a reasoning that never concludes is not.
+    readings: {problem_id: (answer, conclusion of the reasoning)}, letters or numbers, "" for none, as the judge of that name reads them.
+    a: answer right, t: conclusion right, TP both, TN neither, FP only t, FN only a: answer_to_thinking_correlation = (TP + TN) / N, in
+    which two different wrong letters agree; consistency_accuracy = TP / (TP + FN), more likely the published one. N: questions that have
+    an output. consistency_rate: share of all questions, those without an output too, whose conclusion is the answer, right or wrong; a
+    reasoning that never concludes is not.
     """
-    readings = rule_based_readings(records) if readings is None else readings
     counts, consistent, silent, outputs = Counter(), 0, 0, 0
     for record in records:
         if record["problem_id"] not in readings:
@@ -484,8 +341,7 @@ def reasoning_metrics(records, readings=None, judge="rules: read_conclusion"):
             **{name: counts[name] for name in ("TP", "TN", "FP", "FN")},
             "TAC": {"answer_to_thinking_correlation": ratio(counts["TP"] + counts["TN"], outputs),
                     "consistency_accuracy": ratio(counts["TP"], counts["TP"] + counts["FN"])},
-            "consistency_rate": ratio(consistent, len(readings)),
-            "VAS": {"value": None, "reason": "not computed: it needs a judge (--judge_base, --judge_model)"}}
+            "consistency_rate": ratio(consistent, len(readings))}
 
 
 # -------------------------------------------------------------------------------------------------------------- the report
@@ -623,7 +479,7 @@ def frame_use_numbers(records):
 
 def make_report(items, benchmark="", repeated=()):
     """Items -> report: every number with its denominator; a question without an output counts as wrong and stands under `errors`."""
-    records, warnings = [score_item(item, benchmark) for item in items], []
+    records, warnings = [score_item(item) for item in items], []
     if not records:
         raise DataError("there are no predictions to score")
     if benchmark and len(records) not in SIZES[benchmark]:
@@ -665,12 +521,12 @@ def make_report(items, benchmark="", repeated=()):
             report["grounding_by_frame_use"] = grounding_numbers(records, frame_use_interval)
     if any(record["frame_use"] for record in records):
         report["frame_use"] = frame_use_numbers(records)
-    if benchmark in LETTERS:
-        report["accuracy_lmms_eval"] = mean(r["reward_lmms_eval"] for r in records)
     if None not in stored:
         report["accuracy_as_stored"] = mean(stored)
+    not_judged = dict.fromkeys(("judge", "TAC", "consistency_rate", "VAS"))
+    not_judged["reason"] = "no judge was asked (--judge_base, --judge_model)"
     report |= {"empty_outputs": sum(not r["output"].strip() for r in records), "errors": errors, "duplicates": list(repeated),
-               "reasoning": reasoning_metrics(records), "warnings": warnings, "results": records}
+               "judged": not_judged, "warnings": warnings, "results": records}
     return report
 
 

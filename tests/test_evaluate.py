@@ -1,4 +1,4 @@
-"""evaluate.py and scores.py: scoring rules on hand-made prediction files, the reader of conclusions, comparison, engines, resumed runs."""
+"""evaluate.py and scores.py: scoring rules on hand-made prediction files, judges, comparison, engines, resumed runs."""
 
 import base64
 import io
@@ -16,7 +16,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from conclusions import HELD_BACK, TEXTS
 from PIL import Image
 
 import data
@@ -102,22 +101,6 @@ def test_rules(kind, solution, answer, official, video_r1):
 def test_extraction(output, solution, kind, official, video_r1):
     record = scores.score_item(scores.item_of(row(1, output, solution, kind)))
     assert (record["reward"], record["reward_video_r1"]) == (official, video_r1)
-
-
-@pytest.mark.parametrize("benchmark_name,answer,letter", [
-    ("mmvu", "Cannot tell", "C"), ("mmvu", "blue", "B"), ("mmvu", "no idea", ""),
-    ("mmvu", "It is the one that I would call E in this case", "E"),
-    ("videomme", "The answer is B", "B"), ("videomme", "E", ""), ("tempcompass", "Both", "B"), ("tempcompass", "(C) x", "C"),
-    ("tempcompass", "it is D", "D"), ("tempcompass", "the thing that I see in it most of the time is B", ""),
-    ("tempcompass", "the thing that I see in it most of the time is (B)", "B"), ("mvbench", "a dog", "A"), ("mvbench", "B. blue", "B"),
-    ("mvbench", "it is (c)", "C"), ("mvbench", "blue", ""), ("videommmu", "A. No: (B)", "A"), ("videommmu", "either (A) or (C)", "C"),
-    ("videommmu", "A or B ", "B"), ("videommmu", "red, no, green", "C"), ("videommmu", "nothing", ""), ("vsibench", "b. blue", "B"),
-    ("vsibench", "The B", "THE")])
-def test_lmms_evals_letters(benchmark_name, answer, letter):
-    """Each benchmark has its own way of finding a letter; they find some that nobody meant."""
-    record = row(1, f"<answer>{answer}</answer>", letter if letter in ("A", "B", "C", "D", "E") else "A")
-    assert scores.LETTERS[benchmark_name](answer, scores.option_texts(record["options"])) == letter
-    assert scores.score_item(scores.item_of(record), benchmark_name)["reward_lmms_eval"] == (letter in ("A", "B", "C", "D", "E"))
 
 
 def test_an_unknown_problem_type_scores_nothing_and_is_told(tmp_path, monkeypatch, capsys):
@@ -261,40 +244,41 @@ def test_bad_command_lines_get_a_sentence(words, said, monkeypatch, capsys):
 # ---------------------------------------------------------------------------------------------------------------- reasoning
 
 
-def test_the_reader_finds_conclusions():
-    """The texts were there before the reader; those held back were written after it, and are harder for it."""
-    right = sum(scores.read_conclusion(text, options) == conclusion for options, text, conclusion in TEXTS)
-    held_back = sum(scores.read_conclusion(text, options) == conclusion for options, text, conclusion in HELD_BACK)
-    wrong = [text for options, text, conclusion in HELD_BACK if scores.read_conclusion(text, options) not in ("", conclusion)]
-    print(f"{right} of {len(TEXTS)}, held back {held_back} of {len(HELD_BACK)}")
-    assert len(TEXTS) == 100 and right >= 95 and held_back >= 16 and not wrong
-
-
 def test_tac_and_consistency():
-    def told(concluded, answer, solution):
-        think = f"The ball is there. So the answer is {concluded}." if concluded else "I look at the frames."
-        return scores.score_item(scores.item_of(row(told.count, f"<think>{think}</think><answer>{answer}</answer>", solution)))
-    told.count = 0
-    records = []
-    for case in [("B", "B", "B"), ("B", "B", "B"), ("C", "B", "B"), ("B", "C", "B"), ("A", "C", "B"), ("C", "C", "B"), ("", "B", "B")]:
-        told.count += 1
-        records.append(told(*case))
-    records.append(scores.score_item(scores.item_of(row(8, "", "B"))))  # no output: not in N, and not consistent
-    records.append(scores.score_item(scores.item_of(row(9, "<answer>w</answer>", "w", "OCR"))))  # no rule reads this type
-    metrics = scores.reasoning_metrics(records)
+    # problem_id -> the answer and what its reasoning concludes; B is right everywhere
+    readings = {"1": ("B", "B"), "2": ("B", "B"), "3": ("B", "C"), "4": ("C", "B"), "5": ("C", "A"), "6": ("C", "C"),
+                "7": ("B", ""), "8": ("", "")}
+    outputs = ["told"] * 7 + [""]  # no output: not in N, and not consistent
+    rows = [row(number, output, "B") for number, output in enumerate(outputs, start=1)]
+    rows.append(row(9, "<answer>w</answer>", "w", "OCR"))  # of a type that nobody reads
+    records = [scores.score_item(scores.item_of(each)) for each in rows]
+    metrics = scores.reasoning_metrics(records, readings, "somebody")
     assert {name: metrics[name] for name in ("TP", "TN", "FP", "FN")} == {"TP": 2, "TN": 2, "FP": 1, "FN": 2}
     assert metrics["TAC"] == {"answer_to_thinking_correlation": 4 / 7, "consistency_accuracy": 2 / 4}
     assert metrics["consistency_rate"] == 3 / 8  # twice B and B, once C and C; A and C are two different wrong answers
     assert (metrics["n"], metrics["outputs"], metrics["not_read"], metrics["no_conclusion"]) == (8, 7, 1, 1)
-    assert metrics["VAS"]["value"] is None and "judge" in metrics["VAS"]["reason"]
+    assert metrics["judge"] == "somebody"
 
 
-def test_tac_of_numbers_is_within_five_percent():
-    output = "<think>So the area is 21 square meters.</think><answer>20.5</answer>"
-    metrics = scores.reasoning_metrics([scores.score_item(scores.item_of(row(1, output, "20", "regression")))])
-    assert metrics["TP"] == 1
-    assert scores.reasoning_metrics([scores.score_item(scores.item_of(row(1, output, "21", "numerical")))])["FP"] == 1
-    assert scores.last_block("<THINK>a</THINK> <think>b\nc</think>", "think") == "b\nc"  # the last, upper or lower case
+@pytest.mark.parametrize("kind,solution,read,right", [
+    ("regression", "20", ("20.5", "21"), "TP"), ("numerical", "21", ("20.5", "21"), "FP"),
+    ("regression", "20", ("20.5", "21.1"), "FN"), ("numerical", "2.5", ("2.50", "two"), "FN")])
+def test_tac_of_numbers_is_within_five_percent(kind, solution, read, right):
+    """Of a regression; a numerical answer is compared after rounding to two decimals."""
+    record = scores.score_item(scores.item_of(row(1, "told", solution, kind)))
+    assert scores.reasoning_metrics([record], {"1": read}, "somebody")[right] == 1
+
+
+def test_the_last_block_counts():
+    assert scores.last_block("<THINK>a</THINK> <think>b\nc</think>", "think") == "b\nc"  # upper or lower case
+
+
+def test_without_a_judge_the_report_says_so(tmp_path, monkeypatch, capsys):
+    path = write(tmp_path / "a.json", {"results": [row(1, "<think>So the answer is B.</think><answer>B</answer>", "B")]})
+    report, out, _ = rescore(path, monkeypatch, capsys)
+    assert report["judged"] == {"judge": None, "TAC": None, "consistency_rate": None, "VAS": None,
+                                "reason": "no judge was asked (--judge_base, --judge_model)"}
+    assert "read by" not in out and "reasoning" not in report
 
 
 # --------------------------------------------------------------------------------------------------------------- comparison
@@ -698,16 +682,17 @@ def test_a_judge_gives_tac_and_vas(serve, tmp_path, monkeypatch, capsys):
     rows = [row(1, "<think>frame says B</think><answer>B</answer>", "B"), row(2, "<think>frame says A</think><answer>B</answer>", "B"),
             row(3, "<think>mumbles frame</think><answer>B</answer>", "B"), row(4, "<think>raves</think><answer>C</answer>", "B"),
             row(5, "<answer>B</answer>", "B"), row(6, "", "B"), row(7, "<think>says 12</think><answer>12</answer>", "12", "numerical"),
-            row(8, "<think>frame</think><answer>w</answer>", "w", "OCR")]
+            row(8, "<think>frame</think><answer>w</answer>", "w", "OCR"),
+            row(9, "<think>raves</think><answer>A,C</answer>", "A,C")]  # several letters, like words, are not read
     path, server = write(tmp_path / "a.json", {"results": rows}), serve(judge)
     report, out, _ = rescore(path, monkeypatch, capsys, "--judge_base", server.base, "--judge_model", "judge-1")
     judged = report["judged"]
     assert {name: judged[name] for name in ("TP", "TN", "FP", "FN", "n", "outputs", "not_read")} == \
-        {"TP": 2, "TN": 1, "FP": 0, "FN": 3, "n": 7, "outputs": 6, "not_read": 1}
+        {"TP": 2, "TN": 1, "FP": 0, "FN": 3, "n": 7, "outputs": 6, "not_read": 2}
     assert judged["TAC"] == {"answer_to_thinking_correlation": 3 / 6, "consistency_accuracy": 2 / 5} and judged["consistency_rate"] == 2 / 7
     assert judged["VAS"]["value"] == pytest.approx(10 * (8 + 8 + 8 + 0 + 10 + 8) / 6)  # 5 has no reasoning: 0; 12 of 7 counts as 10
-    assert (judged["VAS"]["n"], judged["VAS"]["not_rated"], judged["judge"], judged["failed"]) == (6, 1, "judge-1", {})
-    assert report["reasoning"]["VAS"]["value"] is None and "read by judge-1" in out and "VAS 70.0" in out
+    assert (judged["VAS"]["n"], judged["VAS"]["not_rated"], judged["judge"], judged["failed"]) == (6, 2, "judge-1", {})
+    assert "read by judge-1" in out and "VAS 70.0" in out
     asked_before = len(server.requests)
     again, _, _ = rescore(path, monkeypatch, capsys, "--judge_base", server.base, "--judge_model", "judge-1")
     assert again == report and len(server.requests) == asked_before  # what was judged is not asked again
