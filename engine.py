@@ -42,7 +42,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cache
 
 import prior
 from data import DataError, MediaError, first_words
-from grpo import Policy, checkpoint_activations
+from grpo import Policy, checkpoint_activations, stop_tokens
 
 # ------------------------------------------------------------------------------------------------------------------------------------ ranks
 
@@ -502,10 +502,13 @@ def save_model(engine, processor, folder):
         aside = Path(f"{folder}.unfinished")
         state = {name.removeprefix("model."): value for name, value in state.items()}
         state = {name: in_layout(value, engine.module.shapes.get(name)) for name, value in state.items()}
-        engine.module.model.save_pretrained(aside, state_dict=state)
+        # what ended completions here ends them for every reader
+        model = engine.module.model
+        model.generation_config.eos_token_id = stop_tokens(model, processor)
+        model.save_pretrained(aside, state_dict=state)
         processor.save_pretrained(aside)
         check_names(engine.module, aside)
-        write_for_version_4(aside, engine.module.model.config.text_config.attribute_map)
+        write_for_version_4(aside, model.config.text_config.attribute_map)
         replace_folder(aside, folder)
     dist.barrier()
 

@@ -249,13 +249,21 @@ def test_every_recipe_trains(recipe, cold_start, tmp_path):
 
 
 def test_an_sft_step_does_not_depend_on_how_it_is_split(cold_start, small_toy, tmp_path):
-    """8 demonstrations as one forward, and as two forwards of 2 on each of two ranks."""
+    """8 demonstrations as one forward, and as two forwards of 2 on each of two ranks. The source stops at another token than its template:
+    what is saved stops at both."""
+    shutil.copytree(small_toy / "model", tmp_path / "model")
+    generation = json.loads((tmp_path / "model" / "generation_config.json").read_text())
+    end = generation["eos_token_id"]
+    other = json.loads((tmp_path / "model" / "config.json").read_text())["text_config"]["pad_token_id"]
+    (tmp_path / "model" / "generation_config.json").write_text(json.dumps(generation | {"eos_token_id": other}))
     whole, flags = metrics(cold_start[0].parent, "sft")[0], cold_start[1][: cold_start[1].index("--model_name_or_path")]
-    launch(*flags, "--stage", "sft", "--model_name_or_path", small_toy / "model", "--sft_max_steps", 1, "--sft_per_device_batch_size", 2,
+    launch(*flags, "--stage", "sft", "--model_name_or_path", tmp_path / "model", "--sft_max_steps", 1, "--sft_per_device_batch_size", 2,
            "--sft_gradient_accumulation_steps", 2, "--output_dir", tmp_path / "out", ranks=2)
     (parts,) = metrics(tmp_path / "out", "sft")
     for name in ("loss/sft", "loss/grad_norm"):
         assert parts[name] == pytest.approx(whole[name], rel=1e-4) and whole[name] > 0.1
+    saved = json.loads((tmp_path / "out" / "sft" / "generation_config.json").read_text())
+    assert saved["eos_token_id"] == [other, end] and other != end
 
 
 @pytest.mark.parametrize(("flags", "words"), [
