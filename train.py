@@ -1001,7 +1001,7 @@ def run(arguments, settings):
         rows, without_prior = priors_for(arguments, settings, asked, "training", resume, resume.get("without_prior", {}), arguments.priors)
         skipped = {**without_prior, **errors}
         lap("training priors")
-        stream = [example for example in stream if example.id not in skipped]
+        stream = [example for example in stream if example.id not in without_prior]
         stream, result["inverted"], result["not_invertible"] = invert_share(stream, arguments.invert_questions, arguments.seed)
         check_stream(arguments, data, stream, per_step, skipped)
         if arguments.invert_questions and not result["inverted"]:
