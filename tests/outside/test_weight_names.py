@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 
 ROOT = Path(__file__).resolve().parents[2]
 FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "qwen3_5")
+TIED = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")  # families with checkpoints of both kinds
 MTP = "mtp.fc.weight"  # Qwen3.5's checkpoints have weights that transformers' model has not
 HUB = "someone/model"
 
@@ -64,7 +65,7 @@ def make_sources(folder):
     from transformers import AutoConfig, AutoModelForImageTextToText
 
     for family in FAMILIES:
-        for tied in (True, False):
+        for tied in (True, False) if family in TIED else (False,):
             config = model_config(family, tied)
             (folder / "config.json").write_text(json.dumps(config))
             torch.manual_seed(0)
@@ -88,7 +89,6 @@ def make_sources(folder):
 def save_all(folder):
     sys.path.insert(0, str(ROOT))
     from transformers import AutoProcessor
-    from transformers.conversion_mapping import get_model_conversion_mapping
 
     import engine
     from data import DataError
@@ -104,9 +104,9 @@ def save_all(folder):
                                    freeze_vision=False, gradient_checkpointing=False)
         return engine.start_engine(settings, path, learning_rate=1e-6)
 
-    def refused(work):
+    def refused(work, *arguments):
         try:
-            work()
+            work(*arguments)
         except DataError as error:
             return str(error)
 
@@ -118,10 +118,9 @@ def save_all(folder):
             started.destroy()
     started = start(HUB, 0)
     engine.save_model(started, processor, folder / "saved" / "hub-0")
-    causes = {"lacks": [refused(lambda: start(folder / "sources" / "lacks", stage)) for stage in (0, 3)]}  # noqa: B023
-    # what the loader for ZeRO-3 leaves
-    started.module.model._weight_conversions = get_model_conversion_mapping(started.module.model)
-    causes["wrong"] = refused(lambda: engine.save_model(started, processor, folder / "saved" / "wrong"))
+    causes = {"lacks": [refused(start, folder / "sources" / "lacks", stage) for stage in (0, 3)]}
+    started.module.model._weight_conversions = []  # then save_pretrained writes transformers' own names
+    causes["wrong"] = refused(engine.save_model, started, processor, folder / "saved" / "wrong")
     (folder / "causes.json").write_text(json.dumps(causes))
 
 
@@ -132,7 +131,7 @@ def saved(toy_processor, tmp_path_factory):
     make_sources(folder)
     toy_processor.save_pretrained(folder / "processor")
     environment = {**os.environ, "HF_HUB_CACHE": str(folder / "hub"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, __file__, folder], env=environment, capture_output=True, text=True, timeout=300)
+    done = subprocess.run([sys.executable, __file__, folder], env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]
     return folder, done.stdout, json.loads((folder / "causes.json").read_text())
 
@@ -146,14 +145,14 @@ def assert_same(one, other):
 def test_names_shapes_and_values_are_those_of_the_source_for_every_family_and_stage(saved):
     folder, printed, _ = saved
     runs = [path for path in (folder / "saved").iterdir() if "misnamed" not in path.name and "-" in path.name]
-    assert len(runs) == 5 * (4 + 2) + 1
+    assert len(runs) == 5 * 4 + 3 * 2 + 1
     for run in runs:
         source = run.name.rpartition("-")[0].replace("hub", "qwen2_5_vl-untied")
         expected = load_file(folder / "sources" / source / "model.safetensors")
         expected.pop(MTP, None)
         assert_same(load_file(run / "model.safetensors"), expected)
     said = [line for line in printed.splitlines() if MTP in line]
-    assert len(said) == 6 and all("1 weights of" in line and "not saved" in line for line in said)
+    assert len(said) == 4 and all("1 weights of" in line and "not saved" in line for line in said)
 
 
 def test_what_the_old_code_saved_loads_and_is_saved_with_the_right_names(saved):
@@ -170,7 +169,8 @@ def test_weights_that_are_missing_or_would_get_other_names_end_the_run(saved):
     folder, _, causes = saved
     for cause in causes["lacks"]:
         assert "lacks lacks 1 weights of a qwen2_5_vl model, the first is model.language_model.norm.weight" in cause
-    assert "26 weights in" in causes["wrong"] and f"are not those of {HUB}: the first is model.model.embed_tokens.weight" in causes["wrong"]
+    assert "56 weights in" in causes["wrong"]  # all but lm_head.weight
+    assert f"are not those of {HUB}: the first is model.language_model.embed_tokens.weight" in causes["wrong"]
     assert (folder / "saved" / "wrong.unfinished" / "model.safetensors").exists() and not (folder / "saved" / "wrong").exists()
 
 
@@ -178,7 +178,7 @@ def test_transformers_4_finds_its_settings(saved):
     folder, *_ = saved
     for name, scaling in (("qwen2_vl", {"type": "mrope", "mrope_section": [2, 3, 3]}), ("qwen2_5_vl", {"mrope_section": [2, 3, 3]}),
                           ("qwen3_vl", {"mrope_interleaved": True, "mrope_section": [3, 3, 2]}), ("qwen3_vl_moe", {})):
-        for tied in (True, False):
+        for tied in (True, False) if name in TIED else (False,):
             run = folder / "saved" / f"{name}-{'tied' if tied else 'untied'}-3"
             text = json.loads((run / "config.json").read_text())["text_config"]
             assert text["rope_theta"] == 500000.0 and text["rope_scaling"].items() >= {"rope_type": "default", **scaling}.items()
