@@ -9,7 +9,6 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import cv2
 import numpy as np
@@ -286,14 +285,3 @@ def test_the_release_s_own_flags_work(small_toy, first_run, tmp_path):
     assert record["rollout/length"] <= 12
     run = json.loads((tmp_path / "out" / "run.json").read_text())
     assert run["ranks"] == 2 and run["versions"]["torch"] and run["command"][0].endswith("train.py")
-
-
-def test_metrics_reach_tensorboard_through_deepspeed(small_toy, first_run, tmp_path):
-    config = json.loads(Path(ROOT / "ds_zero3.json").read_text())
-    config["csv_monitor"] = {"enabled": True, "output_path": str(tmp_path / "csv"), "job_name": "run"}
-    (tmp_path / "ds.json").write_text(json.dumps(config))
-    launch("--toy_dir", small_toy, "--model_name_or_path", first_run[0] / "sft", *FLAGS, "--max_steps", 2, "--output_dir", tmp_path / "out",
-           "--per_device_train_batch_size", 2, "--deepspeed", tmp_path / "ds.json")
-    (file,) = (tmp_path / "csv").rglob("*reward_total*.csv")
-    shown = [float(line.split(",")[1]) for line in file.read_text().splitlines()[1:]]
-    assert shown == pytest.approx([record["reward/total"] for record in metrics(tmp_path / "out", "grpo")], abs=1e-5)

@@ -1,6 +1,7 @@
 """DeepSpeed files as people have them: those of R1-V, Video-R1 and Qwen's own scripts, and of Hugging Face's documentation.
 
-Run as a program with a folder, this file trains two steps with each of them in one process; the test starts it.
+Run as a program with a folder, this file trains two steps with each of them in one process; the test starts it. A real run of train.py
+with one of them is in test_trackers.py.
 """
 
 import copy
@@ -11,7 +12,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ENV, ROOT, SMALL, launch, metrics
+from conftest import ENV, ROOT
 
 import engine
 import train
@@ -307,14 +308,6 @@ def test_a_file_without_an_optimizer_gets_ours(tmp_path, monkeypatch, gpu, offlo
         parameters["torch_adam"] = True
     assert config["optimizer"] == {"type": "AdamW", "params": parameters}
     assert config["gradient_clipping"] == 0.7
-
-
-def test_the_most_offloaded_file_in_a_real_run(small_toy, tmp_path):
-    (tmp_path / "file.json").write_text(json.dumps(FILES["both offloaded, as Video-R1's zero3_offload"]))
-    done = launch("--toy_dir", small_toy, "--output_dir", tmp_path / "out", *SMALL, "--per_device_train_batch_size", "4", "--ema_decay",
-                  "0.9", "--ema_steps", "1", "--deepspeed", tmp_path / "file.json")  # fmt: skip
-    assert done.stdout.count("without a GPU Adam is torch's") == 1
-    assert [len(metrics(tmp_path / "out", stage)) for stage in ("sft", "grpo")] == [2, 2]
 
 
 if __name__ == "__main__":

@@ -1,0 +1,61 @@
+"""Ports of runs under the deepspeed launcher, which gives every run on a machine the same one."""
+
+import multiprocessing
+import os
+from types import SimpleNamespace
+
+import pytest
+
+import engine
+
+LAUNCHED = {"CROSS_SIZE": "1", "WORLD_SIZE": "2", "RANK": "0", "MASTER_PORT": "29500"}
+
+
+def processes(launcher):
+    """psutil whose process was started by a shell in a launcher of DeepSpeed."""
+    command = ["python", "-u", "-m", "deepspeed.launcher.launch", "--world_info=x", "train.py"]
+    parents = [
+        SimpleNamespace(pid=launcher + 1, create_time=lambda: 2.5, cmdline=lambda: ["bash", "-c", "train.py"]),
+        SimpleNamespace(pid=launcher, create_time=lambda: 1.5, cmdline=lambda: command),
+    ]
+    return SimpleNamespace(Process=lambda: SimpleNamespace(parents=lambda: parents))
+
+
+def run_rank(rank, launcher, folder, queue):
+    os.environ.update(LAUNCHED, RANK=str(rank))
+    engine.psutil = processes(launcher)
+    engine.tempfile.tempdir = str(folder)
+    queue.put((launcher, engine.own_port()))
+
+
+def test_ranks_of_a_launcher_agree_and_launchers_differ(tmp_path):
+    context = multiprocessing.get_context("fork")
+    queue = context.Queue()
+    ranks = [
+        context.Process(target=run_rank, args=(rank, launcher, tmp_path, queue))
+        for rank in (1, 0)  # rank 0 comes last, the others wait for it
+        for launcher in (70_000_001, 70_000_011)
+    ]
+    for rank in ranks:
+        rank.start()
+    ports = {}
+    for _ in ranks:
+        launcher, port = queue.get(timeout=60)
+        ports.setdefault(launcher, []).append(port)
+    for rank in ranks:
+        rank.join()
+    first, second = ports.values()
+    assert first[0] == first[1] != second[0] == second[1]
+    assert 1024 < int(first[0]) < 65536 and "29500" not in (first[0], second[0])
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("change", [{"MASTER_PORT": "29501"}, {"CROSS_SIZE": "2"}, {"CROSS_SIZE": None}])
+def test_a_port_that_was_given_stays(change, monkeypatch, tmp_path):
+    monkeypatch.setattr(engine.tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(engine, "psutil", processes(70_000_001))
+    for name, value in (LAUNCHED | {"WORLD_SIZE": "1"} | change).items():
+        monkeypatch.setenv(name, value or "")
+        if value is None:
+            monkeypatch.delenv(name)
+    assert engine.own_port() is None and not list(tmp_path.iterdir())

@@ -1,0 +1,173 @@
+"""What W&B and TensorBoard hold after a run, read back from their own files.
+
+The run has the DeepSpeed file with the most offloading, as Video-R1 has it, so that it stands for a real run of that as well.
+"""
+
+import json
+import os
+import struct
+from types import SimpleNamespace
+
+import conftest
+import pytest
+from conftest import SMALL, launch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from test_deepspeed_files import FILES
+from wandb.proto import wandb_internal_pb2
+
+import engine
+import train
+
+
+@pytest.fixture(scope="module")
+def run(small_toy, tmp_path_factory):
+    """Folder with out/ (two steps of SFT, two of GRPO), tb/, csv/ and wandb/; the run's words."""
+    folder = tmp_path_factory.mktemp("trackers")
+    config = FILES["both offloaded, as Video-R1's zero3_offload"] | {
+        "tensorboard": {"enabled": True, "output_path": str(folder / "tb"), "job_name": "run"},
+        "csv_monitor": {"enabled": True, "output_path": str(folder / "csv"), "job_name": "run"},
+        "wandb": {"enabled": True, "project": "frames"},
+    }
+    (folder / "file.json").write_text(json.dumps(config))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(conftest.ENV, "WANDB_MODE", "offline")
+        patch.setitem(conftest.ENV, "WANDB_DIR", str(folder))
+        done = launch("--toy_dir", small_toy, "--output_dir", folder / "out", *SMALL, "--per_device_train_batch_size", "4",
+                      "--ema_decay", "0.9", "--ema_steps", "1", "--deepspeed", folder / "file.json")  # fmt: skip
+    return folder, done.stdout + done.stderr
+
+
+@pytest.fixture(scope="module")
+def expected(run):
+    """{label: [(step, value)]} by hand: SFT's two steps are 0 and 1, GRPO's 2 and 3."""
+    table = {}
+    for line in (run[0] / "out" / "metrics.jsonl").read_text().splitlines():
+        record = json.loads(line)
+        step = record["step"] + {"sft": 0, "grpo": 2}[record["stage"]]
+        for name in record.keys() - {"stage", "step"}:
+            table.setdefault(f"{record['stage']}/{name}", []).append((step, record[name]))
+    assert [step for step, _ in table["sft/loss/sft"]] == [0, 1]
+    assert [step for step, _ in table["grpo/reward/total"]] == [2, 3]
+    return table
+
+
+def assert_same(found, expected):
+    assert found.keys() == expected.keys()
+    for label, points in expected.items():
+        assert [step for step, _ in found[label]] == [step for step, _ in points], label
+        assert [value for _, value in found[label]] == pytest.approx([value for _, value in points], rel=1e-5), label
+
+
+def test_the_file_s_offloading_is_trained_with_and_its_optimizer_named_once(run):
+    assert run[1].count("without a GPU Adam is torch's") == 1
+
+
+def test_tensorboard_has_one_file_with_every_metric(run, expected):
+    (file,) = (run[0] / "tb").rglob("events.out.*")
+    events = EventAccumulator(str(file)).Reload()
+    assert_same({tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]}, expected)
+
+
+def test_csv_files_have_every_metric(run, expected):
+    found = {}
+    for label in expected:
+        _, *lines = (run[0] / "csv" / "run" / f"{label.replace('/', '_')}.csv").read_text().split()
+        found[label] = [(int(step), float(value)) for step, value in (line.split(",") for line in lines)]
+    assert_same(found, expected)
+
+
+def wandb_records(file):
+    """Of a W&B file: LevelDB's log format after 7 bytes of its own. A record's pieces are whole (1), first, middle or last (4)."""
+    data = file.read_bytes()
+    place, whole = 7, b""
+    while place + 7 <= len(data):
+        left = 32768 - place % 32768
+        if left < 7:  # no room for a header at the end of a block
+            place += left
+            continue
+        _, length, kind = struct.unpack("<IHB", data[place : place + 7])
+        whole += data[place + 7 : place + 7 + length]
+        place += 7 + length
+        if kind in (1, 4):
+            record = wandb_internal_pb2.Record()
+            record.ParseFromString(whole)
+            yield record
+            whole = b""
+
+
+def test_wandb_has_one_run_with_every_metric(run, expected):
+    (file,) = (run[0] / "wandb").glob("offline-run-*/*.wandb")
+    records = list(wandb_records(file))
+    (start,) = [record.run for record in records if record.WhichOneof("record_type") == "run"]
+    state = json.loads((run[0] / "out" / "tracker.json").read_text())
+    assert (start.run_id, start.project, state["shown"]) == (state["wandb_run_id"], "frames", 3)
+    found = {}
+    for record in records:
+        if record.WhichOneof("record_type") == "history":
+            values = {item.key or item.nested_key[0]: json.loads(item.value_json) for item in record.history.item}
+            for label, value in values.items():
+                if not label.startswith("_"):
+                    found.setdefault(label, []).append((values["_step"], value))
+    assert_same(found, expected)
+    assert "step must" not in run[1].lower() and "monoton" not in run[1]
+
+
+def test_the_learning_rate_is_in_every_record(run, expected):
+    """Of two steps the warm-up and the fall take one each, and both begin with the peak."""
+    settings = json.loads((run[0] / "out" / "run.json").read_text())
+    for stage, peak in (("sft", settings["sft_learning_rate"]), ("grpo", settings["learning_rate"])):
+        rates = [rate for _, rate in expected[f"{stage}/train/learning_rate"]]
+        assert rates == pytest.approx([peak, peak], rel=1e-6)
+
+
+class Recorder:
+    """In place of DeepSpeed's MonitorMaster."""
+
+    def __init__(self, config):
+        self.events = []
+
+    def write_events(self, events):
+        self.events += events
+
+
+@pytest.fixture
+def start(tmp_path, monkeypatch):
+    """-> a Tracker on the output folder, as of a new process, with what is left of metrics.jsonl."""
+    monkeypatch.setattr(engine, "is_main", lambda: True)
+    monkeypatch.setattr(engine, "MonitorMaster", Recorder)
+    monkeypatch.setattr(engine, "say", lambda text: None)
+    (tmp_path / "file.json").write_text(json.dumps({"wandb": {"enabled": True}, "csv_monitor": {"enabled": True}}))
+
+    def begin(records, resume):
+        for name in ("WANDB_RUN_ID", "WANDB_RESUME"):
+            monkeypatch.setenv(name, "")  # monkeypatch takes it back after the test
+            monkeypatch.delenv(name)
+        (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+        settings = SimpleNamespace(deepspeed=tmp_path / "file.json", output_dir=tmp_path, resume_from_checkpoint=resume)
+        return engine.Tracker(settings), os.environ["WANDB_RUN_ID"]
+
+    return begin
+
+
+def test_a_run_that_goes_on_shows_no_step_twice_and_keeps_its_wandb_run(start):
+    records = [{"stage": stage, "step": step, "loss/x": float(step)} for stage, steps in (("sft", 3), ("grpo", 4)) for step in range(steps)]
+    first, run_id = start([], None)
+    for record in records[:6]:  # killed in GRPO's step 3, after the step 5 of the run
+        first.show(record)
+    assert first.monitor.events[-1] == ("grpo/loss/x", 2.0, 5) and len(first.monitor.events) == 6
+    second, again = start(records[:4], "auto")  # from the checkpoint after GRPO's first step
+    for record in records[4:]:
+        second.show(record)
+    assert again == run_id and os.environ["WANDB_RESUME"] == "allow"
+    assert second.monitor.events == [("grpo/loss/x", 3.0, 6)]
+    # A new run in the same folder is another run.
+    third, other = start([], None)
+    third.show(records[0])
+    assert other != run_id and third.monitor.events == [("sft/loss/x", 0.0, 0)]
+
+
+def test_without_a_tracker_nothing_is_written(tmp_path, monkeypatch):
+    monkeypatch.setattr(engine, "is_main", lambda: True)
+    settings = train.TrainArguments(output_dir=str(tmp_path))
+    engine.Tracker(settings).show({"stage": "sft", "step": 0, "loss/sft": 1.0})
+    assert not list(tmp_path.iterdir())
