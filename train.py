@@ -261,7 +261,8 @@ def train_sft(arguments, model_path, processor, encoder, examples, skipped, chec
         engine.step()
         values = {"loss/sft": [loss.item() * world], "time/step": [time.perf_counter() - begin]}
         metrics = average(values, tuple(values), device)
-        record = {"stage": "sft", "step": step, **metrics, "train/learning_rate": engine.get_lr()[0], "data/skipped": lost}
+        metrics["train/learning_rate"] = engine.get_lr()[0]
+        record = {"stage": "sft", "step": step, **metrics, "data/skipped": lost}
         writer(record)
         progress.set_postfix(loss=f"{metrics['loss/sft']:.3f}", refresh=False)
         checkpoint.after_step(engine, "sft", step + 1, steps, **kept)
@@ -564,7 +565,8 @@ def train_grpo(arguments, model_path, processor, encoder, stream, rows, skipped,
         metrics = average(values, METRICS, engine.device)
         if micro_batches and norm:
             metrics["loss/grad_norm"] = norm
-        record = {"stage": "grpo", "step": step, **metrics, "train/learning_rate": engine.get_lr()[0], "data/skipped": lost}
+        metrics["train/learning_rate"] = engine.get_lr()[0]
+        record = {"stage": "grpo", "step": step, **metrics, "data/skipped": lost}
         writer(record)
         shown = {"reward": "reward/total", "acc": "reward/accuracy", "cfr": "consensus/score", "len": "rollout/length", "kl": "loss/kl",
                  "same": "loss/zero_variance_groups", "skipped": "data/skipped"}
