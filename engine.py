@@ -99,17 +99,25 @@ def free_port():
 
 
 def own_port():
-    """A free port for the ranks of one deepspeed launcher on one machine, which gives every run the same; None for other launchers.
+    """A free port for the ranks of one deepspeed launcher on one machine.
 
-    The ranks agree on it in a file named after the launcher's process, so that two runs at the same time do not meet.
+    The launcher gives every run the same port unless --master_port says another. The ranks of a run
+    agree on one of their own in a file named after their launcher's process.
+
+    Returns:
+        str, or None: another launcher, more than one machine, or a port that the user chose.
     """
-    if os.environ.get("CROSS_SIZE") != "1" or os.environ["MASTER_PORT"] != str(TORCH_DISTRIBUTED_DEFAULT_PORT):
+    default = str(TORCH_DISTRIBUTED_DEFAULT_PORT)
+    if os.environ.get("CROSS_SIZE") != "1" or os.environ["MASTER_PORT"] != default:
         return None
-    launchers = [process for process in psutil.Process().parents() if "deepspeed.launcher.launch" in process.cmdline()]
+    parents = psutil.Process().parents()
+    launchers = [one for one in parents if "deepspeed.launcher.launch" in one.cmdline()]
     if not launchers:
         return None
-    file = Path(tempfile.gettempdir()) / f"ranks-{launchers[0].pid}-{launchers[0].create_time()}"
-    store = dist.FileStore(str(file), int(os.environ["WORLD_SIZE"]))  # removes its file when the last rank lets go of it
+    name = f"ranks-{launchers[0].pid}-{launchers[0].create_time()}"
+    file = Path(tempfile.gettempdir()) / name
+    # The store removes its file when the last rank lets go of it.
+    store = dist.FileStore(str(file), int(os.environ["WORLD_SIZE"]))
     if os.environ["RANK"] == "0":
         store.set("port", free_port())
     return store.get("port").decode()
@@ -149,13 +157,29 @@ def on_main_first(work):
 
 
 # Sections of a DeepSpeed file that send metrics somewhere, and the package that each needs.
-MONITORS = {"tensorboard": "tensorboard", "wandb": "wandb", "comet": "comet_ml", "csv_monitor": "csv"}
-OFFLOADS = ("zero_optimization.offload_optimizer", "zero_optimization.offload_param")
-SECTIONS = ("fp16", "bf16", "optimizer", "optimizer.params", "zero_optimization", *OFFLOADS, *MONITORS)
+MONITORS = {
+    "tensorboard": "tensorboard",
+    "wandb": "wandb",
+    "comet": "comet_ml",
+    "csv_monitor": "csv",
+}
+SECTIONS = (
+    "fp16",
+    "bf16",
+    "optimizer",
+    "optimizer.params",
+    "zero_optimization",
+    "zero_optimization.offload_optimizer",
+    "zero_optimization.offload_param",
+    *MONITORS,
+)
 
 
 def read_deepspeed_file(arguments):
-    """The --deepspeed file as it is, with the functions of HfTrainerDeepSpeedConfig; DataError if it is no such file."""
+    """The --deepspeed file as it is, with the functions of Hugging Face's class for such files.
+
+    Errors: DataError if there is no file, no JSON in it, or something else where a section belongs.
+    """
     file = Path(arguments.deepspeed)
     if not file.is_file():
         raise DataError(f"DeepSpeed configuration {file} not found (--deepspeed)")
@@ -176,10 +200,12 @@ def read_deepspeed_file(arguments):
 
 
 def deepspeed_config(arguments, hidden_size, micro_batch=1, accumulation=1, learning_rate=None):
-    """The --deepspeed file as an engine gets it: what Hugging Face's Trainer fills is filled, what this program decides is replaced.
+    """The --deepspeed file as an engine gets it.
+
+    What Hugging Face's Trainer fills is filled, what this program decides is replaced.
 
     Args:
-        hidden_size: width of the language model, from which Hugging Face takes the sizes of ZeRO's buckets.
+        hidden_size: width of the language model; sizes of ZeRO's buckets follow from it.
         learning_rate: None for an engine without an optimizer (reference, scoring).
     Returns:
         dict without "auto".
@@ -187,7 +213,7 @@ def deepspeed_config(arguments, hidden_size, micro_batch=1, accumulation=1, lear
     """
     file = read_deepspeed_file(arguments)
     config = file.config
-    # Decided by flags or by this program's own loop. The whole run has one writer of metrics (Tracker), not one an engine.
+    # Decided by flags and by the loop. One writer of metrics serves the run (Tracker).
     for name in ("train_batch_size", "scheduler", *MONITORS):
         config.pop(name, None)
     config["train_micro_batch_size_per_gpu"] = micro_batch
@@ -201,7 +227,7 @@ def deepspeed_config(arguments, hidden_size, micro_batch=1, accumulation=1, lear
         parameters["lr"] = learning_rate
         parameters.setdefault("weight_decay", "auto")
 
-    # What stands for "auto", as in HfTrainerDeepSpeedConfig; betas and eps are TrainingArguments' defaults.
+    # As in HfTrainerDeepSpeedConfig; betas and eps are the defaults of TrainingArguments.
     autos = {
         "gradient_clipping": arguments.max_grad_norm,
         "fp16.enabled": False,
@@ -217,9 +243,11 @@ def deepspeed_config(arguments, hidden_size, micro_batch=1, accumulation=1, lear
         file.fill_only(key, value)
     left = list(find_autos(config))
     if left:
-        raise DataError(f"{arguments.deepspeed}: nothing fills the \"auto\" of {', '.join(left)}; write a value there")
+        keys = ", ".join(left)
+        raise DataError(f'{arguments.deepspeed}: nothing fills the "auto" of {keys}; write a value')
     if file.is_true("fp16.enabled"):
-        raise DataError(f"{arguments.deepspeed} asks for fp16, whose loss scaling this program does not know; use bf16")
+        words = "asks for fp16, whose loss scaling this program does not know; use bf16"
+        raise DataError(f"{arguments.deepspeed} {words}")
 
     zero = config.get("zero_optimization", {})
     if learning_rate is None:
@@ -234,15 +262,21 @@ def deepspeed_config(arguments, hidden_size, micro_batch=1, accumulation=1, lear
 
 
 def optimizer_parameters(file):
-    """optimizer.params of a file's configuration, which gets the section of ds_zero3.json if it has none."""
+    """optimizer.params of a file's configuration, which gets ds_zero3.json's if it has none.
+
+    Errors: DataError for a section without a type.
+    """
     missing = "optimizer" not in file.config
-    optimizer = file.config.setdefault("optimizer", {"type": "AdamW", "params": {"betas": [0.9, 0.95]}})
-    if "type" not in optimizer:
-        raise DataError("the optimizer section of the DeepSpeed configuration has no type, for example AdamW")
+    default = {"type": "AdamW", "params": {"betas": [0.9, 0.95]}}
+    optimizer = file.config.setdefault("optimizer", default)
+    if not isinstance(optimizer.get("type"), str):
+        raise DataError("optimizer in the DeepSpeed configuration has no type, for example AdamW")
     parameters = optimizer.setdefault("params", {})
-    # DeepSpeed compiles its own Adam on first use: for minutes, to no end without a GPU. Offloaded states need its CPUAdam to be fast.
+    # DeepSpeed compiles its own Adam on first use, for minutes, and without a GPU it gains nothing.
+    # On a GPU it is for what a file's own section asks, and for offloaded states.
     offloads = file.get_value("zero_optimization.offload_optimizer.device", "none") != "none"
-    if optimizer["type"].lower() in ("adam", "adamw") and (not torch.cuda.is_available() or missing and not offloads):
+    use_torch = not torch.cuda.is_available() or (missing and not offloads)
+    if use_torch and optimizer["type"].lower() in ("adam", "adamw"):
         parameters.setdefault("torch_adam", True)
     return parameters
 
@@ -258,54 +292,73 @@ def find_autos(node, name=""):
 
 
 def check_deepspeed_file(arguments):
-    """Looks at the --deepspeed file before anything is loaded or written, and says what of it is not used. The ranks must have started.
+    """Looks at the --deepspeed file before a model is loaded; says what of it is not used.
+
+    The ranks must have started.
 
     Errors: DataError for all that is wrong with it, a package that is not installed included.
     """
+    name = arguments.deepspeed
     file = read_deepspeed_file(arguments)
     for section, package in MONITORS.items():
         if file.is_true(f"{section}.enabled") and importlib.util.find_spec(package) is None:
-            raise DataError(f"{section} is enabled in {arguments.deepspeed}, but not installed: pip install {package}")
+            words = f"which is not installed: pip install {package}"
+            raise DataError(f"{name} enables {section}, {words}")
+    training = deepspeed_config(arguments, hidden_size=1, learning_rate=arguments.learning_rate)
+    inference = deepspeed_config(arguments, hidden_size=1)
     try:
         get_monitor_config(file.config)
-        for learning_rate in (arguments.learning_rate, None):
-            DeepSpeedConfig(deepspeed_config(arguments, 1, learning_rate=learning_rate))
-    except (AssertionError, DeepSpeedConfigError, TypeError, ValueError) as error:
-        if isinstance(error, DataError):
-            raise
-        raise DataError(f"DeepSpeed does not take {arguments.deepspeed}: {' '.join(str(error).split())}") from error
+        DeepSpeedConfig(training)
+        DeepSpeedConfig(inference)
+    except (AssertionError, AttributeError, DeepSpeedConfigError, TypeError, ValueError) as error:
+        words = " ".join(str(error).split())
+        raise DataError(f"DeepSpeed does not take {name}: {words}") from error
 
     # What the file says and the run does not do.
-    batch = arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps * dist.get_world_size()
+    micro = arguments.per_device_train_batch_size
+    accumulation = arguments.gradient_accumulation_steps
+    batch = micro * accumulation * dist.get_world_size()
     decided = {
-        "train_batch_size": {"--per_device_train_batch_size x --gradient_accumulation_steps x ranks": batch},
+        "train_batch_size": {
+            "--per_device_train_batch_size x --gradient_accumulation_steps x ranks": batch
+        },
         "train_micro_batch_size_per_gpu": {
             "--sft_per_device_batch_size": arguments.sft_per_device_batch_size,
-            "--per_device_train_batch_size": arguments.per_device_train_batch_size,
+            "--per_device_train_batch_size": micro,
         },
         "gradient_accumulation_steps": {
             "--sft_gradient_accumulation_steps": arguments.sft_gradient_accumulation_steps,
-            "--gradient_accumulation_steps": arguments.gradient_accumulation_steps,
+            "--gradient_accumulation_steps": accumulation,
         },
-        "optimizer.params.lr": {"--sft_learning_rate": arguments.sft_learning_rate, "--learning_rate": arguments.learning_rate},
+        "optimizer.params.lr": {
+            "--sft_learning_rate": arguments.sft_learning_rate,
+            "--learning_rate": arguments.learning_rate,
+        },
     }
     for key, flags in decided.items():
         value = file.get_value(key, "auto")
         if value != "auto" and any(value != own for own in flags.values()):
-            instead = ", ".join(f"{name} is {own}" for name, own in flags.items())
-            say(f"{arguments.deepspeed}: {key} {value} is not used, {instead}")
+            instead = ", ".join(f"{flag} is {own}" for flag, own in flags.items())
+            say(f"{name}: {key} {value} is not used, {instead}")
     if "scheduler" in file.config:
-        say(f"{arguments.deepspeed}: its scheduler is not used, --warmup_ratio {arguments.warmup_ratio} is")
+        say(f"{name}: its scheduler is not used, --warmup_ratio {arguments.warmup_ratio} is")
+
     # What the file says in place of a flag.
-    for key, name in (("gradient_clipping", "max_grad_norm"), ("optimizer.params.weight_decay", "weight_decay")):
+    of_file = {
+        "gradient_clipping": ("--max_grad_norm", arguments.max_grad_norm),
+        "optimizer.params.weight_decay": ("--weight_decay", arguments.weight_decay),
+    }
+    for key, (flag, own) in of_file.items():
         value = file.get_value(key, "auto")
-        if value != "auto" and value != getattr(arguments, name):
-            say(f"{arguments.deepspeed}: {key} {value} is used, --{name} {getattr(arguments, name)} is not")
+        if value not in ("auto", own):
+            say(f"{name}: {key} {value} is used, {flag} {own} is not")
+
     # What it does not say.
+    torch_adam = "optimizer.params.torch_adam"
     if "optimizer" not in file.config:
-        say(f"{arguments.deepspeed} has no optimizer: AdamW with betas 0.9, 0.95 as in ds_zero3.json")
-    elif not torch.cuda.is_available() and not file.get_value("optimizer.params.torch_adam"):
-        say(f"{arguments.deepspeed}: without a GPU Adam is torch's, not the one that DeepSpeed would have to compile")
+        say(f"{name} has no optimizer: AdamW with betas 0.9, 0.95 as in ds_zero3.json")
+    elif training["optimizer"]["params"].get("torch_adam") and not file.is_true(torch_adam):
+        say(f"{name}: without a GPU Adam is torch's, DeepSpeed would compile its own")
 
 
 def start_engine(arguments, model_path, micro_batch=1, accumulation=1, learning_rate=None):
@@ -424,10 +477,11 @@ def set_learning_rate(engine, step, steps, peak, warmup_ratio, decay_ratio=0.3):
 
 
 class Tracker:
-    """Shows the records of metrics.jsonl where the --deepspeed file says (tensorboard, wandb, comet, csv_monitor).
+    """Shows the records of metrics.jsonl where the --deepspeed file says (MONITORS).
 
-    One writer for the whole run, on rank 0. Its step counts over the run: GRPO's steps come after SFT's. A run that goes on after a
-    checkpoint shows no step twice, and continues its W&B run; tracker.json in the output folder says which and where.
+    One writer for the whole run, on rank 0. Its step counts over the run: GRPO's steps come after
+    SFT's. A run that goes on after a checkpoint shows no step twice and continues its W&B run;
+    tracker.json in the output folder has the last step shown and the W&B run's id.
     """
 
     def __init__(self, arguments):
@@ -440,13 +494,14 @@ class Tracker:
         self.state = {"wandb_run_id": uuid.uuid4().hex[:8], "shown": -1}
         if arguments.resume_from_checkpoint is not None and self.file.is_file():
             self.state = json.loads(self.file.read_text(encoding="utf-8"))
-            say(f"tracker.json: the trackers have shown {self.state['shown'] + 1} steps of this run, those are not shown again")
+            say(f"{self.file}: the run's steps up to {self.state['shown']} are not shown again")
         # Only the lines up to the checkpoint are left.
         metrics = Path(arguments.output_dir) / "metrics.jsonl"
         for line in metrics.read_text(encoding="utf-8").splitlines():
             self.step_of(json.loads(line))
         if config.wandb.enabled:
-            self.state["wandb_run_id"] = os.environ.setdefault("WANDB_RUN_ID", self.state["wandb_run_id"])
+            run_id = os.environ.setdefault("WANDB_RUN_ID", self.state["wandb_run_id"])
+            self.state["wandb_run_id"] = run_id
             os.environ.setdefault("WANDB_RESUME", "allow")
         self.monitor = MonitorMaster(config)
 
@@ -464,10 +519,11 @@ class Tracker:
         if step <= self.state["shown"]:
             return
         stage = record["stage"]
-        self.monitor.write_events([(f"{stage}/{name}", value, step) for name, value in record.items() if "/" in name])
+        metrics = {name: value for name, value in record.items() if "/" in name}
+        self.monitor.write_events([(f"{stage}/{name}", metrics[name], step) for name in metrics])
         # Written aside and renamed: a run that is killed here can go on.
         self.state["shown"] = step
-        aside = self.file.with_suffix(".unfinished")
+        aside = self.file.with_suffix(".new")
         aside.write_text(json.dumps(self.state), encoding="utf-8")
         os.replace(aside, self.file)
 

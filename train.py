@@ -304,7 +304,8 @@ def train_sft(arguments, model_path, processor, encoder, examples, skipped, chec
         values = {"loss/sft": [total * world], "time/step": [time.perf_counter() - begin]}
         metrics = average(values, tuple(values), device)
         metrics["loss/grad_norm"] = float(engine.get_global_grad_norm() or 0)  # before clipping; stage 0 computes none
-        record = {"stage": "sft", "step": step, **metrics, "train/learning_rate": engine.get_lr()[0], "data/skipped": lost}
+        metrics["train/learning_rate"] = engine.get_lr()[0]
+        record = {"stage": "sft", "step": step, **metrics, "data/skipped": lost}
         writer(record)
         progress.set_postfix(loss=f"{metrics['loss/sft']:.3f}", refresh=False)
         checkpoint.after_step(engine, "sft", step + 1, steps, **kept)
@@ -627,7 +628,8 @@ def train_grpo(arguments, model_path, processor, encoder, stream, rows, skipped,
         metrics = average(values, METRICS, engine.device)
         if micro_batches and norm:
             metrics["loss/grad_norm"] = norm
-        record = {"stage": "grpo", "step": step, **metrics, "train/learning_rate": engine.get_lr()[0], "data/skipped": lost}
+        metrics["train/learning_rate"] = engine.get_lr()[0]
+        record = {"stage": "grpo", "step": step, **metrics, "data/skipped": lost}
         if heldout and arguments.eval_steps and (step + 1) % arguments.eval_steps == 0:
             scores = score_heldout(arguments, engine, *heldout)
             record |= {f"eval/{name}": value for name, value in scores.items()}

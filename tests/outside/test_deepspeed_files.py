@@ -1,7 +1,7 @@
-"""DeepSpeed files as people have them: those of R1-V, Video-R1 and Qwen's own scripts, and of Hugging Face's documentation.
+"""DeepSpeed files as people have them: of R1-V, Video-R1, Qwen's scripts, Hugging Face's docs.
 
-Run as a program with a folder, this file trains two steps with each of them in one process; the test starts it. A real run of train.py
-with one of them is in test_trackers.py.
+Run as a program with a folder, this file trains two steps with each of them in one process; the
+test starts it. A real run of train.py with one of them is in test_trackers.py.
 """
 
 import copy
@@ -26,7 +26,10 @@ FP16 = {
     "hysteresis": 2,
     "min_loss_scale": 1,
 }
-ADAMW = {"type": "AdamW", "params": {"lr": "auto", "betas": "auto", "eps": "auto", "weight_decay": "auto"}}
+ADAMW = {
+    "type": "AdamW",
+    "params": {"lr": "auto", "betas": "auto", "eps": "auto", "weight_decay": "auto"},
+}
 WARMUP = {"warmup_min_lr": "auto", "warmup_max_lr": "auto", "warmup_num_steps": "auto"}
 BATCH = {
     "gradient_accumulation_steps": "auto",
@@ -66,25 +69,45 @@ QWEN3 = {
     "stage3_param_persistence_threshold": 10000000,
 }
 FILES = {
-    "stage 0, as in BGE's examples": HEAD | {"zero_optimization": {"stage": 0}, "optimizer": ADAMW} | BATCH,
-    "stage 1, as Video-R1": HEAD | {"zero_optimization": {"stage": 1, "reduce_bucket_size": "auto"}, "optimizer": ADAMW} | BATCH,
+    "stage 0, as in BGE's examples": HEAD
+    | {"zero_optimization": {"stage": 0}, "optimizer": ADAMW}
+    | BATCH,
+    "stage 1, as Video-R1": HEAD
+    | {"zero_optimization": {"stage": 1, "reduce_bucket_size": "auto"}, "optimizer": ADAMW}
+    | BATCH,
     "stage 2, as Video-R1": HEAD
-    | {"zero_optimization": ZERO2 | {"offload_optimizer": NONE, "offload_param": NONE}, "optimizer": ADAMW}
+    | {
+        "zero_optimization": ZERO2 | {"offload_optimizer": NONE, "offload_param": NONE},
+        "optimizer": ADAMW,
+    }
     | BATCH,
     "stage 3, as Video-R1": HEAD
-    | {"zero_optimization": ZERO3 | {"offload_optimizer": NONE, "offload_param": NONE}, "optimizer": ADAMW}
+    | {
+        "zero_optimization": ZERO3 | {"offload_optimizer": NONE, "offload_param": NONE},
+        "optimizer": ADAMW,
+    }
     | BATCH,
     "optimizer offloaded, as Hugging Face's stage 2": HEAD
     | {"zero_optimization": ZERO2 | {"offload_optimizer": CPU}, "optimizer": ADAMW}
     | BATCH,
     "both offloaded, as Video-R1's zero3_offload": HEAD
-    | {"zero_optimization": ZERO3 | {"offload_optimizer": CPU, "offload_param": CPU}, "optimizer": ADAMW}
+    | {
+        "zero_optimization": ZERO3 | {"offload_optimizer": CPU, "offload_param": CPU},
+        "optimizer": ADAMW,
+    }
     | BATCH,
     "all auto without an optimizer, as Qwen's zero3": HEAD
-    | {"zero_optimization": ZERO3 | QWEN3, "train_micro_batch_size_per_gpu": "auto", "train_batch_size": "auto"}
+    | {
+        "zero_optimization": ZERO3 | QWEN3,
+        "train_micro_batch_size_per_gpu": "auto",
+        "train_batch_size": "auto",
+    }
     | {"gradient_accumulation_steps": "auto"},
     "scheduler auto, as R1-V's zero2": HEAD
-    | {"zero_optimization": ZERO2 | {"offload_optimizer": CPU, "offload_param": CPU}, "optimizer": ADAMW}
+    | {
+        "zero_optimization": ZERO2 | {"offload_optimizer": CPU, "offload_param": CPU},
+        "optimizer": ADAMW,
+    }
     | {"scheduler": {"type": "WarmupDecayLR", "params": WARMUP | {"total_num_steps": "auto"}}}
     | BATCH,
 }
@@ -93,7 +116,9 @@ SCHEDULER = "scheduler auto, as R1-V's zero2"
 
 RATE = 1e-2
 CLIP = 0.05  # far below the norms of these gradients
-SETTINGS = dict(max_grad_norm=CLIP, weight_decay=0.1, per_device_train_batch_size=3, sft_per_device_batch_size=3)
+SETTINGS = dict(
+    max_grad_norm=CLIP, weight_decay=0.1, per_device_train_batch_size=3, sft_per_device_batch_size=3
+)
 
 
 def changed(name, value):
@@ -109,7 +134,7 @@ def changed(name, value):
     return config
 
 
-# ------------------------------------------------------------------------------------------------ the program
+# ------------------------------------------------------------------------------------- the program
 
 
 def batch(model, device):
@@ -120,7 +145,11 @@ def batch(model, device):
 
     item = {"input_ids": torch.arange(40, 60), "grid_thw": None, "times": None}
     completions = torch.arange(61, 69)[None, None]
-    return collate([item], model).to(device), completions.to(device), torch.ones_like(completions, dtype=torch.bool)
+    return (
+        collate([item], model).to(device),
+        completions.to(device),
+        torch.ones_like(completions, dtype=torch.bool),
+    )
 
 
 def mean_loss(policy, model):
@@ -138,7 +167,9 @@ def losses_by_hand(checkpoint, betas):
 
     model = AutoModelForImageTextToText.from_pretrained(checkpoint, dtype=torch.float32)
     policy = Policy(model)
-    optimizer = torch.optim.AdamW(policy.parameters(), lr=RATE, betas=betas, eps=1e-8, weight_decay=0.1)
+    optimizer = torch.optim.AdamW(
+        policy.parameters(), lr=RATE, betas=betas, eps=1e-8, weight_decay=0.1
+    )
     losses = []
     for _ in range(2):
         loss = mean_loss(policy, model)
@@ -179,15 +210,23 @@ BAD = {
     "no section": (changed("optimizer", 3), "optimizer in "),
     "no object": (changed("zero_optimization.offload_param", None) | {"bf16": None}, "bf16 in "),
     "fp16": (changed("fp16.enabled", True), "fp16"),
-    "an auto of nobody": (changed("zero_optimization.stage3_max_live_parameters", "auto"), "zero_optimization.stage3_max_live_parameters"),
+    "an auto of nobody": (
+        changed("zero_optimization.sub_group_size", "auto"),
+        " zero_optimization.sub_group_size;",
+    ),
     "no type": (changed("optimizer.type", None), "no type"),
+    "a monitor's typo": (changed("wandb.projects", "x"), "does not take"),
     "a word": (changed("zero_optimization.reduce_bucket_size", "large"), "does not take"),
     "no such stage": (changed("zero_optimization.stage", 7), "does not take"),
     "comet": (changed("comet.enabled", True), "pip install comet_ml"),
 }
 OVERRIDDEN = (
     changed("optimizer.params.lr", 0.5)
-    | {"scheduler": {"type": "WarmupLR", "params": WARMUP}, "gradient_clipping": 1.0, "train_batch_size": 256}
+    | {
+        "scheduler": {"type": "WarmupLR", "params": WARMUP},
+        "gradient_clipping": 1.0,
+        "train_batch_size": 256,
+    }
     | {"train_micro_batch_size_per_gpu": 4, "gradient_accumulation_steps": 8}
 )
 
@@ -206,27 +245,37 @@ def said_by_check(file, say):
 def main(folder, checkpoint):
     engine.start_ranks()
     folder = Path(folder)
-    found = {"hand": losses_by_hand(checkpoint, (0.9, 0.999)), "hand, ours": losses_by_hand(checkpoint, (0.9, 0.95))}
+    found = {
+        "hand": losses_by_hand(checkpoint, (0.9, 0.999)),
+        "hand, ours": losses_by_hand(checkpoint, (0.9, 0.95)),
+    }
     for name, config in FILES.items():
         file = folder / "file.json"
         file.write_text(json.dumps(config))
         found[name] = losses_of(file, checkpoint)
     say = engine.say
-    for name, config in [*((name, config) for name, (config, _) in BAD.items()), ("overridden", OVERRIDDEN), *FILES.items()]:
+    bad = {name: config for name, (config, _) in BAD.items()}
+    for name, config in (bad | {"overridden": OVERRIDDEN} | FILES).items():
         file = folder / "file.json"
         file.write_text(config if isinstance(config, str) else json.dumps(config))
         found[f"said, {name}"] = said_by_check(file, say)
     (folder / "found.json").write_text(json.dumps(found))
 
 
-# --------------------------------------------------------------------------------------------------- the tests
+# --------------------------------------------------------------------------------------- the tests
 
 
 @pytest.fixture(scope="module")
 def found(checkpoint, tmp_path_factory):
     folder = tmp_path_factory.mktemp("files")
     environment = {**ENV, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])}
-    done = subprocess.run([sys.executable, __file__, folder, checkpoint], env=environment, capture_output=True, text=True, timeout=420)
+    done = subprocess.run(
+        [sys.executable, __file__, folder, checkpoint],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=420,
+    )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return json.loads((folder / "found.json").read_text())
 
@@ -249,13 +298,16 @@ def test_a_bad_file_is_refused_before_anything_is_loaded(found, name):
 def test_what_a_file_says_in_vain_is_in_the_log(found):
     lines = [line.partition(": ")[2] for line in found["said, overridden"]]
     assert lines == [
-        "train_batch_size 256 is not used, --per_device_train_batch_size x --gradient_accumulation_steps x ranks is 3",
-        "train_micro_batch_size_per_gpu 4 is not used, --sft_per_device_batch_size is 3, --per_device_train_batch_size is 3",
+        "train_batch_size 256 is not used, "
+        "--per_device_train_batch_size x --gradient_accumulation_steps x ranks is 3",
+        "train_micro_batch_size_per_gpu 4 is not used, "
+        "--sft_per_device_batch_size is 3, --per_device_train_batch_size is 3",
         "gradient_accumulation_steps 8 is not used, --gradient_accumulation_steps is 1",
-        "optimizer.params.lr 0.5 is not used, --sft_learning_rate is 1e-05, --learning_rate is 5e-06",
+        "optimizer.params.lr 0.5 is not used, "
+        "--sft_learning_rate is 1e-05, --learning_rate is 5e-06",
         "its scheduler is not used, --warmup_ratio 0.05 is",
         "gradient_clipping 1.0 is used, --max_grad_norm 0.05 is not",
-        "without a GPU Adam is torch's, not the one that DeepSpeed would have to compile",
+        "without a GPU Adam is torch's, DeepSpeed would compile its own",
     ]
 
 
@@ -270,13 +322,19 @@ def test_a_file_of_autos_says_little(found):
 def filled(config, folder, gpu, monkeypatch):
     monkeypatch.setattr(engine.torch.cuda, "is_available", lambda: gpu)
     (folder / "file.json").write_text(json.dumps(config))
-    settings = train.TrainArguments(deepspeed=str(folder / "file.json"), max_grad_norm=0.7, weight_decay=0.02)
+    settings = train.TrainArguments(
+        deepspeed=str(folder / "file.json"), max_grad_norm=0.7, weight_decay=0.02
+    )
     return engine.deepspeed_config(settings, 100, 3, 5, 0.25)
 
 
 def test_every_auto_has_hugging_face_s_value(tmp_path, monkeypatch):
-    monitors = {name: {"enabled": True} for name in ("tensorboard", "wandb", "comet", "csv_monitor")}
-    config = filled(FILES["stage 3, as Video-R1"] | {"scheduler": {}} | monitors, tmp_path, True, monkeypatch)
+    monitors = {
+        name: {"enabled": True} for name in ("tensorboard", "wandb", "comet", "csv_monitor")
+    }
+    config = filled(
+        FILES["stage 3, as Video-R1"] | {"scheduler": {}} | monitors, tmp_path, True, monkeypatch
+    )
     assert "auto" not in json.dumps(config)
     assert config["zero_optimization"] == {
         **ZERO3,
@@ -287,7 +345,10 @@ def test_every_auto_has_hugging_face_s_value(tmp_path, monkeypatch):
         "stage3_param_persistence_threshold": 1000,
     }
     # On a GPU the optimizer is DeepSpeed's own, as the file's words mean there.
-    assert config["optimizer"] == {"type": "AdamW", "params": {"lr": 0.25, "betas": [0.9, 0.999], "eps": 1e-8, "weight_decay": 0.02}}
+    assert config["optimizer"] == {
+        "type": "AdamW",
+        "params": {"lr": 0.25, "betas": [0.9, 0.999], "eps": 1e-8, "weight_decay": 0.02},
+    }
     assert config["bf16"] == {"enabled": True} and config["fp16"]["enabled"] is False
     assert {name: config[name] for name in BATCH if name in config} == {
         "gradient_accumulation_steps": 5,
@@ -296,10 +357,14 @@ def test_every_auto_has_hugging_face_s_value(tmp_path, monkeypatch):
         "train_micro_batch_size_per_gpu": 3,
         "wall_clock_breakdown": False,
     }
-    assert config.keys() == {"fp16", "bf16", "zero_optimization", "optimizer", *BATCH} - {"train_batch_size"}
+    assert config.keys() == {"fp16", "bf16", "zero_optimization", "optimizer", *BATCH} - {
+        "train_batch_size"
+    }
 
 
-@pytest.mark.parametrize(("gpu", "offload", "torch_adam"), [(True, False, True), (True, True, None), (False, True, True)])
+@pytest.mark.parametrize(
+    ("gpu", "offload", "torch_adam"), [(True, False, True), (True, True, None), (False, True, True)]
+)
 def test_a_file_without_an_optimizer_gets_ours(tmp_path, monkeypatch, gpu, offload, torch_adam):
     zero = ZERO3 | ({"offload_optimizer": CPU} if offload else {})
     config = filled({"zero_optimization": zero}, tmp_path, gpu, monkeypatch)

@@ -15,7 +15,9 @@ def processes(launcher):
     """psutil whose process was started by a shell in a launcher of DeepSpeed."""
     command = ["python", "-u", "-m", "deepspeed.launcher.launch", "--world_info=x", "train.py"]
     parents = [
-        SimpleNamespace(pid=launcher + 1, create_time=lambda: 2.5, cmdline=lambda: ["bash", "-c", "train.py"]),
+        SimpleNamespace(
+            pid=launcher + 1, create_time=lambda: 2.5, cmdline=lambda: ["bash", "-c", "train.py"]
+        ),
         SimpleNamespace(pid=launcher, create_time=lambda: 1.5, cmdline=lambda: command),
     ]
     return SimpleNamespace(Process=lambda: SimpleNamespace(parents=lambda: parents))
@@ -50,7 +52,9 @@ def test_ranks_of_a_launcher_agree_and_launchers_differ(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("change", [{"MASTER_PORT": "29501"}, {"CROSS_SIZE": "2"}, {"CROSS_SIZE": None}])
+@pytest.mark.parametrize(
+    "change", [{"MASTER_PORT": "29501"}, {"CROSS_SIZE": "2"}, {"CROSS_SIZE": None}]
+)
 def test_a_port_that_was_given_stays(change, monkeypatch, tmp_path):
     monkeypatch.setattr(engine.tempfile, "tempdir", str(tmp_path))
     monkeypatch.setattr(engine, "psutil", processes(70_000_001))

@@ -1,6 +1,6 @@
 """What W&B and TensorBoard hold after a run, read back from their own files.
 
-The run has the DeepSpeed file with the most offloading, as Video-R1 has it, so that it stands for a real run of that as well.
+The run has the DeepSpeed file with the most offloading, as Video-R1 has it: a real run of that too.
 """
 
 import json
@@ -32,8 +32,21 @@ def run(small_toy, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(conftest.ENV, "WANDB_MODE", "offline")
         patch.setitem(conftest.ENV, "WANDB_DIR", str(folder))
-        done = launch("--toy_dir", small_toy, "--output_dir", folder / "out", *SMALL, "--per_device_train_batch_size", "4",
-                      "--ema_decay", "0.9", "--ema_steps", "1", "--deepspeed", folder / "file.json")  # fmt: skip
+        done = launch(
+            "--toy_dir",
+            small_toy,
+            "--output_dir",
+            folder / "out",
+            *SMALL,
+            "--per_device_train_batch_size",
+            "4",
+            "--ema_decay",
+            "0.9",
+            "--ema_steps",
+            "1",
+            "--deepspeed",
+            folder / "file.json",
+        )
     return folder, done.stdout + done.stderr
 
 
@@ -55,7 +68,9 @@ def assert_same(found, expected):
     assert found.keys() == expected.keys()
     for label, points in expected.items():
         assert [step for step, _ in found[label]] == [step for step, _ in points], label
-        assert [value for _, value in found[label]] == pytest.approx([value for _, value in points], rel=1e-5), label
+        assert [value for _, value in found[label]] == pytest.approx(
+            [value for _, value in points], rel=1e-5
+        ), label
 
 
 def test_the_file_s_offloading_is_trained_with_and_its_optimizer_named_once(run):
@@ -65,19 +80,30 @@ def test_the_file_s_offloading_is_trained_with_and_its_optimizer_named_once(run)
 def test_tensorboard_has_one_file_with_every_metric(run, expected):
     (file,) = (run[0] / "tb").rglob("events.out.*")
     events = EventAccumulator(str(file)).Reload()
-    assert_same({tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]}, expected)
+    assert_same(
+        {
+            tag: [(event.step, event.value) for event in events.Scalars(tag)]
+            for tag in events.Tags()["scalars"]
+        },
+        expected,
+    )
 
 
 def test_csv_files_have_every_metric(run, expected):
     found = {}
     for label in expected:
         _, *lines = (run[0] / "csv" / "run" / f"{label.replace('/', '_')}.csv").read_text().split()
-        found[label] = [(int(step), float(value)) for step, value in (line.split(",") for line in lines)]
+        found[label] = [
+            (int(step), float(value)) for step, value in (line.split(",") for line in lines)
+        ]
     assert_same(found, expected)
 
 
 def wandb_records(file):
-    """Of a W&B file: LevelDB's log format after 7 bytes of its own. A record's pieces are whole (1), first, middle or last (4)."""
+    """Of a W&B file: LevelDB's log format after 7 bytes of its own.
+
+    A record's pieces are whole (1), first (2), middle (3) or last (4).
+    """
     data = file.read_bytes()
     place, whole = 7, b""
     while place + 7 <= len(data):
@@ -104,7 +130,10 @@ def test_wandb_has_one_run_with_every_metric(run, expected):
     found = {}
     for record in records:
         if record.WhichOneof("record_type") == "history":
-            values = {item.key or item.nested_key[0]: json.loads(item.value_json) for item in record.history.item}
+            values = {
+                item.key or item.nested_key[0]: json.loads(item.value_json)
+                for item in record.history.item
+            }
             for label, value in values.items():
                 if not label.startswith("_"):
                     found.setdefault(label, []).append((values["_step"], value))
@@ -115,7 +144,10 @@ def test_wandb_has_one_run_with_every_metric(run, expected):
 def test_the_learning_rate_is_in_every_record(run, expected):
     """Of two steps the warm-up and the fall take one each, and both begin with the peak."""
     settings = json.loads((run[0] / "out" / "run.json").read_text())
-    for stage, peak in (("sft", settings["sft_learning_rate"]), ("grpo", settings["learning_rate"])):
+    for stage, peak in (
+        ("sft", settings["sft_learning_rate"]),
+        ("grpo", settings["learning_rate"]),
+    ):
         rates = [rate for _, rate in expected[f"{stage}/train/learning_rate"]]
         assert rates == pytest.approx([peak, peak], rel=1e-6)
 
@@ -132,25 +164,40 @@ class Recorder:
 
 @pytest.fixture
 def start(tmp_path, monkeypatch):
-    """-> a Tracker on the output folder, as of a new process, with what is left of metrics.jsonl."""
+    """-> a Tracker as of a new process, with what is left of metrics.jsonl."""
     monkeypatch.setattr(engine, "is_main", lambda: True)
     monkeypatch.setattr(engine, "MonitorMaster", Recorder)
     monkeypatch.setattr(engine, "say", lambda text: None)
-    (tmp_path / "file.json").write_text(json.dumps({"wandb": {"enabled": True}, "csv_monitor": {"enabled": True}}))
+    (tmp_path / "file.json").write_text(
+        json.dumps({"wandb": {"enabled": True}, "csv_monitor": {"enabled": True}})
+    )
 
     def begin(records, resume):
         for name in ("WANDB_RUN_ID", "WANDB_RESUME"):
             monkeypatch.setenv(name, "")  # monkeypatch takes it back after the test
             monkeypatch.delenv(name)
-        (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
-        settings = SimpleNamespace(deepspeed=tmp_path / "file.json", output_dir=tmp_path, resume_from_checkpoint=resume)
+        (tmp_path / "metrics.jsonl").write_text(
+            "".join(json.dumps(record) + "\n" for record in records)
+        )
+        settings = SimpleNamespace(
+            deepspeed=tmp_path / "file.json", output_dir=tmp_path, resume_from_checkpoint=resume
+        )
         return engine.Tracker(settings), os.environ["WANDB_RUN_ID"]
 
     return begin
 
 
 def test_a_run_that_goes_on_shows_no_step_twice_and_keeps_its_wandb_run(start):
-    records = [{"stage": stage, "step": step, "loss/x": float(step)} for stage, steps in (("sft", 3), ("grpo", 4)) for step in range(steps)]
+    places = [
+        ("sft", 0),
+        ("sft", 1),
+        ("sft", 2),
+        ("grpo", 0),
+        ("grpo", 1),
+        ("grpo", 2),
+        ("grpo", 3),
+    ]
+    records = [{"stage": stage, "step": step, "loss/x": float(step)} for stage, step in places]
     first, run_id = start([], None)
     for record in records[:6]:  # killed in GRPO's step 3, after the step 5 of the run
         first.show(record)
