@@ -436,15 +436,13 @@ def is_transposition(conversion):
 def keep_names(policy, path):
     """Lets save_model() write a policy, just loaded from the checkpoint at path, with the names and shapes that its weights have there."""
     # save_pretrained undoes the conversions that the model has. The loader for ZeRO-3 leaves all of the family, not those that matched;
-    # transposed experts are not always turned back, so in_layout() does it.
+    # transposed experts are not always turned back, so in_layout() does it; names that were mended stay so.
     conversions = [one for one in policy.model._weight_conversions if one.was_used() and not is_transposition(one)]
+    policy.model._weight_conversions = [one for one in conversions if one.target_patterns[0] not in MISNAMED.values()]
     shapes = weight_shapes(path)
     policy.source, policy.shapes = path, {right_name(name): shape for name, shape in shapes.items()}
     if policy.shapes.keys() != shapes.keys():
-        # to undo what was done to these would write them again; without a list transformers takes the family's
-        conversions = None
         say(f"{path} has weights named model.model., as a fault of transformers made them; what this run saves has the right names")
-    policy.model._weight_conversions = conversions
 
 
 def in_layout(tensor, shape):

@@ -72,7 +72,7 @@ def make_sources(folder):
             weights = hub_weights(AutoModelForImageTextToText.from_config(AutoConfig.from_pretrained(folder)))
             source = folder / "sources" / f"{family}-{'tied' if tied else 'untied'}"
             write(source, config, weights)
-            if family in ("qwen2_5_vl", "qwen3_vl") and tied:
+            if family in ("qwen2_5_vl", "qwen3_vl_moe") and not tied:
                 write(folder / "sources" / f"{family}-misnamed", config, misnamed(weights))
     # a model of the hub, in shards, as it lies in the cache
     weights = load_file(folder / "sources" / "qwen2_5_vl-untied" / "model.safetensors")
@@ -157,8 +157,8 @@ def test_names_shapes_and_values_are_those_of_the_source_for_every_family_and_st
 
 def test_what_the_old_code_saved_loads_and_is_saved_with_the_right_names(saved):
     folder, printed, _ = saved
-    for family in ("qwen2_5_vl", "qwen3_vl"):
-        expected = load_file(folder / "sources" / f"{family}-tied" / "model.safetensors")
+    for family in ("qwen2_5_vl", "qwen3_vl_moe"):
+        expected = load_file(folder / "sources" / f"{family}-untied" / "model.safetensors")
         assert not expected.keys() & {"model.model.norm.weight", "model.language_model.model.norm.weight"}
         for stage in (0, 3):
             assert_same(load_file(folder / "saved" / f"{family}-misnamed-{stage}" / "model.safetensors"), expected)
