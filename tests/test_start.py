@@ -13,6 +13,7 @@ from types import SimpleNamespace
 import pytest
 import torch.distributed as dist
 from conftest import ENV, ROOT, metrics
+from PIL import Image
 
 import engine
 import prior
@@ -149,8 +150,6 @@ def test_rows_without_frame_sets_are_looked_at_and_load_clip_for_a_readable_vide
 
 
 def test_images_and_texts_need_no_clip(place, toy_folder, monkeypatch, capsys):
-    from PIL import Image
-
     Image.new("RGB", (64, 64), (200, 30, 30)).save(place.folder / "picture.png")
     row = place.questions[0][0]
     rows = [{**row, "problem_id": "i", "data_type": "image", "path": "picture.png"},
@@ -244,9 +243,17 @@ def test_a_refused_start_leaves_nothing_behind(place, monkeypatch, tmp_path):
     for flags, words in bad.items():
         assert words in refused(place, *good, *flags), flags
         assert not place.output.exists(), flags
-    ungrounded = place.write("data.json", [{key: value for key, value in row.items() if key != "grounding"} for row in (a, b)])
-    assert "no question of" in refused(place, "--dataset_name", ungrounded, *NO_CLIP, "--alignment_weight", 1)
+    # terms that could give nothing, and priors of other frames
+    rows = [row for questions in place.questions for row in questions if not row["options"]]
+    rows = [{key: value for key, value in row.items() if key != "grounding"} for row in rows]
+    plain = place.write("plain.json", rows)
+    assert "no question of" in refused(place, "--dataset_name", plain, *NO_CLIP, "--recipe", "video_r2")
+    other = priors_of(place, [a, b], frames=8)
+    message = refused(place, *good, "--priors", other)
+    assert "K=8" in message and "K=16" in message
     assert not place.output.exists()
+    assert "can be inverted" in refused(place, "--dataset_name", plain, "--recipe", "tw")
+    shutil.rmtree(place.output)  # with the priors that it computed
     # refused with its priors computed, then for want of a model's weights: neither is an earlier run, and the rows are used again
     broken = place.write("data.json", [a, absent(b)])
     assert "1 usable questions (1 skipped)" in refused(place, "--dataset_name", broken, *NO_CLIP, "--per_device_train_batch_size", 2)
