@@ -739,9 +739,9 @@ def find_checkpoint(arguments):
 
 # settings that say which questions come at which step, and of what the scores before and after are
 WHERE_A_RUN_IS = {"stage", "seed", "dataset_name", "eval_dataset_name", "toy_dir", "per_device_train_batch_size",
-                  "gradient_accumulation_steps", "sft_per_device_batch_size", "invert_questions"}
+                  "gradient_accumulation_steps", "sft_per_device_batch_size", "sft_gradient_accumulation_steps", "invert_questions"}
 # settings that say how many steps there are: the order of the questions is the same for all of their values
-LENGTHS = ("max_steps", "num_train_epochs", "sft_max_steps")
+LENGTHS = ("max_steps", "num_train_epochs", "sft_max_steps", "sft_num_train_epochs")
 
 
 # ----------------------------------------------------------------------------------------------------------------------------- model inputs
