@@ -30,6 +30,7 @@ from grpo import (
     rollout,
     rollout_frame_use,
     row_uniforms,
+    sample_texts,
     sample_tokens,
     slot_shares,
     token_weights,
@@ -497,6 +498,15 @@ class Letters:
 
     def decode(self, ids):
         return "".join(self.pieces[i] for i in ids)
+
+
+def test_texts_begin_with_what_the_prompt_has_said(talker, toy_processor, items):
+    thinking = copy.copy(toy_processor)
+    thinking.chat_template = toy_processor.chat_template.replace("assistant\n", "assistant\n<think>\n")
+    sampled = [sample_texts(talker, one, collate([items[3]], talker), [2], [0, 1], 6) for one in (toy_processor, thinking)]
+    (tokens, _, plain), (same, _, opened) = sampled
+    assert torch.equal(tokens, same)
+    assert opened == [f"<think>\n{text}" for text in plain]
 
 
 @pytest.mark.parametrize(("ids", "inside"), [
