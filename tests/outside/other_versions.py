@@ -152,6 +152,7 @@ def save(sources, folder):
         file = folder.parent / f"{folder.name}.json"
         file.write_text(json.dumps(config))
         settings = SimpleNamespace(deepspeed=str(file), max_grad_norm=1.0, weight_decay=0.0, ema_decay=1.0, freeze_vision=False,
+                                   train_only_merger=False,
                                    gradient_checkpointing=False)
         for source in sorted(sources.iterdir()):
             started = engine.start_engine(settings, source, learning_rate=1e-6)

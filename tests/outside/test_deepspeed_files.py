@@ -302,7 +302,8 @@ def test_what_a_file_says_in_vain_is_in_the_log(found):
         "--per_device_train_batch_size x --gradient_accumulation_steps x ranks is 3",
         "train_micro_batch_size_per_gpu 4 is not used, "
         "--sft_per_device_batch_size is 3, --per_device_train_batch_size is 3",
-        "gradient_accumulation_steps 8 is not used, --gradient_accumulation_steps is 1",
+        "gradient_accumulation_steps 8 is not used, "
+        "--sft_gradient_accumulation_steps is 1, --gradient_accumulation_steps is 1",
         "optimizer.params.lr 0.5 is not used, "
         "--sft_learning_rate is 1e-05, --learning_rate is 5e-06",
         "its scheduler is not used, --warmup_ratio 0.05 is",

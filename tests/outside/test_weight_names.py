@@ -101,7 +101,7 @@ def save_all(folder):
         config["zero_optimization"] = {"stage": stage}
         (folder / "ds.json").write_text(json.dumps(config))
         settings = SimpleNamespace(deepspeed=str(folder / "ds.json"), max_grad_norm=1.0, weight_decay=0.0, ema_decay=1.0,
-                                   freeze_vision=False, gradient_checkpointing=False)
+                                   freeze_vision=False, train_only_merger=False, gradient_checkpointing=False)
         return engine.start_engine(settings, path, learning_rate=1e-6)
 
     def refused(work, *arguments):
