@@ -52,7 +52,8 @@ def place(alone, toy_folder, checkpoint, tmp_path, monkeypatch, capsys):
     def start(*flags):
         engine.named.clear()
         words = ["train.py", "--deepspeed", ROOT / "ds_zero3.json", "--model_name_or_path", checkpoint, "--output_dir", here.output,
-                 "--min_pixels", 3136, "--max_pixels", 3136, "--decode_workers", 0, "--beta", 0, *flags]
+                 "--min_pixels", 3136, "--max_pixels", 3136, "--decode_workers", 0, *flags]
+        words += [] if "sft" in flags else ["--beta", 0]  # SFT does not read it
         monkeypatch.setattr(sys, "argv", [str(word) for word in words])
         train.run(*train.parse_arguments())
         return capsys.readouterr().out
@@ -62,7 +63,7 @@ def place(alone, toy_folder, checkpoint, tmp_path, monkeypatch, capsys):
         others[-1]({"stage": "sft", "step": 0})
         return here.output / "sft"
 
-    def train_grpo(arguments, model, processor, encoder, stream, rows, skipped, checkpoint, writer, log):
+    def train_grpo(arguments, model, processor, encoder, stream, rows, skipped, checkpoint, writer, log, heldout):
         here.calls.append(("grpo", [example.id for example in stream]))
         here.rows = rows
         writer({"stage": "grpo", "step": 0})
@@ -84,7 +85,7 @@ def place(alone, toy_folder, checkpoint, tmp_path, monkeypatch, capsys):
     here.write, here.start = write, start
     monkeypatch.setattr(train, "train_sft", train_sft)
     monkeypatch.setattr(train, "train_grpo", train_grpo)
-    monkeypatch.setattr(train, "score_heldout", score)
+    monkeypatch.setattr(train, "score_checkpoint", score)
     monkeypatch.setattr(prior, "load_clip", load_clip)
     return here
 
@@ -238,7 +239,7 @@ def test_a_refused_start_leaves_nothing_behind(place, monkeypatch, tmp_path):
         ("--priors", tmp_path / "none.jsonl"): "not found",
         ("--priors", empty): "is not an object",
         ("--per_device_train_batch_size", 3): "2 usable questions (0 skipped) are fewer than one step's 3",
-        ("--stage", "sft", "--sft_per_device_batch_size", 3): "fewer than one batch of 3",
+        ("--stage", "sft", "--sft_per_device_batch_size", 3): "fewer than one step of 3",
         ("--output_dir", data): "is no folder"}
     for flags, words in bad.items():
         assert words in refused(place, *good, *flags), flags
