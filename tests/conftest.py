@@ -127,8 +127,9 @@ def other_family(request, items, toy_model):
 
 ROOT = Path(__file__).parent.parent
 BIN = Path(sys.executable).parent
-SMALL = ["--sft_max_steps", "2", "--sft_per_device_batch_size", "4", "--max_steps", "2", "--num_generations", "4",
-         "--max_completion_length", "12", "--gate", "none", "--weight_decay", "0"]  # rewards differ; nothing else moves weights
+SMALL_GRPO = ["--max_steps", "2", "--num_generations", "4", "--max_completion_length", "12", "--gate", "none", "--weight_decay", "0"]
+# rewards differ; nothing else moves weights
+SMALL = ["--sft_max_steps", "2", "--sft_per_device_batch_size", "4", *SMALL_GRPO]
 ENV = {**{name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}, "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}"}
 
 

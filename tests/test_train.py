@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import transformers
-from conftest import ENV, ROOT, SMALL, complain, launch, metrics, weights
+from conftest import ENV, ROOT, SMALL_GRPO, complain, launch, metrics, weights
 from transformers import HfArgumentParser
 
 import train
@@ -67,7 +67,7 @@ def test_training_moves_every_parameter_and_checkpoints_load(small_toy, first_ru
 
 def test_two_ranks_equal_one(small_toy, first_run, tmp_path):
     output, _ = first_run
-    flags = ["--toy_dir", small_toy, "--model_name_or_path", output / "sft", *SMALL]
+    flags = ["--toy_dir", small_toy, "--model_name_or_path", output / "sft", *SMALL_GRPO]
     launch(*flags, "--output_dir", tmp_path / "two", "--per_device_train_batch_size", "2", ranks=2)
     one, two = metrics(output, "grpo"), metrics(tmp_path / "two", "grpo")
     for a, b in zip(one, two, strict=True):
@@ -147,7 +147,7 @@ def test_other_families_train(family, small_toy, tmp_path):
     getattr(transformers, f"{family}Processor")(
         image_processor=transformers.Qwen2VLImageProcessor(**patches, merge_size=2), tokenizer=tokenizer, chat_template=old.chat_template,
         video_processor=getattr(transformers, f"{family}VideoProcessor")(**patches, merge_size=2)).save_pretrained(tmp_path / "model")
-    launch("--dataset_name", small_toy / "train.json", "--model_name_or_path", tmp_path / "model", "--output_dir", tmp_path / "out", *SMALL,
+    launch("--dataset_name", small_toy / "train.json", "--model_name_or_path", tmp_path / "model", "--output_dir", tmp_path / "out", *SMALL_GRPO,
            "--per_device_train_batch_size", 4, "--min_pixels", 4096, "--max_pixels", 12544, "--prior", "no_semantic", "--weight_decay", 0)
     first, second = metrics(tmp_path / "out", "grpo")
     assert first["loss/kl"] == pytest.approx(0, abs=1e-6) and second["loss/kl"] > 1e-9 and second["loss/grad_norm"] > 1e-3
