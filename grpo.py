@@ -168,6 +168,21 @@ class Prompts:
             slots=[slots for slots, count in zip(self.slots, times, strict=True) for _ in range(count)])
 
 
+def continue_positions(position_ids, kinds, mask):
+    """Rotary positions (3, B, P) in which every run of one kind (text, image, video) begins one behind the largest position before it, as
+    the Qwen-VL models were trained. transformers from 5.3 on puts the words behind a video at its start plus max(height, width), which is
+    inside the video where its time axis is the longest (huggingface/transformers issue 45381)."""
+    position_ids = position_ids.clone()
+    for row in range(len(kinds)):
+        columns = mask[row].nonzero().squeeze(1)
+        _, lengths = torch.unique_consecutive(kinds[row, columns], return_counts=True)
+        largest = -1
+        for run in columns.split(lengths.tolist()):
+            position_ids[:, row, run] += largest + 1 - position_ids[0, row, run[0]]
+            largest = position_ids[:, row, run].max()
+    return position_ids
+
+
 def collate(items, model):
     """Encoded examples (data.Encoder.encode) -> Prompts. `model` gives token ids and the family's own rotary positions."""
     config, core = model.config, model.model
@@ -188,6 +203,7 @@ def collate(items, model):
     seconds = torch.tensor([item["second_per_grid"] for item, video in zip(media, is_video, strict=True) if video])
     position_ids, _ = core.get_rope_index(input_ids, mm_token_type_ids=kinds.int(), attention_mask=mask.long(), **grids,
                                           second_per_grid_ts=seconds if len(seconds) else None)
+    position_ids = continue_positions(position_ids, kinds, mask)
     return Prompts(
         input_ids=input_ids, mask=mask, position_ids=position_ids, visual=kinds > 0,
         pixel_values=torch.cat([item["pixel_values"] for item in media]) if media else None, grid_thw=grid,

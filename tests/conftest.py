@@ -12,10 +12,36 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import Qwen2_5_VLModel, Qwen2VLModel
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 torch.set_num_threads(1)
+
+
+def as_trained(get_rope_index):
+    """transformers' positions, each run of one kind continued behind the largest position so far, as transformers 4 and the released
+    models have it: a second implementation of grpo.continue_positions, for the plain forwards that the tests compare with."""
+    def wrapper(model, input_ids, mm_token_type_ids, *arguments, attention_mask=None, **keywords):
+        positions, _ = get_rope_index(model, input_ids, mm_token_type_ids, *arguments, attention_mask=attention_mask, **keywords)
+        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        for row, kinds in enumerate(mm_token_type_ids.tolist()):
+            after, before = 0, None
+            for column in mask[row].nonzero()[:, 0].tolist():
+                if kinds[column] != before:
+                    before = kinds[column]
+                    shift = after - int(positions[0, row, column])
+                positions[:, row, column] += shift
+                after = max(after, int(positions[:, row, column].max()) + 1)
+        deltas = torch.stack([positions[:, row].max() + 1 - int(mask[row].sum()) for row in range(len(mask))])
+        return positions, deltas[:, None]
+
+    wrapper.unchanged = get_rope_index
+    return wrapper
+
+
+for module in (Qwen2VLModel, Qwen2_5_VLModel):
+    module.get_rope_index = as_trained(module.get_rope_index)
 
 
 @pytest.fixture(scope="session")
