@@ -19,11 +19,8 @@ import math
 import multiprocessing
 import os
 import shutil
-import signal
-import socket
 import sys
 import textwrap
-import threading
 from concurrent.futures import FIRST_COMPLETED, wait
 from contextlib import closing
 from dataclasses import dataclass, field, fields
@@ -44,28 +41,35 @@ from safetensors import SafetensorError
 from tqdm import tqdm
 from transformers import HfArgumentParser
 
-from data import (
-    DataError,
-    Example,
-    Help,
-    MediaError,
-    decode_frames,
-    load_examples,
-    load_image,
-    open_video,
-    parse_example,
-    read_frames,
-    read_rows,
-    uniform_frames,
-)
+from common.data import DataError, Example, MediaError, load_examples, parse_example, read_rows
+from common.flags import Help
+from common.media import decode_frames, load_image, open_video, read_frames, uniform_frames
+from common.workers import append_lines, join_shards, shards, start_worker, write_lines, write_whole
 
-CONE_BINS, CONE_RANGES = [25, 25, 32], [-256, 256, -256, 256, 0, 256]  # scene cue: chroma x, y and value; odd, so grey is mid-bin
-HISTOGRAM_SIGMA, HISTOGRAM_SIDE = 2.0, 160  # its smoothing, in bins; its frames are shrunk to this many pixels on the long side
-DETECTORS = {"content": scenedetect.ContentDetector, "adaptive": scenedetect.AdaptiveDetector, "hash": scenedetect.HashDetector,
-             "histogram": scenedetect.HistogramDetector, "threshold": scenedetect.ThresholdDetector}
-CHUNK_BYTES = 1 << 26  # of decoded frames held at a time: all of them at 640x360, ten at 1080p, two in 4K
+CONE_BINS, CONE_RANGES = (
+    [25, 25, 32],
+    [-256, 256, -256, 256, 0, 256],
+)  # scene cue: chroma x, y and value; odd, so grey is mid-bin
+
+HISTOGRAM_SIGMA, HISTOGRAM_SIDE = (
+    2.0,
+    160,
+)  # its smoothing, in bins; its frames are shrunk to this many pixels on the long side
+
+DETECTORS = {
+    "content": scenedetect.ContentDetector,
+    "adaptive": scenedetect.AdaptiveDetector,
+    "hash": scenedetect.HashDetector,
+    "histogram": scenedetect.HistogramDetector,
+    "threshold": scenedetect.ThresholdDetector,
+}
+
+CHUNK_BYTES = (
+    1 << 26
+)  # of decoded frames held at a time: all of them at 640x360, ten at 1080p, two in 4K
+
 SHORTEST_SCENE = "0.6s"  # of those detectors, as PySceneDetect's command line has it
-CORE_CLAIM = "videocfr-prior-core-"  # and its number: who decodes there
+
 WEIGHTS = ("prior", "w_base", "w_scene", "w_sem")
 
 
@@ -73,30 +77,75 @@ WEIGHTS = ("prior", "w_base", "w_scene", "w_sem")
 class PriorSettings:
     """What makes a prior; every row records it. train.py has the same flags."""
 
-    frames: int = field(default=16, metadata={"help": "K of Eq. 1-2: frames sampled evenly from a video (all of a shorter one)"})
-    fps: float | None = field(default=None, metadata={
-        "help": "sample this many frames a second instead, still evenly and at most --frames of them; None: always --frames"})
-    scene: Literal["hsv", "content", "adaptive", "hash", "histogram", "threshold"] = field(default="hsv", metadata={
-        "help": "scene cue, the S_scene of Eq. 1. hsv (the paper's): distances between the sampled frames' histograms. The others are "
-                "PySceneDetect's detectors over every frame of the video (slower); threshold finds fades and cuts through black only"})
-    scene_threshold: float | None = field(default=None, metadata={
-        "help": "hsv: the least distance (0-1) of neighbouring frames' histograms that can be a cut, None: 0.2. Other --scene: the "
-                "detector's own threshold, None: its default"})
-    semantic_k: int | None = field(default=None, metadata={
-        "help": "semantic cue, the S_sem of Eq. 1: how many frames most like the question are taken; None: a quarter of K, rounded up"})
-    semantic_options: bool = field(default=False, metadata={
-        "help": "the text compared with the frames is the question and its options, not the question alone; what exceeds the model's "
-                "context is cut"})
-    clip: str = field(default="ViT-B-32", metadata={
-        "help": "image-text model of the semantic cue: a name of open_clip (SigLIP's too) or local-dir:FOLDER (open_clip_config.json and "
-                "safetensors)"})
-    clip_pretrained: str = field(default="openai", metadata={
-        "help": "open_clip's tag of the weights, or a .safetensors file; unused with local-dir: and hf-hub:"})
-    prior: Literal["full", "no_scene", "no_semantic", "uniform"] = field(default="full", metadata={
-        "help": "cues that P has; the paper's ablation rows. Without the semantic cue no CLIP model is loaded"})
-    w_base: float = field(default=0.1, metadata={"help": "w_base of Eq. 1: weight that every frame has"})
-    w_scene: float = field(default=1.0, metadata={"help": "lambda_scene of Eq. 1: added to a frame that begins a scene"})
-    w_sem: float = field(default=3.0, metadata={"help": "lambda_sem of Eq. 1: added to a frame that is like the question"})
+    frames: int = field(
+        default=16,
+        metadata={
+            "help": "K of Eq. 1-2: frames sampled evenly from a video (all of a shorter one)"
+        },
+    )
+    fps: float | None = field(
+        default=None,
+        metadata={
+            "help": "sample this many frames a second instead, still evenly and at most --frames of them; None: always --frames"
+        },
+    )
+    scene: Literal["hsv", "content", "adaptive", "hash", "histogram", "threshold"] = field(
+        default="hsv",
+        metadata={
+            "help": "scene cue, the S_scene of Eq. 1. hsv (the paper's): distances between the sampled frames' histograms. The others are "
+            "PySceneDetect's detectors over every frame of the video (slower); threshold finds fades and cuts through black only"
+        },
+    )
+    scene_threshold: float | None = field(
+        default=None,
+        metadata={
+            "help": "hsv: the least distance (0-1) of neighbouring frames' histograms that can be a cut, None: 0.2. Other --scene: the "
+            "detector's own threshold, None: its default"
+        },
+    )
+    semantic_k: int | None = field(
+        default=None,
+        metadata={
+            "help": "semantic cue, the S_sem of Eq. 1: how many frames most like the question are taken; None: a quarter of K, rounded up"
+        },
+    )
+    semantic_options: bool = field(
+        default=False,
+        metadata={
+            "help": "the text compared with the frames is the question and its options, not the question alone; what exceeds the model's "
+            "context is cut"
+        },
+    )
+    clip: str = field(
+        default="ViT-B-32",
+        metadata={
+            "help": "image-text model of the semantic cue: a name of open_clip (SigLIP's too) or local-dir:FOLDER (open_clip_config.json and "
+            "safetensors)"
+        },
+    )
+    clip_pretrained: str = field(
+        default="openai",
+        metadata={
+            "help": "open_clip's tag of the weights, or a .safetensors file; unused with local-dir: and hf-hub:"
+        },
+    )
+    prior: Literal["full", "no_scene", "no_semantic", "uniform"] = field(
+        default="full",
+        metadata={
+            "help": "cues that P has; the paper's ablation rows. Without the semantic cue no CLIP model is loaded"
+        },
+    )
+    w_base: float = field(
+        default=0.1, metadata={"help": "w_base of Eq. 1: weight that every frame has"}
+    )
+    w_scene: float = field(
+        default=1.0,
+        metadata={"help": "lambda_scene of Eq. 1: added to a frame that begins a scene"},
+    )
+    w_sem: float = field(
+        default=3.0,
+        metadata={"help": "lambda_sem of Eq. 1: added to a frame that is like the question"},
+    )
 
     def __post_init__(self):
         for name in ("fps", "scene_threshold", "w_base", "w_scene", "w_sem"):
@@ -109,7 +158,9 @@ class PriorSettings:
         if self.fps is not None and self.fps <= 0:
             raise DataError("--fps must be above 0")
         if self.w_base <= 0 or self.w_scene < 0 or self.w_sem < 0:
-            raise DataError("--w_base must be above 0, --w_scene and --w_sem at least 0: P is a distribution over all frames")
+            raise DataError(
+                "--w_base must be above 0, --w_scene and --w_sem at least 0: P is a distribution over all frames"
+            )
 
     @property
     def has_scene(self):
@@ -128,34 +179,73 @@ class PriorSettings:
 class PriorArguments(PriorSettings):
     """The command line: the settings and the files."""
 
-    dataset_name: str | None = field(default=None, metadata={
-        "help": "data set file (JSON array or .jsonl; Video-R1, SEED-Bench-R1, TW-GRPO or Video-R2)"})
-    media_root: str | None = field(default=None, metadata={"help": "folder that the data set's paths start from; None: the data set's own"})
-    video: str | None = field(default=None, metadata={"help": "one video instead of a data set: print its prior and draw it"})
+    dataset_name: str | None = field(
+        default=None,
+        metadata={
+            "help": "data set file (JSON array or .jsonl; Video-R1, SEED-Bench-R1, TW-GRPO or Video-R2)"
+        },
+    )
+    media_root: str | None = field(
+        default=None,
+        metadata={"help": "folder that the data set's paths start from; None: the data set's own"},
+    )
+    video: str | None = field(
+        default=None,
+        metadata={"help": "one video instead of a data set: print its prior and draw it"},
+    )
     question: str | None = field(default=None, metadata={"help": "the question about --video"})
-    scores: str | None = field(default=None, metadata={
-        "help": "a priors file instead of a data set: its stored scores with this command's --prior, --w_base, --w_scene, --w_sem, "
-                "--semantic_k and, for --scene hsv, --scene_threshold. All else is as the file has it"})
-    output: str | None = field(default=None, metadata={
-        "help": "file to write; None: priors.jsonl, or prior.png with --video. Rows already in it are kept: the same command continues "
-                "an interrupted run. What cannot be used goes to OUTPUT.errors.jsonl, with its cause, and is tried again next time"})
-    export_frame_sets: str | None = field(default=None, metadata={
-        "help": "also write the data set with the release's field frame_sets (frame indices: uniform, scene, semantic) to this JSON file"})
-    workers: int | None = field(default=None, metadata={
-        "help": "processes that decode; None: the cores, half of them where CLIP runs on the CPU, shared by the ranks of a machine; "
-                "0: decode in this process, without a timeout"})
-    pin_workers: bool = field(default=True, metadata={
-        "help": "each of them keeps to a core of its own. false where other containers run this on the same machine: all begin with its "
-                "first cores"})
-    decode_timeout: float = field(default=300.0, metadata={
-        "help": "seconds after which a video's decoder counts as hung; it is killed and the video is listed as broken"})
+    scores: str | None = field(
+        default=None,
+        metadata={
+            "help": "a priors file instead of a data set: its stored scores with this command's --prior, --w_base, --w_scene, --w_sem, "
+            "--semantic_k and, for --scene hsv, --scene_threshold. All else is as the file has it"
+        },
+    )
+    output: str | None = field(
+        default=None,
+        metadata={
+            "help": "file to write; None: priors.jsonl, or prior.png with --video. Rows already in it are kept: the same command continues "
+            "an interrupted run. What cannot be used goes to OUTPUT.errors.jsonl, with its cause, and is tried again next time"
+        },
+    )
+    export_frame_sets: str | None = field(
+        default=None,
+        metadata={
+            "help": "also write the data set with the release's field frame_sets (frame indices: uniform, scene, semantic) to this JSON file"
+        },
+    )
+    workers: int | None = field(
+        default=None,
+        metadata={
+            "help": "processes that decode; None: the cores, half of them where CLIP runs on the CPU, shared by the ranks of a machine; "
+            "0: decode in this process, without a timeout"
+        },
+    )
+    pin_workers: bool = field(
+        default=True,
+        metadata={
+            "help": "each of them keeps to a core of its own. false where other containers run this on the same machine: all begin with its "
+            "first cores"
+        },
+    )
+    decode_timeout: float = field(
+        default=300.0,
+        metadata={
+            "help": "seconds after which a video's decoder counts as hung; it is killed and the video is listed as broken"
+        },
+    )
     local_rank: int = field(default=-1, metadata={"help": "set by the deepspeed launcher"})
 
     def __post_init__(self):
         super().__post_init__()
-        given = [name for name in ("dataset_name", "video", "scores") if getattr(self, name) is not None]
+        given = [
+            name for name in ("dataset_name", "video", "scores") if getattr(self, name) is not None
+        ]
         if len(given) != 1:
-            raise DataError("give one of --dataset_name, --video and --scores" + (f", not {' and '.join(given)}" if given else ""))
+            raise DataError(
+                "give one of --dataset_name, --video and --scores"
+                + (f", not {' and '.join(given)}" if given else "")
+            )
         if (self.question is None) != (self.video is None):
             raise DataError("--video and --question go together")
         if self.export_frame_sets and not self.dataset_name:
@@ -164,18 +254,24 @@ class PriorArguments(PriorSettings):
             raise DataError("--workers must be at least 0 and --decode_timeout above 0")
         self.output = self.output or ("prior.png" if self.video else "priors.jsonl")
         if self.video and Path(self.output).suffix not in (".png", ".svg", ".pdf"):
-            raise DataError(f"--output {self.output}: a video's prior is drawn as .png, .svg or .pdf")
+            raise DataError(
+                f"--output {self.output}: a video's prior is drawn as .png, .svg or .pdf"
+            )
         if self.export_frame_sets and Path(self.export_frame_sets).suffix != ".json":
-            raise DataError(f"--export_frame_sets {self.export_frame_sets}: a JSON array is written, name it .json")
-        files = {name: os.path.realpath(getattr(self, name)) for name in ("dataset_name", "video", "scores", "output", "export_frame_sets")
-                 if getattr(self, name) is not None}
+            raise DataError(
+                f"--export_frame_sets {self.export_frame_sets}: a JSON array is written, name it .json"
+            )
+        files = {
+            name: os.path.realpath(getattr(self, name))
+            for name in ("dataset_name", "video", "scores", "output", "export_frame_sets")
+            if getattr(self, name) is not None
+        }
         for name in ("output", "export_frame_sets"):
             for other in files:
                 if name in files and name != other and files[name] == files[other]:
-                    raise DataError(f"--{name} {files[name]} is the --{other} itself; choose another file to write")
-
-
-# ------------------------------------------------------------------------------------------------- frames and the scene cue
+                    raise DataError(
+                        f"--{name} {files[name]} is the --{other} itself; choose another file to write"
+                    )
 
 
 def sample_frames(reader, settings):
@@ -187,22 +283,31 @@ def sample_frames(reader, settings):
     return uniform_frames(total, count)
 
 
-HUE_CIRCLE = np.exp(2j * np.pi * np.arange(256) / 180)  # OpenCV's 8-bit hue is in units of 2 degrees
+HUE_CIRCLE = np.exp(
+    2j * np.pi * np.arange(256) / 180
+)  # OpenCV's 8-bit hue is in units of 2 degrees
+
 COSINE, SINE = HUE_CIRCLE.real.astype(np.float32), HUE_CIRCLE.imag.astype(np.float32)
-KERNEL = np.exp(-0.5 * (np.arange(-6, 7, dtype=np.float32) / HISTOGRAM_SIGMA) ** 2)  # Gaussian, cut at 3 sigma
+
+KERNEL = np.exp(
+    -0.5 * (np.arange(-6, 7, dtype=np.float32) / HISTOGRAM_SIGMA) ** 2
+)  # Gaussian, cut at 3 sigma
 
 
 def blur(histogram):
-    """(A, B, C) float32, each axis convolved with KERNEL, nothing beyond the borders. (No BLAS: its threads spin, and workers share cores.)
-    """
+    """(A, B, C) float32, each axis convolved with KERNEL, nothing beyond the borders. (No BLAS: its threads spin, and workers share cores.)"""
     for _ in range(3):
         rows = histogram.reshape(-1, histogram.shape[-1])
-        rows = cv2.sepFilter2D(rows, -1, KERNEL, np.ones(1, np.float32), borderType=cv2.BORDER_CONSTANT)  # the last axis
+        rows = cv2.sepFilter2D(
+            rows, -1, KERNEL, np.ones(1, np.float32), borderType=cv2.BORDER_CONSTANT
+        )  # the last axis
         histogram = np.ascontiguousarray(np.moveaxis(rows.reshape(histogram.shape), -1, 0))
     return histogram
 
 
-SPREAD = blur(np.ones(CONE_BINS, np.float32))  # what the kernel makes of a unit in every bin: less near the borders
+SPREAD = blur(
+    np.ones(CONE_BINS, np.float32)
+)  # what the kernel makes of a unit in every bin: less near the borders
 
 
 def hsv_histogram(frame):
@@ -218,7 +323,11 @@ def hsv_histogram(frame):
         frame = cv2.resize(frame, size, interpolation=cv2.INTER_AREA)
     hue, saturation, value = cv2.split(cv2.cvtColor(frame, cv2.COLOR_RGB2HSV))  # each (h, w) uint8
     chroma = cv2.multiply(saturation, value, scale=1 / 255, dtype=cv2.CV_32F)  # (h, w)
-    cone = [cv2.multiply(chroma, cv2.LUT(hue, COSINE)), cv2.multiply(chroma, cv2.LUT(hue, SINE)), value.astype(np.float32)]
+    cone = [
+        cv2.multiply(chroma, cv2.LUT(hue, COSINE)),
+        cv2.multiply(chroma, cv2.LUT(hue, SINE)),
+        value.astype(np.float32),
+    ]
     histogram = cv2.calcHist(cone, [0, 1, 2], None, CONE_BINS, CONE_RANGES)  # (25, 25, 32)
     return blur(histogram / SPREAD)  # divided first, so that every pixel keeps its weight
 
@@ -230,7 +339,12 @@ def scene_scores(frames):
 
 def histogram_distances(histograms):
     pairs = zip(histograms, histograms[1:], strict=False)
-    return np.array([0.0, *(cv2.compareHist(before, after, cv2.HISTCMP_BHATTACHARYYA) for before, after in pairs)])  # (K,)
+    return np.array(
+        [
+            0.0,
+            *(cv2.compareHist(before, after, cv2.HISTCMP_BHATTACHARYYA) for before, after in pairs),
+        ]
+    )  # (K,)
 
 
 def detector_scores(path, times, name, threshold=None):
@@ -238,11 +352,15 @@ def detector_scores(path, times, name, threshold=None):
 
     times: (K,) seconds of the sampled frames, counted from the video's first frame. A cut after the last of them is not seen.
     """
-    detector = DETECTORS[name](*(() if threshold is None else (threshold,)), min_scene_len=SHORTEST_SCENE)
+    detector = DETECTORS[name](
+        *(() if threshold is None else (threshold,)), min_scene_len=SHORTEST_SCENE
+    )
     try:
         scenes = scenedetect.detect(path, detector)
     except (scenedetect.VideoOpenFailure, cv2.error, OSError) as error:
-        raise MediaError(f"{path}: PySceneDetect cannot read the video ({' '.join(str(error).split())[:160]})") from error
+        raise MediaError(
+            f"{path}: PySceneDetect cannot read the video ({' '.join(str(error).split())[:160]})"
+        ) from error
     scores = np.zeros(len(times))
     for start, _ in scenes[1:]:
         first = int(np.searchsorted(times, start.seconds - 1e-3))
@@ -280,7 +398,9 @@ def read_cues(medium, settings, preprocess=None):
     reader = open_video(path)
     indices, times, histograms, pixels, step = sample_frames(reader, settings), [], [], [], 1
     while len(times) < len(indices):
-        frames, seconds = read_frames(reader, path, indices[len(times) : len(times) + step])  # (step, H, W, 3), (step,)
+        frames, seconds = read_frames(
+            reader, path, indices[len(times) : len(times) + step]
+        )  # (step, H, W, 3), (step,)
         step = max(1, CHUNK_BYTES // frames[0].nbytes)
         times += [round(float(second), 6) for second in seconds]
         if settings.scene == "hsv":
@@ -291,11 +411,15 @@ def read_cues(medium, settings, preprocess=None):
         scores = histogram_distances(histograms)
     else:
         begin = float(reader.get_frame_timestamp([0])[0, 0])
-        scores = detector_scores(path, np.array(times) - begin, settings.scene, settings.scene_threshold)
-    return indices, times, [round(float(score), 6) for score in scores], np.stack(pixels) if pixels else None
-
-
-# ----------------------------------------------------------------------------------------------------------- the semantic cue
+        scores = detector_scores(
+            path, np.array(times) - begin, settings.scene, settings.scene_threshold
+        )
+    return (
+        indices,
+        times,
+        [round(float(score), 6) for score in scores],
+        np.stack(pixels) if pixels else None,
+    )
 
 
 @dataclass
@@ -316,20 +440,33 @@ def load_clip(name, pretrained=None, device="cpu"):
     try:
         if name.startswith("local-dir:"):
             files = {file.name for file in folder.iterdir()}
-            preferred = files & {"open_clip_model.safetensors", "open_clip_pytorch_model.safetensors"}  # what open_clip looks for first
-            if not preferred and (not list(folder.glob("*.safetensors")) or any(file.endswith((".bin", ".pth")) for file in files)):
-                raise DataError(f"{folder} needs its weights as open_clip_model.safetensors (pickled weights are not loaded)")
+            preferred = files & {
+                "open_clip_model.safetensors",
+                "open_clip_pytorch_model.safetensors",
+            }  # what open_clip looks for first
+            if not preferred and (
+                not list(folder.glob("*.safetensors"))
+                or any(file.endswith((".bin", ".pth")) for file in files)
+            ):
+                raise DataError(
+                    f"{folder} needs its weights as open_clip_model.safetensors (pickled weights are not loaded)"
+                )
         elif pretrained and os.path.isfile(pretrained) and not pretrained.endswith(".safetensors"):
-            raise DataError(f"{pretrained} is not a .safetensors file (pickled weights are not loaded)")
+            raise DataError(
+                f"{pretrained} is not a .safetensors file (pickled weights are not loaded)"
+            )
         schema = name.startswith(("local-dir:", "hf-hub:"))
         model, _, preprocess = open_clip.create_model_and_transforms(
-            name, pretrained=None if schema else pretrained, device=device, require_pretrained=True)
+            name, pretrained=None if schema else pretrained, device=device, require_pretrained=True
+        )
         tokenizer = open_clip.get_tokenizer(name)
     except DataError:
         raise
     except (KeyError, OSError, RuntimeError, TypeError, ValueError, SafetensorError) as error:
-        raise DataError(f"CLIP model {name} ({pretrained}) cannot be loaded, give --clip local-dir:FOLDER or --prior no_semantic: "
-                        f"{' '.join(str(error).split())[:300]}") from error
+        raise DataError(
+            f"CLIP model {name} ({pretrained}) cannot be loaded, give --clip local-dir:FOLDER or --prior no_semantic: "
+            f"{' '.join(str(error).split())[:300]}"
+        ) from error
     return Clip(model.eval(), preprocess, tokenizer, device)
 
 
@@ -337,18 +474,27 @@ def load_clip(name, pretrained=None, device="cpu"):
 def encode_pixels(pixels, clip, batch=64):
     """(K, 3, h, w) float32 of clip.preprocess -> (K, D) unit image features; of the video only, so one call serves all its questions."""
     parts = torch.as_tensor(pixels).split(batch)
-    return torch.cat([clip.model.encode_image(part.to(clip.device), normalize=True).float().cpu() for part in parts])
+    return torch.cat(
+        [
+            clip.model.encode_image(part.to(clip.device), normalize=True).float().cpu()
+            for part in parts
+        ]
+    )
 
 
 @torch.no_grad()
 def encode_texts(texts, clip):
     """N texts -> (N, D) unit text features."""
-    return clip.model.encode_text(clip.tokenizer(texts).to(clip.device), normalize=True).float().cpu()
+    return (
+        clip.model.encode_text(clip.tokenizer(texts).to(clip.device), normalize=True).float().cpu()
+    )
 
 
 def semantic_scores(frames, question, clip):
     """(K, H, W, 3) uint8 RGB and a question -> (K,) cosine similarity of each frame with it, in [-1, 1]."""
-    pixels = torch.stack([clip.preprocess(Image.fromarray(frame)) for frame in frames])  # (K, 3, h, w)
+    pixels = torch.stack(
+        [clip.preprocess(Image.fromarray(frame)) for frame in frames]
+    )  # (K, 3, h, w)
     return encode_pixels(pixels, clip) @ encode_texts([question], clip)[0]  # (K, D) @ (D,)
 
 
@@ -356,9 +502,6 @@ def semantic_set(scores, k=None):
     """Semantic scores (K,) -> ascending positions of the k highest (None: ceil(K / 4)), the S_sem of Eq. 1; of equals the earlier one."""
     k = math.ceil(len(scores) / 4) if k is None else k
     return sorted(sorted(range(len(scores)), key=lambda i: (-float(scores[i]), i))[:k])
-
-
-# ------------------------------------------------------------------------------------------------------------ fusion and rows
 
 
 def fuse(k, scene, semantic, w_base=0.1, w_scene=1.0, w_sem=3.0):
@@ -375,9 +518,16 @@ def fuse(k, scene, semantic, w_base=0.1, w_scene=1.0, w_sem=3.0):
 def weigh(row, scene, semantic, settings):
     """A row with these sets and the P that follows from them; its settings are added or replaced by the weights of these."""
     cues = scene if settings.has_scene else [], semantic if settings.has_semantic else []
-    prior = fuse(len(row["frames"]), *cues, settings.w_base, settings.w_scene, settings.w_sem)  # (K,)
-    return {**row, "scene": scene, "semantic": semantic, "prior": [float(f"{value:.9g}") for value in prior.tolist()],  # exact float32
-            "settings": {**row["settings"], **{name: getattr(settings, name) for name in WEIGHTS}}}
+    prior = fuse(
+        len(row["frames"]), *cues, settings.w_base, settings.w_scene, settings.w_sem
+    )  # (K,)
+    return {
+        **row,
+        "scene": scene,
+        "semantic": semantic,
+        "prior": [float(f"{value:.9g}") for value in prior.tolist()],  # exact float32
+        "settings": {**row["settings"], **{name: getattr(settings, name) for name in WEIGHTS}},
+    }
 
 
 def settings_of(settings):
@@ -387,10 +537,17 @@ def settings_of(settings):
 
 def weigh_scores(row, settings):
     """A row with its sets and P from its stored scores: what --scores does; no pixels are needed. settings: all of PriorSettings."""
-    scene = [position for position, score in enumerate(row["scene_scores"]) if score > 0]  # a detector's scores are 0 or 1
+    scene = [
+        position for position, score in enumerate(row["scene_scores"]) if score > 0
+    ]  # a detector's scores are 0 or 1
     if settings.scene == "hsv":
         scene = scene_set(row["scene_scores"], settings.hsv_threshold)
-    return weigh({**row, "settings": settings_of(settings)}, scene, semantic_set(row["semantic_scores"], settings.semantic_k), settings)
+    return weigh(
+        {**row, "settings": settings_of(settings)},
+        scene,
+        semantic_set(row["semantic_scores"], settings.semantic_k),
+        settings,
+    )
 
 
 def media_name(example):
@@ -406,12 +563,24 @@ def media_rows(examples, cues, clip, settings):
     indices, times, jumps, pixels = cues
     likeness = [[]] * len(examples)
     if clip is not None and pixels is not None:
-        texts = [" ".join([example.question, *example.options]) if settings.semantic_options else example.question for example in examples]
+        texts = [
+            " ".join([example.question, *example.options])
+            if settings.semantic_options
+            else example.question
+            for example in examples
+        ]
         likeness = encode_texts(texts, clip) @ encode_pixels(pixels, clip).T  # (N, D) @ (D, K)
     rows = []
     for example, scores in zip(examples, likeness, strict=True):
-        row = {"problem_id": example.id, "question": example.question, "media": media_name(example), "frames": indices,
-               "times": times, "scene_scores": jumps, "semantic_scores": [round(float(value), 6) for value in scores]}
+        row = {
+            "problem_id": example.id,
+            "question": example.question,
+            "media": media_name(example),
+            "frames": indices,
+            "times": times,
+            "scene_scores": jumps,
+            "semantic_scores": [round(float(value), 6) for value in scores],
+        }
         rows.append(weigh_scores(row, settings))
     return rows
 
@@ -420,35 +589,6 @@ def make_prior(example, clip, settings):
     """Video or image example -> its row of the priors file. MediaError when the medium cannot be read. Decodes in this process."""
     cues = read_cues((example.media_type, example.media), settings, clip and clip.preprocess)
     return media_rows([example], cues, clip, settings)[0]
-
-
-def take_core():
-    """Keeps this process on one core that no other worker has, if one is left; not under a quota of cores, which does not say which ones.
-
-    Why: decord decodes in a thread of its own. Where the scheduler moves the threads of two workers over the cores, both took 1.6 times as
-    long (README, Building priors). Other containers of the machine are not seen (--pin_workers).
-    """
-    cores = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else []  # Linux only
-    for core in sorted(cores) if len(cores) == cv2.getNumberOfCPUs() else []:
-        claim = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
-        try:
-            claim.bind(f"\0{CORE_CLAIM}{core}")  # an abstract name: one process has it, until it ends
-        except OSError:
-            claim.close()
-            continue
-        claim.detach()
-        os.sched_setaffinity(0, {core})
-        return
-
-
-def start_worker(pin=True):
-    """A decoding process: one thread a library, and no life without the process that it works for."""
-    torch.set_num_threads(1)
-    cv2.setNumThreads(1)
-    if pin:
-        take_core()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that it works for
-    threading.Thread(target=lambda: (multiprocessing.parent_process().join(), os._exit(1)), daemon=True).start()
 
 
 def all_cues(media, settings, preprocess, workers=0, timeout=300.0, pin=True):
@@ -464,13 +604,27 @@ def all_cues(media, settings, preprocess, workers=0, timeout=300.0, pin=True):
             except MediaError as error:
                 yield medium, error
         return
-    context = multiprocessing.get_context("forkserver")  # forks of a process without threads or CUDA, with the slow imports done
-    context.set_forkserver_preload(["cv2", "decord", "open_clip", "pebble", "scenedetect", "torch", "transformers"])
-    pool, waiting, media = ProcessPool(workers, max_tasks=1000, initializer=start_worker, initargs=(pin,), context=context), {}, iter(media)
+    context = multiprocessing.get_context(
+        "forkserver"
+    )  # forks of a process without threads or CUDA, with the slow imports done
+    context.set_forkserver_preload(
+        ["cv2", "decord", "open_clip", "pebble", "scenedetect", "torch", "transformers"]
+    )
+    pool, waiting, media = (
+        ProcessPool(
+            workers, max_tasks=1000, initializer=start_worker, initargs=(pin,), context=context
+        ),
+        {},
+        iter(media),
+    )
     try:
         while True:
-            for medium in islice(media, workers + 2 - len(waiting)):  # enough that none idles, few enough to hold their pixels
-                waiting[pool.schedule(read_cues, args=(medium, settings, preprocess), timeout=timeout)] = medium
+            for medium in islice(
+                media, workers + 2 - len(waiting)
+            ):  # enough that none idles, few enough to hold their pixels
+                waiting[
+                    pool.schedule(read_cues, args=(medium, settings, preprocess), timeout=timeout)
+                ] = medium
             if not waiting:
                 return
             for done in wait(waiting, return_when=FIRST_COMPLETED).done:
@@ -480,9 +634,13 @@ def all_cues(media, settings, preprocess, workers=0, timeout=300.0, pin=True):
                 except MediaError as error:
                     cues = error
                 except TimeoutError:
-                    cues = MediaError(f"{medium[1]}: not decoded within {timeout:g} s (--decode_timeout)")
+                    cues = MediaError(
+                        f"{medium[1]}: not decoded within {timeout:g} s (--decode_timeout)"
+                    )
                 except ProcessExpired as error:
-                    cues = MediaError(f"{medium[1]}: the decoder died of it (exit code {error.exitcode})")
+                    cues = MediaError(
+                        f"{medium[1]}: the decoder died of it (exit code {error.exitcode})"
+                    )
                 yield medium, cues
     finally:
         pool.stop()
@@ -499,7 +657,10 @@ def group_by_medium(examples):
 
 
 def error_lines(examples, cause):
-    return [{"problem_id": example.id, "media": example.media, "cause": str(cause)} for example in examples]
+    return [
+        {"problem_id": example.id, "media": example.media, "cause": str(cause)}
+        for example in examples
+    ]
 
 
 def build_priors(examples, clip, settings, workers=0, timeout=300.0):
@@ -514,9 +675,13 @@ def build_priors(examples, clip, settings, workers=0, timeout=300.0):
         if isinstance(cues, MediaError):
             errors.update((line["problem_id"], line) for line in error_lines(groups[medium], cues))
         else:
-            rows.update((row["problem_id"], row) for row in media_rows(groups[medium], cues, clip, settings))
-    return ([rows[example.id] for example in examples if example.id in rows],
-            [errors[example.id] for example in examples if example.id in errors])
+            rows.update(
+                (row["problem_id"], row) for row in media_rows(groups[medium], cues, clip, settings)
+            )
+    return (
+        [rows[example.id] for example in examples if example.id in rows],
+        [errors[example.id] for example in examples if example.id in errors],
+    )
 
 
 def look_at(examples, settings, workers=0, timeout=300.0):
@@ -542,15 +707,27 @@ def frame_set_rows(examples, settings):
     rows, errors, times_of = [], [], {}
     for example in tqdm(examples, desc="frame_sets", unit="example", disable=not examples):
         sets = example.extra["frame_sets"]
-        good = isinstance(sets, dict) and all(
-            isinstance(sets.get(name), list) and all(type(index) is int and index >= 0 for index in sets[name])
-            for name in ("uniform", "scene", "semantic")) and sets["uniform"]
+        good = (
+            isinstance(sets, dict)
+            and all(
+                isinstance(sets.get(name), list)
+                and all(type(index) is int and index >= 0 for index in sets[name])
+                for name in ("uniform", "scene", "semantic")
+            )
+            and sets["uniform"]
+        )
         if not good:
-            raise DataError(f"{example.id}: frame_sets must have the lists uniform (not empty), scene and semantic of frame indices")
+            raise DataError(
+                f"{example.id}: frame_sets must have the lists uniform (not empty), scene and semantic of frame indices"
+            )
         frames, video = sorted(set(sets["uniform"])), example.media_type == "video"
-        fewer = len(frames) < settings.frames and (settings.fps or frames == list(range(len(frames))))  # --fps, or a short video
+        fewer = len(frames) < settings.frames and (
+            settings.fps or frames == list(range(len(frames)))
+        )  # --fps, or a short video
         if video and len(frames) != settings.frames and not fewer:
-            raise DataError(f"{example.id}: its frame_sets have {len(frames)} uniform frames, this run uses --frames {settings.frames}")
+            raise DataError(
+                f"{example.id}: its frame_sets have {len(frames)} uniform frames, this run uses --frames {settings.frames}"
+            )
         key = (example.media, *frames)
         try:
             if key not in times_of:
@@ -558,10 +735,27 @@ def frame_set_rows(examples, settings):
         except MediaError as error:
             errors += error_lines([example], error)
             continue
-        scene, semantic = (sorted({int(np.abs(np.array(frames) - index).argmin()) for index in sets[name]})
-                           for name in ("scene", "semantic"))
-        rows.append(weigh({"problem_id": example.id, "question": example.question, "media": media_name(example), "frames": frames,
-                           "times": times_of[key], "scene_scores": [], "semantic_scores": [], "settings": {}}, scene, semantic, settings))
+        scene, semantic = (
+            sorted({int(np.abs(np.array(frames) - index).argmin()) for index in sets[name]})
+            for name in ("scene", "semantic")
+        )
+        rows.append(
+            weigh(
+                {
+                    "problem_id": example.id,
+                    "question": example.question,
+                    "media": media_name(example),
+                    "frames": frames,
+                    "times": times_of[key],
+                    "scene_scores": [],
+                    "semantic_scores": [],
+                    "settings": {},
+                },
+                scene,
+                semantic,
+                settings,
+            )
+        )
     return rows, errors
 
 
@@ -569,11 +763,10 @@ def frame_times(path, frames):
     """Seconds of these frames of a video, without decoding them."""
     reader = open_video(path)
     if frames[-1] >= len(reader):
-        raise MediaError(f"{path}: its frame_sets name frame {frames[-1]}, the video ends with {len(reader) - 1}")
+        raise MediaError(
+            f"{path}: its frame_sets name frame {frames[-1]}, the video ends with {len(reader) - 1}"
+        )
     return [round(float(time), 6) for time in reader.get_frame_timestamp(frames)[:, 0]]
-
-
-# --------------------------------------------------------------------------------------------------------------------- files
 
 
 def check_row(row):
@@ -590,12 +783,20 @@ def check_row(row):
         return "has frames, times or prior that are not non-empty lists"
     if not len(frames) == len(times) == len(prior):
         return f"has {len(frames)} frames, {len(times)} times and {len(prior)} prior values"
-    if not all(type(index) is int for index in frames) or frames[0] < 0 or any(a >= b for a, b in zip(frames, frames[1:], strict=False)):
+    if (
+        not all(type(index) is int for index in frames)
+        or frames[0] < 0
+        or any(a >= b for a, b in zip(frames, frames[1:], strict=False))
+    ):
         return "has frames that are not ascending indices"
     if not all(type(value) in (int, float) and math.isfinite(value) for value in [*times, *prior]):
         return "has times or prior values that are not numbers"
     good = min(prior) >= 0 and abs(sum(prior) - 1) < 1e-3
-    return "" if good else f"has a prior that is none: the least is {min(prior):.4g}, the sum {sum(prior):.4g}"
+    return (
+        ""
+        if good
+        else f"has a prior that is none: the least is {min(prior):.4g}, the sum {sum(prior):.4g}"
+    )
 
 
 def read_priors(path):
@@ -607,7 +808,9 @@ def read_priors(path):
             try:
                 row = json.loads(line)
             except ValueError as error:  # not JSON, or not UTF-8
-                raise DataError(f"priors file {path}, line {number} is not valid JSON ({error}); build it again") from error
+                raise DataError(
+                    f"priors file {path}, line {number} is not valid JSON ({error}); build it again"
+                ) from error
             fault = check_row(row)
             if fault:
                 raise DataError(f"priors file {path}, line {number} {fault}; build it again")
@@ -616,7 +819,9 @@ def read_priors(path):
 
 def other_question(row, example):
     """Whether a row was made for another question or medium than the example that has its problem_id."""
-    return row.get("question", example.question) != example.question or row.get("media", media_name(example)) != media_name(example)
+    return row.get("question", example.question) != example.question or row.get(
+        "media", media_name(example)
+    ) != media_name(example)
 
 
 def load_priors(path, examples, settings):
@@ -633,15 +838,27 @@ def load_priors(path, examples, settings):
             continue
         indices, made_with = found[problem]["frames"], found[problem].get("settings", {})
         if other_question(found[problem], example):
-            raise DataError(f"priors file {path}: {problem} is another question there, or about another file; build it for this data set")
-        short = len(indices) < settings.frames and (indices == list(range(len(indices))) or made_with.get("fps"))  # a short video, or --fps
+            raise DataError(
+                f"priors file {path}: {problem} is another question there, or about another file; build it for this data set"
+            )
+        short = len(indices) < settings.frames and (
+            indices == list(range(len(indices))) or made_with.get("fps")
+        )  # a short video, or --fps
         if example.media_type == "video" and len(indices) != settings.frames and not short:
-            raise DataError(f"the priors file {path} was made for K={made_with.get('frames', len(indices))} frames, this run uses "
-                            f"K={settings.frames} ({problem} has {len(indices)}); build it again with --frames {settings.frames}")
-        for name in (setting.name for setting in fields(PriorSettings) if setting.name not in ("frames", "clip", "clip_pretrained")):
+            raise DataError(
+                f"the priors file {path} was made for K={made_with.get('frames', len(indices))} frames, this run uses "
+                f"K={settings.frames} ({problem} has {len(indices)}); build it again with --frames {settings.frames}"
+            )
+        for name in (
+            setting.name
+            for setting in fields(PriorSettings)
+            if setting.name not in ("frames", "clip", "clip_pretrained")
+        ):
             if made_with.get(name, getattr(settings, name)) != getattr(settings, name):
-                raise DataError(f"the priors file {path} was made with --{name} {made_with[name]}, this run has {getattr(settings, name)}; "
-                                f"give the same here, or make another file by prior.py --scores {path}")
+                raise DataError(
+                    f"the priors file {path} was made with --{name} {made_with[name]}, this run has {getattr(settings, name)}; "
+                    f"give the same here, or make another file by prior.py --scores {path}"
+                )
     return {problem: found[problem] for problem in needed if problem in found}
 
 
@@ -655,8 +872,10 @@ def check_missing(path, examples, settings, workers=0, timeout=300.0):
     missing = [example for example in needed if example.id not in rows]
     errors, readable = look_at(missing, settings, workers, timeout)
     if readable is not None:
-        raise DataError(f"priors file {path} has no row for {len(missing)} of {len(needed)} examples, though the medium of {readable.id} "
-                        f"can be read; prior.py --dataset_name DATA --output {path} adds what is missing")
+        raise DataError(
+            f"priors file {path} has no row for {len(missing)} of {len(needed)} examples, though the medium of {readable.id} "
+            f"can be read; prior.py --dataset_name DATA --output {path} adds what is missing"
+        )
     return errors
 
 
@@ -673,66 +892,35 @@ def rows_for(path, examples):
     return found
 
 
-def write_whole(path, parts):
-    """A file of these bytes, whole or not at all."""
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    unfinished = Path(f"{path}.tmp")
-    with open(unfinished, "wb") as file:
-        file.writelines(parts)
-    unfinished.replace(path)
-
-
-def write_lines(path, rows):
-    """Rows -> JSON lines, whole or not at all."""
-    write_whole(path, (f"{json.dumps(row)}\n".encode() for row in rows))
-
-
-def append_lines(file, rows):
-    """Rows at the end of an unbuffered binary file."""
-    lines = "".join(json.dumps(row) + "\n" for row in rows).encode()
-    while lines:
-        lines = lines[file.write(lines) :]
-
-
-def shards(path):
-    """What ranks have written aside for a file."""
-    return sorted(file for file in path.parent.iterdir() if file.name.startswith(f"{path.name}.shard"))
-
-
-def join_shards(path):
-    """A file and its shards -> one file of whole lines: a kill can have torn the last one of each."""
-    lines, aside = {}, shards(path)
-    if not aside and not path.exists():
-        return
-    for file in (path, *aside):
-        text = file.read_bytes() if file.exists() else b""
-        lines.update(dict.fromkeys(text[: text.rfind(b"\n") + 1].splitlines(keepends=True)))
-    write_whole(path, lines)
-    for file in aside:
-        file.unlink()
-
-
 def finished(output, examples, settings):
     """problem_ids of the rows in the output. DataError when they belong to another data set or were made with other settings."""
     by_id, done = {example.id: example for example in examples}, set()
     for row in read_priors(output) if output.exists() else ():
         problem = row["problem_id"]
         if problem not in by_id or other_question(row, by_id[problem]):
-            raise DataError(f"{output} has a row of another data set ({problem}); choose another --output")
+            raise DataError(
+                f"{output} has a row of another data set ({problem}); choose another --output"
+            )
         for setting in fields(PriorSettings):
-            made_with, wanted = row.get("settings", {}).get(setting.name), getattr(settings, setting.name)
+            made_with, wanted = (
+                row.get("settings", {}).get(setting.name),
+                getattr(settings, setting.name),
+            )
             if made_with != wanted:
-                raise DataError(f"{output} has rows made with --{setting.name} {made_with}, this run has {wanted}; choose another --output")
+                raise DataError(
+                    f"{output} has rows made with --{setting.name} {made_with}, this run has {wanted}; choose another --output"
+                )
         done.add(problem)
     return done
 
 
-# ------------------------------------------------------------------------------------------------------------- command lines
-
-
 def cores():
     """Processor cores for this rank: torchrun and deepspeed say how many ranks share the machine."""
-    return max(1, cv2.getNumberOfCPUs() // int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", 1))))
+    return max(
+        1,
+        cv2.getNumberOfCPUs()
+        // int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", 1))),
+    )
 
 
 def clip_of(arguments, workers):
@@ -747,12 +935,20 @@ def clip_of(arguments, workers):
 def run_dataset(arguments):
     """Rows of a data set, appended to --output as they are made; several ranks write aside, and rank 0 joins that when all have ended."""
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    output, errors_file, unusable = Path(arguments.output), Path(f"{arguments.output}.errors.jsonl"), []
+    output, errors_file, unusable = (
+        Path(arguments.output),
+        Path(f"{arguments.output}.errors.jsonl"),
+        [],
+    )
     examples = load_examples(arguments.dataset_name, arguments.media_root, unusable)
     if world > 1 and "MASTER_ADDR" not in os.environ:
-        raise DataError("RANK and WORLD_SIZE are set without MASTER_ADDR; start ranks by torchrun or deepspeed")
+        raise DataError(
+            "RANK and WORLD_SIZE are set without MASTER_ADDR; start ranks by torchrun or deepspeed"
+        )
     if world > 1:
-        dist.init_process_group("gloo", timeout=timedelta(days=30))  # for its barrier: ranks end at different times
+        dist.init_process_group(
+            "gloo", timeout=timedelta(days=30)
+        )  # for its barrier: ranks end at different times
     if rank == 0:
         output.parent.mkdir(parents=True, exist_ok=True)
         join_shards(output)  # of an earlier run
@@ -763,7 +959,11 @@ def run_dataset(arguments):
     left = [medium for medium in mine if any(example.id not in done for example in groups[medium])]
     workers = arguments.workers
     if workers is None:
-        workers = max(1, cores() // 2) if arguments.has_semantic and not torch.cuda.is_available() else cores()
+        workers = (
+            max(1, cores() // 2)
+            if arguments.has_semantic and not torch.cuda.is_available()
+            else cores()
+        )
     clip = clip_of(arguments, workers) if any(kind == "video" for kind, _ in left) else None
     # what an earlier run could not use is tried again; its list goes when nothing is left that could refuse this run
     if rank == 0:
@@ -771,15 +971,41 @@ def run_dataset(arguments):
             file.unlink(missing_ok=True)
     if world > 1:
         dist.barrier()
-    rows_file, faults_file = (file if world == 1 else Path(f"{file}.shard{rank}") for file in (output, errors_file))
-    with open(rows_file, "ab", buffering=0) as rows_out, open(faults_file, "ab", buffering=0) as faults_out:
+    rows_file, faults_file = (
+        file if world == 1 else Path(f"{file}.shard{rank}") for file in (output, errors_file)
+    )
+    with (
+        open(rows_file, "ab", buffering=0) as rows_out,
+        open(faults_file, "ab", buffering=0) as faults_out,
+    ):
         append_lines(faults_out, unusable if rank == 0 else [])
-        made = all_cues(left, arguments, clip and clip.preprocess, workers, arguments.decode_timeout, arguments.pin_workers)
-        for medium, cues in tqdm(made, desc="priors", unit="video", initial=len(mine) - len(left), total=len(mine), disable=rank > 0):
+        made = all_cues(
+            left,
+            arguments,
+            clip and clip.preprocess,
+            workers,
+            arguments.decode_timeout,
+            arguments.pin_workers,
+        )
+        for medium, cues in tqdm(
+            made,
+            desc="priors",
+            unit="video",
+            initial=len(mine) - len(left),
+            total=len(mine),
+            disable=rank > 0,
+        ):
             if isinstance(cues, MediaError):
-                append_lines(faults_out, error_lines([example for example in groups[medium] if example.id not in done], cues))
+                append_lines(
+                    faults_out,
+                    error_lines(
+                        [example for example in groups[medium] if example.id not in done], cues
+                    ),
+                )
             else:
-                rows = media_rows(groups[medium], cues, clip, arguments)  # all of the medium's, so that a resumed run computes the same
+                rows = media_rows(
+                    groups[medium], cues, clip, arguments
+                )  # all of the medium's, so that a resumed run computes the same
                 append_lines(rows_out, [row for row in rows if row["problem_id"] not in done])
     if world > 1:
         dist.barrier()
@@ -792,14 +1018,21 @@ def run_dataset(arguments):
 
 def conclude(arguments, examples, output, errors_file):
     """The summary, and the data set with frame_sets if it is asked for."""
-    errors, done = errors_file.read_text(encoding="utf-8").splitlines(), sum(1 for _ in open(output, "rb"))
+    errors, done = (
+        errors_file.read_text(encoding="utf-8").splitlines(),
+        sum(1 for _ in open(output, "rb")),
+    )
     if not errors:
         errors_file.unlink()
     if errors and not done:
         output.unlink()
-        raise DataError(f"none of the {len(errors)} examples can be used (see {errors_file}); the first: {json.loads(errors[0])['cause']}")
-    print(f"{done} priors are in {output}; {len(errors)} examples could not be used{f' (see {errors_file})' if errors else ''}; "
-          f"{sum(example.media_type == 'text' for example in examples)} text-only examples need none")
+        raise DataError(
+            f"none of the {len(errors)} examples can be used (see {errors_file}); the first: {json.loads(errors[0])['cause']}"
+        )
+    print(
+        f"{done} priors are in {output}; {len(errors)} examples could not be used{f' (see {errors_file})' if errors else ''}; "
+        f"{sum(example.media_type == 'text' for example in examples)} text-only examples need none"
+    )
     report_evidence(output, examples)
     if arguments.export_frame_sets:
         export_frame_sets(arguments)
@@ -807,31 +1040,54 @@ def conclude(arguments, examples, output, errors_file):
 
 def report_evidence(path, examples):
     """Where the data set knows the evidence of an answer: how well the priors find it."""
-    known, hits, mass = {example.id: example.evidence for example in examples if example.evidence}, [], []
+    known, hits, mass = (
+        {example.id: example.evidence for example in examples if example.evidence},
+        [],
+        [],
+    )
     for row in read_priors(path) if known else []:
         if row["problem_id"] in known:
-            inside = np.array([any(start <= time < end for start, end in known[row["problem_id"]]) for time in row["times"]])
+            inside = np.array(
+                [
+                    any(start <= time < end for start, end in known[row["problem_id"]])
+                    for time in row["times"]
+                ]
+            )
             hits.append(inside[row["semantic"]].any())
             mass.append((inside @ row["prior"], inside.mean()))
     seen = [(prior, uniform) for prior, uniform in mass if uniform > 0]
     if seen:
         prior, uniform = np.array(seen).T
-        unseen = f" ({len(hits) - len(seen)} have no sampled frame there)" if len(seen) < len(hits) else ""
-        print(f"{len(hits)} questions of known evidence{unseen}: {np.mean(hits):.3f} have it among the semantic cue's frames; P's mass on "
-              f"it is {np.mean(prior / uniform):.2f} times uniform's (mean of ratios; ratio of means {prior.mean() / uniform.mean():.2f})")
+        unseen = (
+            f" ({len(hits) - len(seen)} have no sampled frame there)"
+            if len(seen) < len(hits)
+            else ""
+        )
+        print(
+            f"{len(hits)} questions of known evidence{unseen}: {np.mean(hits):.3f} have it among the semantic cue's frames; P's mass on "
+            f"it is {np.mean(prior / uniform):.2f} times uniform's (mean of ratios; ratio of means {prior.mean() / uniform.mean():.2f})"
+        )
 
 
 def export_frame_sets(arguments):
     """The data set with the release's frame_sets in every row that has a prior, the other rows as they are."""
-    made, rows, count = {row["problem_id"]: row for row in read_priors(arguments.output)}, read_rows(arguments.dataset_name), 0
+    made, rows, count = (
+        {row["problem_id"]: row for row in read_priors(arguments.output)},
+        read_rows(arguments.dataset_name),
+        0,
+    )
     for index, row in enumerate(rows):
         try:
-            example = parse_example(row, index, arguments.media_root or Path(arguments.dataset_name).parent)
+            example = parse_example(
+                row, index, arguments.media_root or Path(arguments.dataset_name).parent
+            )
         except DataError:
             continue  # an unusable row
         prior = made.pop(example.id, None)  # once: a row that repeats an id has none
         if prior:
-            sets = {name: [prior["frames"][at] for at in prior[name]] for name in ("scene", "semantic")}
+            sets = {
+                name: [prior["frames"][at] for at in prior[name]] for name in ("scene", "semantic")
+            }
             row["frame_sets"], count = {"uniform": prior["frames"], **sets}, count + 1
     write_whole(arguments.export_frame_sets, [json.dumps(rows, indent=1).encode()])
     print(f"{count} of {len(rows)} rows have frame_sets in {arguments.export_frame_sets}")
@@ -842,19 +1098,41 @@ def run_scores(arguments):
     names, defaults, rows = [setting.name for setting in fields(PriorSettings)], PriorSettings(), []
     for row in read_priors(arguments.scores):
         made_with = row.get("settings", {})
-        if {"media", "scene_scores", "semantic_scores"} - row.keys() or set(names) - made_with.keys():
-            raise DataError(f"{arguments.scores}: the row of {row['problem_id']} has no stored scores and settings")
-        free = (*WEIGHTS, "semantic_k", *(["scene_threshold"] if made_with["scene"] == "hsv" else []))
+        if {"media", "scene_scores", "semantic_scores"} - row.keys() or set(
+            names
+        ) - made_with.keys():
+            raise DataError(
+                f"{arguments.scores}: the row of {row['problem_id']} has no stored scores and settings"
+            )
+        free = (
+            *WEIGHTS,
+            "semantic_k",
+            *(["scene_threshold"] if made_with["scene"] == "hsv" else []),
+        )
         for name in names:
             value = getattr(arguments, name)
             if name not in free and value not in (getattr(defaults, name), made_with[name]):
-                raise DataError(f"{arguments.scores} was made with --{name} {made_with[name]}, not {value}; that takes the videos")
-        settings = PriorSettings(**{name: getattr(arguments, name) if name in free else made_with[name] for name in names})
-        if row["scene_scores"] and settings.has_semantic and not row["semantic_scores"]:  # an image has neither
-            raise DataError(f"{arguments.scores} has no semantic scores (it was made with --prior {made_with['prior']})")
+                raise DataError(
+                    f"{arguments.scores} was made with --{name} {made_with[name]}, not {value}; that takes the videos"
+                )
+        settings = PriorSettings(
+            **{
+                name: getattr(arguments, name) if name in free else made_with[name]
+                for name in names
+            }
+        )
+        if (
+            row["scene_scores"] and settings.has_semantic and not row["semantic_scores"]
+        ):  # an image has neither
+            raise DataError(
+                f"{arguments.scores} has no semantic scores (it was made with --prior {made_with['prior']})"
+            )
         rows.append(weigh_scores(row, settings))
     write_lines(arguments.output, rows)
-    errors, listed = Path(f"{arguments.scores}.errors.jsonl"), Path(f"{arguments.output}.errors.jsonl")
+    errors, listed = (
+        Path(f"{arguments.scores}.errors.jsonl"),
+        Path(f"{arguments.output}.errors.jsonl"),
+    )
     if errors.is_file():
         shutil.copyfile(errors, listed)  # the same media have no row
     else:
@@ -865,25 +1143,37 @@ def run_scores(arguments):
 def run_video(arguments):
     """One video's prior as a table and a picture."""
     clip = clip_of(arguments, 0)
-    example = Example("0", arguments.question, [], "free-form", "", os.path.abspath(arguments.video), "video")
+    example = Example(
+        "0", arguments.question, [], "free-form", "", os.path.abspath(arguments.video), "video"
+    )
     row = make_prior(example, clip, arguments)
     print("frame    time    scene  semantic      P")
     semantic = row["semantic_scores"] or [math.nan] * len(row["frames"])
     for position, (frame, time, jump, likeness, prior) in enumerate(
-            zip(row["frames"], row["times"], row["scene_scores"], semantic, row["prior"], strict=True)):
+        zip(row["frames"], row["times"], row["scene_scores"], semantic, row["prior"], strict=True)
+    ):
         marks = ["*" if position in row[name] else " " for name in ("scene", "semantic")]
-        print(f"{frame:5d} {time:6.1f} s  {jump:6.3f}{marks[0]} {likeness:8.3f}{marks[1]} {prior:6.3f} {'#' * round(100 * prior)}")
+        print(
+            f"{frame:5d} {time:6.1f} s  {jump:6.3f}{marks[0]} {likeness:8.3f}{marks[1]} {prior:6.3f} {'#' * round(100 * prior)}"
+        )
     draw_prior(row, decode_frames(example.media, row["frames"])[0], arguments.output)
-    print(f"* begins a scene, or is among the frames most like the question. Drawn in {arguments.output}")
+    print(
+        f"* begins a scene, or is among the frames most like the question. Drawn in {arguments.output}"
+    )
 
 
 def draw_prior(row, frames, path):
     """Picture of one row: its frames (K, H, W, 3) uint8 above the two cues and P; the frames that a cue names are filled."""
     from matplotlib.figure import Figure
+
     count, settings = len(frames), PriorSettings(**row["settings"])
     figure = Figure(figsize=(max(6, 0.8 * count), 6), layout="constrained")
     figure.suptitle(textwrap.fill(row["question"], max(60, 9 * count)), parse_math=False)
-    lines = (("scene_scores", "scene", "#0072B2"), ("semantic_scores", "semantic", "#D55E00"), ("prior", "P", "#009E73"))
+    lines = (
+        ("scene_scores", "scene", "#0072B2"),
+        ("semantic_scores", "semantic", "#D55E00"),
+        ("prior", "P", "#009E73"),
+    )
     lines = [line for line in lines if row[line[0]]]  # without CLIP there are no semantic scores
     grid = figure.add_gridspec(1 + len(lines), count, height_ratios=(0.8, *(1 for _ in lines)))
     for position, frame in enumerate(frames):
@@ -892,23 +1182,44 @@ def draw_prior(row, frames, path):
         axes.imshow(frame)
         axes.set_axis_off()
     for line, (name, label, colour) in enumerate(lines, 1):
-        axes = figure.add_subplot(grid[line, :], ylabel=name.replace("_", " "), xlim=(-0.5, count - 0.5), xticks=range(count))
+        axes = figure.add_subplot(
+            grid[line, :],
+            ylabel=name.replace("_", " "),
+            xlim=(-0.5, count - 0.5),
+            xticks=range(count),
+        )
         values = row[name]
-        floor = min(values) - 0.1 * (max(values) - min(values)) if label == "semantic" else 0.0  # cosines differ little: zoomed in on
-        bars = axes.bar(range(count), [value - floor for value in values], bottom=floor, color="white", edgecolor=colour)
+        floor = (
+            min(values) - 0.1 * (max(values) - min(values)) if label == "semantic" else 0.0
+        )  # cosines differ little: zoomed in on
+        bars = axes.bar(
+            range(count),
+            [value - floor for value in values],
+            bottom=floor,
+            color="white",
+            edgecolor=colour,
+        )
         for position in row.get(label, range(count)):
             bars[position].set_facecolor(colour)
         if label == "scene" and settings.scene == "hsv":
             axes.axhline(settings.hsv_threshold, color="grey", linestyle="--")
-    axes.set_xlabel("sampled frame; filled: chosen by the cue; dashed: the least score of a scene cut")
+    axes.set_xlabel(
+        "sampled frame; filled: chosen by the cue; dashed: the least score of a scene cut"
+    )
     figure.savefig(path, dpi=110)
 
 
 def main():
-    parser = HfArgumentParser(PriorArguments, allow_abbrev=False, formatter_class=Help, description=(
-        f"{__doc__}\nExit code 0: done; what could not be used is counted and listed in OUTPUT.errors.jsonl. 2: bad input, or a file that "
-        "cannot be written;\none sentence says which. 130: interrupted; the same command continues. 1: a fault of this program, with its "
-        "trace."))
+    parser = HfArgumentParser(
+        PriorArguments,
+        allow_abbrev=False,
+        formatter_class=Help,
+        description=(
+            f"{__doc__}\nExit code 0: done; what could not be used is counted and listed in OUTPUT.errors.jsonl. 2: bad input, or a file that "
+            "cannot be written;\none sentence says which. 130: interrupted; the same command continues. 1: a fault of this program, with its "
+            "trace."
+        ),
+    )
     namespace = parser.parse_args()
     try:
         arguments = PriorArguments(**vars(namespace))

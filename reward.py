@@ -28,6 +28,7 @@ import torch.nn.functional as F
 
 # ---- Answers: extraction, accuracy, format, length ----
 
+
 def _block(text: str, tag: str) -> str | None:
     """Trimmed content of the first <tag>...</tag> block, None when there is none. Two scans, whatever the text."""
     start = text.find(f"<{tag}>")
@@ -91,7 +92,11 @@ def _edit_distance(reference: list[str], hypothesis: list[str]) -> int:
     for i, word in enumerate(reference):
         masks[word] = masks.get(word, 0) | (1 << i)
     full, last = (1 << len(reference)) - 1, 1 << (len(reference) - 1)
-    up, down, distance = full, 0, len(reference)  # where the column rises or falls by 1; the value of its last cell
+    up, down, distance = (
+        full,
+        0,
+        len(reference),
+    )  # where the column rises or falls by 1; the value of its last cell
     for word in hypothesis:
         same = masks.get(word, 0)
         diagonal = (((same & up) + up) ^ up) | same
@@ -118,7 +123,9 @@ def rouge_reward(answer: str, truth: str) -> float:
     """
     from rouge_score import rouge_scorer  # pip install rouge-score
 
-    scores = rouge_scorer.RougeScorer(["rouge1", "rouge2", "rougeL"], use_stemmer=True).score(truth, answer)
+    scores = rouge_scorer.RougeScorer(["rouge1", "rouge2", "rougeL"], use_stemmer=True).score(
+        truth, answer
+    )
     return min(1.0, sum(score.fmeasure for score in scores.values()) / 3)
 
 
@@ -144,11 +151,20 @@ def accuracy_reward(completion: str, solution: str, problem_type: str) -> float:
     """
     answer, truth = extract_answer(completion), solution_answer(solution)
     scores = {"numerical": numerical_reward, "regression": regression_reward, "OCR": ocr_reward}
-    scores |= {"free-form": rouge_reward, "multiple choice": lambda given, right: float(given == right)}
+    scores |= {
+        "free-form": rouge_reward,
+        "multiple choice": lambda given, right: float(given == right),
+    }
     if problem_type not in scores:
-        raise ValueError(f"unknown problem_type {problem_type!r}: expected one of {', '.join(scores)}")
+        raise ValueError(
+            f"unknown problem_type {problem_type!r}: expected one of {', '.join(scores)}"
+        )
     letters = [part.strip() for part in truth.split(",")]
-    if problem_type == "multiple choice" and len(letters) > 1 and all(x.isalpha() and len(x) == 1 for x in letters):
+    if (
+        problem_type == "multiple choice"
+        and len(letters) > 1
+        and all(x.isalpha() and len(x) == 1 for x in letters)
+    ):
         return multi_choice_reward(answer, truth)
     return scores[problem_type](answer, truth) if answer else 0.0
 
@@ -163,15 +179,27 @@ def format_reward(completion: str) -> float:
     if any(text.count(tag) != 1 for tag in ("<think>", "</think>", "<answer>", "</answer>")):
         return 0.0
     think, _, rest = text.partition("</think>")
-    return float(think.startswith("<think>") and rest.lstrip().startswith("<answer>") and rest.endswith("</answer>"))
+    return float(
+        think.startswith("<think>")
+        and rest.lstrip().startswith("<answer>")
+        and rest.endswith("</answer>")
+    )
 
 
-def length_reward(num_tokens: int, accuracy: float, low: int = 320, high: int = 512, bonus: float = 0.2) -> float:
+def length_reward(
+    num_tokens: int, accuracy: float, low: int = 320, high: int = 512, bonus: float = 0.2
+) -> float:
     """`bonus` for a correct (accuracy > 0.1) completion of `low` to `high` tokens, both included, else 0 (Video-R1)."""
     return bonus if accuracy > 0.1 and low <= num_tokens <= high else 0.0
 
 
-def temporal_reward(accuracy: float, ordered_accuracy: float, shuffled_accuracy: float, gamma: float = 0.3, ratio: float = 1.0) -> float:
+def temporal_reward(
+    accuracy: float,
+    ordered_accuracy: float,
+    shuffled_accuracy: float,
+    gamma: float = 0.3,
+    ratio: float = 1.0,
+) -> float:
     """T-GRPO (Video-R1): `gamma` for a correct (accuracy > 0.1) completion when frame order helps, else 0.
 
     It helps when ordered_accuracy >= ratio * shuffled_accuracy: mean accuracies over ONE question's group (never over a
@@ -181,6 +209,7 @@ def temporal_reward(accuracy: float, ordered_accuracy: float, shuffled_accuracy:
 
 
 # ---- Consensus frame reward (VideoCFR) ----
+
 
 @torch.no_grad()
 def pool_frames(visual_states: torch.Tensor, how: str = "max") -> torch.Tensor:
@@ -194,7 +223,12 @@ def pool_frames(visual_states: torch.Tensor, how: str = "max") -> torch.Tensor:
 
 
 @torch.no_grad()
-def frame_use(response_states: torch.Tensor, frame_states: torch.Tensor, tau: float = 0.1, order: str = "mean_softmax") -> torch.Tensor:
+def frame_use(
+    response_states: torch.Tensor,
+    frame_states: torch.Tensor,
+    tau: float = 0.1,
+    order: str = "mean_softmax",
+) -> torch.Tensor:
     """How much the response uses each frame: (L, D) response states, (K, D) frame vectors -> (K,), sums to 1 (Eq. 4-5).
 
     "mean_softmax" is the paper: S_i = mean_t cos(h_t, f_i), use = softmax(S / tau). "softmax_mean" is the release: a
@@ -221,10 +255,14 @@ def attention_use(weights: torch.Tensor, num_frames: int | None = None) -> torch
     if weights.dim() == 3 and num_frames and weights.shape[-1] % num_frames == 0:
         weights = weights.unflatten(-1, (num_frames, -1))  # (heads, L, K, M)
     if weights.dim() != 4 or num_frames not in (None, weights.shape[2]):
-        raise ValueError(f"attention_use: expected (heads, L, K, M) or (heads, L, K*M) and K, got {[*weights.shape]}, {num_frames}")
+        raise ValueError(
+            f"attention_use: expected (heads, L, K, M) or (heads, L, K*M) and K, got {[*weights.shape]}, {num_frames}"
+        )
     mass = weights.float().sum(dim=(0, 1, 3))  # (K,)
     if not mass.sum() > 0:  # NaN ends here too
-        raise ValueError("attention_use: no attention from the response to the video, so there is nothing to normalise")
+        raise ValueError(
+            "attention_use: no attention from the response to the video, so there is nothing to normalise"
+        )
     return mass / mass.sum()
 
 
@@ -241,19 +279,29 @@ def merge_prior(prior: torch.Tensor, slots: int) -> torch.Tensor:
     frames = prior.shape[0]
     patch = math.ceil(frames / slots) if slots > 0 else 0  # frames in a slot
     if patch == 0 or math.ceil(frames / patch) != slots:
-        raise ValueError(f"a prior over {frames} frames and a video of {slots} slots do not describe the same frames")
-    return F.pad(prior.float(), (0, patch * slots - frames)).view(slots, patch).sum(dim=1)  # (slots,)
+        raise ValueError(
+            f"a prior over {frames} frames and a video of {slots} slots do not describe the same frames"
+        )
+    return (
+        F.pad(prior.float(), (0, patch * slots - frames)).view(slots, patch).sum(dim=1)
+    )  # (slots,)
 
 
 @torch.no_grad()
 def consensus_frame_reward(prior: torch.Tensor, use: torch.Tensor) -> float:
     """R_cf = sum_i P(i) use(i), in [0, 1] (Eq. 6): two distributions over the same K frames (or slots) -> float."""
     if prior.dim() != 1 or prior.shape != use.shape:
-        raise ValueError(f"prior {list(prior.shape)} and use {list(use.shape)} must share one length: see merge_prior")
+        raise ValueError(
+            f"prior {list(prior.shape)} and use {list(use.shape)} must share one length: see merge_prior"
+        )
     prior, use = prior.float().cpu(), use.float().cpu()
     for name, p in (("prior", prior), ("use", use)):
-        if not (p.min() >= 0 and abs(float(p.sum()) - 1) < 0.01):  # refuses NaN; 0.01 leaves room for bfloat16
-            raise ValueError(f"{name} is not a probability distribution: it sums to {float(p.sum()):.4f}")
+        if not (
+            p.min() >= 0 and abs(float(p.sum()) - 1) < 0.01
+        ):  # refuses NaN; 0.01 leaves room for bfloat16
+            raise ValueError(
+                f"{name} is not a probability distribution: it sums to {float(p.sum()):.4f}"
+            )
     return min(1.0, float(prior @ use))  # min: rounding may leave 1 + 1e-7
 
 
@@ -264,19 +312,38 @@ def gate(accuracy: float, how: str = "soft") -> float:
     """
     if how not in ("soft", "hard", "none"):
         raise ValueError(f"unknown gate {how!r}: expected 'soft', 'hard' or 'none'")
-    return {"soft": min(max(float(accuracy), 0.0), 1.0), "hard": float(accuracy > 0.01), "none": 1.0}[how]
+    return {
+        "soft": min(max(float(accuracy), 0.0), 1.0),
+        "hard": float(accuracy > 0.01),
+        "none": 1.0,
+    }[how]
 
 
-def total_reward(accuracy: float, structure: float, consensus: float, temporal: float, weight: float = 3.0, how: str = "soft") -> float:
+def total_reward(
+    accuracy: float,
+    structure: float,
+    consensus: float,
+    temporal: float,
+    weight: float = 3.0,
+    how: str = "soft",
+) -> float:
     """R = R_acc + R_struct + weight * gate * R_cf + R_temp (Eq. 7); R_struct = format + length. Release: weight 5."""
     return accuracy + structure + weight * gate(accuracy, how) * consensus + temporal
 
 
 # ---- Consistency bonus (GRPO-CARE) ----
 
+
 @torch.no_grad()
-def consistency_bonus(accuracy: torch.Tensor, likelihood: torch.Tensor, coef: float = 0.5, cap: float = 0.95, margin: float = 0.01,
-                      floor: float = 0.1, dense: bool = False) -> torch.Tensor:
+def consistency_bonus(
+    accuracy: torch.Tensor,
+    likelihood: torch.Tensor,
+    coef: float = 0.5,
+    cap: float = 0.95,
+    margin: float = 0.01,
+    floor: float = 0.1,
+    dense: bool = False,
+) -> torch.Tensor:
     """Bonus for an answer that follows from its own reasoning: one question's group (G,), (G,) -> (G,) in [0, coef].
 
     likelihood: exp(mean log-prob) of the answer tokens under the slowly moving reference model, given the reasoning; NaN without an answer
@@ -300,7 +367,9 @@ def consistency_bonus(accuracy: torch.Tensor, likelihood: torch.Tensor, coef: fl
 
 # ---- Temporal alignment reward (Video-R2) ----
 
-_NUMBER = r"[0-9]{1,5}(?:\.[0-9]{1,3})?"  # every repeat is bounded, so that any text takes linear time
+_NUMBER = (
+    r"[0-9]{1,5}(?:\.[0-9]{1,3})?"  # every repeat is bounded, so that any text takes linear time
+)
 _TO = r"\s{0,3}(?:-|–|—|to|until)\s{0,3}"
 _TIME = re.compile(
     rf"""(?<![\w:.]) (?:(?:at|in|around|about|approximately|from|near|by)\s{{1,3}}){{0,2}}
@@ -332,7 +401,9 @@ def _times(sentence: str) -> list[tuple[int, int, float, float]]:
     times, between = [], False
     for match in _TIME.finditer(sentence):
         begin, stop, (start, end) = match.start(), match.end(), _seconds(match)
-        if times and times[-1][2] == times[-1][3] and start == end:  # two points: are they the ends of a range?
+        if (
+            times and times[-1][2] == times[-1][3] and start == end
+        ):  # two points: are they the ends of a range?
             gap = sentence[times[-1][1] : begin].strip().lower()
             if gap in ("-", "–", "—", "to", "until") or (gap == "and" and between):
                 begin, _, other, _ = times.pop()
@@ -367,7 +438,11 @@ def parse_claims(text: str) -> list[tuple[float, float, str]]:
         times = _times(sentence)
         begins = [time[0] for time in times] + [len(sentence)]
         stops = [0] + [time[1] for time in times]
-        whole = _tidy(" ".join(sentence[a:b] for a, b in zip(stops, begins, strict=True))) if times else ""
+        whole = (
+            _tidy(" ".join(sentence[a:b] for a, b in zip(stops, begins, strict=True)))
+            if times
+            else ""
+        )
         for (_, stop, start, end), until in zip(times, begins[1:], strict=True):
             said = (_tidy(sentence[stop:until]) if len(times) > 1 else "") or whole
             if said:
@@ -382,9 +457,13 @@ def lexical_similarity(a: str, b: str) -> float:
     return 2 * (words_a & words_b).total() / total if total else 0.0
 
 
-def temporal_alignment_reward(predicted: list[tuple[float, float, str]], reference: list[tuple[float, float, str]],
-                              similarity: Callable[[str, str], float] = lexical_similarity, buffer: float = 2.0,
-                              threshold: float = 0.75) -> float:
+def temporal_alignment_reward(
+    predicted: list[tuple[float, float, str]],
+    reference: list[tuple[float, float, str]],
+    similarity: Callable[[str, str], float] = lexical_similarity,
+    buffer: float = 2.0,
+    threshold: float = 0.75,
+) -> float:
     """TAR of Video-R2: share of predicted claims that match a reference claim, in [0, 1]; 0 when either list is empty.
 
     Two claims match when their intervals, each widened by `buffer` seconds on both sides, touch or overlap, and
@@ -400,7 +479,11 @@ def temporal_alignment_reward(predicted: list[tuple[float, float, str]], referen
     """
     free, matched = sorted(reference), 0
     for start, end, sentence in sorted(predicted):
-        near = [claim for claim in free if start - buffer <= claim[1] + buffer and claim[0] - buffer <= end + buffer]
+        near = [
+            claim
+            for claim in free
+            if start - buffer <= claim[1] + buffer and claim[0] - buffer <= end + buffer
+        ]
         scores = [similarity(sentence, claim[2]) for claim in near]
         if scores and max(scores) >= threshold:
             free.remove(near[scores.index(max(scores))])
@@ -410,44 +493,93 @@ def temporal_alignment_reward(predicted: list[tuple[float, float, str]], referen
 
 # ---- Adapters: TRL, verl, and the outputs of a plain batched forward of Qwen2-VL, Qwen2.5-VL or Qwen3-VL ----
 
-def trl_accuracy(completions: list, solution: list[str], problem_type: list[str], **columns) -> list[float]:
+
+def trl_accuracy(
+    completions: list, solution: list[str], problem_type: list[str], **columns
+) -> list[float]:
     """accuracy_reward for TRL's GRPOTrainer(reward_funcs=[trl_accuracy, trl_format]); the data set has the other two columns."""
-    texts = [text if isinstance(text, str) else text[-1]["content"] for text in completions]  # a chat: its last message
+    texts = [
+        text if isinstance(text, str) else text[-1]["content"] for text in completions
+    ]  # a chat: its last message
     return [accuracy_reward(*row) for row in zip(texts, solution, problem_type, strict=True)]
 
 
 def trl_format(completions: list, **columns) -> list[float]:
-    return [format_reward(text if isinstance(text, str) else text[-1]["content"]) for text in completions]
+    return [
+        format_reward(text if isinstance(text, str) else text[-1]["content"])
+        for text in completions
+    ]
 
 
-def compute_score(data_source: str, solution_str: str, ground_truth: str, extra_info: dict, **_) -> float:
+def compute_score(
+    data_source: str, solution_str: str, ground_truth: str, extra_info: dict, **_
+) -> float:
     """For verl's reward.custom_reward_function.path: accuracy + format; extra_info["problem_type"] is the question's.
 
     What else verl passes (reward_router_address, reward_model_tokenizer, the configuration's reward_kwargs) is not needed.
     """
-    return accuracy_reward(solution_str, ground_truth, extra_info["problem_type"]) + format_reward(solution_str)
+    return accuracy_reward(solution_str, ground_truth, extra_info["problem_type"]) + format_reward(
+        solution_str
+    )
 
 
 @torch.no_grad()
-def cfr_from_forward(hidden_states, input_ids, video_token_id, grid_thw, merge_size, completion_mask, prior, layer=-1, pool="max",
-                     tau=0.1, order="mean_softmax", attentions=None) -> torch.Tensor:
+def cfr_from_forward(
+    hidden_states,
+    input_ids,
+    video_token_id,
+    grid_thw,
+    merge_size,
+    completion_mask,
+    prior,
+    layer=-1,
+    pool="max",
+    tau=0.1,
+    order="mean_softmax",
+    attentions=None,
+) -> torch.Tensor:
     """R_cf (Eq. 6) of every row of a batch -> (B,) float32; 0 for a row without a video of two temporal slots, as train.py has it.
     hidden_states: output.hidden_states, of which `layer` is taken, each (B, T, D). input_ids, completion_mask (B, T): prompt, response and
     padding, True on the response. grid_thw (videos, 3): video_grid_thw, one video a row. prior: (K,) a row, or None without a video."""
-    rewards, states = torch.zeros(len(input_ids)), (hidden_states if attentions is None else attentions)[layer]
+    rewards, states = (
+        torch.zeros(len(input_ids)),
+        (hidden_states if attentions is None else attentions)[layer],
+    )
     grids = iter([] if grid_thw is None else grid_thw.tolist())
     for row, ids in enumerate(input_ids):
         visual, response = (ids == video_token_id).nonzero()[:, 0], completion_mask[row].bool()
         slots, height, width = next(grids, (0, 0, 0)) if len(visual) else (0, 0, 0)
         if len(visual) != slots * height * width // merge_size**2:
-            raise ValueError(f"row {row}: {len(visual)} video tokens, grid {slots} x {height} x {width}, merged by {merge_size}")
+            raise ValueError(
+                f"row {row}: {len(visual)} video tokens, grid {slots} x {height} x {width}, merged by {merge_size}"
+            )
         if slots > 1:
-            use = attention_use(states[row][:, response][:, :, visual], slots) if attentions is not None else frame_use(
-                states[row, response], pool_frames(states[row, visual].unflatten(0, (slots, -1)), pool), tau, order)
+            use = (
+                attention_use(states[row][:, response][:, :, visual], slots)
+                if attentions is not None
+                else frame_use(
+                    states[row, response],
+                    pool_frames(states[row, visual].unflatten(0, (slots, -1)), pool),
+                    tau,
+                    order,
+                )
+            )
             rewards[row] = consensus_frame_reward(merge_prior(prior[row], slots), use)
     return rewards
 
 
-def cfr_from_attentions(attentions, input_ids, video_token_id, grid_thw, merge_size, completion_mask, prior, layer=0) -> torch.Tensor:
+def cfr_from_attentions(
+    attentions, input_ids, video_token_id, grid_thw, merge_size, completion_mask, prior, layer=0
+) -> torch.Tensor:
     """cfr_from_forward with attention_use of output.attentions[layer], (B, heads, T, T); the model needs attn_implementation="eager"."""
-    return cfr_from_forward(None, input_ids, video_token_id, grid_thw, merge_size, completion_mask, prior, layer, attentions=attentions)
+    return cfr_from_forward(
+        None,
+        input_ids,
+        video_token_id,
+        grid_thw,
+        merge_size,
+        completion_mask,
+        prior,
+        layer,
+        attentions=attentions,
+    )

@@ -37,22 +37,37 @@ from transformers import (
     Qwen2VLVideoProcessor,
 )
 
-from data import DataError, Help, build_prompt, decode_frames, load_examples, target_text
+from common.data import DataError, build_prompt, load_examples, target_text
+from common.flags import Help
+from common.media import decode_frames
 
 VERSION = 3  # of the toy; a cached toy of another version is refused
 SIZE, FPS, SECONDS = 112, 4, 16  # pixels a side, frames per second, length of a video
-COLOURS = {"red": (220, 40, 40), "green": (40, 190, 60), "blue": (50, 70, 230), "yellow": (235, 215, 40), "cyan": (30, 220, 230),
-           "pink": (245, 90, 200)}
+COLOURS = {
+    "red": (220, 40, 40),
+    "green": (40, 190, 60),
+    "blue": (50, 70, 230),
+    "yellow": (235, 215, 40),
+    "cyan": (30, 220, 230),
+    "pink": (245, 90, 200),
+}
 TEXTURES = ("plain", "striped", "barred", "dotted", "checked", "slanted")
 WORDS = ("sun", "moon", "star", "tree", "fish", "bird")
 
 
 @dataclass
 class ToyArguments:
-    output_dir: str = field(default="toy", metadata={"help": "Folder to make the toy in; a finished one is reused."})
+    output_dir: str = field(
+        default="toy", metadata={"help": "Folder to make the toy in; a finished one is reused."}
+    )
     train_videos: int = field(default=600, metadata={"help": "Videos of the training split."})
-    heldout_videos: int = field(default=100, metadata={"help": "Videos of the held-out split; three scored questions each."})
-    dense_share: float = field(default=1.0, metadata={"help": "Share of demonstrations that list everything before they look."})
+    heldout_videos: int = field(
+        default=100, metadata={"help": "Videos of the held-out split; three scored questions each."}
+    )
+    dense_share: float = field(
+        default=1.0,
+        metadata={"help": "Share of demonstrations that list everything before they look."},
+    )
     clip_steps: int = field(default=250, metadata={"help": "Training steps of the tiny CLIP."})
     seed: int = field(default=0, metadata={"help": "Everything made is a function of it."})
 
@@ -78,8 +93,13 @@ def draw_scene(scene, count, rng, word=None):
     """Frames of one scene, uint8 (count, SIZE, SIZE, 3) RGB: texture, grey square, moving balls, a word if there is one, camera noise."""
     dark, bright = rng.uniform(60, 90), rng.uniform(140, 175)
     background = draw_texture(scene["texture"], dark, bright)
-    corners = np.array([(28, 28), (84, 28), (28, 84), (84, 84)])[rng.permutation(4)[: scene["balls"]]]  # a quarter of the frame each
-    balls, ball_speeds = corners + rng.uniform(-5, 5, corners.shape), rng.uniform(-1.0, 1.0, corners.shape)
+    corners = np.array([(28, 28), (84, 28), (28, 84), (84, 84)])[
+        rng.permutation(4)[: scene["balls"]]
+    ]  # a quarter of the frame each
+    balls, ball_speeds = (
+        corners + rng.uniform(-5, 5, corners.shape),
+        rng.uniform(-1.0, 1.0, corners.shape),
+    )
     square, square_speed = rng.uniform(10, 90, 2), rng.uniform(-3.0, 3.0, 2)
     frames = []
     for step in range(count):
@@ -89,7 +109,9 @@ def draw_scene(scene, count, rng, word=None):
         for x, y in np.clip(balls + ball_speeds * step, corners - 7, corners + 7).astype(int):
             cv2.circle(frame, (int(x), int(y)), 20, COLOURS[scene["colour"]], -1, cv2.LINE_AA)
         if word:
-            cv2.putText(frame, word, (6, 104), cv2.FONT_HERSHEY_SIMPLEX, 0.9, (0, 0, 0), 2, cv2.LINE_AA)
+            cv2.putText(
+                frame, word, (6, 104), cv2.FONT_HERSHEY_SIMPLEX, 0.9, (0, 0, 0), 2, cv2.LINE_AA
+            )
         frames.append(frame + rng.normal(0, 4, frame.shape))
     return np.clip(np.stack(frames), 0, 255).astype(np.uint8)
 
@@ -100,8 +122,16 @@ def plan_video(rng):
     textures = rng.choice(TEXTURES, 4, replace=False)
     colours = rng.choice(list(COLOURS), 4, replace=False)
     starts = np.concatenate([[0], np.cumsum(lengths)[:-1]])
-    return [{"texture": str(t), "colour": str(c), "balls": int(rng.integers(1, 4)), "start": int(s), "end": int(s + n)}
-            for t, c, s, n in zip(textures, colours, starts, lengths, strict=True)]
+    return [
+        {
+            "texture": str(t),
+            "colour": str(c),
+            "balls": int(rng.integers(1, 4)),
+            "start": int(s),
+            "end": int(s + n),
+        }
+        for t, c, s, n in zip(textures, colours, starts, lengths, strict=True)
+    ]
 
 
 def write_video(path, frames, fps=FPS):
@@ -118,8 +148,10 @@ def make_video(job):
     """Worker: (path, scenes, seed, word) -> the mp4, and beside it the first scene's middle frame as .png for the image questions."""
     path, scenes, seed, word = job
     rng = np.random.default_rng(seed)
-    parts = [draw_scene(scene, (scene["end"] - scene["start"]) * FPS, rng, word if index == 1 else None)
-             for index, scene in enumerate(scenes)]
+    parts = [
+        draw_scene(scene, (scene["end"] - scene["start"]) * FPS, rng, word if index == 1 else None)
+        for index, scene in enumerate(scenes)
+    ]
     write_video(path, np.concatenate(parts))
     cv2.imwrite(str(Path(path).with_suffix(".png")), parts[0][len(parts[0]) // 2][..., ::-1])
 
@@ -137,8 +169,11 @@ def sentence(scene):
 
 def listing(scenes):
     """What there is to see, every two seconds."""
-    return " ".join(f"{second}s {sentence(scene) if second == scene['start'] else 'same'}."
-                    for scene in scenes for second in range(scene["start"], scene["end"], 2))
+    return " ".join(
+        f"{second}s {sentence(scene) if second == scene['start'] else 'same'}."
+        for scene in scenes
+        for second in range(scene["start"], scene["end"], 2)
+    )
 
 
 def letter_of(options, text):
@@ -154,7 +189,9 @@ def lettered(texts, right, rng):
     """Shuffled options and the letter of the right one."""
     texts = list(texts)
     rng.shuffle(texts)
-    return [f"{letter}. {text}" for letter, text in zip("ABCDEF", texts, strict=False)], "ABCDEF"[texts.index(right)]
+    return [f"{letter}. {text}" for letter, text in zip("ABCDEF", texts, strict=False)], "ABCDEF"[
+        texts.index(right)
+    ]
 
 
 def make_question(kind, scenes, rng, biased, dense_share=1.0):
@@ -172,9 +209,15 @@ def make_question(kind, scenes, rng, biased, dense_share=1.0):
     texture, looked = scenes[asked]["texture"], scenes[salient if biased else asked]
     trace, options = f"Asked: {texture}. Look: {sentence(looked)}.", []
     if kind == "count":
-        question, answer, told = f"How many balls are in the {texture} scene?", scenes[asked]["balls"], looked["balls"]
+        question, answer, told = (
+            f"How many balls are in the {texture} scene?",
+            scenes[asked]["balls"],
+            looked["balls"],
+        )
     else:
-        options, answer = lettered([scenes[asked]["colour"], scenes[other]["colour"]], scenes[asked]["colour"], rng)
+        options, answer = lettered(
+            [scenes[asked]["colour"], scenes[other]["colour"]], scenes[asked]["colour"], rng
+        )
         told = letter_of(options, looked["colour"])
         trace = f"{recite(options)} {trace} Option: {looked['colour']} {told}."
         question = f"What colour are the balls in the {texture} scene?"
@@ -185,9 +228,16 @@ def make_question(kind, scenes, rng, biased, dense_share=1.0):
     if rng.random() < dense_share:
         trace = f"{listing(scenes)} {trace}"
     return {
-        "problem": question, "data_type": "video", "problem_type": "multiple choice" if options else "numerical", "options": options,
-        "solution": f"<answer>{answer}</answer>", "process": f"<think>{trace}</think>",
-        "told": str(told), "kind": kind, "data_source": "toy", "evidence": [[scenes[asked]["start"], scenes[asked]["end"]]],
+        "problem": question,
+        "data_type": "video",
+        "problem_type": "multiple choice" if options else "numerical",
+        "options": options,
+        "solution": f"<answer>{answer}</answer>",
+        "process": f"<think>{trace}</think>",
+        "told": str(told),
+        "kind": kind,
+        "data_source": "toy",
+        "evidence": [[scenes[asked]["start"], scenes[asked]["end"]]],
         "salient_is_asked": asked == salient,
         "grounding": {f"{clock(s['start'])}-{clock(s['end'])}": sentence(s) for s in scenes},
     }
@@ -197,9 +247,18 @@ def make_image_question(scenes, rng):
     scene, other = scenes[:2]
     options, letter = lettered([scene["colour"], other["colour"]], scene["colour"], rng)
     trace = f"{recite(options)} Look: {sentence(scene)}. Option: {scene['colour']} {letter}."
-    return {"problem": "What colour are the balls in the picture?", "data_type": "image", "problem_type": "multiple choice",
-            "options": options, "solution": f"<answer>{letter}</answer>", "process": f"<think>{trace}</think>", "told": letter,
-            "kind": "image", "data_source": "toy", "salient_is_asked": True}
+    return {
+        "problem": "What colour are the balls in the picture?",
+        "data_type": "image",
+        "problem_type": "multiple choice",
+        "options": options,
+        "solution": f"<answer>{letter}</answer>",
+        "process": f"<think>{trace}</think>",
+        "told": letter,
+        "kind": "image",
+        "data_source": "toy",
+        "salient_is_asked": True,
+    }
 
 
 def make_other_type(scenes, rng, word):
@@ -209,28 +268,54 @@ def make_other_type(scenes, rng, word):
     if kind == "OCR":
         scene = scenes[1]
     question, answer = {
-        "regression": (f"How many seconds does the {scene['texture']} scene last?", str(scene["end"] - scene["start"])),
-        "free-form": (f"What happens in the {scene['texture']} scene?",
-                      f"{scene['balls']} {scene['colour']} balls move over a {scene['texture']} background"),
+        "regression": (
+            f"How many seconds does the {scene['texture']} scene last?",
+            str(scene["end"] - scene["start"]),
+        ),
+        "free-form": (
+            f"What happens in the {scene['texture']} scene?",
+            f"{scene['balls']} {scene['colour']} balls move over a {scene['texture']} background",
+        ),
         "OCR": (f"Which word is written in the {scene['texture']} scene?", word),
     }[kind]
-    return {"problem": question, "data_type": "video", "problem_type": kind, "options": [], "solution": f"<answer>{answer}</answer>",
-            "process": "", "kind": kind, "data_source": "toy", "evidence": [[scene["start"], scene["end"]]], "salient_is_asked": False,
-            "grounding": {f"{clock(s['start'])}-{clock(s['end'])}": sentence(s) for s in scenes}}
+    return {
+        "problem": question,
+        "data_type": "video",
+        "problem_type": kind,
+        "options": [],
+        "solution": f"<answer>{answer}</answer>",
+        "process": "",
+        "kind": kind,
+        "data_source": "toy",
+        "evidence": [[scene["start"], scene["end"]]],
+        "salient_is_asked": False,
+        "grounding": {f"{clock(s['start'])}-{clock(s['end'])}": sentence(s) for s in scenes},
+    }
 
 
 def make_dataset(folder, arguments):
     """Videos and the four question files: train_cot (SFT), train (RL), heldout (scored), other_types (held-out, not scored)."""
     rng = random.Random(arguments.seed)
     splits = ["train"] * arguments.train_videos + ["heldout"] * arguments.heldout_videos
-    plans = [plan_video(np.random.default_rng([arguments.seed, index])) for index in range(len(splits))]
+    plans = [
+        plan_video(np.random.default_rng([arguments.seed, index])) for index in range(len(splits))
+    ]
     paths = [f"videos/{split}_{index:04d}.mp4" for index, split in enumerate(splits)]
     words = [rng.choice(WORDS) if index % 4 == 0 else None for index in range(len(plans))]
     (folder / "videos").mkdir(parents=True)
-    jobs = [(folder / path, plan, [arguments.seed, index, 1], word)
-            for index, (path, plan, word) in enumerate(zip(paths, plans, words, strict=True))]
+    jobs = [
+        (folder / path, plan, [arguments.seed, index, 1], word)
+        for index, (path, plan, word) in enumerate(zip(paths, plans, words, strict=True))
+    ]
     with ProcessPoolExecutor(os.cpu_count()) as pool:
-        list(tqdm(pool.map(make_video, jobs, chunksize=8), total=len(jobs), desc="toy: videos", unit="video"))
+        list(
+            tqdm(
+                pool.map(make_video, jobs, chunksize=8),
+                total=len(jobs),
+                desc="toy: videos",
+                unit="video",
+            )
+        )
 
     kinds = ("colour", "count", "order")
     trained = (*kinds, "order")  # the hardest of them twice
@@ -239,15 +324,31 @@ def make_dataset(folder, arguments):
         image = str(Path(path).with_suffix(".png"))
         if split == "train":
             for kind in trained * 6:
-                rows["train_cot"].append({**make_question(kind, plan, rng, rng.random() < 0.6, arguments.dense_share), "path": path})
-            rows["train_cot"] += [{**make_image_question(plan, rng), "path": image} for _ in range(2)]
-            rows["train"] += [{**make_question(kind, plan, rng, biased=False), "process": "", "path": path} for kind in trained]
+                rows["train_cot"].append(
+                    {
+                        **make_question(kind, plan, rng, rng.random() < 0.6, arguments.dense_share),
+                        "path": path,
+                    }
+                )
+            rows["train_cot"] += [
+                {**make_image_question(plan, rng), "path": image} for _ in range(2)
+            ]
+            rows["train"] += [
+                {**make_question(kind, plan, rng, biased=False), "process": "", "path": path}
+                for kind in trained
+            ]
             if rng.random() < 0.3:
-                rows["train"].append({**make_image_question(plan, rng), "process": "", "path": image})
+                rows["train"].append(
+                    {**make_image_question(plan, rng), "process": "", "path": image}
+                )
         else:
-            rows["heldout"] += [{**make_question(kind, plan, rng, biased=False), "path": path} for kind in kinds]
+            rows["heldout"] += [
+                {**make_question(kind, plan, rng, biased=False), "path": path} for kind in kinds
+            ]
             if word:
-                rows["other_types"] += [{**make_other_type(plan, rng, word), "path": path} for _ in range(3)]
+                rows["other_types"] += [
+                    {**make_other_type(plan, rng, word), "path": path} for _ in range(3)
+                ]
     for name, split_rows in rows.items():
         rng.shuffle(split_rows)
         for index, row in enumerate(split_rows):
@@ -255,14 +356,29 @@ def make_dataset(folder, arguments):
             if name == "train_cot":  # a demonstration's answer is what it looked at
                 row["solution"] = f"<answer>{told}</answer>"
             row["problem_id"] = f"{name}-{index}"
-        (folder / f"{name}.json").write_text("[\n" + ",\n".join(map(json.dumps, split_rows)) + "\n]\n", encoding="utf-8")
+        (folder / f"{name}.json").write_text(
+            "[\n" + ",\n".join(map(json.dumps, split_rows)) + "\n]\n", encoding="utf-8"
+        )
 
 
 # ---------------------------------------------------------------------------------------------- tokenizer, model, CLIP
 
-SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>",
-                  "<|video_pad|>")
-TAGS = ("<think>", "</think>", "<answer>", "</answer>")  # whole tokens, not special, as Qwen3 has them
+SPECIAL_TOKENS = (
+    "<|endoftext|>",
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|vision_start|>",
+    "<|vision_end|>",
+    "<|vision_pad|>",
+    "<|image_pad|>",
+    "<|video_pad|>",
+)
+TAGS = (
+    "<think>",
+    "</think>",
+    "<answer>",
+    "</answer>",
+)  # whole tokens, not special, as Qwen3 has them
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
     "{% if message['content'] is string %}{{ message['content'] }}{% else %}{% for part in message['content'] %}"
@@ -280,17 +396,28 @@ def make_processor(folder):
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(vocab_size=1000, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=1000, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+    )
     for tag in TAGS:  # kept out of the merges
         corpus = [text.replace(tag, " ") for text in corpus]
     tokenizer.train_from_iterator(corpus, trainer)
     tokenizer.add_special_tokens(list(SPECIAL_TOKENS))
     tokenizer.add_tokens([AddedToken(tag, normalized=False) for tag in TAGS])
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>", padding_side="left",
-                               extra_special_tokens={"image_token": "<|image_pad|>", "video_token": "<|video_pad|>"})
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
+        padding_side="left",
+        extra_special_tokens={"image_token": "<|image_pad|>", "video_token": "<|video_pad|>"},
+    )
     patches = {"patch_size": 14, "temporal_patch_size": 2, "merge_size": 2}
-    return Qwen2_5_VLProcessor(image_processor=Qwen2VLImageProcessor(**patches), video_processor=Qwen2VLVideoProcessor(**patches),
-                               tokenizer=fast, chat_template=CHAT_TEMPLATE)
+    return Qwen2_5_VLProcessor(
+        image_processor=Qwen2VLImageProcessor(**patches),
+        video_processor=Qwen2VLVideoProcessor(**patches),
+        tokenizer=fast,
+        chat_template=CHAT_TEMPLATE,
+    )
 
 
 def make_model(processor, seed, hidden=128, layers=4, group=1):
@@ -301,16 +428,44 @@ def make_model(processor, seed, hidden=128, layers=4, group=1):
     token = tokenizer.convert_tokens_to_ids
     config = Qwen2_5_VLConfig(
         text_config=dict(
-            vocab_size=len(tokenizer), hidden_size=hidden, intermediate_size=3 * hidden, num_hidden_layers=layers,
-            num_attention_heads=hidden // 32, num_key_value_heads=hidden // 32 // group, max_position_embeddings=4096,
-            tie_word_embeddings=True, bos_token_id=None, initializer_range=0.1, eos_token_id=token("<|im_end|>"),
+            vocab_size=len(tokenizer),
+            hidden_size=hidden,
+            intermediate_size=3 * hidden,
+            num_hidden_layers=layers,
+            num_attention_heads=hidden // 32,
+            num_key_value_heads=hidden // 32 // group,
+            max_position_embeddings=4096,
+            tie_word_embeddings=True,
+            bos_token_id=None,
+            initializer_range=0.1,
+            eos_token_id=token("<|im_end|>"),
             pad_token_id=token("<|endoftext|>"),
-            rope_parameters={"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 6, 6]}),
-        vision_config=dict(depth=2, hidden_size=64, intermediate_size=128, num_heads=4, out_hidden_size=hidden, patch_size=14,
-                           temporal_patch_size=2, spatial_merge_size=2, window_size=56, fullatt_block_indexes=[0, 1], tokens_per_second=1,
-                           initializer_range=0.1),
-        image_token_id=token("<|image_pad|>"), video_token_id=token("<|video_pad|>"), vision_start_token_id=token("<|vision_start|>"),
-        vision_end_token_id=token("<|vision_end|>"), tie_word_embeddings=True)
+            rope_parameters={
+                "rope_type": "default",
+                "rope_theta": 10000.0,
+                "mrope_section": [4, 6, 6],
+            },
+        ),
+        vision_config=dict(
+            depth=2,
+            hidden_size=64,
+            intermediate_size=128,
+            num_heads=4,
+            out_hidden_size=hidden,
+            patch_size=14,
+            temporal_patch_size=2,
+            spatial_merge_size=2,
+            window_size=56,
+            fullatt_block_indexes=[0, 1],
+            tokens_per_second=1,
+            initializer_range=0.1,
+        ),
+        image_token_id=token("<|image_pad|>"),
+        video_token_id=token("<|video_pad|>"),
+        vision_start_token_id=token("<|vision_start|>"),
+        vision_end_token_id=token("<|vision_end|>"),
+        tie_word_embeddings=True,
+    )
     return Qwen2_5_VLForConditionalGeneration(config)
 
 
@@ -319,20 +474,36 @@ CLIP_CONFIG = {
     "vision_cfg": {"image_size": 56, "layers": 2, "width": 96, "head_width": 24, "patch_size": 14},
     "text_cfg": {"context_length": 32, "vocab_size": 49408, "width": 64, "heads": 2, "layers": 1},
 }
-CAPTIONS = ("{colour} balls in the {texture} scene", "the {texture} scene", "{colour} balls", "the balls in the {texture} scene",
-            "the {texture} and the {rival} scene", "the {rival} and the {texture} scene",
-            "What colour are the balls in the {texture} scene?", "How many balls are in the {texture} scene?",
-            "Of the {texture} and the {rival} scene, what colour are the balls in the one that comes first?",
-            "Of the {rival} and the {texture} scene, what colour are the balls in the one that comes first?")
+CAPTIONS = (
+    "{colour} balls in the {texture} scene",
+    "the {texture} scene",
+    "{colour} balls",
+    "the balls in the {texture} scene",
+    "the {texture} and the {rival} scene",
+    "the {rival} and the {texture} scene",
+    "What colour are the balls in the {texture} scene?",
+    "How many balls are in the {texture} scene?",
+    "Of the {texture} and the {rival} scene, what colour are the balls in the one that comes first?",
+    "Of the {rival} and the {texture} scene, what colour are the balls in the one that comes first?",
+)
 
 
 def caption_batch(labels, rng):
     """Captions of frames and which frames each of them fits. labels: (texture, colour) a frame -> texts, (frames, texts) bool."""
     texts, fits = [], []
     for texture, colour in labels:
-        caption, rival = rng.choice(CAPTIONS), rng.choice([name for name in TEXTURES if name != texture])
+        caption, rival = (
+            rng.choice(CAPTIONS),
+            rng.choice([name for name in TEXTURES if name != texture]),
+        )
         texts.append(caption.format(texture=texture, colour=colour, rival=rival))
-        textures = {texture, rival} if "{rival}" in caption else {texture} if "{texture}" in caption else set(TEXTURES)
+        textures = (
+            {texture, rival}
+            if "{rival}" in caption
+            else {texture}
+            if "{texture}" in caption
+            else set(TEXTURES)
+        )
         colours = {colour} if "{colour}" in caption else set(COLOURS)
         fits.append([t in textures and c in colours for t, c in labels])
     return texts, torch.tensor(fits).T
@@ -343,43 +514,74 @@ def make_clip(folder, arguments, batch_size=96, videos=240):
     rng = random.Random(arguments.seed)
     torch.manual_seed(arguments.seed)
     model = open_clip.CLIP(**CLIP_CONFIG)
-    tokenizer = open_clip.get_tokenizer("ViT-B-32", context_length=CLIP_CONFIG["text_cfg"]["context_length"])
-    by_video = {example.media: example for example in load_examples(folder / "train_cot.json") if example.media_type == "video"}
+    tokenizer = open_clip.get_tokenizer(
+        "ViT-B-32", context_length=CLIP_CONFIG["text_cfg"]["context_length"]
+    )
+    by_video = {
+        example.media: example
+        for example in load_examples(folder / "train_cot.json")
+        if example.media_type == "video"
+    }
     indices = np.linspace(0, FPS * SECONDS - 1, 16).round().astype(int)
     images, labels = [], []
     for example in list(by_video.values())[:videos]:
         frames, times = decode_frames(example.media, indices)
         images.append(frames)
-        scenes = [next(text for start, end, text in example.grounding if start <= t < end).split() for t in times]
+        scenes = [
+            next(text for start, end, text in example.grounding if start <= t < end).split()
+            for t in times
+        ]
         labels += [(texture, colour) for texture, colour, _ in scenes]
-    images = torch.from_numpy(np.concatenate(images)).permute(0, 3, 1, 2).float() / 255  # (frames, 3, H, W)
-    images = F.interpolate(images, CLIP_CONFIG["vision_cfg"]["image_size"], mode="bicubic", antialias=True).clamp(0, 1)
-    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD))
+    images = (
+        torch.from_numpy(np.concatenate(images)).permute(0, 3, 1, 2).float() / 255
+    )  # (frames, 3, H, W)
+    images = F.interpolate(
+        images, CLIP_CONFIG["vision_cfg"]["image_size"], mode="bicubic", antialias=True
+    ).clamp(0, 1)
+    mean, std = (
+        torch.tensor(values).view(3, 1, 1)
+        for values in (open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD)
+    )
     images = (images - mean) / std
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=arguments.clip_steps)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, 2e-3, total_steps=arguments.clip_steps
+    )
     for _ in tqdm(range(arguments.clip_steps), desc="toy: CLIP", unit="step"):
         chosen = rng.sample(range(len(labels)), batch_size)
         texts, fits = caption_batch([labels[index] for index in chosen], rng)
         image_features, text_features, scale = model(images[chosen], tokenizer(texts))
         logits = scale * image_features @ text_features.T  # (frames, texts)
         targets = fits.float()
-        loss = (F.cross_entropy(logits, targets / targets.sum(1, keepdim=True))
-                + F.cross_entropy(logits.T, targets.T / targets.T.sum(1, keepdim=True))) / 2
+        loss = (
+            F.cross_entropy(logits, targets / targets.sum(1, keepdim=True))
+            + F.cross_entropy(logits.T, targets.T / targets.T.sum(1, keepdim=True))
+        ) / 2
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         schedule.step()
-        model.logit_scale.data.clamp_(max=math.log(30))  # sharper, and the softmax's denormal numbers make a CPU crawl
+        model.logit_scale.data.clamp_(
+            max=math.log(30)
+        )  # sharper, and the softmax's denormal numbers make a CPU crawl
     save_clip(model, folder / "clip")
 
 
 def save_clip(model, folder):
     """open_clip's folder format, loaded by the name local-dir:FOLDER."""
     folder.mkdir(parents=True)
-    config = {"model_cfg": CLIP_CONFIG, "preprocess_cfg": {"mean": open_clip.OPENAI_DATASET_MEAN, "std": open_clip.OPENAI_DATASET_STD}}
+    config = {
+        "model_cfg": CLIP_CONFIG,
+        "preprocess_cfg": {
+            "mean": open_clip.OPENAI_DATASET_MEAN,
+            "std": open_clip.OPENAI_DATASET_STD,
+        },
+    }
     (folder / "open_clip_config.json").write_text(json.dumps(config, indent=1), encoding="utf-8")
-    save_file({name: value.contiguous() for name, value in model.state_dict().items()}, folder / "open_clip_model.safetensors")
+    save_file(
+        {name: value.contiguous() for name, value in model.state_dict().items()},
+        folder / "open_clip_model.safetensors",
+    )
 
 
 # ------------------------------------------------------------------------------------------------------------- the toy
@@ -393,11 +595,15 @@ def make_toy(arguments):
     if done.is_file():
         found = json.loads(done.read_text(encoding="utf-8"))
         if (found["version"], found["seed"]) != (VERSION, arguments.seed):
-            raise DataError(f"{folder} holds a toy of version {found['version']}, seed {found['seed']}, and version {VERSION}, seed "
-                            f"{arguments.seed} is wanted; remove it or choose another folder")
+            raise DataError(
+                f"{folder} holds a toy of version {found['version']}, seed {found['seed']}, and version {VERSION}, seed "
+                f"{arguments.seed} is wanted; remove it or choose another folder"
+            )
         return found, True
     if folder.exists() and any(folder.iterdir()):
-        raise DataError(f"{folder} holds an unfinished toy or something else; remove it or choose another folder")
+        raise DataError(
+            f"{folder} holds an unfinished toy or something else; remove it or choose another folder"
+        )
     make_dataset(folder, arguments)
     processor = make_processor(folder)
     processor.save_pretrained(folder / "model")
@@ -412,9 +618,15 @@ def main():
     arguments = ToyArguments(**vars(parser.parse_args()))
     begin = time.perf_counter()
     recipe, reused = make_toy(arguments)
-    other = [name for name, value in asdict(arguments).items() if name != "output_dir" and recipe[name] != value]
+    other = [
+        name
+        for name, value in asdict(arguments).items()
+        if name != "output_dir" and recipe[name] != value
+    ]
     if other:  # train.py takes a toy as it is; who asks for one by its settings must get that one
-        raise DataError(f"{arguments.output_dir} holds a toy with another {', '.join(other)}; remove it or choose another folder")
+        raise DataError(
+            f"{arguments.output_dir} holds a toy with another {', '.join(other)}; remove it or choose another folder"
+        )
     print(f"toy {'found' if reused else 'made'} in {time.perf_counter() - begin:.0f} s: {recipe}")
 
 

@@ -14,16 +14,22 @@ import pytest
 import torch
 from transformers import Qwen2_5_VLModel, Qwen2VLModel
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
 torch.set_num_threads(1)
 
 
 def as_trained(get_rope_index):
     """transformers' positions, each run of one kind continued behind the largest position so far, as transformers 4 and the released
     models have it: a second implementation of grpo.continue_positions, for the plain forwards that the tests compare with."""
+
     def wrapper(model, input_ids, mm_token_type_ids, *arguments, attention_mask=None, **keywords):
-        positions, _ = get_rope_index(model, input_ids, mm_token_type_ids, *arguments, attention_mask=attention_mask, **keywords)
+        positions, _ = get_rope_index(
+            model,
+            input_ids,
+            mm_token_type_ids,
+            *arguments,
+            attention_mask=attention_mask,
+            **keywords,
+        )
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         for row, kinds in enumerate(mm_token_type_ids.tolist()):
             after, before = 0, None
@@ -33,7 +39,9 @@ def as_trained(get_rope_index):
                     shift = after - int(positions[0, row, column])
                 positions[:, row, column] += shift
                 after = max(after, int(positions[:, row, column].max()) + 1)
-        deltas = torch.stack([positions[:, row].max() + 1 - int(mask[row].sum()) for row in range(len(mask))])
+        deltas = torch.stack(
+            [positions[:, row].max() + 1 - int(mask[row].sum()) for row in range(len(mask))]
+        )
         return positions, deltas[:, None]
 
     wrapper.unchanged = get_rope_index
@@ -50,7 +58,9 @@ def toy_folder(tmp_path_factory):
     import toy
 
     folder = tmp_path_factory.mktemp("toy") / "toy"
-    toy.make_dataset(folder, toy.ToyArguments(output_dir=str(folder), train_videos=4, heldout_videos=2))
+    toy.make_dataset(
+        folder, toy.ToyArguments(output_dir=str(folder), train_videos=4, heldout_videos=2)
+    )
     return folder
 
 
@@ -72,13 +82,17 @@ def toy_model(toy_processor):
 
 
 def video_row(frames):
-    return {"frames": frames, "times": [index / 4 for index in frames]}  # the toy's videos have 4 frames a second
+    return {
+        "frames": frames,
+        "times": [index / 4 for index in frames],
+    }  # the toy's videos have 4 frames a second
 
 
 @pytest.fixture(scope="session")
 def items(toy_folder, toy_processor):
     """Encoded examples: a video of 6 frames (3 slots), an image, a video of 5 frames at another rate, a text."""
-    from data import Encoder, load_examples
+    from common.data import load_examples
+    from common.media import Encoder
 
     examples = load_examples(toy_folder / "train_cot.json")
     encoder = Encoder(toy_processor, 56 * 56, 56 * 56)
@@ -86,8 +100,12 @@ def items(toy_folder, toy_processor):
     first, second = list(videos.values())[:2]
     image = next(example for example in examples if example.media_type == "image")
     text = replace(image, id="text", media="", media_type="text", question="Which letter is red?")
-    return [encoder.encode(first, video_row([0, 10, 20, 30, 40, 50])), encoder.encode(image),
-            encoder.encode(second, video_row([0, 3, 6, 9, 12])), encoder.encode(text)]
+    return [
+        encoder.encode(first, video_row([0, 10, 20, 30, 40, 50])),
+        encoder.encode(image),
+        encoder.encode(second, video_row([0, 3, 6, 9, 12])),
+        encoder.encode(text),
+    ]
 
 
 @pytest.fixture(scope="session")
@@ -95,7 +113,9 @@ def talker(toy_model):
     """The tiny model with an output layer of its own: a tied one repeats its last token for ever."""
     model = copy.deepcopy(toy_model)
     generator = torch.Generator().manual_seed(3)
-    model.lm_head.weight = torch.nn.Parameter(0.4 * torch.randn(model.lm_head.weight.shape, generator=generator))
+    model.lm_head.weight = torch.nn.Parameter(
+        0.4 * torch.randn(model.lm_head.weight.shape, generator=generator)
+    )
     return model
 
 
@@ -111,7 +131,12 @@ def checkpoint(talker, toy_processor, tmp_path_factory):
 
 def banned_ids(model):
     config = model.config
-    return [config.image_token_id, config.video_token_id, config.vision_start_token_id, config.vision_end_token_id]
+    return [
+        config.image_token_id,
+        config.video_token_id,
+        config.vision_start_token_id,
+        config.vision_end_token_id,
+    ]
 
 
 NO_EOS = 10**9
@@ -124,28 +149,67 @@ def other_family(request, items, toy_model):
 
     name, config, text = request.param, toy_model.config, toy_model.config.text_config
     torch.manual_seed(0)
-    vision = dict(depth=2, num_heads=4, patch_size=14, temporal_patch_size=2, spatial_merge_size=2, initializer_range=0.1)
-    later = dict(hidden_size=64, intermediate_size=96, out_hidden_size=64, num_position_embeddings=16)
-    options = dict(vocab_size=text.vocab_size, hidden_size=64, intermediate_size=128, num_hidden_layers=3, num_attention_heads=4,
-                   num_key_value_heads=2, bos_token_id=None, eos_token_id=text.eos_token_id, pad_token_id=text.pad_token_id,
-                   initializer_range=0.1, rope_parameters={"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]})
-    more = {"Qwen2VL": {}, "Qwen3VL": dict(head_dim=16),
-            "Qwen3VLMoe": dict(head_dim=16, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=64),
-            "Qwen3_5": dict(head_dim=16, linear_key_head_dim=16, linear_value_head_dim=16, linear_num_key_heads=2, linear_num_value_heads=4,
-                            layer_types=["linear_attention", "full_attention", "linear_attention"])}[name]
+    vision = dict(
+        depth=2,
+        num_heads=4,
+        patch_size=14,
+        temporal_patch_size=2,
+        spatial_merge_size=2,
+        initializer_range=0.1,
+    )
+    later = dict(
+        hidden_size=64, intermediate_size=96, out_hidden_size=64, num_position_embeddings=16
+    )
+    options = dict(
+        vocab_size=text.vocab_size,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        bos_token_id=None,
+        eos_token_id=text.eos_token_id,
+        pad_token_id=text.pad_token_id,
+        initializer_range=0.1,
+        rope_parameters={"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]},
+    )
+    more = {
+        "Qwen2VL": {},
+        "Qwen3VL": dict(head_dim=16),
+        "Qwen3VLMoe": dict(
+            head_dim=16, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=64
+        ),
+        "Qwen3_5": dict(
+            head_dim=16,
+            linear_key_head_dim=16,
+            linear_value_head_dim=16,
+            linear_num_key_heads=2,
+            linear_num_value_heads=4,
+            layer_types=["linear_attention", "full_attention", "linear_attention"],
+        ),
+    }[name]
     vision |= dict(embed_dim=64, hidden_size=64) if name == "Qwen2VL" else later
     vision |= dict(deepstack_visual_indexes=[0, 1]) if name in ("Qwen3VL", "Qwen3VLMoe") else {}
-    model = getattr(transformers, f"{name}ForConditionalGeneration")(getattr(transformers, f"{name}Config")(
-        text_config=options | more, vision_config=vision, tie_word_embeddings=False, image_token_id=config.image_token_id,
-        video_token_id=config.video_token_id, vision_start_token_id=config.vision_start_token_id,
-        vision_end_token_id=config.vision_end_token_id)).eval()
+    model = getattr(transformers, f"{name}ForConditionalGeneration")(
+        getattr(transformers, f"{name}Config")(
+            text_config=options | more,
+            vision_config=vision,
+            tie_word_embeddings=False,
+            image_token_id=config.image_token_id,
+            video_token_id=config.video_token_id,
+            vision_start_token_id=config.vision_start_token_id,
+            vision_end_token_id=config.vision_end_token_id,
+        )
+    ).eval()
     video, image, words = dict(items[0]), items[1], items[3]
     if name != "Qwen2VL":  # one run of video tokens becomes a run for every slot
         ids, token = video["input_ids"].tolist(), config.video_token_id
         first, count = ids.index(token), ids.count(token) // int(video["grid_thw"][0])
         run = [config.vision_start_token_id, *[token] * count, config.vision_end_token_id]
         slots = [[65 + slot, 66, *run] for slot in range(int(video["grid_thw"][0]))]
-        video["input_ids"] = torch.tensor(ids[: first - 1] + sum(slots, []) + ids[first + ids.count(token) + 1 :])
+        video["input_ids"] = torch.tensor(
+            ids[: first - 1] + sum(slots, []) + ids[first + ids.count(token) + 1 :]
+        )
     return model, [video, image, words]
 
 
@@ -153,24 +217,56 @@ def other_family(request, items, toy_model):
 
 ROOT = Path(__file__).parent.parent
 BIN = Path(sys.executable).parent
-SMALL_GRPO = ["--max_steps", "2", "--num_generations", "4", "--max_completion_length", "12", "--gate", "none", "--weight_decay", "0"]
+SMALL_GRPO = [
+    "--max_steps",
+    "2",
+    "--num_generations",
+    "4",
+    "--max_completion_length",
+    "12",
+    "--gate",
+    "none",
+    "--weight_decay",
+    "0",
+]
 # rewards differ; nothing else moves weights
 SMALL = ["--sft_max_steps", "2", "--sft_per_device_batch_size", "4", *SMALL_GRPO]
-ENV = {**{name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}, "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}"}
+ENV = {
+    **{name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"},
+    "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}",
+}
 
 
 def launch(*flags, ranks=1, check=True):
     """deepspeed train.py with these flags; returns the finished process with its output."""
     port = str(29600 + os.getpid() % 300)
-    command = [BIN / "deepspeed", "--num_gpus", str(ranks), "--master_port", port, "train.py", "--deepspeed", "ds_zero3.json"]
-    done = subprocess.run([*command, *map(str, flags)], cwd=ROOT, env=ENV, capture_output=True, text=True, timeout=420)
+    command = [
+        BIN / "deepspeed",
+        "--num_gpus",
+        str(ranks),
+        "--master_port",
+        port,
+        "train.py",
+        "--deepspeed",
+        "ds_zero3.json",
+    ]
+    done = subprocess.run(
+        [*command, *map(str, flags)], cwd=ROOT, env=ENV, capture_output=True, text=True, timeout=420
+    )
     assert not check or done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return done
 
 
 def complain(*flags):
     """python train.py with bad input -> the one sentence it ends with."""
-    done = subprocess.run([sys.executable, "train.py", *map(str, flags)], cwd=ROOT, env=ENV, capture_output=True, text=True, timeout=240)
+    done = subprocess.run(
+        [sys.executable, "train.py", *map(str, flags)],
+        cwd=ROOT,
+        env=ENV,
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
     assert done.returncode == 2, done.stdout[-2000:] + done.stderr[-2000:]
     assert "Traceback" not in done.stderr
     return done.stderr.strip().splitlines()[-1]
@@ -190,8 +286,24 @@ def weights(folder):
 @pytest.fixture(scope="session")
 def small_toy(tmp_path_factory):
     folder = tmp_path_factory.mktemp("toy") / "toy"
-    subprocess.run([sys.executable, "toy.py", "--output_dir", folder, "--train_videos", "8", "--heldout_videos", "3", "--clip_steps", "10"],
-                   cwd=ROOT, env=ENV, check=True, capture_output=True)
+    subprocess.run(
+        [
+            sys.executable,
+            "toy.py",
+            "--output_dir",
+            folder,
+            "--train_videos",
+            "8",
+            "--heldout_videos",
+            "3",
+            "--clip_steps",
+            "10",
+        ],
+        cwd=ROOT,
+        env=ENV,
+        check=True,
+        capture_output=True,
+    )
     return folder
 
 
@@ -199,15 +311,24 @@ def small_toy(tmp_path_factory):
 def first_run(small_toy, tmp_path_factory):
     """SFT, then GRPO, on one rank, as the README's first command does it."""
     output = tmp_path_factory.mktemp("run") / "output"
-    done = launch("--toy_dir", small_toy, "--output_dir", output, *SMALL, "--per_device_train_batch_size", "4")
+    done = launch(
+        "--toy_dir", small_toy, "--output_dir", output, *SMALL, "--per_device_train_batch_size", "4"
+    )
     return output, done
 
 
 # ---------------------------------------------------------------------------------------------------- pages, in a real browser
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
-QUIET = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
-         "--disable-component-update", "--disable-sync"]
+QUIET = [
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+]
 
 
 @pytest.fixture(scope="session")
@@ -224,12 +345,22 @@ def chromium():
         def check(file):
             backs = set()
             for scheme in ("light", "dark"):
-                page, told = browser.new_page(viewport={"width": 360, "height": 740}, color_scheme=scheme), []
+                page, told = (
+                    browser.new_page(viewport={"width": 360, "height": 740}, color_scheme=scheme),
+                    [],
+                )
                 page.on("console", lambda message, told=told: told.append(message.text))
                 page.on("pageerror", lambda error, told=told: told.append(str(error)))
-                page.on("request", lambda request, told=told: told.append(request.url) if request.url[:5] not in ("file:", "data:") else 0)
+                page.on(
+                    "request",
+                    lambda request, told=told: (
+                        told.append(request.url) if request.url[:5] not in ("file:", "data:") else 0
+                    ),
+                )
                 page.goto(Path(file).resolve().as_uri())
-                pictures = page.evaluate("[...document.images].map(i => [i.complete, i.naturalWidth, i.alt.length > 10])")
+                pictures = page.evaluate(
+                    "[...document.images].map(i => [i.complete, i.naturalWidth, i.alt.length > 10])"
+                )
                 assert pictures and all(done and width > 0 and alt for done, width, alt in pictures)
                 assert page.evaluate("document.documentElement.scrollWidth") <= 360
                 assert told == []

@@ -21,9 +21,21 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 aten = torch.ops.aten
 DEVICE = torch.device("cuda", 0)
-WAITS = {aten._local_scalar_dense.default, aten.nonzero.default, aten.masked_select.default, aten.equal.default,
-         aten.repeat_interleave.Tensor, aten._unique2.default, aten.isin.Tensor_Tensor}  # isin: of many
-INDEXING = {aten.index.Tensor, aten.index_put_.default, aten.index_put.default, aten._index_put_impl_.default}  # indices may be on the host
+WAITS = {
+    aten._local_scalar_dense.default,
+    aten.nonzero.default,
+    aten.masked_select.default,
+    aten.equal.default,
+    aten.repeat_interleave.Tensor,
+    aten._unique2.default,
+    aten.isin.Tensor_Tensor,
+}  # isin: of many
+INDEXING = {
+    aten.index.Tensor,
+    aten.index_put_.default,
+    aten.index_put.default,
+    aten._index_put_impl_.default,
+}  # indices may be on the host
 COPIES = {aten.copy_.default, aten._to_copy.default}
 
 
@@ -37,7 +49,9 @@ class GpuTensor(torch.Tensor):
 
     @staticmethod
     def __new__(cls, inner):
-        new = torch.Tensor._make_wrapper_subclass(cls, inner.shape, strides=inner.stride(), dtype=inner.dtype, device="meta")
+        new = torch.Tensor._make_wrapper_subclass(
+            cls, inner.shape, strides=inner.stride(), dtype=inner.dtype, device="meta"
+        )
         new.inner = inner
         return new
 
@@ -53,10 +67,16 @@ class PretendGpu:
     def __enter__(self):
         self.stack = ExitStack()
         engine = run_within(torch.autograd._engine_run_backward)
-        for context in (Devices(), Operations(self), torch.autograd.set_multithreading_enabled(False),
-                        mock.patch.object(torch.cuda, "CUDAGraph", Graph), mock.patch.object(torch.cuda, "graph", self.capture),
-                        mock.patch.object(torch.nn.Module, "to", move), mock.patch.object(torch.cuda, "synchronize", lambda: None),
-                        mock.patch.object(torch.autograd, "_engine_run_backward", engine)):
+        for context in (
+            Devices(),
+            Operations(self),
+            torch.autograd.set_multithreading_enabled(False),
+            mock.patch.object(torch.cuda, "CUDAGraph", Graph),
+            mock.patch.object(torch.cuda, "graph", self.capture),
+            mock.patch.object(torch.nn.Module, "to", move),
+            mock.patch.object(torch.cuda, "synchronize", lambda: None),
+            mock.patch.object(torch.autograd, "_engine_run_backward", engine),
+        ):
             self.stack.enter_context(context)
         return self
 
@@ -81,7 +101,11 @@ class Graph:
 
     def record(self, func, args, kwargs):
         """Notes a launch and does not run it: memory in use stays as it was, new memory holds nothing. Returns the outputs."""
-        aliases = [argument.alias_info for argument in func._schema.arguments if argument.alias_info is not None]
+        aliases = [
+            argument.alias_info
+            for argument in func._schema.arguments
+            if argument.alias_info is not None
+        ]
         if any(alias.is_write for alias in aliases):
             self.launches.append((func, args, kwargs, None))
             return kwargs["out"] if "out" in kwargs else args[0]
@@ -110,7 +134,9 @@ class Operations(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = dict(kwargs or {})
-        tensors = [value for value in tree_leaves((args, kwargs)) if isinstance(value, torch.Tensor)]
+        tensors = [
+            value for value in tree_leaves((args, kwargs)) if isinstance(value, torch.Tensor)
+        ]
         ours = [value for value in tensors if isinstance(value, GpuTensor)]
         hosts = [value for value in tensors if not isinstance(value, GpuTensor) and value.dim()]
         there = bool(ours)
@@ -120,17 +146,31 @@ class Operations(TorchDispatchMode):
         if not ours and not there:
             return func(*args, **kwargs)
         if ours and hosts and func not in COPIES | INDEXING:
-            raise RuntimeError(f"Expected all tensors to be on the same device, but found cuda:0 and cpu: {func}")
-        masks = func in INDEXING and any(index is not None and index.dtype in (torch.bool, torch.uint8) for index in args[1])
+            raise RuntimeError(
+                f"Expected all tensors to be on the same device, but found cuda:0 and cpu: {func}"
+            )
+        masks = func in INDEXING and any(
+            index is not None and index.dtype in (torch.bool, torch.uint8) for index in args[1]
+        )
         if func in WAITS or hosts or masks or func in COPIES and bool(ours) != there:
             self.gpu.waits.append(str(func))
             if self.gpu.capturing:
                 raise RuntimeError(f"operation not permitted when stream is capturing: {func}")
-        known = {id(value.inner): value for value in ours}  # what is written in place is the same tensor as before
-        args, kwargs = tree_map(lambda value: value.inner if isinstance(value, GpuTensor) else value, (args, kwargs))
-        out = self.gpu.capturing.record(func, args, kwargs) if self.gpu.capturing else func(*args, **kwargs)
+        known = {
+            id(value.inner): value for value in ours
+        }  # what is written in place is the same tensor as before
+        args, kwargs = tree_map(
+            lambda value: value.inner if isinstance(value, GpuTensor) else value, (args, kwargs)
+        )
+        out = (
+            self.gpu.capturing.record(func, args, kwargs)
+            if self.gpu.capturing
+            else func(*args, **kwargs)
+        )
         wrap = lambda value: known[id(value)] if id(value) in known else GpuTensor(value)  # noqa: E731
-        return tree_map(lambda value: wrap(value) if there and isinstance(value, torch.Tensor) else value, out)
+        return tree_map(
+            lambda value: wrap(value) if there and isinstance(value, torch.Tensor) else value, out
+        )
 
 
 class Devices(TorchFunctionMode):
@@ -145,7 +185,9 @@ class Devices(TorchFunctionMode):
         if func is torch.Tensor.tolist and isinstance(args[0], GpuTensor):
             return args[0].cpu().tolist()
         if func in (torch.Tensor.numpy, torch.Tensor.__array__) and isinstance(args[0], GpuTensor):
-            raise TypeError("can't convert cuda:0 device type tensor to numpy. Use Tensor.cpu() to copy the tensor to host memory first.")
+            raise TypeError(
+                "can't convert cuda:0 device type tensor to numpy. Use Tensor.cpu() to copy the tensor to host memory first."
+            )
         if func in (torch.tensor, torch.as_tensor) and on_gpu(kwargs.get("device")):
             return func(*args, **{**kwargs, "device": "cpu"}).to("meta")
         return func(*tree_map(to_meta, args), **tree_map(to_meta, kwargs))
@@ -159,25 +201,47 @@ def to_meta(value):
     return "meta" if on_gpu(value) else value
 
 
-def attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False):
+def attention(
+    query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False
+):
     """softmax(Q K^T scale + mask) V in float32."""
     assert dropout_p == 0 and not (is_causal and attn_mask is not None)
     length, columns = query.shape[-2], key.shape[-2]
     if isinstance(attn_mask, CausalBias):
-        assert (attn_mask.variant, attn_mask.seq_len_q, attn_mask.seq_len_kv) == (CausalVariant.LOWER_RIGHT, length, columns)
-    if is_causal or isinstance(attn_mask, CausalBias):  # torch's is_causal is that of the upper left corner
-        attn_mask = torch.ones(length, columns, dtype=torch.bool, device="meta").tril(0 if is_causal else columns - length)
+        assert (attn_mask.variant, attn_mask.seq_len_q, attn_mask.seq_len_kv) == (
+            CausalVariant.LOWER_RIGHT,
+            length,
+            columns,
+        )
+    if is_causal or isinstance(
+        attn_mask, CausalBias
+    ):  # torch's is_causal is that of the upper left corner
+        attn_mask = torch.ones(length, columns, dtype=torch.bool, device="meta").tril(
+            0 if is_causal else columns - length
+        )
     if enable_gqa:
-        key, value = (states.repeat_interleave(query.shape[1] // states.shape[1], 1) for states in (key, value))
+        key, value = (
+            states.repeat_interleave(query.shape[1] // states.shape[1], 1)
+            for states in (key, value)
+        )
     assert key.shape[1] == query.shape[1] and query.dtype == key.dtype == value.dtype
-    scores = query.float() @ key.float().transpose(-1, -2) * (query.shape[-1] ** -0.5 if scale is None else scale)
+    scores = (
+        query.float()
+        @ key.float().transpose(-1, -2)
+        * (query.shape[-1] ** -0.5 if scale is None else scale)
+    )
     if attn_mask is not None:
-        scores = scores.masked_fill(~attn_mask, float("-inf")) if attn_mask.dtype == torch.bool else scores + attn_mask
+        scores = (
+            scores.masked_fill(~attn_mask, float("-inf"))
+            if attn_mask.dtype == torch.bool
+            else scores + attn_mask
+        )
     return (scores.softmax(-1) @ value.float()).to(query.dtype)
 
 
 def run_within(engine):
     """autograd's engine runs Python too, where checkpoints are computed again; Tensor.backward calls it with Devices off."""
+
     def run(*args, **kwargs):
         with Devices():
             return engine(*args, **kwargs)
@@ -194,7 +258,11 @@ def move(module, device):
             for name, tensor in store.items():
                 if tensor is not None and id(tensor) not in moved:
                     there = tensor.detach().to("cuda")
-                    moved[id(tensor)] = torch.nn.Parameter(there, tensor.requires_grad) if store is part._parameters else there
+                    moved[id(tensor)] = (
+                        torch.nn.Parameter(there, tensor.requires_grad)
+                        if store is part._parameters
+                        else there
+                    )
                 if tensor is not None:
                     store[name] = moved[id(tensor)]
     return module

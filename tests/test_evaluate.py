@@ -18,9 +18,8 @@ import pytest
 import torch
 from PIL import Image
 
-import data
 import evaluate
-import scores
+from common import data, scores
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -37,9 +36,16 @@ def command(monkeypatch, capsys, *words):
 
 
 def row(problem_id, output, solution, problem_type="multiple choice", **more):
-    return {"problem_id": problem_id, "problem": f"Question {problem_id}?", "data_type": "video", "problem_type": problem_type,
-            "options": ["A. red", "B. blue", "C. green"] if problem_type == "multiple choice" else [], "output": output,
-            "solution": f"<answer>{solution}</answer>", **more}
+    return {
+        "problem_id": problem_id,
+        "problem": f"Question {problem_id}?",
+        "data_type": "video",
+        "problem_type": problem_type,
+        "options": ["A. red", "B. blue", "C. green"] if problem_type == "multiple choice" else [],
+        "output": output,
+        "solution": f"<answer>{solution}</answer>",
+        **more,
+    }
 
 
 def write(path, document, lines=False):
@@ -57,54 +63,117 @@ def rescore(path, monkeypatch, capsys, *words):
 # ---------------------------------------------------------------------------------------------------------- the scoring rules
 
 RULES = [  # problem type, solution, what stands in the answer block, official score, Video-R1's
-    ("multiple choice", "B", "B", 1, 1), ("multiple choice", "B", " B\n", 1, 1), ("multiple choice", "B", "A", 0, 0),
-    ("multiple choice", "B", "B.", 1, 0), ("multiple choice", "B", "(B)", 1, 0), ("multiple choice", "B", "B. blue", 1, 0),
-    ("multiple choice", "B", "b", 1, 0), ("multiple choice", "B", "blue", 1, 0), ("multiple choice", "B", "B. red", 0, 0),
-    ("multiple choice", "A", "a dog", 0, 0), ("multiple choice", "C", "Cannot tell", 0, 0), ("multiple choice", "B", "Both", 0, 0),
-    ("multiple choice", "A,C", "C, A", 1, 0), ("multiple choice", "A,C", "A,A,C", 1, 0), ("multiple choice", "A,C", "A,C", 1, 1),
-    ("multiple choice", "A,C", "A", 0, 0), ("multiple choice", "A,C", "AC", 0, 0), ("multiple choice", "A,C", "A,B", 0, 0),
-    ("multiple choice", "A,C", "A,", 0, 0), ("multiple choice", "A,C", "A.", 0, 0), ("numerical", "5", "5", 1, 1),
-    ("numerical", "5.0", "5", 1, 0), ("numerical", "5", "5.0", 1, 0), ("numerical", "1200", "1,200", 1, 0),
-    ("numerical", "5.0", "5.00", 1, 1), ("numerical", "5", "5 cm", 0, 0), ("numerical", "5", "5%", 0, 0),
-    ("numerical", "5", "five", 0, 0), ("numerical", "2.675", "2.68", 0, 0), ("numerical", "2.675", "2.67", 1, 1),
-    ("numerical", "5", "nan", 0, 0), ("numerical", "5", "inf", 0, 0), ("numerical", "0.125", "0.12", 1, 1),
-    ("numerical", "1,200.5", "1200.5", 1, 1), ("regression", "2", "1", 0.1, 0), ("regression", "4", "3", 0.6, 0.5),
-    ("regression", "10", "7", 0.5, 0.4), ("regression", "10", "9", 0.9, 0.8), ("regression", "20", "19", 1, 0.9),
-    ("regression", "100", "85", 0.8, 0.7), ("regression", "4", "4", 1, 1), ("regression", "4", "4.0", 1, 1),
-    ("regression", "0.7", "0.35", 0.1, 0), ("regression", "0.3", "0.27", 0.9, 0.8), ("regression", "4", "nan", 0, 0),
-    ("regression", "4", "inf", 0, 0), ("regression", "4", "four", 0, 0), ("regression", "4", "4 chairs", 1, 0),
-    ("regression", "4", "1e999999999", 0, 0), ("regression", "0", "0", 1, 1), ("regression", "0", "1", 0, 0),
-    ("regression", "-4", "9", 0, 0), ("regression", "4", "9", 0, 0), ("OCR", "stop here", "stop here", 1, 0),
-    ("OCR", "stop here", "stop", 0.5, 0), ("free-form", "a red car", "a red car", 1, 0),
+    ("multiple choice", "B", "B", 1, 1),
+    ("multiple choice", "B", " B\n", 1, 1),
+    ("multiple choice", "B", "A", 0, 0),
+    ("multiple choice", "B", "B.", 1, 0),
+    ("multiple choice", "B", "(B)", 1, 0),
+    ("multiple choice", "B", "B. blue", 1, 0),
+    ("multiple choice", "B", "b", 1, 0),
+    ("multiple choice", "B", "blue", 1, 0),
+    ("multiple choice", "B", "B. red", 0, 0),
+    ("multiple choice", "A", "a dog", 0, 0),
+    ("multiple choice", "C", "Cannot tell", 0, 0),
+    ("multiple choice", "B", "Both", 0, 0),
+    ("multiple choice", "A,C", "C, A", 1, 0),
+    ("multiple choice", "A,C", "A,A,C", 1, 0),
+    ("multiple choice", "A,C", "A,C", 1, 1),
+    ("multiple choice", "A,C", "A", 0, 0),
+    ("multiple choice", "A,C", "AC", 0, 0),
+    ("multiple choice", "A,C", "A,B", 0, 0),
+    ("multiple choice", "A,C", "A,", 0, 0),
+    ("multiple choice", "A,C", "A.", 0, 0),
+    ("numerical", "5", "5", 1, 1),
+    ("numerical", "5.0", "5", 1, 0),
+    ("numerical", "5", "5.0", 1, 0),
+    ("numerical", "1200", "1,200", 1, 0),
+    ("numerical", "5.0", "5.00", 1, 1),
+    ("numerical", "5", "5 cm", 0, 0),
+    ("numerical", "5", "5%", 0, 0),
+    ("numerical", "5", "five", 0, 0),
+    ("numerical", "2.675", "2.68", 0, 0),
+    ("numerical", "2.675", "2.67", 1, 1),
+    ("numerical", "5", "nan", 0, 0),
+    ("numerical", "5", "inf", 0, 0),
+    ("numerical", "0.125", "0.12", 1, 1),
+    ("numerical", "1,200.5", "1200.5", 1, 1),
+    ("regression", "2", "1", 0.1, 0),
+    ("regression", "4", "3", 0.6, 0.5),
+    ("regression", "10", "7", 0.5, 0.4),
+    ("regression", "10", "9", 0.9, 0.8),
+    ("regression", "20", "19", 1, 0.9),
+    ("regression", "100", "85", 0.8, 0.7),
+    ("regression", "4", "4", 1, 1),
+    ("regression", "4", "4.0", 1, 1),
+    ("regression", "0.7", "0.35", 0.1, 0),
+    ("regression", "0.3", "0.27", 0.9, 0.8),
+    ("regression", "4", "nan", 0, 0),
+    ("regression", "4", "inf", 0, 0),
+    ("regression", "4", "four", 0, 0),
+    ("regression", "4", "4 chairs", 1, 0),
+    ("regression", "4", "1e999999999", 0, 0),
+    ("regression", "0", "0", 1, 1),
+    ("regression", "0", "1", 0, 0),
+    ("regression", "-4", "9", 0, 0),
+    ("regression", "4", "9", 0, 0),
+    ("OCR", "stop here", "stop here", 1, 0),
+    ("OCR", "stop here", "stop", 0.5, 0),
+    ("free-form", "a red car", "a red car", 1, 0),
 ]
 
 
 @pytest.mark.parametrize("kind,solution,answer,official,video_r1", RULES)
 def test_rules(kind, solution, answer, official, video_r1):
-    record = scores.score_item(scores.item_of(row(1, f"<think>so</think>\n<answer>{answer}</answer>", solution, kind)))
-    assert (record["reward"], record["reward_video_r1"]) == pytest.approx((official, video_r1), abs=1e-9)
+    record = scores.score_item(
+        scores.item_of(row(1, f"<think>so</think>\n<answer>{answer}</answer>", solution, kind))
+    )
+    assert (record["reward"], record["reward_video_r1"]) == pytest.approx(
+        (official, video_r1), abs=1e-9
+    )
     assert record["correct"] == (record["reward"] == 1.0)
 
 
-@pytest.mark.parametrize("output,solution,kind,official,video_r1", [
-    ("B", "B", "multiple choice", 1, 1),  # no tag: the whole output is the answer
-    ("It is blue. B", "B", "multiple choice", 0, 0),
-    ("<answer></answer>", "B", "multiple choice", 0, 0),
-    ("<ANSWER>B</ANSWER>", "B", "multiple choice", 0, 0),  # tags are case-sensitive
-    ("<answer>A</answer> no: <answer>B</answer>", "B", "multiple choice", 0, 0),  # the first block counts
-    ("<answer>\nB\n</answer>", "B", "multiple choice", 1, 1),
-    ("<answer>B", "B", "multiple choice", 0, 0),
-    ("a red car", "a red car", "free-form", 1, 0), ("<think>a red car", "a red car", "free-form", 0, 0),  # thinking is no answer
-    ("<think>a red car</think><answer></answer>", "a red car", "free-form", 0, 0),
-    ("", "B", "multiple choice", 0, 0), (None, "B", "multiple choice", 0, 0),
-    ("4", "4", "regression", 1, 1), ("There are 4.", "4", "regression", 0, 0), ("There are 4.", "4", "numerical", 0, 0)])
+@pytest.mark.parametrize(
+    "output,solution,kind,official,video_r1",
+    [
+        ("B", "B", "multiple choice", 1, 1),  # no tag: the whole output is the answer
+        ("It is blue. B", "B", "multiple choice", 0, 0),
+        ("<answer></answer>", "B", "multiple choice", 0, 0),
+        ("<ANSWER>B</ANSWER>", "B", "multiple choice", 0, 0),  # tags are case-sensitive
+        (
+            "<answer>A</answer> no: <answer>B</answer>",
+            "B",
+            "multiple choice",
+            0,
+            0,
+        ),  # the first block counts
+        ("<answer>\nB\n</answer>", "B", "multiple choice", 1, 1),
+        ("<answer>B", "B", "multiple choice", 0, 0),
+        ("a red car", "a red car", "free-form", 1, 0),
+        ("<think>a red car", "a red car", "free-form", 0, 0),  # thinking is no answer
+        ("<think>a red car</think><answer></answer>", "a red car", "free-form", 0, 0),
+        ("", "B", "multiple choice", 0, 0),
+        (None, "B", "multiple choice", 0, 0),
+        ("4", "4", "regression", 1, 1),
+        ("There are 4.", "4", "regression", 0, 0),
+        ("There are 4.", "4", "numerical", 0, 0),
+    ],
+)
 def test_extraction(output, solution, kind, official, video_r1):
     record = scores.score_item(scores.item_of(row(1, output, solution, kind)))
     assert (record["reward"], record["reward_video_r1"]) == (official, video_r1)
 
 
 def test_an_unknown_problem_type_scores_nothing_and_is_told(tmp_path, monkeypatch, capsys):
-    path = write(tmp_path / "a.json", {"results": [row(1, "<answer>4</answer>", "4", "counting"), row(2, "<answer>B</answer>", "B")]})
+    path = write(
+        tmp_path / "a.json",
+        {
+            "results": [
+                row(1, "<answer>4</answer>", "4", "counting"),
+                row(2, "<answer>B</answer>", "B"),
+            ]
+        },
+    )
     report, _, err = rescore(path, monkeypatch, capsys)
     assert report["accuracy"] == 0.5 and "{'counting': 1}" in err
 
@@ -113,129 +182,305 @@ def test_an_unknown_problem_type_scores_nothing_and_is_told(tmp_path, monkeypatc
 
 
 def test_video_r1_results(tmp_path, monkeypatch, capsys):
-    rows = [row(1, "<think>x</think><answer>B</answer>", "B", reward=1.0, task_type="colour"),
-            row(2, "<think>x</think> <answer>A</answer>", "B", reward=0.0, task_type="colour"),
-            row(3, "<answer>3</answer>", "4", "regression", reward=0.5, task_type="count"),
-            row(4, "<answer>word</answer>", "word", "OCR", reward=0.0), row(5, "", "A", reward=0.0),
-            row(6, "<answer>error</answer>", "A", reward=0.0),  # a batch with one unreadable video
-            row(1, "<answer>C</answer>", "B", reward=0.0),  # repeats problem 1: the first counts
-            {**row(3, "<answer>C</answer>", "B", reward=0.0), "problem": "Another?"}]
+    rows = [
+        row(1, "<think>x</think><answer>B</answer>", "B", reward=1.0, task_type="colour"),
+        row(2, "<think>x</think> <answer>A</answer>", "B", reward=0.0, task_type="colour"),
+        row(3, "<answer>3</answer>", "4", "regression", reward=0.5, task_type="count"),
+        row(4, "<answer>word</answer>", "word", "OCR", reward=0.0),
+        row(5, "", "A", reward=0.0),
+        row(6, "<answer>error</answer>", "A", reward=0.0),  # a batch with one unreadable video
+        row(1, "<answer>C</answer>", "B", reward=0.0),  # repeats problem 1: the first counts
+        {**row(3, "<answer>C</answer>", "B", reward=0.0), "problem": "Another?"},
+    ]
     path = write(tmp_path / "eval_mmvu_x_greedy_output.json", {"results": rows, "final_acc": [{}]})
     report, out, err = rescore(path, monkeypatch, capsys)
     assert (report["n"], report["correct"], report["format_rate"]) == (6, 2, pytest.approx(2 / 6))
-    assert report["accuracy"] == pytest.approx(2.6 / 6) and report["accuracy_video_r1"] == pytest.approx(1.5 / 6)
+    assert report["accuracy"] == pytest.approx(2.6 / 6) and report[
+        "accuracy_video_r1"
+    ] == pytest.approx(1.5 / 6)
     assert report["video_r1"] == {"mean_acc": pytest.approx(1 / 5), "mean_mra": 0.5, "correct": 1}
     assert report["accuracy_as_stored"] == pytest.approx(1.5 / 6)
-    assert report["by_type"]["multiple choice"]["n"] == 4 and report["by_type"]["OCR"]["accuracy"] == 1
-    assert report["by_task"] == {"colour": report["by_task"]["colour"], "count": report["by_task"]["count"]}
-    assert report["by_task"]["colour"]["accuracy"] == 0.5 and report["task_mean"] == pytest.approx(0.55)
+    assert (
+        report["by_type"]["multiple choice"]["n"] == 4 and report["by_type"]["OCR"]["accuracy"] == 1
+    )
+    assert report["by_task"] == {
+        "colour": report["by_task"]["colour"],
+        "count": report["by_task"]["count"],
+    }
+    assert report["by_task"]["colour"]["accuracy"] == 0.5 and report["task_mean"] == pytest.approx(
+        0.55
+    )
     assert report["duplicates"] == ["1", "3 (another question)"]
-    assert report["empty_outputs"] == 1 and list(report["errors"]) == ["stored as error"] and "multiple choice" in out
-    assert "2 rows repeat the problem_id" in err and "1 of them ask something else" in err and "mmvu has 625 questions, this file 6" in err
+    assert (
+        report["empty_outputs"] == 1
+        and list(report["errors"]) == ["stored as error"]
+        and "multiple choice" in out
+    )
+    assert (
+        "2 rows repeat the problem_id" in err
+        and "1 of them ask something else" in err
+        and "mmvu has 625 questions, this file 6" in err
+    )
 
 
 def test_a_report_is_a_prediction_file_too(tmp_path, monkeypatch, capsys):
-    rows = [row(1, "<think>x</think><answer>B</answer>", "B", task="colour", duration="short"),
-            row(2, "<answer>3</answer>", "4", "regression")]
+    rows = [
+        row(1, "<think>x</think><answer>B</answer>", "B", task="colour", duration="short"),
+        row(2, "<answer>3</answer>", "4", "regression"),
+    ]
     report, _, _ = rescore(write(tmp_path / "a.jsonl", rows, lines=True), monkeypatch, capsys)
-    status, _, err = command(monkeypatch, capsys, "--rescore", tmp_path / "out" / "report.json", "--output", tmp_path / "again.json")
+    status, _, err = command(
+        monkeypatch,
+        capsys,
+        "--rescore",
+        tmp_path / "out" / "report.json",
+        "--output",
+        tmp_path / "again.json",
+    )
     again = json.loads((tmp_path / "again.json").read_text())
-    assert status == 0 and {**again, "settings": 0, "accuracy_as_stored": 0} == {**report, "settings": 0, "accuracy_as_stored": 0}
-    assert again["by_duration"]["short"]["n"] == 1 and again["accuracy_as_stored"] == again["accuracy"]
-    status, _, err = command(monkeypatch, capsys, "--rescore", tmp_path / "again.json", "--output", tmp_path / "again.json")
+    assert status == 0 and {**again, "settings": 0, "accuracy_as_stored": 0} == {
+        **report,
+        "settings": 0,
+        "accuracy_as_stored": 0,
+    }
+    assert (
+        again["by_duration"]["short"]["n"] == 1 and again["accuracy_as_stored"] == again["accuracy"]
+    )
+    status, _, err = command(
+        monkeypatch,
+        capsys,
+        "--rescore",
+        tmp_path / "again.json",
+        "--output",
+        tmp_path / "again.json",
+    )
     assert status == 2 and "is the --rescore file itself" in err
 
 
 def tw_grpo(video, output, solution, **more):
-    return {"question": {"problem": "Which will happen?\nA. x\nB. y\nC. z", "solution": f"<answer>{solution}</answer>", "video": video},
-            "ground_truth": solution, "model_output": output, **more}
+    return {
+        "question": {
+            "problem": "Which will happen?\nA. x\nB. y\nC. z",
+            "solution": f"<answer>{solution}</answer>",
+            "video": video,
+        },
+        "ground_truth": solution,
+        "model_output": output,
+        **more,
+    }
 
 
 def test_tw_grpo_log(tmp_path, monkeypatch, capsys):
-    rows = [tw_grpo("1.mp4", "<think>t</think><answer>C, A</answer>", "A,C", accuracy_score=1.0),
-            tw_grpo("2.mp4", "<answer>A</answer>", "A,C", accuracy_score=0.5),  # partial
-            tw_grpo("3.mp4", "<answer>AC</answer>", "A,C", accuracy_score=0.0),
-            tw_grpo("4.mp4", "So the Answer: B", "B", accuracy_score=1.0),  # no tag
-            tw_grpo("5.mp4", "The answer Is B", "B", accuracy_score=0.0),  # "I" is what TW-GRPO's rule finds
-            tw_grpo("6.mp4", "B", "B", accuracy_score=0.0),  # neither a tag nor the word answer
-            tw_grpo("7.mp4", "system\nanswer: C\nuser\n?\nassistant\n<answer>B</answer>", "B", accuracy_score=1.0),
-            tw_grpo("7.mp4", "<answer>A</answer>", "B", accuracy_score=0.0)]
-    report, out, _ = rescore(write(tmp_path / "clevrer.json", rows, lines=True), monkeypatch, capsys)  # JSON lines named .json
-    assert [record["correct"] for record in report["results"]] == [True, False, False, True, False, False, True]
+    rows = [
+        tw_grpo("1.mp4", "<think>t</think><answer>C, A</answer>", "A,C", accuracy_score=1.0),
+        tw_grpo("2.mp4", "<answer>A</answer>", "A,C", accuracy_score=0.5),  # partial
+        tw_grpo("3.mp4", "<answer>AC</answer>", "A,C", accuracy_score=0.0),
+        tw_grpo("4.mp4", "So the Answer: B", "B", accuracy_score=1.0),  # no tag
+        tw_grpo(
+            "5.mp4", "The answer Is B", "B", accuracy_score=0.0
+        ),  # "I" is what TW-GRPO's rule finds
+        tw_grpo("6.mp4", "B", "B", accuracy_score=0.0),  # neither a tag nor the word answer
+        tw_grpo(
+            "7.mp4",
+            "system\nanswer: C\nuser\n?\nassistant\n<answer>B</answer>",
+            "B",
+            accuracy_score=1.0,
+        ),
+        tw_grpo("7.mp4", "<answer>A</answer>", "B", accuracy_score=0.0),
+    ]
+    report, out, _ = rescore(
+        write(tmp_path / "clevrer.json", rows, lines=True), monkeypatch, capsys
+    )  # JSON lines named .json
+    assert [record["correct"] for record in report["results"]] == [
+        True,
+        False,
+        False,
+        True,
+        False,
+        False,
+        True,
+    ]
     assert report["results"][4]["prediction"] == "I" and len(report["duplicates"]) == 1
     numbers = report["several_letters"]
-    assert numbers["overall"] == {"n": 7, "per_question_accuracy": 3 / 7, "partial_accuracy": pytest.approx(3.5 / 7)}
-    assert numbers["several answers"] == {"n": 3, "per_question_accuracy": 1 / 3, "partial_accuracy": 0.5}
+    assert numbers["overall"] == {
+        "n": 7,
+        "per_question_accuracy": 3 / 7,
+        "partial_accuracy": pytest.approx(3.5 / 7),
+    }
+    assert numbers["several answers"] == {
+        "n": 3,
+        "per_question_accuracy": 1 / 3,
+        "partial_accuracy": 0.5,
+    }
     assert numbers["single answer"]["n"] == 4 and 0 < numbers["per_option_accuracy"] < 1
     assert report["accuracy_as_stored"] == pytest.approx(3.5 / 7)
-    assert report["accuracy_video_r1"] == pytest.approx(2 / 7)  # the last of the seven, and "B" alone
+    assert report["accuracy_video_r1"] == pytest.approx(
+        2 / 7
+    )  # the last of the seven, and "B" alone
 
 
 def test_lmms_eval_samples(tmp_path, monkeypatch, capsys):
     rows = [
-        {"doc_id": 0, "doc": {"question": "Q?", "options": ["A. x", "B. y"], "answer": "B", "duration": "short"}, "target": "B",
-         "resps": [["<think>y fits</think><answer>B</answer>"]], "videomme_perception_score": {"pred_answer": "B", "answer": "B"}},
-        {"doc_id": 0, "doc": {"question": "Other?", "candidates": ["x", "y"], "answer": "y"}, "target": "y", "resps": [["(B)"]],
-         "mvbench_accuracy": {"pred_answer": "B", "gt_answer": "B", "score": 1}},  # the same doc_id in another of the twenty files
-        {"doc_id": 2, "doc": {"question": "How many?", "question_type": "object_counting", "ground_truth": "4"}, "target": "4",
-         "resps": [["3"]], "vsibench_score": {"prediction": "3"}},
-        {"doc_id": 3, "doc": {"question": "Q?", "options": ["A. x", "B. y"], "answer": "A"}, "target": "A", "resps": [[""]]},
-        {"doc_id": 4, "doc": {"question": "Is it red?"}, "input": "Is it red?\nA. yes\nB. no", "target": "B", "filtered_resps": ["B. no"]}]
-    report, _, _ = rescore(write(tmp_path / "20260101_samples_x.jsonl", rows, lines=True), monkeypatch, capsys)
+        {
+            "doc_id": 0,
+            "doc": {
+                "question": "Q?",
+                "options": ["A. x", "B. y"],
+                "answer": "B",
+                "duration": "short",
+            },
+            "target": "B",
+            "resps": [["<think>y fits</think><answer>B</answer>"]],
+            "videomme_perception_score": {"pred_answer": "B", "answer": "B"},
+        },
+        {
+            "doc_id": 0,
+            "doc": {"question": "Other?", "candidates": ["x", "y"], "answer": "y"},
+            "target": "y",
+            "resps": [["(B)"]],
+            "mvbench_accuracy": {"pred_answer": "B", "gt_answer": "B", "score": 1},
+        },  # the same doc_id in another of the twenty files
+        {
+            "doc_id": 2,
+            "doc": {
+                "question": "How many?",
+                "question_type": "object_counting",
+                "ground_truth": "4",
+            },
+            "target": "4",
+            "resps": [["3"]],
+            "vsibench_score": {"prediction": "3"},
+        },
+        {
+            "doc_id": 3,
+            "doc": {"question": "Q?", "options": ["A. x", "B. y"], "answer": "A"},
+            "target": "A",
+            "resps": [[""]],
+        },
+        {
+            "doc_id": 4,
+            "doc": {"question": "Is it red?"},
+            "input": "Is it red?\nA. yes\nB. no",
+            "target": "B",
+            "filtered_resps": ["B. no"],
+        },
+    ]
+    report, _, _ = rescore(
+        write(tmp_path / "20260101_samples_x.jsonl", rows, lines=True), monkeypatch, capsys
+    )
     assert [record["reward"] for record in report["results"]] == [1, 1, pytest.approx(0.6), 0, 1]
     assert report["n"] == 5 and report["empty_outputs"] == 1 and report["duplicates"] == []
-    assert report["by_task"]["object_counting"]["n"] == 1 and report["results"][2]["problem_type"] == "regression"
+    assert (
+        report["by_task"]["object_counting"]["n"] == 1
+        and report["results"][2]["problem_type"] == "regression"
+    )
 
 
 def test_vsi_bench_has_four_numbers(tmp_path, monkeypatch, capsys):
-    rows = [row(1, "<answer>B</answer>", "B", original_question_type="object_rel_direction_easy"),
-            row(2, "<answer>B</answer>", "B", original_question_type="object_rel_direction_easy"),
-            row(3, "<answer>A</answer>", "B", original_question_type="object_rel_direction_hard"),
-            row(4, "<answer>A</answer>", "A", original_question_type="route_planning"),
-            row(5, "<answer>3</answer>", "4", "regression", original_question_type="object_counting"),
-            row(6, "<answer>7</answer>", "10", "regression", original_question_type="room_size_estimation")]
-    report, out, err = rescore(write(tmp_path / "eval_vsibench.json", {"results": rows}), monkeypatch, capsys)
+    rows = [
+        row(1, "<answer>B</answer>", "B", original_question_type="object_rel_direction_easy"),
+        row(2, "<answer>B</answer>", "B", original_question_type="object_rel_direction_easy"),
+        row(3, "<answer>A</answer>", "B", original_question_type="object_rel_direction_hard"),
+        row(4, "<answer>A</answer>", "A", original_question_type="route_planning"),
+        row(5, "<answer>3</answer>", "4", "regression", original_question_type="object_counting"),
+        row(
+            6,
+            "<answer>7</answer>",
+            "10",
+            "regression",
+            original_question_type="room_size_estimation",
+        ),
+    ]
+    report, out, err = rescore(
+        write(tmp_path / "eval_vsibench.json", {"results": rows}), monkeypatch, capsys
+    )
     official, video_r1 = report["vsi_bench"]["official"], report["vsi_bench"]["video_r1"]
-    assert official["tasks"]["object_rel_direction"] == 0.5  # the levels' 1.0 and 0.0, not 2 of 3 questions
+    assert (
+        official["tasks"]["object_rel_direction"] == 0.5
+    )  # the levels' 1.0 and 0.0, not 2 of 3 questions
     assert official["official"] == pytest.approx((0.5 + 1 + 0.6 + 0.5) / 4)
     assert (official["mean_acc"], official["mean_mra"]) == (0.75, pytest.approx(0.55))
     assert official["sample_weighted_mean"] == report["accuracy"] == pytest.approx((3 + 1.1) / 6)
-    assert (video_r1["mean_mra"], video_r1["official"]) == (pytest.approx(0.45), pytest.approx((0.5 + 1 + 0.5 + 0.4) / 4))
-    assert "4 of its 8 tasks" in err and "vsibench has 5130 questions" in err and "VSI-Bench, video_r1" in out
+    assert (video_r1["mean_mra"], video_r1["official"]) == (
+        pytest.approx(0.45),
+        pytest.approx((0.5 + 1 + 0.5 + 0.4) / 4),
+    )
+    assert (
+        "4 of its 8 tasks" in err
+        and "vsibench has 5130 questions" in err
+        and "VSI-Bench, video_r1" in out
+    )
 
 
-@pytest.mark.parametrize("name,meant", [
-    ("eval_mmvu.json", "mmvu"), ("eval_videommmu_m_greedy_output.json", "videommmu"),
-    ("eval_16frames_tempcompass_results.json", "tempcompass"), ("x/validation_L2.jsonl", "seed-bench-r1 L2"),
-    ("star_val.json", "star"), ("start.json", ""), ("eval_videomme.json", "videomme"),
-    ("20260101_samples_vsibench.jsonl", "vsibench"), ("NExT-GQA_val.json", "nextgqa"), ("heldout.json", "")])
+@pytest.mark.parametrize(
+    "name,meant",
+    [
+        ("eval_mmvu.json", "mmvu"),
+        ("eval_videommmu_m_greedy_output.json", "videommmu"),
+        ("eval_16frames_tempcompass_results.json", "tempcompass"),
+        ("x/validation_L2.jsonl", "seed-bench-r1 L2"),
+        ("star_val.json", "star"),
+        ("start.json", ""),
+        ("eval_videomme.json", "videomme"),
+        ("20260101_samples_vsibench.jsonl", "vsibench"),
+        ("NExT-GQA_val.json", "nextgqa"),
+        ("heldout.json", ""),
+    ],
+)
 def test_the_benchmark_is_told_by_the_name(name, meant):
     assert scores.benchmark_of(name) == meant
 
 
-@pytest.mark.parametrize("text,said", [
-    ("", "neither JSON nor JSON lines|holds no predictions"), ("[]", "holds no predictions"), ('{"results": []}', "holds no predictions"),
-    ('{"problem_id": 1}\n{"problem', "line 2"), ('[{"problem_id": 1, "problem_type": "OCR", "solution": "x"}]', "row 0 has no output"),
-    ('[{"problem_id": 1, "output": "x"}]', "row 0 has no problem_type, solution"),
-    ('[{"doc": {}, "doc_id": 1}]', "no lmms-eval prediction"), ('[{"model_output": "x", "question": "?"}]', "no TW-GRPO prediction"),
-    ("[1]", "holds no predictions"),
-    ('{"settings": 5, "results": []}', "holds no predictions"),
-    ('[{"problem_id": 1, "output": 5, "solution": 1}]', "an output that is no text"),
-    ("3", "holds no predictions")])
+@pytest.mark.parametrize(
+    "text,said",
+    [
+        ("", "neither JSON nor JSON lines|holds no predictions"),
+        ("[]", "holds no predictions"),
+        ('{"results": []}', "holds no predictions"),
+        ('{"problem_id": 1}\n{"problem', "line 2"),
+        ('[{"problem_id": 1, "problem_type": "OCR", "solution": "x"}]', "row 0 has no output"),
+        ('[{"problem_id": 1, "output": "x"}]', "row 0 has no problem_type, solution"),
+        ('[{"doc": {}, "doc_id": 1}]', "no lmms-eval prediction"),
+        ('[{"model_output": "x", "question": "?"}]', "no TW-GRPO prediction"),
+        ("[1]", "holds no predictions"),
+        ('{"settings": 5, "results": []}', "holds no predictions"),
+        ('[{"problem_id": 1, "output": 5, "solution": 1}]', "an output that is no text"),
+        ("3", "holds no predictions"),
+    ],
+)
 def test_bad_files_get_a_sentence(text, said, tmp_path, monkeypatch, capsys):
     path = tmp_path / "x.json"
     path.write_text(text)
-    status, _, err = command(monkeypatch, capsys, "--rescore", path, "--output", tmp_path / "r.json")
-    assert status == 2 and any(part in err for part in said.split("|")) and "Traceback" not in err and not (tmp_path / "r.json").exists()
+    status, _, err = command(
+        monkeypatch, capsys, "--rescore", path, "--output", tmp_path / "r.json"
+    )
+    assert (
+        status == 2
+        and any(part in err for part in said.split("|"))
+        and "Traceback" not in err
+        and not (tmp_path / "r.json").exists()
+    )
 
 
-@pytest.mark.parametrize("words,said", [
-    ((), "give --model_name_or_path and --dataset_name"), (("--rescore", "nowhere.json"), "nowhere.json not found"),
-    (("--rescore", "a", "--bench", "b"), "no --dataset_name"), (("--model_name_or_path", "m", "--bench", "b", "--top_p", "0"), "--top_p"),
-    (("--model_name_or_path", "m", "--bench", "b", "--api_base", "localhost"), "http://host:port/v1"),
-    (("compare", "a.json", "b.json"), "a.json not found"),
-    (("--model_name_or_path", "m", "--bench", "b", "--min_pixels", "9999999"), "--min_pixels must not be above"),
-    (("--model_name_or_path", "m", "--bench", "b.json"), "data set b.json not found")])
+@pytest.mark.parametrize(
+    "words,said",
+    [
+        ((), "give --model_name_or_path and --dataset_name"),
+        (("--rescore", "nowhere.json"), "nowhere.json not found"),
+        (("--rescore", "a", "--bench", "b"), "no --dataset_name"),
+        (("--model_name_or_path", "m", "--bench", "b", "--top_p", "0"), "--top_p"),
+        (
+            ("--model_name_or_path", "m", "--bench", "b", "--api_base", "localhost"),
+            "http://host:port/v1",
+        ),
+        (("compare", "a.json", "b.json"), "a.json not found"),
+        (
+            ("--model_name_or_path", "m", "--bench", "b", "--min_pixels", "9999999"),
+            "--min_pixels must not be above",
+        ),
+        (("--model_name_or_path", "m", "--bench", "b.json"), "data set b.json not found"),
+    ],
+)
 def test_bad_command_lines_get_a_sentence(words, said, monkeypatch, capsys):
     status, _, err = command(monkeypatch, capsys, *words)
     assert status == 2 and said in err and "Traceback" not in err
@@ -246,23 +491,52 @@ def test_bad_command_lines_get_a_sentence(words, said, monkeypatch, capsys):
 
 def test_tac_and_consistency():
     # problem_id -> the answer and what its reasoning concludes; B is right everywhere
-    readings = {"1": ("B", "B"), "2": ("B", "B"), "3": ("B", "C"), "4": ("C", "B"), "5": ("C", "A"), "6": ("C", "C"),
-                "7": ("B", ""), "8": ("", "")}
+    readings = {
+        "1": ("B", "B"),
+        "2": ("B", "B"),
+        "3": ("B", "C"),
+        "4": ("C", "B"),
+        "5": ("C", "A"),
+        "6": ("C", "C"),
+        "7": ("B", ""),
+        "8": ("", ""),
+    }
     outputs = ["told"] * 7 + [""]  # no output: not in N, and not consistent
     rows = [row(number, output, "B") for number, output in enumerate(outputs, start=1)]
     rows.append(row(9, "<answer>w</answer>", "w", "OCR"))  # of a type that nobody reads
     records = [scores.score_item(scores.item_of(each)) for each in rows]
     metrics = scores.reasoning_metrics(records, readings, "somebody")
-    assert {name: metrics[name] for name in ("TP", "TN", "FP", "FN")} == {"TP": 2, "TN": 2, "FP": 1, "FN": 2}
-    assert metrics["TAC"] == {"answer_to_thinking_correlation": 4 / 7, "consistency_accuracy": 2 / 4}
-    assert metrics["consistency_rate"] == 3 / 8  # twice B and B, once C and C; A and C are two different wrong answers
-    assert (metrics["n"], metrics["outputs"], metrics["not_read"], metrics["no_conclusion"]) == (8, 7, 1, 1)
+    assert {name: metrics[name] for name in ("TP", "TN", "FP", "FN")} == {
+        "TP": 2,
+        "TN": 2,
+        "FP": 1,
+        "FN": 2,
+    }
+    assert metrics["TAC"] == {
+        "answer_to_thinking_correlation": 4 / 7,
+        "consistency_accuracy": 2 / 4,
+    }
+    assert (
+        metrics["consistency_rate"] == 3 / 8
+    )  # twice B and B, once C and C; A and C are two different wrong answers
+    assert (metrics["n"], metrics["outputs"], metrics["not_read"], metrics["no_conclusion"]) == (
+        8,
+        7,
+        1,
+        1,
+    )
     assert metrics["judge"] == "somebody"
 
 
-@pytest.mark.parametrize("kind,solution,read,right", [
-    ("regression", "20", ("20.5", "21"), "TP"), ("numerical", "21", ("20.5", "21"), "FP"),
-    ("regression", "20", ("20.5", "21.1"), "FN"), ("numerical", "2.5", ("2.50", "two"), "FN")])
+@pytest.mark.parametrize(
+    "kind,solution,read,right",
+    [
+        ("regression", "20", ("20.5", "21"), "TP"),
+        ("numerical", "21", ("20.5", "21"), "FP"),
+        ("regression", "20", ("20.5", "21.1"), "FN"),
+        ("numerical", "2.5", ("2.50", "two"), "FN"),
+    ],
+)
 def test_tac_of_numbers_is_within_five_percent(kind, solution, read, right):
     """Of a regression; a numerical answer is compared after rounding to two decimals."""
     record = scores.score_item(scores.item_of(row(1, "told", solution, kind)))
@@ -270,14 +544,24 @@ def test_tac_of_numbers_is_within_five_percent(kind, solution, read, right):
 
 
 def test_the_last_block_counts():
-    assert scores.last_block("<THINK>a</THINK> <think>b\nc</think>", "think") == "b\nc"  # upper or lower case
+    assert (
+        scores.last_block("<THINK>a</THINK> <think>b\nc</think>", "think") == "b\nc"
+    )  # upper or lower case
 
 
 def test_without_a_judge_the_report_says_so(tmp_path, monkeypatch, capsys):
-    path = write(tmp_path / "a.json", {"results": [row(1, "<think>So the answer is B.</think><answer>B</answer>", "B")]})
+    path = write(
+        tmp_path / "a.json",
+        {"results": [row(1, "<think>So the answer is B.</think><answer>B</answer>", "B")]},
+    )
     report, out, _ = rescore(path, monkeypatch, capsys)
-    assert report["judged"] == {"judge": None, "TAC": None, "consistency_rate": None, "VAS": None,
-                                "reason": "no judge was asked (--judge_base, --judge_model)"}
+    assert report["judged"] == {
+        "judge": None,
+        "TAC": None,
+        "consistency_rate": None,
+        "VAS": None,
+        "reason": "no judge was asked (--judge_base, --judge_model)",
+    }
     assert "read by" not in out and "reasoning" not in report
 
 
@@ -287,16 +571,28 @@ def test_without_a_judge_the_report_says_so(tmp_path, monkeypatch, capsys):
 def test_compare(tmp_path, monkeypatch, capsys):
     rng = random.Random(0)
     first = [row(i, f"<answer>{'B' if i % 2 else 'A'}</answer>", "B") for i in range(100)]
-    second = [row(i, f"<answer>{'B' if i % 2 and i > 8 or i % 5 == 0 else 'A'}</answer>", "B") for i in range(100)] + [row(200, "", "B")]
+    second = [
+        row(i, f"<answer>{'B' if i % 2 and i > 8 or i % 5 == 0 else 'A'}</answer>", "B")
+        for i in range(100)
+    ] + [row(200, "", "B")]
     rng.shuffle(second)
-    paths = write(tmp_path / "a.json", {"results": first}), write(tmp_path / "b.json", {"results": second})
-    status, out, err = command(monkeypatch, capsys, "compare", *paths, "--output", tmp_path / "c.json")
+    paths = (
+        write(tmp_path / "a.json", {"results": first}),
+        write(tmp_path / "b.json", {"results": second}),
+    )
+    status, out, err = command(
+        monkeypatch, capsys, "compare", *paths, "--output", tmp_path / "c.json"
+    )
     result = json.loads((tmp_path / "c.json").read_text())
     assert status == 0 and (result["n"], result["only_in_second"]) == (100, 1)
-    assert (len(result["gains"]), len(result["losses"])) == (10, 3) and result["difference"] == pytest.approx(0.07)
+    assert (len(result["gains"]), len(result["losses"])) == (10, 3) and result[
+        "difference"
+    ] == pytest.approx(0.07)
     assert result["mcnemar_p"] == pytest.approx(0.0922851562)  # 2 (C(13,0) + ... + C(13,3)) / 2^13
     low, high = result["interval_95"]
-    assert -0.01 <= low <= 0.01 and 0.12 <= high <= 0.15  # 0.07 +- 1.96 sqrt((13 - 0.49) / 100) / 10
+    assert (
+        -0.01 <= low <= 0.01 and 0.12 <= high <= 0.15
+    )  # 0.07 +- 1.96 sqrt((13 - 0.49) / 100) / 10
     assert "10 gains and 3 losses" in out and "p = 0.09229" in out
     assert command(monkeypatch, capsys, "compare", *paths)[1] == out  # seeded
 
@@ -305,26 +601,40 @@ def test_compare_refuses_other_questions(tmp_path, monkeypatch, capsys):
     one = write(tmp_path / "a.json", {"results": [row(1, "<answer>B</answer>", "B")]})
     other = write(tmp_path / "b.json", {"results": [row(2, "<answer>B</answer>", "B")]})
     changed = write(tmp_path / "c.json", {"results": [row(1, "<answer>B</answer>", "C")]})
-    for path, said in ((other, "share no problem_id"), (changed, "another question in each file: 'B' is right in the first, 'C'")):
+    for path, said in (
+        (other, "share no problem_id"),
+        (changed, "another question in each file: 'B' is right in the first, 'C'"),
+    ):
         status, _, err = command(monkeypatch, capsys, "compare", one, path)
         assert status == 2 and said in err
 
 
 def test_answers_stored_before_choices_were_read_as_letters_count(tmp_path):
-    stored = row("1", "<answer>B</answer>", "", options=["(A) x", "(B) y"], settings={}) | {"solution": "(B)"}
+    stored = row("1", "<answer>B</answer>", "", options=["(A) x", "(B) y"], settings={}) | {
+        "solution": "(B)"
+    }
     file = write(tmp_path / "a.predictions.jsonl", [stored], lines=True)
     known = {"problem": stored["problem"], "solution": "B"}
     assert evaluate.finished(file, {"1": known}, {}) == {"1"}
     (item,), _, _ = scores.read_predictions(file)
-    assert item.solution == "B" and scores.official_score("B", item) == scores.video_r1_score("B", item) == 1
+    assert (
+        item.solution == "B"
+        and scores.official_score("B", item) == scores.video_r1_score("B", item) == 1
+    )
     with pytest.raises(data.DataError, match="another data set"):
         evaluate.finished(file, {"1": known | {"solution": "A"}}, {})
 
 
 def test_mcnemar_by_hand():
-    assert scores.mcnemar(0, 0) == 1 and scores.mcnemar(5, 0) == 2 / 32 and scores.mcnemar(1, 9) == scores.mcnemar(9, 1)
+    assert (
+        scores.mcnemar(0, 0) == 1
+        and scores.mcnemar(5, 0) == 2 / 32
+        and scores.mcnemar(1, 9) == scores.mcnemar(9, 1)
+    )
     assert 0 < scores.mcnemar(3000, 2000) < 1e-40  # no overflow
-    assert scores.paired_bootstrap([0.0] * 10) == (0, 0) and scores.paired_bootstrap([1.0, 1.0]) == (1, 1)
+    assert scores.paired_bootstrap([0.0] * 10) == (0, 0) and scores.paired_bootstrap(
+        [1.0, 1.0]
+    ) == (1, 1)
 
 
 # --------------------------------------------------------------------------------------------------------- answers made here
@@ -341,8 +651,14 @@ def checkpoint(toy_model, toy_processor, tmp_path_factory):
 @pytest.fixture(scope="module")
 def bench(toy_folder):
     """Eight questions of the toy, a row without a solution, a missing video, a file that is no video, a repeated row."""
-    rows = json.loads((toy_folder / "heldout.json").read_text())[:6] + json.loads((toy_folder / "train.json").read_text())[:2]
-    rows = [{**row, "problem_id": index, "original_question_type": f"kind {index % 2}"} for index, row in enumerate(rows)]
+    rows = (
+        json.loads((toy_folder / "heldout.json").read_text())[:6]
+        + json.loads((toy_folder / "train.json").read_text())[:2]
+    )
+    rows = [
+        {**row, "problem_id": index, "original_question_type": f"kind {index % 2}"}
+        for index, row in enumerate(rows)
+    ]
     (toy_folder / "videos" / "damaged.mp4").write_bytes(b"no video")
     rows.insert(3, {**rows[0], "problem_id": 20, "path": "videos/missing.mp4"})
     rows.insert(5, {**rows[0], "problem_id": 21, "path": "videos/damaged.mp4"})
@@ -354,8 +670,26 @@ def bench(toy_folder):
 
 @pytest.fixture(scope="module")
 def flags(checkpoint, bench):
-    return ["--model_name_or_path", checkpoint, "--bench", bench, "--frames", 4, "--min_pixels", 3136, "--max_pixels", 3136,
-            "--max_completion_length", 12, "--batch_size", 3, "--temperature", 1.0, "--top_k", 50]
+    return [
+        "--model_name_or_path",
+        checkpoint,
+        "--bench",
+        bench,
+        "--frames",
+        4,
+        "--min_pixels",
+        3136,
+        "--max_pixels",
+        3136,
+        "--max_completion_length",
+        12,
+        "--batch_size",
+        3,
+        "--temperature",
+        1.0,
+        "--top_k",
+        50,
+    ]
 
 
 def local(flags, output, monkeypatch, capsys, *words):
@@ -368,21 +702,41 @@ def local(flags, output, monkeypatch, capsys, *words):
 def undisturbed(flags, tmp_path_factory):
     """A run from end to end: its report and its lines."""
     output = tmp_path_factory.mktemp("undisturbed") / "report.json"
-    subprocess.run([sys.executable, "evaluate.py", *map(str, flags), "--output", str(output)], cwd=ROOT, check=True, capture_output=True)
+    subprocess.run(
+        [sys.executable, "evaluate.py", *map(str, flags), "--output", str(output)],
+        cwd=ROOT,
+        check=True,
+        capture_output=True,
+    )
     return json.loads(output.read_text()), output.with_suffix(".predictions.jsonl").read_text()
 
 
 def test_whatever_goes_wrong_counts_as_wrong(undisturbed, bench, checkpoint):
     report, lines = undisturbed
-    assert report["n"] == len(report["results"]) == lines.count("\n") == 11 and report["duplicates"] == ["1"]
-    assert {kind: sorted(rows) for kind, rows in report["errors"].items()} == {"unreadable media": ["20", "21"], "unusable row": ["22"]}
-    assert "no such file" in report["errors"]["unreadable media"]["20"] and "no solution" in report["errors"]["unusable row"]["22"]
+    assert report["n"] == len(report["results"]) == lines.count("\n") == 11 and report[
+        "duplicates"
+    ] == ["1"]
+    assert {kind: sorted(rows) for kind, rows in report["errors"].items()} == {
+        "unreadable media": ["20", "21"],
+        "unusable row": ["22"],
+    }
+    assert (
+        "no such file" in report["errors"]["unreadable media"]["20"]
+        and "no solution" in report["errors"]["unusable row"]["22"]
+    )
     assert all(record["reward"] == 0 for record in report["results"] if record["error"])
     assert report["accuracy"] == sum(record["reward"] for record in report["results"]) / 11
     assert {"kind 0", "kind 1"} == set(report["by_task"])
     settings = report["settings"]
-    assert (settings["frames"], settings["max_pixels"], settings["top_k"]) == (4, 3136, 50) and "{question}" in settings["prompt_template"]
-    assert settings["dataset_name"] == str(bench) and settings["weights"] == evaluate.fingerprint(checkpoint) is not None
+    assert (settings["frames"], settings["max_pixels"], settings["top_k"]) == (
+        4,
+        3136,
+        50,
+    ) and "{question}" in settings["prompt_template"]
+    assert (
+        settings["dataset_name"] == str(bench)
+        and settings["weights"] == evaluate.fingerprint(checkpoint) is not None
+    )
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -392,7 +746,9 @@ def test_a_killed_run_is_continued(seed, flags, undisturbed, tmp_path, monkeypat
     kept = random.Random(seed).randrange(len(lines))
     (tmp_path / "report.predictions.jsonl").write_text(lines[:kept])
     assert local(flags, tmp_path / "report.json", monkeypatch, capsys) == report
-    assert sorted((tmp_path / "report.predictions.jsonl").read_text().splitlines()) == sorted(lines.splitlines())
+    assert sorted((tmp_path / "report.predictions.jsonl").read_text().splitlines()) == sorted(
+        lines.splitlines()
+    )
 
 
 def test_a_finished_run_loads_no_model(flags, undisturbed, tmp_path, monkeypatch, capsys):
@@ -405,32 +761,71 @@ def test_two_ranks_equal_one(flags, undisturbed, tmp_path):
     """Two ranks, continuing a shard that a killed rank left with a torn line."""
     report, lines = undisturbed
     (tmp_path / "report.predictions.jsonl.shard1").write_text(lines[: lines.index("\n") + 30])
-    subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "evaluate.py", *map(str, flags),
-                    "--output", str(tmp_path / "report.json")], cwd=ROOT, check=True, capture_output=True)
+    subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc_per_node",
+            "2",
+            "evaluate.py",
+            *map(str, flags),
+            "--output",
+            str(tmp_path / "report.json"),
+        ],
+        cwd=ROOT,
+        check=True,
+        capture_output=True,
+    )
     assert json.loads((tmp_path / "report.json").read_text()) == report
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["report.json", "report.predictions.jsonl"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "report.json",
+        "report.predictions.jsonl",
+    ]
 
 
 def test_other_settings_do_not_continue_a_run(flags, undisturbed, tmp_path, monkeypatch, capsys):
     (tmp_path / "report.predictions.jsonl").write_text(undisturbed[1])
-    status, _, err = command(monkeypatch, capsys, *flags, "--output", tmp_path / "report.json", "--frames", 8)
+    status, _, err = command(
+        monkeypatch, capsys, *flags, "--output", tmp_path / "report.json", "--frames", 8
+    )
     assert status == 2 and "was made with frames 4, not 8" in err
     template = tmp_path / "template.txt"
     template.write_text("Look: {question}\n{instruction}\nBe brief.")
-    status, _, err = command(monkeypatch, capsys, *flags, "--output", tmp_path / "report.json", "--prompt_template", template)
+    status, _, err = command(
+        monkeypatch,
+        capsys,
+        *flags,
+        "--output",
+        tmp_path / "report.json",
+        "--prompt_template",
+        template,
+    )
     assert status == 2 and "made with prompt_template" in err
-    report = local(flags, tmp_path / "other.json", monkeypatch, capsys, "--prompt_template", template)
+    report = local(
+        flags, tmp_path / "other.json", monkeypatch, capsys, "--prompt_template", template
+    )
     assert report["settings"]["prompt_template"].startswith("Look")
-    assert [r["output"] for r in report["results"]] != [r["output"] for r in undisturbed[0]["results"]]
+    assert [r["output"] for r in report["results"]] != [
+        r["output"] for r in undisturbed[0]["results"]
+    ]
     template.write_text("{problem}")
-    assert "{question} must be in it" in command(monkeypatch, capsys, *flags, "--prompt_template", template)[2]
+    assert (
+        "{question} must be in it"
+        in command(monkeypatch, capsys, *flags, "--prompt_template", template)[2]
+    )
 
 
-def test_answers_are_those_of_the_rollout_code(flags, bench, toy_model, toy_processor, tmp_path, monkeypatch, capsys):
+def test_answers_are_those_of_the_rollout_code(
+    flags, bench, toy_model, toy_processor, tmp_path, monkeypatch, capsys
+):
     """Greedy, and scored as train.py's held-out table is, by reward.accuracy_reward."""
     import reward
-    from data import Encoder, load_examples
-    from grpo import collate, sample_texts
+    from common.data import load_examples
+    from common.media import Encoder
+    from common.policy import collate
+    from common.rollout import sample_texts
 
     report = local([*flags, "--temperature", 0], tmp_path / "report.json", monkeypatch, capsys)
     encoder = Encoder(toy_processor, 3136, 3136, 4)
@@ -439,26 +834,44 @@ def test_answers_are_those_of_the_rollout_code(flags, bench, toy_model, toy_proc
         prompts = collate([encoder.encode(example)], toy_model)
         (text,) = sample_texts(toy_model, toy_processor, prompts, [1], [0], 12, 0.0)[2]
         assert answers[example.id]["output"] == text
-        assert answers[example.id]["reward"] == reward.accuracy_reward(text, example.answer, example.problem_type)
+        assert answers[example.id]["reward"] == reward.accuracy_reward(
+            text, example.answer, example.problem_type
+        )
 
 
 def test_what_is_no_checkpoint(flags, tmp_path, monkeypatch, capsys):
     status, _, err = command(monkeypatch, capsys, *flags, "--model_name_or_path", tmp_path)
     assert status == 2 and "is no checkpoint" in err and "Traceback" not in err
-    status, _, err = command(monkeypatch, capsys, *flags, "--frame_use", "attention", "--frame_use_layer", 99)
+    status, _, err = command(
+        monkeypatch, capsys, *flags, "--frame_use", "attention", "--frame_use_layer", 99
+    )
     assert status == 2 and "the model has layers 1 to 4" in err
 
 
 def test_no_answers_at_all_is_an_error(flags, tmp_path, monkeypatch, capsys):
-    status, _, err = command(monkeypatch, capsys, *flags, "--output", tmp_path / "report.json", "--media_root", tmp_path)
+    status, _, err = command(
+        monkeypatch, capsys, *flags, "--output", tmp_path / "report.json", "--media_root", tmp_path
+    )
     assert status == 2 and "none of 11 questions could be answered" in err and "no such file" in err
 
 
 def test_frame_use_check(flags, toy_folder, tmp_path, monkeypatch, capsys):
-    flags = [*flags, "--bench", toy_folder / "train_cot.json", "--frame_use_check", "--output", tmp_path / "report.json"]
+    flags = [
+        *flags,
+        "--bench",
+        toy_folder / "train_cot.json",
+        "--frame_use_check",
+        "--output",
+        tmp_path / "report.json",
+    ]
     status, out, err = command(monkeypatch, capsys, *flags)
     report = json.loads((tmp_path / "report.json").read_text())
-    assert status == 0 and report["tokens"] > 0 and report["frame_use"]["chance"][1] == 1 and "attention, layer 1" in out
+    assert (
+        status == 0
+        and report["tokens"] > 0
+        and report["frame_use"]["chance"][1] == 1
+        and "attention, layer 1" in out
+    )
 
 
 # ------------------------------------------------------------------------------------------------------ answers of a server
@@ -481,12 +894,28 @@ class Handler(BaseHTTPRequestHandler):
         request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         with self.server.lock:
             self.server.requests.append((self.path, self.headers["Authorization"], request))
-            asked = sum(request["messages"] == other["messages"] for _, _, other in self.server.requests)
+            asked = sum(
+                request["messages"] == other["messages"] for _, _, other in self.server.requests
+            )
         reply = self.server.reply(request, asked)
-        status, body = (reply, {"error": {"message": "made up"}}) if isinstance(reply, int) else (200, reply)
+        status, body = (
+            (reply, {"error": {"message": "made up"}}) if isinstance(reply, int) else (200, reply)
+        )
         if isinstance(reply, str):
-            body = {"id": "1", "object": "chat.completion", "created": 0, "model": request["model"], "usage": {}, "choices": [
-                {"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": reply}}]}
+            body = {
+                "id": "1",
+                "object": "chat.completion",
+                "created": 0,
+                "model": request["model"],
+                "usage": {},
+                "choices": [
+                    {
+                        "index": 0,
+                        "finish_reason": "stop",
+                        "message": {"role": "assistant", "content": reply},
+                    }
+                ],
+            }
         content = json.dumps(body).encode()
         self.send_response(status)
         self.send_header("Content-Type", "application/json")
@@ -520,22 +949,53 @@ def asked(request):
 
 
 def test_a_server_answers(serve, flags, bench, tmp_path, monkeypatch, capsys):
-    server = serve(lambda request, times: 503 if times == 1 else "<think>t</think><answer>A</answer>")
-    report = local(flags, tmp_path / "report.json", monkeypatch, capsys, "--api_base", server.base, "--model_name_or_path", "toy")
+    server = serve(
+        lambda request, times: 503 if times == 1 else "<think>t</think><answer>A</answer>"
+    )
+    report = local(
+        flags,
+        tmp_path / "report.json",
+        monkeypatch,
+        capsys,
+        "--api_base",
+        server.base,
+        "--model_name_or_path",
+        "toy",
+    )
     answered = [record for record in report["results"] if not record["error"]]
-    assert len(answered) == 8 and all(record["output"] == "<think>t</think><answer>A</answer>" for record in answered)
-    assert len(server.requests) == 16  # each question twice: its first try met a server that was overloaded
-    assert {kind: sorted(rows) for kind, rows in report["errors"].items()} == {"unreadable media": ["20", "21"], "unusable row": ["22"]}
+    assert len(answered) == 8 and all(
+        record["output"] == "<think>t</think><answer>A</answer>" for record in answered
+    )
+    assert (
+        len(server.requests) == 16
+    )  # each question twice: its first try met a server that was overloaded
+    assert {kind: sorted(rows) for kind, rows in report["errors"].items()} == {
+        "unreadable media": ["20", "21"],
+        "unusable row": ["22"],
+    }
     path, key, request = server.requests[0]
     assert path == "/v1/chat/completions" and key == "Bearer none" and request["model"] == "toy"
-    assert (request["max_tokens"], request["temperature"], request["top_k"]) == (12, 1.0, 50) and request["seed"] is not None
+    assert (request["max_tokens"], request["temperature"], request["top_k"]) == (
+        12,
+        1.0,
+        50,
+    ) and request["seed"] is not None
     *pictures, text = request["messages"][0]["content"]
-    frames = [Image.open(io.BytesIO(base64.b64decode(p["image_url"]["url"].partition("base64,")[2]))) for p in pictures]
-    assert [frame.size for frame in frames] in ([(56, 56)] * 4, [(56, 56)]) and "Options:" in text["text"] or "?" in text["text"]
+    frames = [
+        Image.open(io.BytesIO(base64.b64decode(p["image_url"]["url"].partition("base64,")[2])))
+        for p in pictures
+    ]
+    assert (
+        [frame.size for frame in frames] in ([(56, 56)] * 4, [(56, 56)])
+        and "Options:" in text["text"]
+        or "?" in text["text"]
+    )
     assert report["settings"]["engine"] == "api" and report["settings"]["api_base"] == server.base
 
 
-def test_a_servers_errors_are_listed_and_tried_again(serve, flags, bench, tmp_path, monkeypatch, capsys):
+def test_a_servers_errors_are_listed_and_tried_again(
+    serve, flags, bench, tmp_path, monkeypatch, capsys
+):
     """400 is final for the run, 500 is asked 1 + 2 times; both count as wrong, and the same command asks only these questions again."""
     down = {"on": True}
     questions = sorted({row["problem"] for row in json.loads(bench.read_text())[:3]})
@@ -546,43 +1006,120 @@ def test_a_servers_errors_are_listed_and_tried_again(serve, flags, bench, tmp_pa
         return 500 if down["on"] and questions[-1] in asked(request) else "<answer>B</answer>"
 
     server = serve(reply)
-    words = ["--api_base", server.base, "--model_name_or_path", "toy", "--api_retries", 2, "--api_workers", 3]
+    words = [
+        "--api_base",
+        server.base,
+        "--model_name_or_path",
+        "toy",
+        "--api_retries",
+        2,
+        "--api_workers",
+        3,
+    ]
     report = local(flags, tmp_path / "report.json", monkeypatch, capsys, *words)
     failed = report["errors"]["server error"]
-    assert failed and report["n"] == 11 and all("status 400" in cause or "status 500" in cause for cause in failed.values())
-    tries = [sum(cause in asked(request) for _, _, request in server.requests) for cause in (questions[0], questions[-1])]
+    assert (
+        failed
+        and report["n"] == 11
+        and all("status 400" in cause or "status 500" in cause for cause in failed.values())
+    )
+    tries = [
+        sum(cause in asked(request) for _, _, request in server.requests)
+        for cause in (questions[0], questions[-1])
+    ]
     down["on"], before = False, len(server.requests)
     report = local(flags, tmp_path / "report.json", monkeypatch, capsys, *words)
-    assert len(server.requests) - before == len(failed) and "server error" not in report["errors"] and report["n"] == 11
+    assert (
+        len(server.requests) - before == len(failed)
+        and "server error" not in report["errors"]
+        and report["n"] == 11
+    )
     assert tries[0] >= 1 and (questions[0] == questions[-1] or tries[1] % 3 == 0)
     other = serve(lambda request, times: "<answer>B</answer>")
-    again = local(flags, tmp_path / "other" / "report.json", monkeypatch, capsys, *words, "--api_base", other.base)
+    again = local(
+        flags,
+        tmp_path / "other" / "report.json",
+        monkeypatch,
+        capsys,
+        *words,
+        "--api_base",
+        other.base,
+    )
     assert again["results"] == report["results"]
 
 
-@pytest.mark.parametrize("reply,said", [
-    (lambda request, times: {"choices": []}, "no chat completion came back"), (lambda request, times: 401, "status 401"),
-    (lambda request, times: threading.Event().wait(1.5) or "late", "timed out")])
-def test_a_server_that_answers_nothing_is_an_error(reply, said, serve, flags, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize(
+    "reply,said",
+    [
+        (lambda request, times: {"choices": []}, "no chat completion came back"),
+        (lambda request, times: 401, "status 401"),
+        (lambda request, times: threading.Event().wait(1.5) or "late", "timed out"),
+    ],
+)
+def test_a_server_that_answers_nothing_is_an_error(
+    reply, said, serve, flags, tmp_path, monkeypatch, capsys
+):
     server = serve(reply)
-    words = ["--api_base", server.base, "--api_retries", 0, "--api_timeout", 0.5 if said == "timed out" else 20, "--bench"]
+    words = [
+        "--api_base",
+        server.base,
+        "--api_retries",
+        0,
+        "--api_timeout",
+        0.5 if said == "timed out" else 20,
+        "--bench",
+    ]
     path = tmp_path / "one.json"
-    path.write_text(json.dumps([{"problem_id": 1, "problem": "Why?", "problem_type": "free-form", "solution": "so", "data_type": "text"}]))
-    status, _, err = command(monkeypatch, capsys, *flags, *words, path, "--output", tmp_path / "report.json")
+    path.write_text(
+        json.dumps(
+            [
+                {
+                    "problem_id": 1,
+                    "problem": "Why?",
+                    "problem_type": "free-form",
+                    "solution": "so",
+                    "data_type": "text",
+                }
+            ]
+        )
+    )
+    status, _, err = command(
+        monkeypatch, capsys, *flags, *words, path, "--output", tmp_path / "report.json"
+    )
     assert status == 2 and "none of 1 questions could be answered" in err and said in err
 
 
 def test_nobody_listens(flags, tmp_path, monkeypatch, capsys, serve):
-    words = ["--api_base", "http://127.0.0.1:9/v1", "--api_retries", 1, "--output", tmp_path / "report.json"]
+    words = [
+        "--api_base",
+        "http://127.0.0.1:9/v1",
+        "--api_retries",
+        1,
+        "--output",
+        tmp_path / "report.json",
+    ]
     status, _, err = command(monkeypatch, capsys, *flags, *words)
     assert status == 2 and "could be answered" in err and "Traceback" not in err
 
 
 def test_a_video_is_sent_as_it_is(serve, flags, toy_folder, tmp_path, monkeypatch, capsys):
     server = serve(lambda request, times: "<answer>B</answer>")
-    local(flags, tmp_path / "report.json", monkeypatch, capsys, "--api_base", server.base, "--api_media", "video")
-    videos = [content["video_url"]["url"] for _, _, request in server.requests for content in request["messages"][0]["content"]
-              if content["type"] == "video_url"]
+    local(
+        flags,
+        tmp_path / "report.json",
+        monkeypatch,
+        capsys,
+        "--api_base",
+        server.base,
+        "--api_media",
+        "video",
+    )
+    videos = [
+        content["video_url"]["url"]
+        for _, _, request in server.requests
+        for content in request["messages"][0]["content"]
+        if content["type"] == "video_url"
+    ]
     assert videos and all(url.startswith("data:video/mp4;base64,") for url in videos)
     files = {path.read_bytes() for path in (toy_folder / "videos").glob("*.mp4")}
     assert all(base64.b64decode(url.partition(",")[2]) in files for url in videos)
@@ -590,20 +1127,63 @@ def test_a_video_is_sent_as_it_is(serve, flags, toy_folder, tmp_path, monkeypatc
 
 def test_reasoning_that_a_server_cuts_off_is_put_back(serve, flags, tmp_path, monkeypatch, capsys):
     message = {"role": "assistant", "content": "<answer>B</answer>", "reasoning_content": "blue"}
-    server = serve(lambda request, times: {"choices": [{"index": 0, "finish_reason": "stop", "message": message}]})
-    report = local(flags, tmp_path / "report.json", monkeypatch, capsys, "--api_base", server.base, "--api_extra", '{"chat": {"k": 1}}')
-    assert report["results"][-1]["output"] == "<think>blue</think><answer>B</answer>" and report["results"][-1]["format"] == 1
-    assert all(request["chat"] == {"k": 1} and request["top_k"] == 50 for _, _, request in server.requests)
-    assert "is no JSON object" in command(monkeypatch, capsys, *flags, "--api_base", server.base, "--api_extra", "[1]")[2]
-    assert "--frame_times goes with a model" in command(monkeypatch, capsys, *flags, "--api_base", server.base, "--frame_times", "text")[2]
+    server = serve(
+        lambda request, times: {
+            "choices": [{"index": 0, "finish_reason": "stop", "message": message}]
+        }
+    )
+    report = local(
+        flags,
+        tmp_path / "report.json",
+        monkeypatch,
+        capsys,
+        "--api_base",
+        server.base,
+        "--api_extra",
+        '{"chat": {"k": 1}}',
+    )
+    assert (
+        report["results"][-1]["output"] == "<think>blue</think><answer>B</answer>"
+        and report["results"][-1]["format"] == 1
+    )
+    assert all(
+        request["chat"] == {"k": 1} and request["top_k"] == 50 for _, _, request in server.requests
+    )
+    assert (
+        "is no JSON object"
+        in command(monkeypatch, capsys, *flags, "--api_base", server.base, "--api_extra", "[1]")[2]
+    )
+    assert (
+        "--frame_times goes with a model"
+        in command(monkeypatch, capsys, *flags, "--api_base", server.base, "--frame_times", "text")[
+            2
+        ]
+    )
 
 
-@pytest.mark.skipif(any(find_spec(name) is None for name in ("fastapi", "uvicorn", "openai")), reason="transformers[serving] is missing")
-def test_a_real_server_answers_as_the_model_here_does(flags, checkpoint, toy_folder, tmp_path, monkeypatch, capsys):
+@pytest.mark.skipif(
+    any(find_spec(name) is None for name in ("fastapi", "uvicorn", "openai")),
+    reason="transformers[serving] is missing",
+)
+def test_a_real_server_answers_as_the_model_here_does(
+    flags, checkpoint, toy_folder, tmp_path, monkeypatch, capsys
+):
     """`transformers serve` on questions about images and without a medium; of a video it would see separate images."""
-    rows = [row for row in json.loads((toy_folder / "train.json").read_text()) if row["data_type"] == "image"][:3]
-    rows += [{"problem_id": index, "problem": f"What is {index} and {index}?", "problem_type": "numerical", "solution": str(2 * index),
-              "data_type": "text"} for index in range(9)]
+    rows = [
+        row
+        for row in json.loads((toy_folder / "train.json").read_text())
+        if row["data_type"] == "image"
+    ][:3]
+    rows += [
+        {
+            "problem_id": index,
+            "problem": f"What is {index} and {index}?",
+            "problem_type": "numerical",
+            "solution": str(2 * index),
+            "data_type": "text",
+        }
+        for index in range(9)
+    ]
     path = tmp_path / "rows.json"
     path.write_text(json.dumps(rows))
     with socket.socket() as free:
@@ -611,16 +1191,39 @@ def test_a_real_server_answers_as_the_model_here_does(flags, checkpoint, toy_fol
         port = free.getsockname()[1]
     words = [*flags, "--bench", path, "--media_root", toy_folder, "--temperature", 0]
     here = local(words, tmp_path / "here.json", monkeypatch, capsys)
-    serving = [sys.executable, "-m", "transformers.cli.transformers", "serve", checkpoint, "--port", port, "--device", "cpu"]
-    server = subprocess.Popen([*map(str, serving), "--dtype", "float32"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-                              env={**os.environ, "HF_HUB_OFFLINE": "1"})
+    serving = [
+        sys.executable,
+        "-m",
+        "transformers.cli.transformers",
+        "serve",
+        checkpoint,
+        "--port",
+        port,
+        "--device",
+        "cpu",
+    ]
+    server = subprocess.Popen(
+        [*map(str, serving), "--dtype", "float32"],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        env={**os.environ, "HF_HUB_OFFLINE": "1"},
+    )
     try:
-        words += ["--api_base", f"http://localhost:{port}/v1", "--api_workers", 1, "--api_retries", 6]
+        words += [
+            "--api_base",
+            f"http://localhost:{port}/v1",
+            "--api_workers",
+            1,
+            "--api_retries",
+            6,
+        ]
         there = local(words, tmp_path / "there.json", monkeypatch, capsys)
     finally:
         server.terminate()
         server.wait(30)
-    pairs = [(a["output"], b["output"]) for a, b in zip(here["results"], there["results"], strict=True)]
+    pairs = [
+        (a["output"], b["output"]) for a, b in zip(here["results"], there["results"], strict=True)
+    ]
     # untrained, it opens the think block anywhere, which the server then moves, and writes vision tokens, which are banned here
     pairs = [(a, b) for a, b in pairs if "think>" not in a and "<|" not in b]
     assert len(pairs) >= 3 and all(a == b for a, b in pairs)
@@ -629,25 +1232,55 @@ def test_a_real_server_answers_as_the_model_here_does(flags, checkpoint, toy_fol
 # ------------------------------------------------------------------------------------------------------- controls and a judge
 
 
-def test_controls_change_what_the_model_sees(flags, undisturbed, toy_processor, tmp_path, monkeypatch, capsys):
-    from data import Encoder, load_examples
+def test_controls_change_what_the_model_sees(
+    flags, undisturbed, toy_processor, tmp_path, monkeypatch, capsys
+):
+    from common.data import load_examples
+    from common.media import Encoder
 
-    example = next(e for e in load_examples(flags[3], errors=[]) if e.media_type == "video" and Path(e.media).name not in
-                   ("missing.mp4", "damaged.mp4"))
+    example = next(
+        e
+        for e in load_examples(flags[3], errors=[])
+        if e.media_type == "video" and Path(e.media).name not in ("missing.mp4", "damaged.mp4")
+    )
     encoder = Encoder(toy_processor, 3136, 3136, 4)
     seen = {}
     for control in ("none", "shuffled", "black", "question_only"):
-        arguments = evaluate.EvaluateArguments(model_name_or_path="m", dataset_name="d", control=control)
-        seen[control] = [evaluate.encode(encoder, example, arguments, position) for position in range(4)]
-        assert all(len(item["times"]) == (0 if control == "question_only" else 4) for item in seen[control])
-        assert control == "question_only" or all((item["input_ids"] == seen["none"][0]["input_ids"]).all() for item in seen[control])
+        arguments = evaluate.EvaluateArguments(
+            model_name_or_path="m", dataset_name="d", control=control
+        )
+        seen[control] = [
+            evaluate.encode(encoder, example, arguments, position) for position in range(4)
+        ]
+        assert all(
+            len(item["times"]) == (0 if control == "question_only" else 4) for item in seen[control]
+        )
+        assert control == "question_only" or all(
+            (item["input_ids"] == seen["none"][0]["input_ids"]).all() for item in seen[control]
+        )
     patches = seen["none"][0]["pixel_values"]
-    assert len({tuple(evaluate.frame_order(evaluate.EvaluateArguments("m", "d", control="shuffled"), p, 4)) for p in range(9)}) > 2
+    assert (
+        len(
+            {
+                tuple(
+                    evaluate.frame_order(
+                        evaluate.EvaluateArguments("m", "d", control="shuffled"), p, 4
+                    )
+                )
+                for p in range(9)
+            }
+        )
+        > 2
+    )
     assert any((item["pixel_values"] != patches).any() for item in seen["shuffled"])
     assert all((item["pixel_values"] == item["pixel_values"][0]).all() for item in seen["black"])
     assert all(item["pixel_values"] is None for item in seen["question_only"])
-    report = local(flags, tmp_path / "report.json", monkeypatch, capsys, "--control", "question_only")
-    assert report["settings"]["control"] == "question_only" and list(report["errors"]) == ["unusable row"]  # no medium is needed
+    report = local(
+        flags, tmp_path / "report.json", monkeypatch, capsys, "--control", "question_only"
+    )
+    assert report["settings"]["control"] == "question_only" and list(report["errors"]) == [
+        "unusable row"
+    ]  # no medium is needed
 
 
 def test_a_server_gets_the_controls_too(serve, flags, tmp_path, monkeypatch, capsys):
@@ -657,11 +1290,25 @@ def test_a_server_gets_the_controls_too(serve, flags, tmp_path, monkeypatch, cap
         words = ["--api_base", server.base, "--control", control]
         local(flags, tmp_path / control / "report.json", monkeypatch, capsys, *words)
         contents = [request["messages"][0]["content"] for _, _, request in server.requests]
-        pictures[control] = [part["image_url"]["url"] for content in contents for part in content[:-1]]
+        pictures[control] = [
+            part["image_url"]["url"] for content in contents for part in content[:-1]
+        ]
     assert len(pictures["none"]) == len(pictures["black"]) > 0 and not pictures["question_only"]
     black = Image.open(io.BytesIO(base64.b64decode(pictures["black"][0].partition(",")[2])))
-    assert black.getextrema() == ((0, 0),) * 3 and len(set(pictures["black"])) == 1 < len(set(pictures["none"]))
-    status, _, err = command(monkeypatch, capsys, *flags, "--api_base", "http://x", "--api_media", "video", "--control", "black")
+    assert black.getextrema() == ((0, 0),) * 3 and len(set(pictures["black"])) == 1 < len(
+        set(pictures["none"])
+    )
+    status, _, err = command(
+        monkeypatch,
+        capsys,
+        *flags,
+        "--api_base",
+        "http://x",
+        "--api_media",
+        "video",
+        "--control",
+        "black",
+    )
     assert status == 2 and "sends the file as it is" in err
 
 
@@ -674,66 +1321,142 @@ def judge(request, times):
     if "Rate from 0 to 10" in text:
         if "mumbles" in told and "JSON only" not in text:
             return "It is rather good."
-        return "no idea" if "raves" in told else json.dumps({"score": 8 if "frame" in told else 12, "rationale": "so"})
-    return "<think>hmm</think> (" + told.rpartition("says ")[2] + ")" if "says" in told else "UNKNOWN"
+        return (
+            "no idea"
+            if "raves" in told
+            else json.dumps({"score": 8 if "frame" in told else 12, "rationale": "so"})
+        )
+    return (
+        "<think>hmm</think> (" + told.rpartition("says ")[2] + ")" if "says" in told else "UNKNOWN"
+    )
 
 
 def test_a_judge_gives_tac_and_vas(serve, tmp_path, monkeypatch, capsys):
-    rows = [row(1, "<think>frame says B</think><answer>B</answer>", "B"), row(2, "<think>frame says A</think><answer>B</answer>", "B"),
-            row(3, "<think>mumbles frame</think><answer>B</answer>", "B"), row(4, "<think>raves</think><answer>C</answer>", "B"),
-            row(5, "<answer>B</answer>", "B"), row(6, "", "B"), row(7, "<think>says 12</think><answer>12</answer>", "12", "numerical"),
-            row(8, "<think>frame</think><answer>w</answer>", "w", "OCR"),
-            row(9, "<think>raves</think><answer>A,C</answer>", "A,C")]  # several letters, like words, are not read
+    rows = [
+        row(1, "<think>frame says B</think><answer>B</answer>", "B"),
+        row(2, "<think>frame says A</think><answer>B</answer>", "B"),
+        row(3, "<think>mumbles frame</think><answer>B</answer>", "B"),
+        row(4, "<think>raves</think><answer>C</answer>", "B"),
+        row(5, "<answer>B</answer>", "B"),
+        row(6, "", "B"),
+        row(7, "<think>says 12</think><answer>12</answer>", "12", "numerical"),
+        row(8, "<think>frame</think><answer>w</answer>", "w", "OCR"),
+        row(9, "<think>raves</think><answer>A,C</answer>", "A,C"),
+    ]  # several letters, like words, are not read
     path, server = write(tmp_path / "a.json", {"results": rows}), serve(judge)
-    report, out, _ = rescore(path, monkeypatch, capsys, "--judge_base", server.base, "--judge_model", "judge-1")
+    report, out, _ = rescore(
+        path, monkeypatch, capsys, "--judge_base", server.base, "--judge_model", "judge-1"
+    )
     judged = report["judged"]
-    assert {name: judged[name] for name in ("TP", "TN", "FP", "FN", "n", "outputs", "not_read")} == \
-        {"TP": 2, "TN": 1, "FP": 0, "FN": 3, "n": 7, "outputs": 6, "not_read": 2}
-    assert judged["TAC"] == {"answer_to_thinking_correlation": 3 / 6, "consistency_accuracy": 2 / 5} and judged["consistency_rate"] == 2 / 7
-    assert judged["VAS"]["value"] == pytest.approx(10 * (8 + 8 + 8 + 0 + 10 + 8) / 6)  # 5 has no reasoning: 0; 12 of 7 counts as 10
-    assert (judged["VAS"]["n"], judged["VAS"]["not_rated"], judged["judge"], judged["failed"]) == (6, 2, "judge-1", {})
+    assert {
+        name: judged[name] for name in ("TP", "TN", "FP", "FN", "n", "outputs", "not_read")
+    } == {"TP": 2, "TN": 1, "FP": 0, "FN": 3, "n": 7, "outputs": 6, "not_read": 2}
+    assert (
+        judged["TAC"] == {"answer_to_thinking_correlation": 3 / 6, "consistency_accuracy": 2 / 5}
+        and judged["consistency_rate"] == 2 / 7
+    )
+    assert judged["VAS"]["value"] == pytest.approx(
+        10 * (8 + 8 + 8 + 0 + 10 + 8) / 6
+    )  # 5 has no reasoning: 0; 12 of 7 counts as 10
+    assert (judged["VAS"]["n"], judged["VAS"]["not_rated"], judged["judge"], judged["failed"]) == (
+        6,
+        2,
+        "judge-1",
+        {},
+    )
     assert "read by judge-1" in out and "VAS 70.0" in out
     asked_before = len(server.requests)
-    again, _, _ = rescore(path, monkeypatch, capsys, "--judge_base", server.base, "--judge_model", "judge-1")
-    assert again == report and len(server.requests) == asked_before  # what was judged is not asked again
-    assert all(request["temperature"] == 0 and request["model"] == "judge-1" for _, _, request in server.requests)
+    again, _, _ = rescore(
+        path, monkeypatch, capsys, "--judge_base", server.base, "--judge_model", "judge-1"
+    )
+    assert (
+        again == report and len(server.requests) == asked_before
+    )  # what was judged is not asked again
+    assert all(
+        request["temperature"] == 0 and request["model"] == "judge-1"
+        for _, _, request in server.requests
+    )
 
 
 def test_a_judge_that_fails_is_told(serve, tmp_path, monkeypatch, capsys):
-    rows = [row(1, "<think>frame says B</think><answer>B</answer>", "B"), row(2, "<think>kaput</think><answer>B</answer>", "B")]
+    rows = [
+        row(1, "<think>frame says B</think><answer>B</answer>", "B"),
+        row(2, "<think>kaput</think><answer>B</answer>", "B"),
+    ]
     path = write(tmp_path / "a.json", {"results": rows})
-    server = serve(lambda request, times: 400 if "kaput" in asked(request) else judge(request, times))
+    server = serve(
+        lambda request, times: 400 if "kaput" in asked(request) else judge(request, times)
+    )
     words = ["--judge_base", server.base, "--judge_model", "j"]
     report, _, _ = rescore(path, monkeypatch, capsys, *words)
-    assert list(report["judged"]["failed"]) == ["2"] and report["judged"]["n"] == 1 and report["judged"]["VAS"]["n"] == 1
+    assert (
+        list(report["judged"]["failed"]) == ["2"]
+        and report["judged"]["n"] == 1
+        and report["judged"]["VAS"]["n"] == 1
+    )
     server.reply = judge
     report, _, _ = rescore(path, monkeypatch, capsys, *words)
     assert report["judged"]["failed"] == {} and report["judged"]["n"] == 2
     server.reply = lambda request, times: 400
-    status, _, err = command(monkeypatch, capsys, "--rescore", path, "--output", tmp_path / "r.json", *words)
+    status, _, err = command(
+        monkeypatch, capsys, "--rescore", path, "--output", tmp_path / "r.json", *words
+    )
     assert status == 2 and "judged none of 2 answers" in err and "status 400" in err
-    assert "--judge_model go together" in command(monkeypatch, capsys, "--rescore", path, "--judge_base", server.base)[2]
+    assert (
+        "--judge_model go together"
+        in command(monkeypatch, capsys, "--rescore", path, "--judge_base", server.base)[2]
+    )
 
 
 def test_grounding_by_the_times_that_the_reasoning_cites(tmp_path, monkeypatch, capsys):
     """One hull of all cited times against each true interval; a question without a cited time counts as 0."""
-    rows = [row(1, "<think>From 0:10 to 0:20 he falls.</think><answer>B</answer>", "B", glue=[[10, 15], [40, 60]]),  # IoP 0.5, IoU 0.5
-            row(2, "<think>At 0:12 he falls.</think><answer>B</answer>", "B", glue=[[10, 20]]),  # a point inside: IoP 1, IoU 0
-            row(3, "<think>At 0:10 he falls and at 0:30 he stands.</think><answer>A</answer>", "B", glue=[[20, 30]]),  # IoP 0.5
-            row(4, "<think>He falls.</think><answer>B</answer>", "B", glue=[[20, 30]]),
-            row(5, "<think>At 0:10 he falls.</think><answer>B</answer>", "B")]  # no known interval
-    report, out, _ = rescore(write(tmp_path / "nextgqa.json", {"results": rows}), monkeypatch, capsys)
+    rows = [
+        row(
+            1,
+            "<think>From 0:10 to 0:20 he falls.</think><answer>B</answer>",
+            "B",
+            glue=[[10, 15], [40, 60]],
+        ),  # IoP 0.5, IoU 0.5
+        row(
+            2, "<think>At 0:12 he falls.</think><answer>B</answer>", "B", glue=[[10, 20]]
+        ),  # a point inside: IoP 1, IoU 0
+        row(
+            3,
+            "<think>At 0:10 he falls and at 0:30 he stands.</think><answer>A</answer>",
+            "B",
+            glue=[[20, 30]],
+        ),  # IoP 0.5
+        row(4, "<think>He falls.</think><answer>B</answer>", "B", glue=[[20, 30]]),
+        row(5, "<think>At 0:10 he falls.</think><answer>B</answer>", "B"),
+    ]  # no known interval
+    report, out, _ = rescore(
+        write(tmp_path / "nextgqa.json", {"results": rows}), monkeypatch, capsys
+    )
     grounding = report["grounding"]
     assert (grounding["n"], grounding["predicted"], grounding["acc_gqa"]) == (4, 3, 0.5)
-    assert grounding["mIoP"] == pytest.approx((0.5 + 1 + 0.5 + 0) / 4) and grounding["IoP@0.5"] == 0.75
-    assert grounding["mIoU"] == pytest.approx((0.5 + 0 + 0.5 + 0) / 4) and grounding["IoU@0.3"] == 0.5 and "Acc@GQA 0.5000" in out
+    assert (
+        grounding["mIoP"] == pytest.approx((0.5 + 1 + 0.5 + 0) / 4) and grounding["IoP@0.5"] == 0.75
+    )
+    assert (
+        grounding["mIoU"] == pytest.approx((0.5 + 0 + 0.5 + 0) / 4)
+        and grounding["IoU@0.3"] == 0.5
+        and "Acc@GQA 0.5000" in out
+    )
 
 
 def test_the_normalised_gain_is_delta_knowledge():
-    record = lambda name, right: {"problem_id": name, "solution": "A", "problem_type": "multiple choice", "error": None,  # noqa: E731
-                                  "correct": right, "reward": float(right)}
+    record = lambda name, right: {
+        "problem_id": name,
+        "solution": "A",
+        "problem_type": "multiple choice",
+        "error": None,  # noqa: E731
+        "correct": right,
+        "reward": float(right),
+    }
     before, after = [record(n, n < 4) for n in range(10)], [record(n, n < 7) for n in range(10)]
-    assert scores.compare(before, after)["normalised_gain"] == pytest.approx((70 - 40) / (100 - 40))  # (post - pre) / (100 - pre)
+    assert scores.compare(before, after)["normalised_gain"] == pytest.approx(
+        (70 - 40) / (100 - 40)
+    )  # (post - pre) / (100 - pre)
     assert scores.compare(after, before)["normalised_gain"] == pytest.approx((40 - 70) / (100 - 70))
     assert scores.compare([record(1, True)], [record(1, True)])["normalised_gain"] is None
 
@@ -742,12 +1465,19 @@ def test_event_enrichment_by_hand():
     # two tokens, four slots, the largest quarter of 8 pairs: 0.9 (token 0, slot 1) and 0.8 (token 1, slot 3)
     each = torch.tensor([[0.1, 0.9, 0.2, 0.3], [0.0, 0.4, 0.5, 0.8]])
     events = evaluate.strongest_events(each, share=0.25)
-    assert events == [0 * 4 + 1, 1 * 4 + 3] and evaluate.strongest_events(each) == [1]  # 5 % of 8 pairs: one of them
+    assert events == [0 * 4 + 1, 1 * 4 + 3] and evaluate.strongest_events(each) == [
+        1
+    ]  # 5 % of 8 pairs: one of them
     assert evaluate.strongest_events(each.T, share=0.25) == [1 * 2 + 0, 3 * 2 + 1]
     assert scores.event_enrichment(events, 4, [1]) == pytest.approx(0.5 / 0.25)
     assert scores.event_enrichment(events, 4, [1, 3]) == pytest.approx(1 / 0.5)
-    assert scores.event_enrichment(events, 4, [0]) == 0 and scores.event_enrichment([1], 4, [1]) == 4
-    assert scores.event_enrichment(events, 4, []) is None and scores.event_enrichment(events, 4, [0, 1, 2, 3]) is None
+    assert (
+        scores.event_enrichment(events, 4, [0]) == 0 and scores.event_enrichment([1], 4, [1]) == 4
+    )
+    assert (
+        scores.event_enrichment(events, 4, []) is None
+        and scores.event_enrichment(events, 4, [0, 1, 2, 3]) is None
+    )
 
 
 def test_what_a_prediction_keeps_of_its_events():
@@ -759,17 +1489,28 @@ def test_what_a_prediction_keeps_of_its_events():
     prior = {"times": times, "prior": [0.05, 0.05, 0.4, 0.05, 0.05, 0.05, 0.05, 0.3]}
     use = torch.full((4,), 0.25)
     row = evaluate.use_row(example, {"times": times}, (use, each), prior)
-    assert (row["events"], row["tokens"], row["consensus_slots"]) == ([2 * 4 + 0, 7 * 4 + 3], 10, [1, 3])
+    assert (row["events"], row["tokens"], row["consensus_slots"]) == (
+        [2 * 4 + 0, 7 * 4 + 3],
+        10,
+        [1, 3],
+    )
     assert row["enrichment"] == pytest.approx(0.5 / 0.5) and row["consensus"] == pytest.approx(0.25)
-    even = evaluate.use_row(example, {"times": times}, (use, each), {"times": times, "prior": [0.125] * 8})
+    even = evaluate.use_row(
+        example, {"times": times}, (use, each), {"times": times, "prior": [0.125] * 8}
+    )
     assert even["consensus_slots"] == [] and even["enrichment"] is None and len(even["events"]) == 2
     assert "events" not in evaluate.use_row(example, {"times": times}, (use, each), None)
 
 
 def test_the_interval_that_is_used():
     times = [0.0, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0]  # four slots, the last has one frame
-    for use, interval in (([0.1, 0.3, 0.5, 0.1], [2, 6]), ([0.7, 0.1, 0.1, 0.1], [0, 2]), ([0.1, 0.1, 0.3, 0.5], [4, 7]),
-                          ([0.3, 0.1, 0.2, 0.4], [6, 7]), ([0.26, 0.24, 0.25, 0.25], [0, 2])):
+    for use, interval in (
+        ([0.1, 0.3, 0.5, 0.1], [2, 6]),
+        ([0.7, 0.1, 0.1, 0.1], [0, 2]),
+        ([0.1, 0.1, 0.3, 0.5], [4, 7]),
+        ([0.3, 0.1, 0.2, 0.4], [6, 7]),
+        ([0.26, 0.24, 0.25, 0.25], [0, 2]),
+    ):
         assert evaluate.used_interval(torch.tensor(use), times) == interval
 
 
@@ -777,43 +1518,97 @@ def test_frame_use_of_the_answers(flags, bench, undisturbed, tmp_path, monkeypat
     """Where the answers look is kept with them; the answers stay the same, and a prior of other frames is refused."""
     import math
 
-    from data import load_examples
+    from common.data import load_examples
 
     examples = {example.id: example for example in load_examples(bench, errors=[])}
     good = [record for record in undisturbed[0]["results"] if not record["error"]]
-    video = [record["problem_id"] for record in good if examples[record["problem_id"]].media_type == "video"]
-    priors = [{"problem_id": name, "frames": [0, 21, 42, 63], "times": [0.0, 5.25, 10.5, 15.75], "scene": [0], "semantic": [0], "prior": [
-        0.7, 0.1, 0.1, 0.1]} for name in video[:2]]
+    video = [
+        record["problem_id"]
+        for record in good
+        if examples[record["problem_id"]].media_type == "video"
+    ]
+    priors = [
+        {
+            "problem_id": name,
+            "frames": [0, 21, 42, 63],
+            "times": [0.0, 5.25, 10.5, 15.75],
+            "scene": [0],
+            "semantic": [0],
+            "prior": [0.7, 0.1, 0.1, 0.1],
+        }
+        for name in video[:2]
+    ]
     path = write(tmp_path / "priors.jsonl", priors, lines=True)
     words = ["--frame_use", "attention", "--priors", path]
     report = local(flags, tmp_path / "report.json", monkeypatch, capsys, *words)
-    assert [record["output"] for record in report["results"]] == [record["output"] for record in undisturbed[0]["results"]]
-    used = {record["problem_id"]: record["frame_use"] for record in report["results"] if record["frame_use"]}
-    assert sorted(used) == sorted(video) and all(abs(sum(use["slots"]) - 1) < 1e-5 for use in used.values())
+    assert [record["output"] for record in report["results"]] == [
+        record["output"] for record in undisturbed[0]["results"]
+    ]
+    used = {
+        record["problem_id"]: record["frame_use"]
+        for record in report["results"]
+        if record["frame_use"]
+    }
+    assert sorted(used) == sorted(video) and all(
+        abs(sum(use["slots"]) - 1) < 1e-5 for use in used.values()
+    )
     first = used[video[0]]
-    assert first["consensus"] == pytest.approx(0.8 * first["slots"][0] + 0.2 * first["slots"][1], abs=1e-5)  # four frames in two slots
+    assert first["consensus"] == pytest.approx(
+        0.8 * first["slots"][0] + 0.2 * first["slots"][1], abs=1e-5
+    )  # four frames in two slots
     known = [record for record in report["results"] if record["evidence"]]
-    inside = [scores.overlap(used[record["problem_id"]]["interval"], record["evidence"])[0] if record["problem_id"] in used else 0
-              for record in known]
-    assert report["grounding_by_frame_use"]["mIoP"] == pytest.approx(sum(inside) / len(known)) and max(inside) > 0
+    inside = [
+        scores.overlap(used[record["problem_id"]]["interval"], record["evidence"])[0]
+        if record["problem_id"] in used
+        else 0
+        for record in known
+    ]
+    assert (
+        report["grounding_by_frame_use"]["mIoP"] == pytest.approx(sum(inside) / len(known))
+        and max(inside) > 0
+    )
     numbers = report["frame_use"]["all"]
     entropies = [-sum(p * math.log(p) for p in use["slots"]) / math.log(2) for use in used.values()]
-    assert numbers["n"] == len(video) and numbers["entropy"] == pytest.approx(sum(entropies) / len(video))
-    assert first["enrichment"] is not None and 0 <= numbers["enrichment"] <= 2  # one slot of two has more than an even share
-    rows = [json.loads(line) for line in (tmp_path / "report.predictions.jsonl").read_text().splitlines()]
-    stored = {row["problem_id"]: row["frame_use"] for row in rows if "frame_use" in row}  # of a report they would be most
+    assert numbers["n"] == len(video) and numbers["entropy"] == pytest.approx(
+        sum(entropies) / len(video)
+    )
+    assert (
+        first["enrichment"] is not None and 0 <= numbers["enrichment"] <= 2
+    )  # one slot of two has more than an even share
+    rows = [
+        json.loads(line)
+        for line in (tmp_path / "report.predictions.jsonl").read_text().splitlines()
+    ]
+    stored = {
+        row["problem_id"]: row["frame_use"] for row in rows if "frame_use" in row
+    }  # of a report they would be most
     events = stored[video[0]].pop("events")
     assert stored[video[0]] == first and "events" not in stored[video[-1]]  # without a prior
-    assert first["consensus_slots"] == [0] and len(events) == max(1, round(0.05 * 2 * first["tokens"]))
+    assert first["consensus_slots"] == [0] and len(events) == max(
+        1, round(0.05 * 2 * first["tokens"])
+    )
     assert first["enrichment"] == scores.event_enrichment(events, 2, [0])
-    assert numbers["consensus"] == pytest.approx(sum(use["consensus"] for use in used.values() if use["consensus"]) / 2)
-    assert 0 < numbers["chance"] < 1 and report["frame_use"]["right"]["n"] + report["frame_use"]["wrong"]["n"] == len(video)
+    assert numbers["consensus"] == pytest.approx(
+        sum(use["consensus"] for use in used.values() if use["consensus"]) / 2
+    )
+    assert 0 < numbers["chance"] < 1 and report["frame_use"]["right"]["n"] + report["frame_use"][
+        "wrong"
+    ]["n"] == len(video)
     write(path, [{**row, "times": [0.0, 1.0, 2.0, 3.0]} for row in priors], lines=True)
-    status, _, err = command(monkeypatch, capsys, *flags, *words, "--output", tmp_path / "other.json")
+    status, _, err = command(
+        monkeypatch, capsys, *flags, *words, "--output", tmp_path / "other.json"
+    )
     assert status == 2 and "made for other frames" in err
-    assert "--priors goes with --frame_use" in command(monkeypatch, capsys, *flags, "--priors", path)[2]
+    assert (
+        "--priors goes with --frame_use"
+        in command(monkeypatch, capsys, *flags, "--priors", path)[2]
+    )
     write(path, priors, lines=True)
-    hidden = local(flags, tmp_path / "h.json", monkeypatch, capsys, "--frame_use", "hidden")["frame_use"]["all"]
+    hidden = local(flags, tmp_path / "h.json", monkeypatch, capsys, "--frame_use", "hidden")[
+        "frame_use"
+    ]["all"]
     assert hidden["consensus"] is None and hidden["enrichment"] is None
-    report = local(flags, tmp_path / "p.json", monkeypatch, capsys, "--frame_use", "hidden", "--priors", path)
+    report = local(
+        flags, tmp_path / "p.json", monkeypatch, capsys, "--frame_use", "hidden", "--priors", path
+    )
     assert 0 <= report["frame_use"]["all"]["enrichment"] <= 2

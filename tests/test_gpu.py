@@ -16,14 +16,22 @@ from conftest import NO_EOS, banned_ids
 from pretend_gpu import GpuTensor, PretendGpu
 
 import bench
-import engine
 import evaluate
-import look
 import prior
 import train
 import visualize
-from data import Encoder, load_examples
-from grpo import Policy, checkpoint_activations, collate, policy_loss, replay, rollout, rollout_frame_use, token_frame_use
+from common import look, media, ranks
+from common.data import load_examples
+from common.media import Encoder
+from common.policy import (
+    Policy,
+    checkpoint_activations,
+    collate,
+    rollout_frame_use,
+    token_frame_use,
+)
+from common.rollout import replay, rollout
+from grpo import policy_loss
 
 # ------------------------------------------------------------------------------------------------- the pretended GPU itself
 
@@ -32,8 +40,13 @@ def test_tensors_of_two_devices_do_not_meet():
     with PretendGpu():
         there, here = torch.arange(6.0, device="cuda").view(2, 3), torch.ones(2, 3)
         assert there.is_cuda and there.device == torch.device("cuda:0") and not here.is_cuda
-        for meet in (lambda: there + here, lambda: torch.cat([there, here]), lambda: torch.where(there > 2, there, here),
-                     lambda: there @ here.T, lambda: torch.zeros_like(there).masked_fill_(here > 0, 1)):
+        for meet in (
+            lambda: there + here,
+            lambda: torch.cat([there, here]),
+            lambda: torch.where(there > 2, there, here),
+            lambda: there @ here.T,
+            lambda: torch.zeros_like(there).masked_fill_(here > 0, 1),
+        ):
             with pytest.raises(RuntimeError, match="same device"):
                 meet()
         assert (there + torch.tensor(1.0)).sum().item() == 21  # a number from the host
@@ -47,8 +60,14 @@ def test_waits_are_noted():
         there = torch.arange(6, device="cuda")
         (there * 2).cumsum(0)[2:]
         assert gpu.waits == []
-        for wait in (there[3].item, lambda: bool(there.any()), there.tolist, there.cpu, lambda: there[there > 2],
-                     lambda: torch.ones(3).to("cuda")):
+        for wait in (
+            there[3].item,
+            lambda: bool(there.any()),
+            there.tolist,
+            there.cpu,
+            lambda: there[there > 2],
+            lambda: torch.ones(3).to("cuda"),
+        ):
             before = len(gpu.waits)
             wait()
             assert len(gpu.waits) > before
@@ -70,8 +89,15 @@ def test_a_graph_replays_what_was_recorded():
         assert total.tolist() == [1, 1, 1]
         graph.replay()  # 1 + (1, 2, 3) + 1
         assert total.tolist() == [3, 4, 5] and gpu.graphs == [graph] and graph.replays == 2
-        for forbidden in (lambda: total.sum().item(), lambda: total[total > 3], lambda: total.add_(torch.ones(3).to("cuda"))):
-            with pytest.raises(RuntimeError, match="capturing"), torch.cuda.graph(torch.cuda.CUDAGraph()):
+        for forbidden in (
+            lambda: total.sum().item(),
+            lambda: total[total > 3],
+            lambda: total.add_(torch.ones(3).to("cuda")),
+        ):
+            with (
+                pytest.raises(RuntimeError, match="capturing"),
+                torch.cuda.graph(torch.cuda.CUDAGraph()),
+            ):
                 forbidden()
 
 
@@ -81,7 +107,9 @@ def test_gradients_are_those_of_the_cpu():
     layers(inputs).pow(2).sum().backward()
     with PretendGpu():
         there = copy.deepcopy(layers).to("cuda")
-        torch.utils.checkpoint.checkpoint(there, inputs.to("cuda"), use_reentrant=False).pow(2).sum().backward()
+        torch.utils.checkpoint.checkpoint(there, inputs.to("cuda"), use_reentrant=False).pow(
+            2
+        ).sum().backward()
         for one, two in zip(layers.parameters(), there.parameters(), strict=True):
             torch.testing.assert_close(two.grad.cpu(), one.grad)
 
@@ -91,7 +119,9 @@ def test_gradients_are_those_of_the_cpu():
 
 @pytest.mark.parametrize("graph", [False, True])
 def test_rollouts(items, talker, graph):
-    ends = list(range(0, talker.config.text_config.vocab_size, 12))  # rows end at different steps and leave the batch
+    ends = list(
+        range(0, talker.config.text_config.vocab_size, 12)
+    )  # rows end at different steps and leave the batch
     rows = [3, 1, 2, 2], range(8), 20, ends, banned_ids(talker), 0.7, 0.9, 50, True
     prompts = collate(items, talker)
     tokens, mask, logp = rollout(talker, prompts, *rows)
@@ -110,9 +140,13 @@ def test_other_families_sample_by_a_graph(other_family):
     rows = collate(family_items, model), [2, 1, 2], range(5), 9, [NO_EOS], banned_ids(model)
     tokens = rollout(model, *rows)[0]
     with PretendGpu() as gpu:
-        there = rollout(copy.deepcopy(model).to("cuda"), rows[0].to("cuda"), *rows[1:], graph=True)[0].cpu()
+        there = rollout(copy.deepcopy(model).to("cuda"), rows[0].to("cuda"), *rows[1:], graph=True)[
+            0
+        ].cpu()
     assert torch.equal(there, tokens)
-    assert [graph.replays for graph in gpu.graphs] == [5]  # 9 tokens: one of the prompt, three steps, five replays
+    assert [graph.replays for graph in gpu.graphs] == [
+        5
+    ]  # 9 tokens: one of the prompt, three steps, five replays
 
 
 def test_a_graph_waits_once_in_16_steps(items, talker):
@@ -121,10 +155,15 @@ def test_a_graph_waits_once_in_16_steps(items, talker):
         model, prompts = copy.deepcopy(talker).to("cuda"), prompts.to("cuda")
         for steps in (20, 84):
             gpu.waits.clear()
-            rollout(model, prompts, [2] * 4, range(8), steps, [NO_EOS], banned_ids(talker), graph=True)
+            rollout(
+                model, prompts, [2] * 4, range(8), steps, [NO_EOS], banned_ids(talker), graph=True
+            )
             waits[steps] = len(gpu.waits)
         assert waits[84] - waits[20] == 4  # 64 more steps
-        assert [graph.replays for graph in gpu.graphs] == [16, 80]  # one token is the prompt's, three steps are run one by one
+        assert [graph.replays for graph in gpu.graphs] == [
+            16,
+            80,
+        ]  # one token is the prompt's, three steps are run one by one
 
 
 def test_a_step_that_cannot_be_captured_says_what_to_do():
@@ -145,7 +184,11 @@ def test_what_has_ended_is_not_replayed():
 
 
 def gradients(model):
-    return {name: parameter.grad.cpu() for name, parameter in model.named_parameters() if parameter.grad is not None}
+    return {
+        name: parameter.grad.cpu()
+        for name, parameter in model.named_parameters()
+        if parameter.grad is not None
+    }
 
 
 @pytest.mark.parametrize("packed, checkpointed", [(True, False), (True, True), (False, False)])
@@ -163,13 +206,29 @@ def test_forward_and_backward(items, talker, packed, checkpointed):
         policy.train()
         rows, tokens, valid = prompts.to(device), completions.to(device), mask.to(device)
         rows.features = policy.encode(rows) if checkpointed else None
-        outputs = policy(rows, tokens, valid, packed, hidden_layers=(1, -1), attention_layer=2, weight_alpha=1.7)
+        outputs = policy(
+            rows, tokens, valid, packed, hidden_layers=(1, -1), attention_layer=2, weight_alpha=1.7
+        )
         logp, entropy, hidden, attention, weights = outputs
-        loss, stats = policy_loss(logp.flatten(0, 1), logp.detach().flatten(0, 1) - 0.1, advantages.to(device), valid.flatten(0, 1),
-                                  logp.detach().flatten(0, 1) + 0.2, weights=weights.flatten(0, 1))
+        loss, stats = policy_loss(
+            logp.flatten(0, 1),
+            logp.detach().flatten(0, 1) - 0.1,
+            advantages.to(device),
+            valid.flatten(0, 1),
+            logp.detach().flatten(0, 1) + 0.2,
+            weights=weights.flatten(0, 1),
+        )
         loss.backward()
-        uses = [use for how in ({"hidden": hidden[-1]}, {"attention": attention}) for use in rollout_frame_use(rows, valid, **how)[0]]
-        each = [token_frame_use(rows, 0, valid[0, :1].expand(1, 5)[0], hidden[-1][:, : rows.input_ids.shape[1] + 5])]
+        uses = [
+            use
+            for how in ({"hidden": hidden[-1]}, {"attention": attention})
+            for use in rollout_frame_use(rows, valid, **how)[0]
+        ]
+        each = [
+            token_frame_use(
+                rows, 0, valid[0, :1].expand(1, 5)[0], hidden[-1][:, : rows.input_ids.shape[1] + 5]
+            )
+        ]
         numbers = [loss.detach(), entropy[valid].detach(), hidden[1], attention, *uses, *each]
         return [tensor.cpu() for tensor in numbers], stats, gradients(model)
 
@@ -191,10 +250,16 @@ def test_a_rank_takes_its_own_gpu_before_the_first_collective(monkeypatch):
     done = []
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: done.append(device))
-    monkeypatch.setattr(engine.deepspeed, "init_distributed", lambda: done.append("ranks"))
-    for name, value in {"RANK": "11", "LOCAL_RANK": "3", "WORLD_SIZE": "16", "MASTER_ADDR": "node", "MASTER_PORT": "1"}.items():
+    monkeypatch.setattr(ranks.deepspeed, "init_distributed", lambda: done.append("ranks"))
+    for name, value in {
+        "RANK": "11",
+        "LOCAL_RANK": "3",
+        "WORLD_SIZE": "16",
+        "MASTER_ADDR": "node",
+        "MASTER_PORT": "1",
+    }.items():
         monkeypatch.setenv(name, value)
-    engine.start_ranks()
+    ranks.start_ranks()
     assert done == [3, "ranks"]
 
 
@@ -207,40 +272,86 @@ def test_the_graph_is_on_where_there_is_a_gpu(monkeypatch):
     assert there.TrainArguments().cuda_graph and not train.TrainArguments().cuda_graph
 
 
-@pytest.mark.parametrize("flags", [
-    ("--recipe", "cfgrpo", "--freeze_vision", "true", "--old_logp", "sampled"),
-    ("--recipe", "release", "--frame_use", "attention", "--frame_use_layer", "2", "--cuda_graph", "true"),
-    ("--recipe", "care", "--beta", "0.1"), ("--recipe", "tw", "--degenerate", "drop"),
-    ("--recipe", "video_r2", "--degenerate", "virtual_anchor")])
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ("--recipe", "cfgrpo", "--freeze_vision", "true", "--old_logp", "sampled"),
+        (
+            "--recipe",
+            "release",
+            "--frame_use",
+            "attention",
+            "--frame_use_layer",
+            "2",
+            "--cuda_graph",
+            "true",
+        ),
+        ("--recipe", "care", "--beta", "0.1"),
+        ("--recipe", "tw", "--degenerate", "drop"),
+        ("--recipe", "video_r2", "--degenerate", "virtual_anchor"),
+    ],
+)
 def test_groups_of_every_recipe(flags, toy_folder, toy_processor, talker, monkeypatch):
     """Sampling, reference, policy, rewards, loss and backward of two videos and an image."""
     examples = load_examples(toy_folder / "train.json")
-    videos = {example.media: example for example in examples if example.media_type == "video" and example.options}
-    chosen = [*videos.values()][:2] + [example for example in examples if example.media_type == "image"][:1]
-    rows = {"video": {"frames": [0, 10, 20, 30], "times": [0.0, 2.5, 5.0, 7.5], "prior": [0.1, 0.2, 0.3, 0.4]}, "image": None}
+    videos = {
+        example.media: example
+        for example in examples
+        if example.media_type == "video" and example.options
+    }
+    chosen = [*videos.values()][:2] + [
+        example for example in examples if example.media_type == "image"
+    ][:1]
+    rows = {
+        "video": {
+            "frames": [0, 10, 20, 30],
+            "times": [0.0, 2.5, 5.0, 7.5],
+            "prior": [0.1, 0.2, 0.3, 0.4],
+        },
+        "image": None,
+    }
     encoder = Encoder(toy_processor, 3136, 3136)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(sys, "argv", ["train.py", "--model_name_or_path", "x", "--num_generations", "4", *flags])
+    monkeypatch.setattr(
+        sys, "argv", ["train.py", "--model_name_or_path", "x", "--num_generations", "4", *flags]
+    )
     arguments, _ = train.parse_arguments()
     arguments.max_completion_length = 12  # the toy's default wins over a flag of its recipe
     monkeypatch.undo()
 
     def run(device):
         model = copy.deepcopy(talker).to(device)
-        policy, reference, values, towers = Policy(model), Policy(copy.deepcopy(talker).to(device)), defaultdict(list), []
+        policy, reference, values, towers = (
+            Policy(model),
+            Policy(copy.deepcopy(talker).to(device)),
+            defaultdict(list),
+            [],
+        )
         reference = reference if arguments.beta or arguments.consistency_coef else None
         policy.device, policy.backward = torch.device(device), lambda loss: loss.backward()
         for one in filter(None, (policy, reference)):
             one.model.model.visual.register_forward_pre_hook(lambda *_: towers.append(1))
         order = {"video": [3, 0, 2, 1] if arguments.temporal else None}
-        usable = [(place, example, *engine.encode(encoder, example, rows[example.media_type], order.get(example.media_type)))
-                  for place, example in enumerate(chosen)]
+        usable = [
+            (
+                place,
+                example,
+                *media.encode(
+                    encoder, example, rows[example.media_type], order.get(example.media_type)
+                ),
+            )
+            for place, example in enumerate(chosen)
+        ]
         with torch.no_grad():
             rollouts = train.sample_groups(arguments, model, toy_processor, usable)
         assert rollouts.mask.is_cuda == (device == "cuda")
         priors = {example.id: rows["video"] for example in chosen}
-        lines, _ = train.grpo_micro_batch(arguments, policy, reference, toy_processor, rollouts, priors, 1.0, values)
-        assert len(towers) == (1 if arguments.freeze_vision else 2 + (reference is not None))  # once for each set of weights and sampling
+        lines, _ = train.grpo_micro_batch(
+            arguments, policy, reference, toy_processor, rollouts, priors, 1.0, values
+        )
+        assert len(towers) == (
+            1 if arguments.freeze_vision else 2 + (reference is not None)
+        )  # once for each set of weights and sampling
         return values, [line["text"] for line in lines], gradients(model)
 
     values, texts, expected = run("cpu")
@@ -262,27 +373,57 @@ def as_if(monkeypatch):
         yield gpu
 
 
-@pytest.mark.parametrize("more", [("--frame_use", "attention"), ("--frame_use", "hidden"), ("--frame_use_check",)])
+@pytest.mark.parametrize(
+    "more", [("--frame_use", "attention"), ("--frame_use", "hidden"), ("--frame_use_check",)]
+)
 def test_evaluate(more, checkpoint, toy_folder, tmp_path, as_if, monkeypatch):
     rows = json.loads((toy_folder / "train_cot.json").read_text())
-    (tmp_path / "bench.json").write_text(json.dumps([row for row in rows if row["data_type"] == "video"][:3] + rows[-2:]))
-    flags = {"--model_name_or_path": checkpoint, "--bench": tmp_path / "bench.json", "--media_root": toy_folder, "--frames": 4,
-             "--min_pixels": 3136, "--max_pixels": 3136, "--max_completion_length": 12, "--output": tmp_path / "report.json"}
-    monkeypatch.setattr(sys, "argv", ["evaluate.py", *(str(word) for pair in flags.items() for word in pair), *more])
+    (tmp_path / "bench.json").write_text(
+        json.dumps([row for row in rows if row["data_type"] == "video"][:3] + rows[-2:])
+    )
+    flags = {
+        "--model_name_or_path": checkpoint,
+        "--bench": tmp_path / "bench.json",
+        "--media_root": toy_folder,
+        "--frames": 4,
+        "--min_pixels": 3136,
+        "--max_pixels": 3136,
+        "--max_completion_length": 12,
+        "--output": tmp_path / "report.json",
+    }
+    monkeypatch.setattr(
+        sys, "argv", ["evaluate.py", *(str(word) for pair in flags.items() for word in pair), *more]
+    )
     evaluate.main()
     report = json.loads((tmp_path / "report.json").read_text())
     assert len(as_if.waits) > 50
     if more[0] == "--frame_use":
-        assert report["errors"] == {} and report["settings"]["dtype"] == "bfloat16" and report["n"] == 5
+        assert (
+            report["errors"] == {}
+            and report["settings"]["dtype"] == "bfloat16"
+            and report["n"] == 5
+        )
 
 
 def test_look(checkpoint, toy_folder, as_if):
-    video = next(example for example in load_examples(toy_folder / "train.json") if example.media_type == "video")
-    arguments = visualize.SampleArguments(str(checkpoint), video=video.media, question=video.question, min_pixels=3136, max_pixels=3136,
-                                          max_completion_length=12)
+    video = next(
+        example
+        for example in load_examples(toy_folder / "train.json")
+        if example.media_type == "video"
+    )
+    arguments = visualize.SampleArguments(
+        str(checkpoint),
+        video=video.media,
+        question=video.question,
+        min_pixels=3136,
+        max_pixels=3136,
+        max_completion_length=12,
+    )
     row = {"frames": [0, 10, 20, 30], "times": [0.0, 2.5, 5.0, 7.5]}
     found = look.look(arguments, "talker", str(checkpoint), video, row)
-    assert len(found.uses) == 5 and all(not use.is_cuda and use.sum() == pytest.approx(1, abs=1e-2) for use in found.uses.values())
+    assert len(found.uses) == 5 and all(
+        not use.is_cuda and use.sum() == pytest.approx(1, abs=1e-2) for use in found.uses.values()
+    )
 
 
 def test_prior(small_toy):
@@ -290,7 +431,9 @@ def test_prior(small_toy):
 
     def run(device):
         clip = prior.load_clip(f"local-dir:{small_toy / 'clip'}", device=device)
-        return prior.encode_pixels(pixels, clip), prior.encode_texts(["a red scene", "two balls"], clip)
+        return prior.encode_pixels(pixels, clip), prior.encode_texts(
+            ["a red scene", "two balls"], clip
+        )
 
     with PretendGpu() as gpu:
         there = run("cuda")
@@ -301,12 +444,27 @@ def test_prior(small_toy):
 
 def test_bench(tmp_path, monkeypatch):
     """Two steps, the first of them within torch's FLOP counter; a graph is captured in the second alone."""
-    arguments = argparse.Namespace(hidden=128, layers=2, num_generations=2, completion_length=6, visual_tokens=32, frames=4, seed=0,
-                                   model_name_or_path=None, shape=None, sides=["packed", "graph"])
+    arguments = argparse.Namespace(
+        hidden=128,
+        layers=2,
+        num_generations=2,
+        completion_length=6,
+        visual_tokens=32,
+        frames=4,
+        seed=0,
+        model_name_or_path=None,
+        shape=None,
+        sides=["packed", "graph"],
+    )
     arguments.folder, arguments.medium = bench.prepare(arguments, tmp_path)
-    monkeypatch.setattr(bench, "group_advantages", lambda rewards: torch.tensor([[1.0, -1.0]]))  # of random rewards; they move the weights
+    monkeypatch.setattr(
+        bench, "group_advantages", lambda rewards: torch.tensor([[1.0, -1.0]])
+    )  # of random rewards; they move the weights
     here = list(itertools.islice(bench.our_steps(arguments, "packed", 0), 2))
-    for name, value in {"reset_peak_memory_stats": lambda: None, "max_memory_allocated": lambda: 7_000_000}.items():
+    for name, value in {
+        "reset_peak_memory_stats": lambda: None,
+        "max_memory_allocated": lambda: 7_000_000,
+    }.items():
         monkeypatch.setattr(torch.cuda, name, value)
     monkeypatch.setattr(bench, "GPU", True)
     monkeypatch.setattr(bench, "DEVICE", "cuda")
@@ -315,6 +473,9 @@ def test_bench(tmp_path, monkeypatch):
             there = list(itertools.islice(bench.our_steps(arguments, side, 0), 2))
         assert len(gpu.graphs) == (side == "graph")
         for (found, first), (expected, second) in zip(there, here, strict=True):
-            assert first["tokens"] == second["tokens"] and first["weight_bytes"] == second["weight_bytes"]
+            assert (
+                first["tokens"] == second["tokens"]
+                and first["weight_bytes"] == second["weight_bytes"]
+            )
             assert found["step"][1] == 7 and found["reference"][2] == expected["reference"][2]
         assert there[0][0]["step"][2] > 1e8

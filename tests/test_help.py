@@ -15,16 +15,34 @@ import visualize
 
 # command -> the settings whose flags it must name
 COMMANDS = {
-    "train.py": (train, [train.TrainArguments, prior.PriorSettings]), "prior.py": (prior, [prior.PriorArguments]),
-    "evaluate.py": (evaluate, [evaluate.EvaluateArguments]), "evaluate.py compare": (evaluate, []), "toy.py": (toy, [toy.ToyArguments]),
-    "visualize.py": (visualize, []), "visualize.py run": (visualize, []), "visualize.py enrichment": (visualize, []),
-    "visualize.py sample": (visualize, [visualize.SampleArguments, prior.PriorSettings]), "visualize.py prior": (visualize, []),
-    "bench.py": (bench, []), "bench.py step": (bench, []), "bench.py grow": (bench, []), "bench.py prior": (bench, [])}
+    "train.py": (train, [train.TrainArguments, prior.PriorSettings]),
+    "prior.py": (prior, [prior.PriorArguments]),
+    "evaluate.py": (evaluate, [evaluate.EvaluateArguments]),
+    "evaluate.py compare": (evaluate, []),
+    "toy.py": (toy, [toy.ToyArguments]),
+    "visualize.py": (visualize, []),
+    "visualize.py run": (visualize, []),
+    "visualize.py enrichment": (visualize, []),
+    "visualize.py sample": (visualize, [visualize.SampleArguments, prior.PriorSettings]),
+    "visualize.py prior": (visualize, []),
+    "bench.py": (bench, []),
+    "bench.py step": (bench, []),
+    "bench.py grow": (bench, []),
+    "bench.py prior": (bench, []),
+}
 DEFAULTS = {  # one of each, by hand
-    "train.py": ("--learning_rate", "5e-06"), "prior.py": ("--frames", "16"), "evaluate.py": ("--temperature", "0.0"),
-    "evaluate.py compare": ("--seed", "0"), "toy.py": ("--seed", "0"), "visualize.py sample": ("--cfr_weight", "3.0"),
-    "visualize.py enrichment": ("--output", "enrichment.html"), "visualize.py prior": ("--items", "6"), "bench.py step": ("--steps", "2"),
-    "bench.py grow": ("--plot", "growth.png"), "bench.py prior": ("--clip", "ViT-B-32")}
+    "train.py": ("--learning_rate", "5e-06"),
+    "prior.py": ("--frames", "16"),
+    "evaluate.py": ("--temperature", "0.0"),
+    "evaluate.py compare": ("--seed", "0"),
+    "toy.py": ("--seed", "0"),
+    "visualize.py sample": ("--cfr_weight", "3.0"),
+    "visualize.py enrichment": ("--output", "enrichment.html"),
+    "visualize.py prior": ("--items", "6"),
+    "bench.py step": ("--steps", "2"),
+    "bench.py grow": ("--plot", "growth.png"),
+    "bench.py prior": ("--clip", "ViT-B-32"),
+}
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -26,9 +26,25 @@ FLAGS = ["--num_generations", 4, "--max_completion_length", 12, "--gate", "none"
 def start(*flags, ranks=1):
     """train.py in a session of its own, its output in a pipe."""
     port = str(29600 + os.getpid() % 300)
-    command = [BIN / "deepspeed", "--num_gpus", str(ranks), "--master_port", port, "train.py", "--deepspeed", "ds_zero3.json"]
-    return subprocess.Popen([*command, *map(str, flags)], cwd=ROOT, env=ENV, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                            start_new_session=True)
+    command = [
+        BIN / "deepspeed",
+        "--num_gpus",
+        str(ranks),
+        "--master_port",
+        port,
+        "train.py",
+        "--deepspeed",
+        "ds_zero3.json",
+    ]
+    return subprocess.Popen(
+        [*command, *map(str, flags)],
+        cwd=ROOT,
+        env=ENV,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+    )
 
 
 def lines(file):
@@ -54,31 +70,62 @@ def kill(process):
 def facts(output):
     """What a run says, but for its times."""
     records = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
-    records = [{name: value for name, value in record.items() if not name.startswith("time/")} for record in records]
-    return records, [json.loads(line) for line in (output / "rollouts.jsonl").read_text().splitlines()]
+    records = [
+        {name: value for name, value in record.items() if not name.startswith("time/")}
+        for record in records
+    ]
+    return records, [
+        json.loads(line) for line in (output / "rollouts.jsonl").read_text().splitlines()
+    ]
 
 
 def assert_same_run(one, other):
     (records, rollouts), (others, other_rollouts) = facts(one), facts(other)
-    assert [(record["stage"], record["step"]) for record in records] == [(record["stage"], record["step"]) for record in others]
+    assert [(record["stage"], record["step"]) for record in records] == [
+        (record["stage"], record["step"]) for record in others
+    ]
     for a, b in zip(records, others, strict=True):
         assert {name: value for name, value in a.items() if name != "stage"} == pytest.approx(
-            {name: value for name, value in b.items() if name != "stage"}, abs=1e-6)
+            {name: value for name, value in b.items() if name != "stage"}, abs=1e-6
+        )
     assert [row["text"] for row in rollouts] == [row["text"] for row in other_rollouts]
     a, b = (json.loads((output / "result.json").read_text()) for output in (one, other))
-    assert a["before"] == pytest.approx(b["before"], abs=1e-6) and a["after"] == pytest.approx(b["after"], abs=1e-6)
+    assert a["before"] == pytest.approx(b["before"], abs=1e-6) and a["after"] == pytest.approx(
+        b["after"], abs=1e-6
+    )
     a, b = weights(one / "grpo"), weights(other / "grpo")
     assert max((a[name] - b[name]).abs().max().item() for name in a) < 1e-6
 
 
 @pytest.mark.parametrize(("ranks", "moments"), [(1, (1, 7)), (2, (2, 5, 9))])
 def test_a_killed_run_goes_on_as_if_nothing_had_happened(small_toy, tmp_path, ranks, moments):
-    flags = ["--toy_dir", small_toy, *FLAGS, "--sft_max_steps", 4, "--sft_per_device_batch_size", 8 // ranks, "--max_steps", 6,
-             "--per_device_train_batch_size", 4 // ranks, "--recipe", "care", "--beta", 0.1, "--ema_steps", 2, "--ema_decay", 0.5]
+    flags = [
+        "--toy_dir",
+        small_toy,
+        *FLAGS,
+        "--sft_max_steps",
+        4,
+        "--sft_per_device_batch_size",
+        8 // ranks,
+        "--max_steps",
+        6,
+        "--per_device_train_batch_size",
+        4 // ranks,
+        "--recipe",
+        "care",
+        "--beta",
+        0.1,
+        "--ema_steps",
+        2,
+        "--ema_decay",
+        0.5,
+    ]
     launch(*flags, "--output_dir", tmp_path / "whole", ranks=ranks)
     output, rng = tmp_path / "killed", random.Random(ranks)
     for lines_before in moments:  # of metrics.jsonl
-        process = start(*flags, "--output_dir", output, "--resume_from_checkpoint", "auto", ranks=ranks)
+        process = start(
+            *flags, "--output_dir", output, "--resume_from_checkpoint", "auto", ranks=ranks
+        )
         wait_for(process, lambda: lines(output / "metrics.jsonl") >= lines_before)  # noqa: B023
         time.sleep(rng.random() * 0.5)  # somewhere in a step, or in a checkpoint
         kill(process)
@@ -86,67 +133,154 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(small_toy, tmp_path, ra
             AutoModelForImageTextToText.from_pretrained(folder)
     launch(*flags, "--output_dir", output, "--resume_from_checkpoint", "auto", ranks=ranks)
     assert_same_run(tmp_path / "whole", output)
-    assert sorted(path.name for path in output.glob("checkpoint-*")) == ["checkpoint-grpo-4", "checkpoint-grpo-6"]  # --save_total_limit 2
+    assert sorted(path.name for path in output.glob("checkpoint-*")) == [
+        "checkpoint-grpo-4",
+        "checkpoint-grpo-6",
+    ]  # --save_total_limit 2
     assert not list(output.glob("*.unfinished"))
     before = {path: path.stat().st_mtime_ns for path in output.rglob("*")}
     done = launch(*flags, "--output_dir", output, "--resume_from_checkpoint", "auto", ranks=ranks)
-    assert "holds a finished run" in done.stdout + done.stderr and before == {path: path.stat().st_mtime_ns for path in output.rglob("*")}
-    if ranks == 1:  # from an older one, which has to go on from there and not from what came after it
+    assert "holds a finished run" in done.stdout + done.stderr and before == {
+        path: path.stat().st_mtime_ns for path in output.rglob("*")
+    }
+    if (
+        ranks == 1
+    ):  # from an older one, which has to go on from there and not from what came after it
         (output / "result.json").unlink()
-        done = launch(*flags, "--output_dir", output, "--resume_from_checkpoint", output / "checkpoint-grpo-4", "--decode_timeout", 99)
-        assert "removing" in done.stdout and "--decode_timeout 99.0, before it was 300.0" in done.stdout
+        done = launch(
+            *flags,
+            "--output_dir",
+            output,
+            "--resume_from_checkpoint",
+            output / "checkpoint-grpo-4",
+            "--decode_timeout",
+            99,
+        )
+        assert (
+            "removing" in done.stdout
+            and "--decode_timeout 99.0, before it was 300.0" in done.stdout
+        )
         assert_same_run(tmp_path / "whole", output)
         (output / "result.json").unlink()
-        for more, words in ((["--seed", 1], "was written with another --seed (0)"),
-                            (["--output_dir", tmp_path / "x"], "belongs to the run")):
-            assert words in complain(*flags, "--output_dir", output, "--resume_from_checkpoint", output / "checkpoint-grpo-4", *more)
+        for more, words in (
+            (["--seed", 1], "was written with another --seed (0)"),
+            (["--output_dir", tmp_path / "x"], "belongs to the run"),
+        ):
+            assert words in complain(
+                *flags,
+                "--output_dir",
+                output,
+                "--resume_from_checkpoint",
+                output / "checkpoint-grpo-4",
+                *more,
+            )
 
 
 def test_sigterm_saves_and_the_run_goes_on(small_toy, first_run, tmp_path):
-    flags = ["--toy_dir", small_toy, "--model_name_or_path", first_run[0] / "sft", *FLAGS, "--save_steps", 0, "--max_steps", 6,
-             "--per_device_train_batch_size", 2]
+    flags = [
+        "--toy_dir",
+        small_toy,
+        "--model_name_or_path",
+        first_run[0] / "sft",
+        *FLAGS,
+        "--save_steps",
+        0,
+        "--max_steps",
+        6,
+        "--per_device_train_batch_size",
+        2,
+    ]
     launch(*flags, "--output_dir", tmp_path / "whole", ranks=2)
     output = tmp_path / "stopped"
     process = start(*flags, "--output_dir", output, ranks=2)
     wait_for(process, lambda: lines(output / "metrics.jsonl") >= 2)
-    os.killpg(process.pid, signal.SIGTERM)  # as a scheduler does; DeepSpeed's launcher then sends its ranks another
+    os.killpg(
+        process.pid, signal.SIGTERM
+    )  # as a scheduler does; DeepSpeed's launcher then sends its ranks another
     said, _ = process.communicate(timeout=120)
     (folder,) = output.glob("checkpoint-*")
     step = int(folder.name.rpartition("-")[2])
-    assert f"stopped by SIGTERM after step {step} of 6 of grpo; --resume_from_checkpoint auto goes on" in said and 2 <= step < 6
+    assert (
+        f"stopped by SIGTERM after step {step} of 6 of grpo; --resume_from_checkpoint auto goes on"
+        in said
+        and 2 <= step < 6
+    )
     assert "holds an earlier run" in complain(*flags, "--output_dir", output)
-    assert "was written by 2 processes" in complain(*flags, "--output_dir", output, "--resume_from_checkpoint", folder)
-    assert "is not a checkpoint" in complain(*flags, "--output_dir", tmp_path / "no", "--resume_from_checkpoint", first_run[0] / "sft")
+    assert "was written by 2 processes" in complain(
+        *flags, "--output_dir", output, "--resume_from_checkpoint", folder
+    )
+    assert "is not a checkpoint" in complain(
+        *flags, "--output_dir", tmp_path / "no", "--resume_from_checkpoint", first_run[0] / "sft"
+    )
     launch(*flags, "--output_dir", output, "--resume_from_checkpoint", folder, ranks=2)
     assert_same_run(tmp_path / "whole", output)
 
 
 def test_a_full_disk_leaves_the_checkpoint_before(small_toy, first_run, tmp_path):
     output = tmp_path / "out"
-    process = start("--toy_dir", small_toy, "--model_name_or_path", first_run[0] / "sft", *FLAGS, "--max_steps", 60, "--output_dir", output,
-                    "--per_device_train_batch_size", 2)
+    process = start(
+        "--toy_dir",
+        small_toy,
+        "--model_name_or_path",
+        first_run[0] / "sft",
+        *FLAGS,
+        "--max_steps",
+        60,
+        "--output_dir",
+        output,
+        "--per_device_train_batch_size",
+        2,
+    )
     wait_for(process, lambda: (output / "checkpoint-grpo-2").exists())
-    for child in psutil.Process(process.pid).children(recursive=True):  # from now on no file of theirs gets longer than 1 MB
+    for child in psutil.Process(process.pid).children(
+        recursive=True
+    ):  # from now on no file of theirs gets longer than 1 MB
         resource.prlimit(child.pid, resource.RLIMIT_FSIZE, (1 << 20, 1 << 20))
     said, _ = process.communicate(timeout=120)
     assert process.returncode != 0
-    message = next(line for line in said.splitlines() if line.startswith("train.py: error: checkpoint "))
+    message = next(
+        line for line in said.splitlines() if line.startswith("train.py: error: checkpoint ")
+    )
     assert "could not be written" in message and "the last whole checkpoint is" in message
     kept = list(output.glob("checkpoint-*"))
     assert not list(output.glob("*.unfinished"))
-    assert kept and f"{sorted(kept, key=lambda path: int(path.name.rpartition('-')[2]))[-1]}" in message
+    assert (
+        kept
+        and f"{sorted(kept, key=lambda path: int(path.name.rpartition('-')[2]))[-1]}" in message
+    )
     for folder in kept:
         AutoModelForImageTextToText.from_pretrained(folder)
 
 
 def test_a_loss_that_is_no_number_ends_the_run(small_toy, first_run, tmp_path):
-    line = complain("--toy_dir", small_toy, "--model_name_or_path", first_run[0] / "sft", *FLAGS, "--max_steps", 6, "--output_dir",
-                    tmp_path / "out", "--per_device_train_batch_size", 2, "--learning_rate", 1e30, "--max_grad_norm", 0)
-    assert " is nan in step" in line and "questions " in line and "there is no checkpoint yet" in line
+    line = complain(
+        "--toy_dir",
+        small_toy,
+        "--model_name_or_path",
+        first_run[0] / "sft",
+        *FLAGS,
+        "--max_steps",
+        6,
+        "--output_dir",
+        tmp_path / "out",
+        "--per_device_train_batch_size",
+        2,
+        "--learning_rate",
+        1e30,
+        "--max_grad_norm",
+        0,
+    )
+    assert (
+        " is nan in step" in line and "questions " in line and "there is no checkpoint yet" in line
+    )
 
 
 def videos(small_toy, count):
-    return [row for row in json.loads((small_toy / "train.json").read_text()) if row["data_type"] == "video" and row["options"]][:count]
+    return [
+        row
+        for row in json.loads((small_toy / "train.json").read_text())
+        if row["data_type"] == "video" and row["options"]
+    ][:count]
 
 
 def test_every_third_item_broken_in_another_way(small_toy, first_run, tmp_path):
@@ -154,20 +288,35 @@ def test_every_third_item_broken_in_another_way(small_toy, first_run, tmp_path):
     root = tmp_path / "media"
     shutil.copytree(small_toy, root)
     whole = (root / good[0]["path"]).read_bytes()
-    for name, content in (("truncated.mp4", whole[: len(whole) // 2]), ("empty.mp4", b""), ("text.mp4", b"no video " * 99)):
+    for name, content in (
+        ("truncated.mp4", whole[: len(whole) // 2]),
+        ("empty.mp4", b""),
+        ("text.mp4", b"no video " * 99),
+    ):
         (root / name).write_bytes(content)
     Image.fromarray(np.zeros((64, 64, 3), np.uint8)).save(root / "picture.png")
     breaks = [  # 20 of them, with what the summary calls them
-        ({"path": "absent.mp4"}, "no such file"), ({"path": "truncated.mp4"}, "not a readable video"),
+        ({"path": "absent.mp4"}, "no such file"),
+        ({"path": "truncated.mp4"}, "not a readable video"),
         ({"path": "empty.mp4"}, "empty file"),
-        ({"path": "text.mp4"}, "not a readable video"), ({"path": "picture.png"}, "an image where a video was promised"),
-        ({"problem": ""}, "has no problem"), ({"problem_type": "riddle"}, "has problem_type 'riddle'"),
-        ({"solution": ""}, "has no solution"), ({"solution": float("nan")}, "has a solution that is neither text nor number"),
+        ({"path": "text.mp4"}, "not a readable video"),
+        ({"path": "picture.png"}, "an image where a video was promised"),
+        ({"problem": ""}, "has no problem"),
+        ({"problem_type": "riddle"}, "has problem_type 'riddle'"),
+        ({"solution": ""}, "has no solution"),
+        ({"solution": float("nan")}, "has a solution that is neither text nor number"),
         ({"solution": "Z"}, "solution ... names none of the options"),
-        ({"problem_type": "numerical", "solution": "50%"}, "its own solution ... scores N as numerical"),
-        ({"problem_type": "regression", "solution": 0}, "its own solution ... scores N as regression"),
+        (
+            {"problem_type": "numerical", "solution": "50%"},
+            "its own solution ... scores N as numerical",
+        ),
+        (
+            {"problem_type": "regression", "solution": 0},
+            "its own solution ... scores N as regression",
+        ),
         ({"problem": "why \ud83d"}, "has no valid Unicode in problem"),
-        ({"problem": "why " * 300}, "the prompt has N tokens (--max_prompt_length N)")]
+        ({"problem": "why " * 300}, "the prompt has N tokens (--max_prompt_length N)"),
+    ]
     rows, expected = [], {}
     for index in range(60):
         row = {**good[index % len(good)], "problem_id": f"item {index}"}
@@ -177,13 +326,38 @@ def test_every_third_item_broken_in_another_way(small_toy, first_run, tmp_path):
             expected[cause] = expected.get(cause, 0) + 1
         rows.append(row)
     (root / "data.json").write_text(json.dumps(rows))
-    done = launch("--dataset_name", root / "data.json", "--model_name_or_path", first_run[0] / "sft", *FLAGS, "--save_steps", 0,
-                  "--max_pixels", 3136, "--min_pixels", 3136, "--max_prompt_length", 400, "--prior", "no_semantic", "--decode_workers", 1,
-                  "--output_dir", tmp_path / "out", "--per_device_train_batch_size", 2, ranks=2)
+    done = launch(
+        "--dataset_name",
+        root / "data.json",
+        "--model_name_or_path",
+        first_run[0] / "sft",
+        *FLAGS,
+        "--save_steps",
+        0,
+        "--max_pixels",
+        3136,
+        "--min_pixels",
+        3136,
+        "--max_prompt_length",
+        400,
+        "--prior",
+        "no_semantic",
+        "--decode_workers",
+        1,
+        "--output_dir",
+        tmp_path / "out",
+        "--per_device_train_batch_size",
+        2,
+        ranks=2,
+    )
     result = json.loads((tmp_path / "out" / "result.json").read_text())
     found = {}
     for cause, count in result["skipped_by_cause"].items():
-        key = next(words for words in expected if words.removesuffix(" N tokens (--max_prompt_length N)") in cause)
+        key = next(
+            words
+            for words in expected
+            if words.removesuffix(" N tokens (--max_prompt_length N)") in cause
+        )
         found[key] = found.get(key, 0) + count
         assert f"{count} skipped: {cause}" in done.stdout
     assert found == expected and sum(found.values()) == len(result["skipped"]) == 20
@@ -194,22 +368,54 @@ def test_images_and_videos_of_all_sizes_do_not_hang(small_toy, first_run, tmp_pa
     rows, rng = [], np.random.default_rng(0)
     shutil.copytree(small_toy, tmp_path / "media")
     for index, row in enumerate(videos(small_toy, 8)):
-        picture, clip, size = f"picture{index}.png", f"clip{index}.mp4", (64 + 32 * (index % 3), 160 - 32 * (index % 4))
-        writer = cv2.VideoWriter(str(tmp_path / "media" / clip), cv2.VideoWriter_fourcc(*"mp4v"), 4, size)
+        picture, clip, size = (
+            f"picture{index}.png",
+            f"clip{index}.mp4",
+            (64 + 32 * (index % 3), 160 - 32 * (index % 4)),
+        )
+        writer = cv2.VideoWriter(
+            str(tmp_path / "media" / clip), cv2.VideoWriter_fourcc(*"mp4v"), 4, size
+        )
         for _ in range(16 + 8 * index):  # 4 to 18 seconds
             writer.write(rng.integers(0, 256, (size[1], size[0], 3), dtype=np.uint8))
         writer.release()
-        Image.fromarray(rng.integers(0, 256, (40 + 30 * index, 200 - 20 * index, 3), dtype=np.uint8)).save(tmp_path / "media" / picture)
-        rows += [{**row, "problem_id": f"v{index}", "path": clip},
-                 {**row, "problem_id": f"i{index}", "data_type": "image", "path": picture}]
+        Image.fromarray(
+            rng.integers(0, 256, (40 + 30 * index, 200 - 20 * index, 3), dtype=np.uint8)
+        ).save(tmp_path / "media" / picture)
+        rows += [
+            {**row, "problem_id": f"v{index}", "path": clip},
+            {**row, "problem_id": f"i{index}", "data_type": "image", "path": picture},
+        ]
     (tmp_path / "media" / "data.json").write_text(json.dumps(rows))
-    flags = ["--dataset_name", tmp_path / "media" / "data.json", "--model_name_or_path", first_run[0] / "sft", *FLAGS, "--save_steps", 0,
-             "--min_pixels", 784, "--max_pixels", 12544, "--prior", "no_semantic", "--fps", 0.5, "--decode_workers", 0, "--max_steps", 50]
+    flags = [
+        "--dataset_name",
+        tmp_path / "media" / "data.json",
+        "--model_name_or_path",
+        first_run[0] / "sft",
+        *FLAGS,
+        "--save_steps",
+        0,
+        "--min_pixels",
+        784,
+        "--max_pixels",
+        12544,
+        "--prior",
+        "no_semantic",
+        "--fps",
+        0.5,
+        "--decode_workers",
+        0,
+        "--max_steps",
+        50,
+    ]
     launch(*flags, "--output_dir", tmp_path / "one", "--per_device_train_batch_size", 2)
     launch(*flags, "--output_dir", tmp_path / "two", "--per_device_train_batch_size", 1, ranks=2)
     one, two = (metrics(tmp_path / name, "grpo") for name in ("one", "two"))
     assert len(one) == len(two) == 50
-    rows = [json.loads(line) for line in (tmp_path / "one" / "priors_training.jsonl").read_text().splitlines()]
+    rows = [
+        json.loads(line)
+        for line in (tmp_path / "one" / "priors_training.jsonl").read_text().splitlines()
+    ]
     assert len({len(row["frames"]) for row in rows}) >= 3
     for a, b in zip(one[:10], two[:10], strict=True):  # later a rounding decides about a token
         for name in ("loss/policy", "reward/total", "loss/grad_norm"):
@@ -218,9 +424,11 @@ def test_images_and_videos_of_all_sizes_do_not_hang(small_toy, first_run, tmp_pa
 
 def test_inputs_from_workers_are_those_of_this_process(small_toy, first_run):
     code = """if True:
-        import os, psutil, sys, time, torch, engine
+        import os, psutil, sys, time, torch
+        from common import engine
         from transformers import AutoProcessor
-        from data import Encoder, MediaError, load_examples
+        from common.media import Encoder
+        from common.data import MediaError, load_examples
 
         class Hangs(Encoder):
             def encode(self, *args, **kwargs):
@@ -254,33 +462,80 @@ def test_inputs_from_workers_are_those_of_this_process(small_toy, first_run):
             slow.stop()"""
     file = first_run[0].parent / "inputs.py"  # workers import the main module from its file
     file.write_text(code)
-    done = subprocess.run([sys.executable, file, small_toy, first_run[0] / "sft"], cwd=ROOT, env={**ENV, "PYTHONPATH": str(ROOT)},
-                          capture_output=True, text=True, timeout=240)
+    done = subprocess.run(
+        [sys.executable, file, small_toy, first_run[0] / "sft"],
+        cwd=ROOT,
+        env={**ENV, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
     assert done.returncode == 0 and done.stdout.splitlines()[-1] == "True", done.stderr[-3000:]
 
 
 def test_causes_are_counted_without_names_and_numbers():
-    causes = {"/d/my video 1.mp4: no such file": "no such file", "DATA/a b.mp4: no such file": "no such file",
-              "/d/x.mp4: not a readable video (Error reading /d/x.mp4...)": "not a readable video (Error reading FILE",
-              "row 3 (problem_id a b) has no problem": "has no problem",
-              "/d/x.mp4: the prompt has 1,234 tokens (--max_prompt_length 400)": "the prompt has N tokens (--max_prompt_length N)"}
+    causes = {
+        "/d/my video 1.mp4: no such file": "no such file",
+        "DATA/a b.mp4: no such file": "no such file",
+        "/d/x.mp4: not a readable video (Error reading /d/x.mp4...)": "not a readable video (Error reading FILE",
+        "row 3 (problem_id a b) has no problem": "has no problem",
+        "/d/x.mp4: the prompt has 1,234 tokens (--max_prompt_length 400)": "the prompt has N tokens (--max_prompt_length N)",
+    }
     for cause, plain in causes.items():
         assert train.plain_cause(cause) == plain
 
 
-@pytest.mark.parametrize(("flag", "words"), [
-    (["--len_control", "true"], "--length_bonus"), (["--use_vllm=true"], "it samples itself"), (["--report_to", "wandb"], '"wandb"'),
-    (["--attn_implementation", "flash_attention_2"], "sdpa"),
-    (["--aplha", "1"], "unknown: --aplha"), (["--num_generations", "1"], "at least 2")])
+@pytest.mark.parametrize(
+    ("flag", "words"),
+    [
+        (["--len_control", "true"], "--length_bonus"),
+        (["--use_vllm=true"], "it samples itself"),
+        (["--report_to", "wandb"], '"wandb"'),
+        (["--attn_implementation", "flash_attention_2"], "sdpa"),
+        (["--aplha", "1"], "unknown: --aplha"),
+        (["--num_generations", "1"], "at least 2"),
+    ],
+)
 def test_flags_of_the_releases_are_answered(flag, words):
     assert words in complain(*flag)
 
 
 def test_the_release_s_own_flags_work(small_toy, first_run, tmp_path):
-    launch("--dataset_name", small_toy / "train.json", "--model_name_or_path", first_run[0] / "sft", "--output_dir", tmp_path / "out",
-           "--max_prompt_length", 16384, "--max_completion_length", 12, "--per_device_train_batch_size", 1, "--gradient_accumulation_steps",
-           2, "--learning_rate", 1e-6, "--beta", 0.04, "--max_grad_norm", 5, "--num_generations", 2, "--temporal", "true", "--max_pixels",
-           401408, "--max_steps", 1, "--prior", "no_semantic", "--decode_workers", 2, ranks=2)
+    launch(
+        "--dataset_name",
+        small_toy / "train.json",
+        "--model_name_or_path",
+        first_run[0] / "sft",
+        "--output_dir",
+        tmp_path / "out",
+        "--max_prompt_length",
+        16384,
+        "--max_completion_length",
+        12,
+        "--per_device_train_batch_size",
+        1,
+        "--gradient_accumulation_steps",
+        2,
+        "--learning_rate",
+        1e-6,
+        "--beta",
+        0.04,
+        "--max_grad_norm",
+        5,
+        "--num_generations",
+        2,
+        "--temporal",
+        "true",
+        "--max_pixels",
+        401408,
+        "--max_steps",
+        1,
+        "--prior",
+        "no_semantic",
+        "--decode_workers",
+        2,
+        ranks=2,
+    )
     (record,) = metrics(tmp_path / "out", "grpo")
     assert record["rollout/length"] <= 12
     run = json.loads((tmp_path / "out" / "run.json").read_text())

@@ -13,17 +13,20 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+import reward
 
-import reward  # noqa: E402
+ROOT = Path(__file__).resolve().parents[1]
 
 PROBLEM_TYPES = ["multiple choice", "numerical", "regression", "OCR", "free-form"]
 property_test = settings(deadline=None, max_examples=50, database=None)
 unit = st.floats(0.0, 1.0)
 # arbitrary unicode, and the same wrapped or mixed with the pieces our parsers react to
-pieces = st.sampled_from(["<think>", "</think>", "<answer>", "</answer>", "0:05", "-", " to ", "12 s", "nan", "A,"])
-texts = st.one_of(st.text(), st.lists(st.one_of(st.text(max_size=5), pieces), max_size=12).map("".join))
+pieces = st.sampled_from(
+    ["<think>", "</think>", "<answer>", "</answer>", "0:05", "-", " to ", "12 s", "nan", "A,"]
+)
+texts = st.one_of(
+    st.text(), st.lists(st.one_of(st.text(max_size=5), pieces), max_size=12).map("".join)
+)
 
 
 def tagged(answer):
@@ -65,8 +68,14 @@ def test_copied_alone_it_imports_with_torch_only(tmp_path):
     [
         ("<answer> B\n</answer>", "B"),
         ("so <answer>A</answer><answer>B</answer>", "A"),  # the FIRST block
-        ("</answer> so <answer>line 1\nline 2</answer>", "line 1\nline 2"),  # a stray close tag before it; new lines
-        ("<answer>one <answer>two</answer>", "one <answer>two"),  # first open tag to first close tag after it
+        (
+            "</answer> so <answer>line 1\nline 2</answer>",
+            "line 1\nline 2",
+        ),  # a stray close tag before it; new lines
+        (
+            "<answer>one <answer>two</answer>",
+            "one <answer>two",
+        ),  # first open tag to first close tag after it
         ("<answer>never closed", ""),
         ("<ANSWER>B</ANSWER>", ""),  # tags are case-sensitive
         ("B", ""),
@@ -75,7 +84,9 @@ def test_copied_alone_it_imports_with_torch_only(tmp_path):
 )
 def test_extract_answer(text, answer):
     assert reward.extract_answer(text) == answer
-    assert reward.extract_think(text.replace("answer>", "think>")) == answer.replace("answer>", "think>")
+    assert reward.extract_think(text.replace("answer>", "think>")) == answer.replace(
+        "answer>", "think>"
+    )
 
 
 def test_solution_with_or_without_tags():
@@ -113,7 +124,11 @@ def test_multiple_choice_with_several_letters():
         ("5.00", "5.0", 1.0),
         ("1,200", "1200", 0.0),  # "," counts as decimal for the rule
         ("1,200", "1,200", 1.0),
-        ("1,200", "1200.0", 1.0),  # both have one of the two, and the comma is removed before float()
+        (
+            "1,200",
+            "1200.0",
+            1.0,
+        ),  # both have one of the two, and the comma is removed before float()
         ("3.141", "3.14", 1.0),  # round(3.141, 2) = 3.14
         ("3.146", "3.14", 0.0),  # round(3.146, 2) = 3.15
         ("-2", "2", 0.0),
@@ -161,7 +176,11 @@ def test_regression(answer, solution, score):
         ("keep a door closed", "keep the door closed", 0.75),  # 1 substitution / 4
         ("keep door closed", "keep the door closed", 0.75),  # 1 deletion / 4
         ("please keep the door closed", "keep the door closed", 0.75),  # 1 insertion / 4
-        ("closed door the keep", "keep the door closed", 0.0),  # all 4 substituted: nothing survives the reversal
+        (
+            "closed door the keep",
+            "keep the door closed",
+            0.0,
+        ),  # all 4 substituted: nothing survives the reversal
         ("the keep door closed", "keep the door closed", 0.5),  # a swap is 2 edits / 4
         ("Keep the door closed", "keep the door closed", 0.75),  # case-sensitive
         ("exit a b", "exit", 0.0),  # 2 insertions / 1, clipped
@@ -188,14 +207,18 @@ words = st.lists(st.sampled_from("abc"), max_size=70)
 @property_test
 @given(words.filter(len), words)
 def test_edit_distance_equals_the_textbook_table(reference, hypothesis):
-    assert reward._edit_distance(reference, hypothesis) == plain_edit_distance(reference, hypothesis)
+    assert reward._edit_distance(reference, hypothesis) == plain_edit_distance(
+        reference, hypothesis
+    )
 
 
 def test_free_form():
     assert accuracy("a cat sat on mats", "a cat sat on mats", "free-form") == pytest.approx(1.0)
     assert accuracy("dog", "a cat sat", "free-form") == 0.0
     # truth "the cat sat", answer "the cat ran". Unigrams 2 of 3: F1 2/3. Bigrams 1 of 2: 1/2. LCS 2 of 3: 2/3.
-    assert accuracy("the cat ran", "the cat sat", "free-form") == pytest.approx((2 / 3 + 1 / 2 + 2 / 3) / 3)
+    assert accuracy("the cat ran", "the cat sat", "free-form") == pytest.approx(
+        (2 / 3 + 1 / 2 + 2 / 3) / 3
+    )
     # stemmer: "jumping" and "jumps" both become "jump", so every n-gram agrees
     assert accuracy("dog jumping", "dog jumps", "free-form") == pytest.approx(1.0)
     # precision and recall differ: words P = 1, R = 1/2, F1 2/3; bigrams P = 1, R = 1/3, F1 1/2; LCS as words
@@ -213,7 +236,9 @@ def test_unknown_problem_type_raises():
         with pytest.raises(ValueError, match="unknown problem_type"):
             accuracy("B", "B", problem_type)
     with pytest.raises(ValueError, match="unknown problem_type"):
-        reward.accuracy_reward("no answer block", "B", "numeric")  # an empty answer does not hide it
+        reward.accuracy_reward(
+            "no answer block", "B", "numeric"
+        )  # an empty answer does not hide it
 
 
 @pytest.mark.parametrize(
@@ -258,7 +283,10 @@ def test_multi_choice(answer, solution, score):
         ("<think>a</think><answer>B</answer>.", 0.0),  # text after
         ("<think>a</think><think>a</think><answer>B</answer>", 0.0),  # two think blocks
         ("<think>a</think><answer>B</answer><answer>B</answer>", 0.0),  # two answer blocks
-        ("<think>a <answer>B</answer></think><answer>B</answer>", 0.0),  # an answer inside the reasoning
+        (
+            "<think>a <answer>B</answer></think><answer>B</answer>",
+            0.0,
+        ),  # an answer inside the reasoning
         ("<think>a<answer></think></answer>", 0.0),  # one of each tag, crossed
         ("<think>a</think><answer>B", 0.0),
         ("<Think>a</Think><answer>B</answer>", 0.0),
@@ -269,7 +297,13 @@ def test_format(completion, score):
 
 
 def test_length():
-    assert [reward.length_reward(n, 1.0) for n in (319, 320, 400, 512, 513)] == [0.0, 0.2, 0.2, 0.2, 0.0]
+    assert [reward.length_reward(n, 1.0) for n in (319, 320, 400, 512, 513)] == [
+        0.0,
+        0.2,
+        0.2,
+        0.2,
+        0.0,
+    ]
     assert reward.length_reward(400, 0.1) == 0.0  # "correct" is strictly above 0.1
     assert reward.length_reward(400, 0.11) == 0.2
     assert reward.length_reward(5, 1.0, low=4, high=6, bonus=0.5) == 0.5
@@ -288,8 +322,13 @@ def test_temporal():
 
 
 def test_pool_frames():
-    states = torch.tensor([[[1.0, -2.0], [3.0, -4.0]], [[0.0, 8.0], [2.0, 0.0]]], requires_grad=True)  # (K=2, M=2, D=2)
-    assert reward.pool_frames(states).tolist() == [[3.0, -2.0], [2.0, 8.0]]  # channel-wise, not the largest token
+    states = torch.tensor(
+        [[[1.0, -2.0], [3.0, -4.0]], [[0.0, 8.0], [2.0, 0.0]]], requires_grad=True
+    )  # (K=2, M=2, D=2)
+    assert reward.pool_frames(states).tolist() == [
+        [3.0, -2.0],
+        [2.0, 8.0],
+    ]  # channel-wise, not the largest token
     assert reward.pool_frames(states, "mean").tolist() == [[2.0, -3.0], [1.0, 4.0]]
     assert not reward.pool_frames(states).requires_grad
     assert reward.pool_frames(states.bfloat16(), "mean").dtype == torch.float32
@@ -306,8 +345,14 @@ def test_frame_use_mean_then_softmax():
     # cosines: token x (1, 0.70711), token y (0, 0.70711); mean S = (0.5, 0.70711)
     # softmax of two numbers = sigmoid of their difference: use of frame 2 = sigmoid(0.20711 / tau)
     for tau, default in ((0.1, True), (1.0, False)):
-        use = reward.frame_use(RESPONSE, FRAMES) if default else reward.frame_use(RESPONSE, FRAMES, tau=tau)
-        second = 1 / (1 + math.exp(-(math.sqrt(0.5) - 0.5) / tau))  # tau 0.1: 0.88803, tau 1: 0.55159
+        use = (
+            reward.frame_use(RESPONSE, FRAMES)
+            if default
+            else reward.frame_use(RESPONSE, FRAMES, tau=tau)
+        )
+        second = 1 / (
+            1 + math.exp(-(math.sqrt(0.5) - 0.5) / tau)
+        )  # tau 0.1: 0.88803, tau 1: 0.55159
         assert use.tolist() == pytest.approx([1 - second, second], abs=1e-6)
 
 
@@ -333,13 +378,16 @@ def test_attention_use():
     assert reward.attention_use(weights, num_frames=2).tolist() == pytest.approx([0.5, 0.5])
     assert reward.attention_use(weights.view(1, 2, 2, 2)).tolist() == pytest.approx([0.5, 0.5])
     # a second head that looks at frame 2 only, with mass 0.6: (0.3, 0.9) / 1.2
-    both = torch.cat([weights, torch.tensor([[[0.0, 0.0, 0.0, 0.3], [0.0, 0.0, 0.3, 0.0]]])]).requires_grad_()
+    both = torch.cat(
+        [weights, torch.tensor([[[0.0, 0.0, 0.0, 0.3], [0.0, 0.0, 0.3, 0.0]]])]
+    ).requires_grad_()
     use = reward.attention_use(both, 2)
     assert use.tolist() == pytest.approx([0.25, 0.75]) and not use.requires_grad
 
 
 @pytest.mark.parametrize(
-    ("shape", "num_frames"), [((1, 2, 4), None), ((1, 2, 4), 3), ((1, 2, 4), 0), ((1, 2, 2, 2), 4), ((2, 4), 2)]
+    ("shape", "num_frames"),
+    [((1, 2, 4), None), ((1, 2, 4), 3), ((1, 2, 4), 0), ((1, 2, 2, 2), 4), ((2, 4), 2)],
 )
 def test_attention_use_refuses_shapes_that_do_not_fit(shape, num_frames):
     with pytest.raises(ValueError, match="attention_use: expected"):
@@ -359,7 +407,9 @@ def test_merge_prior():
     assert (merged * 136).tolist() == pytest.approx([3, 7, 11, 15, 19, 23, 27, 31], abs=1e-4)
     assert reward.merge_prior(prior, 16).tolist() == pytest.approx(prior.tolist())
     # 5 frames, patch 2: the processor repeats frame 5, and slot 3 holds it alone
-    assert reward.merge_prior(torch.tensor([0.1, 0.2, 0.3, 0.1, 0.3]), 3).tolist() == pytest.approx([0.3, 0.4, 0.3])
+    assert reward.merge_prior(torch.tensor([0.1, 0.2, 0.3, 0.1, 0.3]), 3).tolist() == pytest.approx(
+        [0.3, 0.4, 0.3]
+    )
 
 
 @pytest.mark.parametrize(("frames", "slots"), [(16, 17), (16, 7), (5, 4), (4, 0), (4, -1), (0, 2)])
@@ -403,7 +453,9 @@ def test_total_reward():
     assert reward.total_reward(0.5, 1.2, 0.4, 0.3) == pytest.approx(2.6)
     assert reward.total_reward(0.5, 1.2, 0.4, 0.3, how="hard") == pytest.approx(3.2)
     assert reward.total_reward(0.5, 1.2, 0.4, 0.3, weight=5.0) == pytest.approx(3.0)
-    assert reward.total_reward(0.0, 1.0, 0.4, 0.0) == 1.0  # wrong: looking at the right frames earns nothing
+    assert (
+        reward.total_reward(0.0, 1.0, 0.4, 0.0) == 1.0
+    )  # wrong: looking at the right frames earns nothing
     assert reward.total_reward(0.0, 1.0, 0.4, 0.0, how="none") == pytest.approx(2.2)
 
 
@@ -411,7 +463,9 @@ def test_total_reward():
 
 
 def bonus(accuracies, likelihoods, **settings_):
-    return reward.consistency_bonus(torch.tensor(accuracies), torch.tensor(likelihoods), **settings_).tolist()
+    return reward.consistency_bonus(
+        torch.tensor(accuracies), torch.tensor(likelihoods), **settings_
+    ).tolist()
 
 
 def test_consistency_bonus():
@@ -419,7 +473,12 @@ def test_consistency_bonus():
     assert bonus([1.0, 1.0, 1.0, 0.0], [0.9, 0.6, 0.3, 0.99]) == [0.5, 0.5, 0.0, 0.0]
     # without margin the middle one sits exactly on the baseline and still counts; margin -0.01 puts it below
     assert bonus([1.0, 1.0, 1.0, 0.0], [0.75, 0.5, 0.25, 0.99], margin=0.0) == [0.5, 0.5, 0.0, 0.0]
-    assert bonus([1.0, 1.0, 1.0, 0.0], [0.75, 0.5, 0.25, 0.99], margin=-0.01) == [0.5, 0.0, 0.0, 0.0]
+    assert bonus([1.0, 1.0, 1.0, 0.0], [0.75, 0.5, 0.25, 0.99], margin=-0.01) == [
+        0.5,
+        0.0,
+        0.0,
+        0.0,
+    ]
     # in proportion to accuracy: mean 0.6, selected 0.6 and 1.0, likelihoods equal
     assert bonus([0.2, 0.6, 1.0], [0.5, 0.5, 0.5], coef=1.0) == pytest.approx([0.0, 0.6, 1.0])
 
@@ -431,7 +490,10 @@ def test_consistency_bonus_clips_likelihood():
 
 
 def test_consistency_bonus_floor():
-    assert bonus([0.05, 0.05], [0.5, 0.5]) == [0.0, 0.0]  # at the group mean, but below the floor 0.1
+    assert bonus([0.05, 0.05], [0.5, 0.5]) == [
+        0.0,
+        0.0,
+    ]  # at the group mean, but below the floor 0.1
     assert bonus([0.05, 0.05], [0.5, 0.5], floor=0.0) == pytest.approx([0.025, 0.025])
     assert bonus([0.1, 0.0], [0.5, 0.5]) == pytest.approx([0.05, 0.0])  # the floor itself is enough
 
@@ -448,7 +510,9 @@ def test_consistency_bonus_without_answer():
 def test_consistency_bonus_of_equal_rollouts_survives_rounding():
     for n in range(1, 40):  # the float32 mean of n equal numbers may lie just above them
         for value in (0.1, 0.3, 0.7):
-            assert bonus([value] * n, [value] * n, margin=0.0, floor=0.0) == pytest.approx([0.5 * value] * n)
+            assert bonus([value] * n, [value] * n, margin=0.0, floor=0.0) == pytest.approx(
+                [0.5 * value] * n
+            )
 
 
 def test_consistency_bonus_dense():
@@ -490,15 +554,24 @@ def test_consistency_bonus_differentiates_nothing():
         ("At second 12 it rains", [(12, 12, "it rains")]),
         ("From second 5 to 9 it rains", [(5, 9, "it rains")]),
         ("After 1 min 5 s it rains", [(65, 65, "After it rains")]),
-        ("At 0:05 it rains. Later it snows! At 0:09 it ends?", [(5, 5, "it rains"), (9, 9, "it ends")]),
+        (
+            "At 0:05 it rains. Later it snows! At 0:09 it ends?",
+            [(5, 5, "it rains"), (9, 9, "it ends")],
+        ),
         ("0:05 it rains\n0:09 it ends", [(5, 5, "it rains"), (9, 9, "it ends")]),
         ("First line\n0:09 it ends", [(9, 9, "it ends")]),
         # several times: each owns the text up to the next one...
         ("At 0:05 it rains and at 0:09 it ends", [(5, 5, "it rains"), (9, 9, "it ends")]),
-        ("From 0:01 to 0:02 it rains, then at 4 s it ends", [(1, 2, "it rains"), (4, 4, "it ends")]),
+        (
+            "From 0:01 to 0:02 it rains, then at 4 s it ends",
+            [(1, 2, "it rains"), (4, 4, "it ends")],
+        ),
         # ... and the whole sentence where that is empty
         ("At 0:05 and 0:09 it rains", [(5, 5, "it rains"), (9, 9, "it rains")]),
-        ("It rains at 0:05, 0:07 and 0:09", [(5, 5, "It rains"), (7, 7, "It rains"), (9, 9, "It rains")]),
+        (
+            "It rains at 0:05, 0:07 and 0:09",
+            [(5, 5, "It rains"), (7, 7, "It rains"), (9, 9, "It rains")],
+        ),
         # no times
         ("", []),
         ("It rains.", []),
@@ -514,7 +587,9 @@ def test_parse_claims(text, claims):
 
 def test_lexical_similarity():
     assert reward.lexical_similarity("A red car.", "a RED car") == 1.0
-    assert reward.lexical_similarity("a a b", "a b b") == pytest.approx(4 / 6)  # shared: one a, one b; 2 * 2 / (3 + 3)
+    assert reward.lexical_similarity("a a b", "a b b") == pytest.approx(
+        4 / 6
+    )  # shared: one a, one b; 2 * 2 / (3 + 3)
     assert reward.lexical_similarity("red car", "dog") == 0.0
     assert reward.lexical_similarity("", "") == 0.0
 
@@ -549,7 +624,9 @@ def test_temporal_alignment_buffer_and_threshold():
         return 0.75
 
     one = [(0, 0, "a")]
-    assert reward.temporal_alignment_reward(one, [(4, 4, "b")], constant) == 1.0  # 0.75 itself is enough
+    assert (
+        reward.temporal_alignment_reward(one, [(4, 4, "b")], constant) == 1.0
+    )  # 0.75 itself is enough
     assert reward.temporal_alignment_reward(one, [(4, 4, "b")], constant, threshold=0.76) == 0.0
     assert reward.temporal_alignment_reward(one, [(4, 4, "b")], constant, buffer=1.9) == 0.0
     assert reward.temporal_alignment_reward(one, [(0, 0, "a")]) == 1.0  # words by default
@@ -582,12 +659,20 @@ def test_any_text_is_scored_between_0_and_1(text, solution):
     claims = reward.parse_claims(text)
     assert all(0 <= start <= end < math.inf and said for start, end, said in claims)
     assert 0.0 <= reward.temporal_alignment_reward(claims, reward.parse_claims(solution)) <= 1.0
-    comparable = [claim for claim in claims if reward.lexical_similarity(claim[2], claim[2]) == 1.0]  # has words
+    comparable = [
+        claim for claim in claims if reward.lexical_similarity(claim[2], claim[2]) == 1.0
+    ]  # has words
     assert reward.temporal_alignment_reward(comparable, comparable) == (1.0 if comparable else 0.0)
 
 
 @property_test
-@given(st.integers(0, 2**31), st.integers(1, 9), st.integers(1, 6), st.floats(0.02, 5.0), st.integers(1, 3))
+@given(
+    st.integers(0, 2**31),
+    st.integers(1, 9),
+    st.integers(1, 6),
+    st.floats(0.02, 5.0),
+    st.integers(1, 3),
+)
 def test_use_prior_and_reward_are_distributions_and_in_range(seed, frames, tokens, tau, patch):
     generator = torch.Generator().manual_seed(seed)
     states = torch.randn(frames, 3, 4, generator=generator)
@@ -596,14 +681,22 @@ def test_use_prior_and_reward_are_distributions_and_in_range(seed, frames, token
     prior = prior / prior.sum()
     uses = [reward.frame_use(response, reward.pool_frames(states, how), tau, order)
             for how in ("max", "mean") for order in ("mean_softmax", "softmax_mean")]  # fmt: skip
-    uses.append(reward.attention_use(torch.rand(2, tokens, frames * 3, generator=generator) + 0.01, frames))
+    uses.append(
+        reward.attention_use(torch.rand(2, tokens, frames * 3, generator=generator) + 0.01, frames)
+    )
     for use in uses:
-        assert use.shape == (frames,) and float(use.sum()) == pytest.approx(1.0, abs=1e-5) and (use >= 0).all()
+        assert (
+            use.shape == (frames,)
+            and float(use.sum()) == pytest.approx(1.0, abs=1e-5)
+            and (use >= 0).all()
+        )
         assert 0.0 <= reward.consensus_frame_reward(prior, use) <= 1.0
     merged = reward.merge_prior(prior, math.ceil(frames / patch))
     assert float(merged.sum()) == pytest.approx(float(prior.sum()), abs=1e-6)
     # scaling the states changes no cosine
-    assert torch.allclose(uses[0], reward.frame_use(3 * response, 7 * reward.pool_frames(states), tau), atol=1e-4)
+    assert torch.allclose(
+        uses[0], reward.frame_use(3 * response, 7 * reward.pool_frames(states), tau), atol=1e-4
+    )
 
 
 @property_test
@@ -614,7 +707,9 @@ def test_gate_is_monotone_and_in_range(a, b, how):
 
 
 sixteenths = st.integers(0, 16).map(lambda i: i / 16)
-groups = st.lists(st.tuples(sixteenths, st.one_of(sixteenths, st.just(math.nan))), min_size=1, max_size=8)
+groups = st.lists(
+    st.tuples(sixteenths, st.one_of(sixteenths, st.just(math.nan))), min_size=1, max_size=8
+)
 
 
 @property_test
@@ -626,7 +721,11 @@ def test_permuting_a_group_permutes_its_bonuses(group, random, dense):
     shuffled = bonus(*map(list, zip(*[group[i] for i in order], strict=True)), dense=dense)
     assert shuffled == pytest.approx([straight[i] for i in order])
     assert all(0.0 <= b <= 0.5 for b in straight)  # finite too: NaN compares as False
-    assert all(b == 0.0 for b, (_, likelihood) in zip(straight, group, strict=True) if math.isnan(likelihood))
+    assert all(
+        b == 0.0
+        for b, (_, likelihood) in zip(straight, group, strict=True)
+        if math.isnan(likelihood)
+    )
 
 
 # ---- time: no text makes a reward slow ----
@@ -657,7 +756,10 @@ TEXT_FUNCTIONS = {
     "multi_choice": lambda text: reward.multi_choice_reward(text, "A,B"),
     "lexical": lambda text: reward.lexical_similarity(text, "a dog"),
     "claims": reward.parse_claims,
-    **{t: lambda text, t=t: reward.accuracy_reward(text, "<answer>5 dogs</answer>", t) for t in PROBLEM_TYPES},
+    **{
+        t: lambda text, t=t: reward.accuracy_reward(text, "<answer>5 dogs</answer>", t)
+        for t in PROBLEM_TYPES
+    },
 }
 
 
@@ -680,7 +782,9 @@ def test_open_tags_cost_nothing(name):
     for label, text in HOSTILE.items():
         if (name, label) == ("free-form", "open tags in an answer"):
             continue  # 14,000 words for rouge-score to tokenise and align: see the next test
-        assert fastest(TEXT_FUNCTIONS[name], text, limit) < 1.5 * limit, label  # allowance: two shared cores
+        assert fastest(TEXT_FUNCTIONS[name], text, limit) < 1.5 * limit, (
+            label
+        )  # allowance: two shared cores
 
 
 def test_long_texts_take_linear_time():
@@ -688,13 +792,19 @@ def test_long_texts_take_linear_time():
     for label, text in ODD.items():
         assert fastest(reward.parse_claims, text, limit) < limit, label
         for problem_type in ("multiple choice", "numerical", "regression", "OCR"):
-            assert fastest(TEXT_FUNCTIONS[problem_type], f"<answer>{text}</answer>", limit) < limit, label
+            assert (
+                fastest(TEXT_FUNCTIONS[problem_type], f"<answer>{text}</answer>", limit) < limit
+            ), label
     assert fastest(TEXT_FUNCTIONS["free-form"], HOSTILE["open tags in an answer"], 2.0) < 2.0
 
 
 def test_ocr_of_two_long_answers_ends():
     truth = " ".join("abc"[i * i % 3] for i in range(10_000))
     answer = " ".join("abc"[i * 7 % 3] for i in range(15_000))
-    assert fastest(lambda a: reward.ocr_reward(a, truth), answer, 2.0) < 2.0  # the plain table has 150 million cells
-    assert fastest(lambda a: reward.ocr_reward(a, truth), answer * 2, 0.05) < 0.05  # 3 x the words: 0 without aligning
+    assert (
+        fastest(lambda a: reward.ocr_reward(a, truth), answer, 2.0) < 2.0
+    )  # the plain table has 150 million cells
+    assert (
+        fastest(lambda a: reward.ocr_reward(a, truth), answer * 2, 0.05) < 0.05
+    )  # 3 x the words: 0 without aligning
     assert reward.ocr_reward(answer * 2, truth) == 0.0

@@ -15,10 +15,10 @@ import torch.distributed as dist
 from conftest import ENV, ROOT, metrics
 from PIL import Image
 
-import engine
 import prior
 import train
-from data import DataError, load_examples
+from common import ranks, workers
+from common.data import DataError, load_examples
 
 NO_CLIP = ["--prior", "no_semantic"]
 
@@ -37,22 +37,42 @@ def place(alone, toy_folder, checkpoint, tmp_path, monkeypatch, capsys):
 
     calls: what the stand-ins for training and scoring were given. clips: how often a CLIP model was loaded.
     """
-    videos = [row for row in json.loads((toy_folder / "train_cot.json").read_text()) if row["data_type"] == "video"]
+    videos = [
+        row
+        for row in json.loads((toy_folder / "train_cot.json").read_text())
+        if row["data_type"] == "video"
+    ]
     by_path = {}
     for row in videos:
         by_path.setdefault(row["path"], []).append(row)
     by_path = list(by_path.values())  # the questions of each video
     shutil.copytree(toy_folder / "videos", tmp_path / "videos")
-    here = SimpleNamespace(folder=tmp_path, output=tmp_path / "out", questions=by_path, calls=[], clips=[])
+    here = SimpleNamespace(
+        folder=tmp_path, output=tmp_path / "out", questions=by_path, calls=[], clips=[]
+    )
 
     def write(name, rows):
         (tmp_path / name).write_text(json.dumps(rows))
         return tmp_path / name
 
     def start(*flags):
-        engine.named.clear()
-        words = ["train.py", "--deepspeed", ROOT / "ds_zero3.json", "--model_name_or_path", checkpoint, "--output_dir", here.output,
-                 "--min_pixels", 3136, "--max_pixels", 3136, "--decode_workers", 0, *flags]
+        ranks.named.clear()
+        words = [
+            "train.py",
+            "--deepspeed",
+            ROOT / "ds_zero3.json",
+            "--model_name_or_path",
+            checkpoint,
+            "--output_dir",
+            here.output,
+            "--min_pixels",
+            3136,
+            "--max_pixels",
+            3136,
+            "--decode_workers",
+            0,
+            *flags,
+        ]
         words += [] if "sft" in flags else ["--beta", 0]  # SFT does not read it
         monkeypatch.setattr(sys, "argv", [str(word) for word in words])
         train.run(*train.parse_arguments())
@@ -63,13 +83,31 @@ def place(alone, toy_folder, checkpoint, tmp_path, monkeypatch, capsys):
         others[-1]({"stage": "sft", "step": 0})
         return here.output / "sft"
 
-    def train_grpo(arguments, model, processor, encoder, stream, rows, skipped, checkpoint, writer, log, heldout):
+    def train_grpo(
+        arguments,
+        model,
+        processor,
+        encoder,
+        stream,
+        rows,
+        skipped,
+        checkpoint,
+        writer,
+        log,
+        heldout,
+    ):
         here.calls.append(("grpo", [example.id for example in stream]))
         here.rows = rows
         writer({"stage": "grpo", "step": 0})
         if arguments.save_steps:
             folder = here.output / f"checkpoint-grpo-{len(stream)}"  # with one question a step
-            state = {"stage": "grpo", "step": len(stream), "ranks": 1, "settings": asdict(arguments), **checkpoint.shared}
+            state = {
+                "stage": "grpo",
+                "step": len(stream),
+                "ranks": 1,
+                "settings": asdict(arguments),
+                **checkpoint.shared,
+            }
             folder.mkdir()
             (folder / "state.json").write_text(json.dumps(state))
         return here.output / "grpo"
@@ -103,8 +141,10 @@ def result(place):
 def priors_of(place, rows, name="p.jsonl", **settings):
     """A priors file of these rows, as prior.py --prior no_semantic makes it."""
     data = place.write("for_priors.json", rows)
-    made, _ = prior.build_priors(load_examples(data), None, prior.PriorSettings(prior="no_semantic", **settings))
-    prior.write_lines(place.folder / name, made)
+    made, _ = prior.build_priors(
+        load_examples(data), None, prior.PriorSettings(prior="no_semantic", **settings)
+    )
+    workers.write_lines(place.folder / name, made)
     return place.folder / name
 
 
@@ -118,32 +158,45 @@ def absent(row, name="absent.mp4"):
 def test_an_example_without_a_row_is_looked_at(place):
     a, b, c, d = (questions[0] for questions in place.questions)
     file = priors_of(place, [a, b, c])
-    data = place.write("data.json", [a, b, absent(c), absent(d)])  # c's row is of its own video, d has none
+    data = place.write(
+        "data.json", [a, b, absent(c), absent(d)]
+    )  # c's row is of its own video, d has none
     assert f"{c['problem_id']} is another question there, or about another file" in refused(
-        place, "--dataset_name", data, "--priors", file, *NO_CLIP)
+        place, "--dataset_name", data, "--priors", file, *NO_CLIP
+    )
     data = place.write("data.json", [a, b, c, absent(d)])
     said = place.start("--dataset_name", data, "--priors", file, *NO_CLIP)
     assert said.count(f"skipped {d['problem_id']}: ") == 1 and "absent.mp4: no such file" in said
     assert "GRPO: 3 step(s) instead of 4 of 1 question(s); 1 question(s) unusable" in said
-    assert list(result(place)["skipped"]) == [d["problem_id"]] and sorted(place.calls[0][1]) == sorted(
-        row["problem_id"] for row in (a, b, c))
+    assert list(result(place)["skipped"]) == [d["problem_id"]] and sorted(
+        place.calls[0][1]
+    ) == sorted(row["problem_id"] for row in (a, b, c))
     shutil.rmtree(place.output)
     # the same file, but the video is there: no cause to skip it
     data = place.write("data.json", [a, absent(b), d])
-    prior.write_lines(file, [row for row in prior.read_priors(file) if row["problem_id"] == a["problem_id"]])
+    workers.write_lines(
+        file, [row for row in prior.read_priors(file) if row["problem_id"] == a["problem_id"]]
+    )
     message = refused(place, "--dataset_name", data, "--priors", file, *NO_CLIP)
-    assert f"no row for 2 of 3 examples, though the medium of {d['problem_id']} can be read" in message and str(file) in message
+    assert (
+        f"no row for 2 of 3 examples, though the medium of {d['problem_id']} can be read" in message
+        and str(file) in message
+    )
     assert not place.output.exists()
 
 
 def test_rows_without_frame_sets_are_looked_at_and_load_clip_for_a_readable_video_alone(place):
     a, b, c, d = (questions[0] for questions in place.questions)
     sets = {"uniform": [0, 20, 40, 60], "scene": [20], "semantic": [40]}
-    data = place.write("data.json", [{**a, "frame_sets": sets}, {**b, "frame_sets": sets}, absent(c)])
+    data = place.write(
+        "data.json", [{**a, "frame_sets": sets}, {**b, "frame_sets": sets}, absent(c)]
+    )
     said = place.start("--dataset_name", data, "--frames", 4)
     assert place.clips == [] and said.count(f"skipped {c['problem_id']}: ") == 1
     # Eq. 1-2 by hand: weights 0.1, 0.1 + 1, 0.1 + 3, 0.1 and their sum 4.4
-    assert place.rows[a["problem_id"]]["prior"] == pytest.approx([0.1 / 4.4, 1.1 / 4.4, 3.1 / 4.4, 0.1 / 4.4])
+    assert place.rows[a["problem_id"]]["prior"] == pytest.approx(
+        [0.1 / 4.4, 1.1 / 4.4, 3.1 / 4.4, 0.1 / 4.4]
+    )
     shutil.rmtree(place.output)
     data = place.write("data.json", [{**a, "frame_sets": sets}, absent(b), c])
     place.start("--dataset_name", data, "--frames", 4)
@@ -153,19 +206,47 @@ def test_rows_without_frame_sets_are_looked_at_and_load_clip_for_a_readable_vide
 def test_images_and_texts_need_no_clip(place, toy_folder, monkeypatch, capsys):
     Image.new("RGB", (64, 64), (200, 30, 30)).save(place.folder / "picture.png")
     row = place.questions[0][0]
-    rows = [{**row, "problem_id": "i", "data_type": "image", "path": "picture.png"},
-            {**row, "problem_id": "t", "data_type": "text", "path": ""}]
+    rows = [
+        {**row, "problem_id": "i", "data_type": "image", "path": "picture.png"},
+        {**row, "problem_id": "t", "data_type": "text", "path": ""},
+    ]
     data = place.write("data.json", rows)
     place.start("--dataset_name", data)
-    assert place.clips == [] and sorted(place.calls[0][1]) == ["i", "t"] and place.rows["i"]["prior"] == [1.0]
-    monkeypatch.setattr(sys, "argv", ["prior.py", "--dataset_name", str(data), "--output", str(place.folder / "i.jsonl"), "--workers", "0"])
+    assert (
+        place.clips == []
+        and sorted(place.calls[0][1]) == ["i", "t"]
+        and place.rows["i"]["prior"] == [1.0]
+    )
+    monkeypatch.setattr(
+        sys,
+        "argv",
+        [
+            "prior.py",
+            "--dataset_name",
+            str(data),
+            "--output",
+            str(place.folder / "i.jsonl"),
+            "--workers",
+            "0",
+        ],
+    )
     prior.main()
     assert place.clips == [] and "1 priors are in" in capsys.readouterr().out
 
 
-def test_prior_refuses_other_settings_before_it_deletes_the_list_of_errors(place, monkeypatch, capsys):
+def test_prior_refuses_other_settings_before_it_deletes_the_list_of_errors(
+    place, monkeypatch, capsys
+):
     data = place.write("data.json", [place.questions[0][0], absent(place.questions[1][0])])
-    command = ["prior.py", "--dataset_name", str(data), "--output", str(place.folder / "p.jsonl"), "--workers", "0"]
+    command = [
+        "prior.py",
+        "--dataset_name",
+        str(data),
+        "--output",
+        str(place.folder / "p.jsonl"),
+        "--workers",
+        "0",
+    ]
     monkeypatch.setattr(sys, "argv", [*command, *NO_CLIP])
     prior.main()
     errors = (place.folder / "p.jsonl.errors.jsonl").read_text()
@@ -179,26 +260,43 @@ def test_prior_refuses_other_settings_before_it_deletes_the_list_of_errors(place
 
 def test_held_out_priors_are_given_or_found_in_the_training_ones(place, monkeypatch):
     a, b, c, d = (questions[0] for questions in place.questions)
-    data, heldout = place.write("data.json", [a, b]), place.write("heldout.json", [c, {**d, "problem_id": a["problem_id"]}])
+    data, heldout = (
+        place.write("data.json", [a, b]),
+        place.write("heldout.json", [c, {**d, "problem_id": a["problem_id"]}]),
+    )
     flags = ["--dataset_name", data, "--eval_dataset_name", heldout, *NO_CLIP]
-    both = priors_of(place, [a, b, c])  # has a's id, for another question than the held-out one of that id
+    both = priors_of(
+        place, [a, b, c]
+    )  # has a's id, for another question than the held-out one of that id
     decoded, read_cues = [], prior.read_cues
-    monkeypatch.setattr(prior, "read_cues", lambda medium, *others: decoded.append(os.path.basename(medium[1])) or read_cues(
-        medium, *others))
+    monkeypatch.setattr(
+        prior,
+        "read_cues",
+        lambda medium, *others: (
+            decoded.append(os.path.basename(medium[1])) or read_cues(medium, *others)
+        ),
+    )
     place.start(*flags, "--priors", both)
     assert decoded == [os.path.basename(d["path"])]  # c's was found
     made = place.heldout_rows
-    assert made[c["problem_id"]] == {row["problem_id"]: row for row in prior.read_priors(both)}[c["problem_id"]]
+    assert (
+        made[c["problem_id"]]
+        == {row["problem_id"]: row for row in prior.read_priors(both)}[c["problem_id"]]
+    )
     shutil.rmtree(place.output)
     decoded.clear()
     own = place.folder / "held.jsonl"
-    prior.write_lines(own, made.values())
+    workers.write_lines(own, made.values())
     place.start(*flags, "--priors", both, "--eval_priors", own)
     assert decoded == [] and place.heldout_rows == made
     shutil.rmtree(place.output)
-    prior.write_lines(own, [made[c["problem_id"]]])
-    assert "no row for 1 of 2 examples" in refused(place, *flags, "--priors", both, "--eval_priors", own)
-    assert "--eval_priors without held-out questions" in refused(place, "--dataset_name", data, *NO_CLIP, "--eval_priors", own)
+    workers.write_lines(own, [made[c["problem_id"]]])
+    assert "no row for 1 of 2 examples" in refused(
+        place, *flags, "--priors", both, "--eval_priors", own
+    )
+    assert "--eval_priors without held-out questions" in refused(
+        place, "--dataset_name", data, *NO_CLIP, "--eval_priors", own
+    )
 
 
 # -------------------------------------------------------------------------------------------------------------- held out
@@ -208,19 +306,45 @@ def test_held_out_questions_that_cannot_be_asked_are_skipped_before_and_after(pl
     a, b, c, d = (questions[0] for questions in place.questions)
     long = {**b, "problem_id": "long", "problem": "why " * 300}
     (place.folder / "torn.mp4").write_bytes((place.folder / d["path"]).read_bytes()[:2000])
-    heldout = place.write("heldout.json", [long, absent(c), {**c, "problem_id": "no type", "problem_type": "riddle"},
-                                           {**d, "problem_id": "torn", "path": "torn.mp4"}, d])
+    heldout = place.write(
+        "heldout.json",
+        [
+            long,
+            absent(c),
+            {**c, "problem_id": "no type", "problem_type": "riddle"},
+            {**d, "problem_id": "torn", "path": "torn.mp4"},
+            d,
+        ],
+    )
     data = place.write("data.json", [a])
-    said = place.start("--dataset_name", data, "--eval_dataset_name", heldout, "--max_prompt_length", 400, *NO_CLIP)
-    assert [call for call in place.calls if call[0] == "score"] == [("score", [d["problem_id"]])] * 2
+    said = place.start(
+        "--dataset_name", data, "--eval_dataset_name", heldout, "--max_prompt_length", 400, *NO_CLIP
+    )
+    assert [call for call in place.calls if call[0] == "score"] == [
+        ("score", [d["problem_id"]])
+    ] * 2
     skipped = result(place)["heldout_skipped"]
-    assert {"long", c["problem_id"], "no type", "torn"} == set(skipped) and result(place)["skipped"] == {}
-    assert "(--max_prompt_length 400)" in skipped["long"] and "no such file" in skipped[c["problem_id"]]
+    assert {"long", c["problem_id"], "no type", "torn"} == set(skipped) and result(place)[
+        "skipped"
+    ] == {}
+    assert (
+        "(--max_prompt_length 400)" in skipped["long"]
+        and "no such file" in skipped[c["problem_id"]]
+    )
     assert "held-out: 1 question(s); unusable: 4" in said
     assert all(said.count(f"skipped {problem}: ") == 1 for problem in skipped)
     shutil.rmtree(place.output)
     heldout = place.write("heldout.json", [long])
-    assert "no question of" in refused(place, "--dataset_name", data, "--eval_dataset_name", heldout, "--max_prompt_length", 400, *NO_CLIP)
+    assert "no question of" in refused(
+        place,
+        "--dataset_name",
+        data,
+        "--eval_dataset_name",
+        heldout,
+        "--max_prompt_length",
+        400,
+        *NO_CLIP,
+    )
 
 
 # ------------------------------------------------------------------------------------------------- refusals, and what is said
@@ -233,14 +357,21 @@ def test_a_refused_start_leaves_nothing_behind(place, monkeypatch, tmp_path):
     empty = place.write("p.jsonl", [])
     bad = {  # flags -> words of the refusal
         ("--deepspeed", tmp_path / "none.json"): "DeepSpeed configuration",
-        ("--model_name_or_path", tmp_path / "none"): f"model {tmp_path / 'none'} cannot be loaded: ",
+        (
+            "--model_name_or_path",
+            tmp_path / "none",
+        ): f"model {tmp_path / 'none'} cannot be loaded: ",
         ("--eval_dataset_name", tmp_path / "none.json"): "not found",
         ("--prompt_template", tmp_path / "none.txt"): "not found",
         ("--priors", tmp_path / "none.jsonl"): "not found",
         ("--priors", empty): "is not an object",
-        ("--per_device_train_batch_size", 3): "2 usable questions (0 skipped) are fewer than one step's 3",
+        (
+            "--per_device_train_batch_size",
+            3,
+        ): "2 usable questions (0 skipped) are fewer than one step's 3",
         ("--stage", "sft", "--sft_per_device_batch_size", 3): "fewer than one step of 3",
-        ("--output_dir", data): "is no folder"}
+        ("--output_dir", data): "is no folder",
+    }
     for flags, words in bad.items():
         assert words in refused(place, *good, *flags), flags
         assert not place.output.exists(), flags
@@ -248,7 +379,9 @@ def test_a_refused_start_leaves_nothing_behind(place, monkeypatch, tmp_path):
     rows = [row for questions in place.questions for row in questions if not row["options"]]
     rows = [{key: value for key, value in row.items() if key != "grounding"} for row in rows]
     plain = place.write("plain.json", rows)
-    assert "no question of" in refused(place, "--dataset_name", plain, *NO_CLIP, "--recipe", "video_r2")
+    assert "no question of" in refused(
+        place, "--dataset_name", plain, *NO_CLIP, "--recipe", "video_r2"
+    )
     other = priors_of(place, [a, b], frames=8)
     message = refused(place, *good, "--priors", other)
     assert "K=8" in message and "K=16" in message
@@ -257,8 +390,13 @@ def test_a_refused_start_leaves_nothing_behind(place, monkeypatch, tmp_path):
     shutil.rmtree(place.output)  # with the priors that it computed
     # refused with its priors computed, then for want of a model's weights: neither is an earlier run, and the rows are used again
     broken = place.write("data.json", [a, absent(b)])
-    assert "1 usable questions (1 skipped)" in refused(place, "--dataset_name", broken, *NO_CLIP, "--per_device_train_batch_size", 2)
-    assert sorted(path.name for path in place.output.iterdir()) == ["priors_training.jsonl", "priors_training.jsonl.errors.jsonl"]
+    assert "1 usable questions (1 skipped)" in refused(
+        place, "--dataset_name", broken, *NO_CLIP, "--per_device_train_batch_size", 2
+    )
+    assert sorted(path.name for path in place.output.iterdir()) == [
+        "priors_training.jsonl",
+        "priors_training.jsonl.errors.jsonl",
+    ]
 
     def fails(*_):
         raise OSError("no weights")
@@ -271,14 +409,20 @@ def test_a_refused_start_leaves_nothing_behind(place, monkeypatch, tmp_path):
     place.write("data.json", [a, b])
     said = place.start(*good)
     assert "computing the priors of 1 training questions" in said  # b's, which was broken
-    assert set(place.rows) == {a["problem_id"], b["problem_id"]} and "holds an earlier run" in refused(place, *good)
+    assert set(place.rows) == {
+        a["problem_id"],
+        b["problem_id"],
+    } and "holds an earlier run" in refused(place, *good)
 
 
 def test_rows_of_a_refused_start_with_other_settings_are_computed_again(place):
     a, b = place.questions[0][:2]
     data = place.write("data.json", [a, b])
     place.output.mkdir()
-    prior.write_lines(place.output / "priors_training.jsonl", prior.read_priors(priors_of(place, [a, b], frames=8)))
+    workers.write_lines(
+        place.output / "priors_training.jsonl",
+        prior.read_priors(priors_of(place, [a, b], frames=8)),
+    )
     place.start("--dataset_name", data, *NO_CLIP, "--frames", 4)
     assert {len(row["frames"]) for row in place.rows.values()} == {4}
     assert len(list(prior.read_priors(place.output / "priors_training.jsonl"))) == 2
@@ -286,7 +430,9 @@ def test_rows_of_a_refused_start_with_other_settings_are_computed_again(place):
 
 def test_what_will_be_trained_is_said_first(place, monkeypatch):
     rows = [row for questions in place.questions for row in questions][:12]
-    rows = [row if index < 2 else {**row, "process": ""} for index, row in enumerate(rows)] + [{"problem_id": "x"}]
+    rows = [row if index < 2 else {**row, "process": ""} for index, row in enumerate(rows)] + [
+        {"problem_id": "x"}
+    ]
     data, said = place.write("data.json", rows), []
     monkeypatch.setattr(train, "say", lambda text: said.append((text, len(place.calls))))
     place.start("--dataset_name", data, "--stage", "sft", "--sft_per_device_batch_size", 2)
@@ -294,16 +440,22 @@ def test_what_will_be_trained_is_said_first(place, monkeypatch):
     shutil.rmtree(place.output)
     place.calls.clear()
     place.start("--dataset_name", data, "--per_device_train_batch_size", 5, *NO_CLIP)
-    assert ("GRPO: 2 step(s) of 5 question(s); 1 question(s) unusable; 2 left over, too few for a step", 0) in said
+    assert (
+        "GRPO: 2 step(s) of 5 question(s); 1 question(s) unusable; 2 left over, too few for a step",
+        0,
+    ) in said
 
 
 def test_a_row_is_named_once_by_all_stages_epochs_and_ranks(alone, capsys):
-    engine.named.clear()
+    ranks.named.clear()
     skipped = {}
     for _ in range(2):
-        engine.share_skipped({"a": "a.mp4: no such file"}, skipped)
-    engine.name_skipped({"a": "a.mp4: no such file", "b": "row 1 has no problem"})
-    assert capsys.readouterr().out.splitlines() == ["skipped a: a.mp4: no such file", "skipped b: row 1 has no problem"]
+        ranks.share_skipped({"a": "a.mp4: no such file"}, skipped)
+    ranks.name_skipped({"a": "a.mp4: no such file", "b": "row 1 has no problem"})
+    assert capsys.readouterr().out.splitlines() == [
+        "skipped a: a.mp4: no such file",
+        "skipped b: row 1 has no problem",
+    ]
     assert skipped == {"a": "a.mp4: no such file"}
 
 
@@ -318,7 +470,12 @@ def test_without_git_there_is_no_revision(monkeypatch, tmp_path):
 
 def test_a_longer_run_begins_with_the_questions_of_a_shorter_one(toy_folder):
     examples = load_examples(toy_folder / "train.json")[:5]
-    lengths = [dict(max_steps=2), dict(max_steps=9), dict(max_steps=-1, num_train_epochs=1.4), dict(max_steps=-1, num_train_epochs=3.0)]
+    lengths = [
+        dict(max_steps=2),
+        dict(max_steps=9),
+        dict(max_steps=-1, num_train_epochs=1.4),
+        dict(max_steps=-1, num_train_epochs=3.0),
+    ]
     streams = []
     for length in lengths:
         arguments = replace(train.TrainArguments(), per_device_train_batch_size=2, **length)
@@ -343,25 +500,52 @@ def test_a_finished_run_is_planned_again(place):
     assert len(first) == 3 and (place.output / "checkpoint-grpo-3").is_dir()
     state = {path: path.read_bytes() for path in place.output.rglob("*") if path.is_file()}
     place.calls.clear()
-    assert "holds a finished run (result.json); nothing to do" in place.start(*more, "--max_steps", 4)
+    assert "holds a finished run (result.json); nothing to do" in place.start(
+        *more, "--max_steps", 4
+    )
     assert {path: path.read_bytes() for path in place.output.rglob("*") if path.is_file()} == state
-    left = 2 - ([example.id for example in load_examples(data)].index(d["problem_id"]) in random.Random(0).sample(range(4), 4)[:2])
-    assert f"holds a finished run of 3 grpo steps, this command has {left}; nothing to do" in place.start(*more, "--max_steps", 2)
+    left = 2 - (
+        [example.id for example in load_examples(data)].index(d["problem_id"])
+        in random.Random(0).sample(range(4), 4)[:2]
+    )
+    assert (
+        f"holds a finished run of 3 grpo steps, this command has {left}; nothing to do"
+        in place.start(*more, "--max_steps", 2)
+    )
     assert place.calls == [] and (place.output / "result.json").is_file()
     # what could not be read stays out, also when it can be by now: the questions that were trained keep their places
     shutil.copyfile(place.folder / d["path"], place.folder / "absent.mp4")
     said = place.start(*more, "--max_steps", -1, "--num_train_epochs", 2)
-    assert "going on with --num_train_epochs 2.0, before it was 1.0" in said and "schedule is stretched" in said
+    assert (
+        "going on with --num_train_epochs 2.0, before it was 1.0" in said
+        and "schedule is stretched" in said
+    )
     (_, second), (_, after) = place.calls  # the scores before are those of the first run
-    assert len(second) == 6 and second[:3] == first and after == asked == [place.questions[0][1]["problem_id"]]
-    assert d["problem_id"] in result(place)["skipped"] and list(result(place)["heldout_skipped"]) == [place.questions[1][1]["problem_id"]]
+    assert (
+        len(second) == 6
+        and second[:3] == first
+        and after == asked == [place.questions[0][1]["problem_id"]]
+    )
+    assert d["problem_id"] in result(place)["skipped"] and list(
+        result(place)["heldout_skipped"]
+    ) == [place.questions[1][1]["problem_id"]]
     (place.folder / place.questions[0][0]["path"]).unlink()
-    assert "1 held-out question(s) scored before GRPO can no longer be" in refused(place, *more, "--num_train_epochs", 3)
+    assert "1 held-out question(s) scored before GRPO can no longer be" in refused(
+        place, *more, "--num_train_epochs", 3
+    )
     shutil.rmtree(place.output)
     place.calls.clear()
     place.start("--dataset_name", place.write("data.json", [b, c]), *NO_CLIP, "--save_steps", 0)
-    assert "without checkpoints (--save_steps 0)" in refused(place, "--dataset_name", data, *NO_CLIP, "--resume_from_checkpoint", "auto",
-                                                             "--num_train_epochs", 2)
+    assert "without checkpoints (--save_steps 0)" in refused(
+        place,
+        "--dataset_name",
+        data,
+        *NO_CLIP,
+        "--resume_from_checkpoint",
+        "auto",
+        "--num_train_epochs",
+        2,
+    )
 
 
 def test_a_longer_run_computes_the_priors_that_it_lacks(place):
@@ -371,28 +555,64 @@ def test_a_longer_run_computes_the_priors_that_it_lacks(place):
     made = (place.output / "priors_training.jsonl").read_text()
     said = place.start(*flags, "--max_steps", 4, "--resume_from_checkpoint", "auto")
     assert "computing the priors of 2 training questions" in said and len(made.splitlines()) == 2
-    assert (place.output / "priors_training.jsonl").read_text().startswith(made) and len(place.rows) == 4
+    assert (place.output / "priors_training.jsonl").read_text().startswith(made) and len(
+        place.rows
+    ) == 4
 
 
 def test_a_finished_run_is_made_longer(small_toy, first_run, tmp_path):
     """first_run's GRPO of 2 steps of 4 questions goes on to 3."""
     output = tmp_path / "out"
     shutil.copytree(first_run[0], output)
-    before = {name: (output / name).read_text() for name in ("metrics.jsonl", "rollouts.jsonl", "priors_training.jsonl")}
-    flags = ["--toy_dir", small_toy, "--output_dir", output, "--sft_max_steps", 2, "--sft_per_device_batch_size", 4, "--num_generations", 4,
-             "--max_completion_length", 12, "--gate", "none", "--weight_decay", 0, "--per_device_train_batch_size", 4,
-             "--resume_from_checkpoint", "auto"]
+    before = {
+        name: (output / name).read_text()
+        for name in ("metrics.jsonl", "rollouts.jsonl", "priors_training.jsonl")
+    }
+    flags = [
+        "--toy_dir",
+        small_toy,
+        "--output_dir",
+        output,
+        "--sft_max_steps",
+        2,
+        "--sft_per_device_batch_size",
+        4,
+        "--num_generations",
+        4,
+        "--max_completion_length",
+        12,
+        "--gate",
+        "none",
+        "--weight_decay",
+        0,
+        "--per_device_train_batch_size",
+        4,
+        "--resume_from_checkpoint",
+        "auto",
+    ]
     command = [sys.executable, "train.py", *map(str, flags), "--max_steps", "3"]
     done = subprocess.run(command, cwd=ROOT, env=ENV, capture_output=True, text=True, timeout=420)
     said = done.stdout + done.stderr
     assert done.returncode == 0, said[-3000:]
-    assert "going on with --max_steps 3, before it was 2" in said and "schedule is stretched" in said
+    assert (
+        "going on with --max_steps 3, before it was 2" in said and "schedule is stretched" in said
+    )
     assert "going on after step 2 of grpo" in said
-    assert [record["step"] for record in metrics(output, "grpo")] == [0, 1, 2] and len(metrics(output, "sft")) == 2
+    assert [record["step"] for record in metrics(output, "grpo")] == [0, 1, 2] and len(
+        metrics(output, "sft")
+    ) == 2
     for name, text in before.items():
         assert (output / name).read_text().startswith(text)
-    asked = {json.loads(line)["problem_id"] for line in (output / "rollouts.jsonl").read_text().splitlines()}
-    rows = [json.loads(line)["problem_id"] for line in (output / "priors_training.jsonl").read_text().splitlines()]
+    asked = {
+        json.loads(line)["problem_id"]
+        for line in (output / "rollouts.jsonl").read_text().splitlines()
+    }
+    rows = [
+        json.loads(line)["problem_id"]
+        for line in (output / "priors_training.jsonl").read_text().splitlines()
+    ]
     assert len(rows) == len(set(rows)) == 12 and asked == set(rows)
-    old, new = (json.loads((folder / "result.json").read_text()) for folder in (first_run[0], output))
+    old, new = (
+        json.loads((folder / "result.json").read_text()) for folder in (first_run[0], output)
+    )
     assert new["before"] == old["before"] and new["after"] != old["after"]

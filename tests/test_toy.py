@@ -30,7 +30,11 @@ def test_a_plan_is_four_scenes_that_fill_the_video(seed):
     assert scenes[0]["start"] == 0 and scenes[-1]["end"] == toy.SECONDS
     assert all(a["end"] == b["start"] for a, b in zip(scenes, scenes[1:], strict=False))
     assert sorted(scene["end"] - scene["start"] for scene in scenes) == [2, 2, 4, 8]
-    assert len({scene["colour"] for scene in scenes}) == len({scene["texture"] for scene in scenes}) == 4
+    assert (
+        len({scene["colour"] for scene in scenes})
+        == len({scene["texture"] for scene in scenes})
+        == 4
+    )
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -40,9 +44,16 @@ def test_the_evidence_is_the_scene_that_answers(kind, seed):
     scene, answer = scene_at(scenes, row["evidence"]), reward.extract_answer(row["solution"])
     starts = {s["texture"]: s["start"] for s in scenes}
     named = [word for word in re.findall(r"\w+", row["problem"]) if word in starts]
-    assert len(named) == (2 if kind == "order" else 1) and min(named, key=starts.get) == scene["texture"]
+    assert (
+        len(named) == (2 if kind == "order" else 1)
+        and min(named, key=starts.get) == scene["texture"]
+    )
     if kind == "count":
-        assert answer == str(scene["balls"]) and row["problem_type"] == "numerical" and row["options"] == []
+        assert (
+            answer == str(scene["balls"])
+            and row["problem_type"] == "numerical"
+            and row["options"] == []
+        )
     else:
         assert row["problem_type"] == "multiple choice" and len(set(row["options"])) == 2
         (chosen,) = [option[3:] for option in row["options"] if option[0] == answer]
@@ -54,17 +65,26 @@ def test_the_evidence_is_the_scene_that_answers(kind, seed):
 @pytest.mark.parametrize("seed", range(20))
 def test_a_demonstration_answers_what_it_looked_at(kind, biased, seed):
     scenes, row = question(kind, seed, biased)
-    looked = next(s for s in scenes if s["texture"] == re.search(r"Look: (\w+)", row["process"]).group(1))
+    looked = next(
+        s for s in scenes if s["texture"] == re.search(r"Look: (\w+)", row["process"]).group(1)
+    )
     asked = scene_at(scenes, row["evidence"])
     length = looked["end"] - looked["start"]
     if not biased:
         assert looked == asked and row["told"] == reward.extract_answer(row["solution"])
     else:
         assert length == 8 and row["salient_is_asked"] == (asked == looked)
-    told = str(looked["balls"]) if kind == "count" else next(o[0] for o in row["options"] if o[3:] == looked["colour"])
+    told = (
+        str(looked["balls"])
+        if kind == "count"
+        else next(o[0] for o in row["options"] if o[3:] == looked["colour"])
+    )
     assert row["told"] == told
     for scene in scenes:  # listed rightly, whatever it looks at
-        assert f"{scene['start']}s {scene['texture']} {scene['colour']} {scene['balls']}." in row["process"]
+        assert (
+            f"{scene['start']}s {scene['texture']} {scene['colour']} {scene['balls']}."
+            in row["process"]
+        )
 
 
 def test_a_focused_demonstration_lists_nothing():
@@ -74,7 +94,12 @@ def test_a_focused_demonstration_lists_nothing():
 
 def test_the_asked_scene_differs_from_the_salient_one_often_enough():
     """One of four scenes is asked for: the longest in a quarter. Of the longest and another one, the longest comes first in half."""
-    share = {kind: np.mean([question(kind, seed, biased=False)[1]["salient_is_asked"] for seed in range(2000)]) for kind in KINDS}
+    share = {
+        kind: np.mean(
+            [question(kind, seed, biased=False)[1]["salient_is_asked"] for seed in range(2000)]
+        )
+        for kind in KINDS
+    }
     assert share == pytest.approx({"colour": 1 / 4, "count": 1 / 4, "order": 1 / 2}, abs=0.04)
 
 
@@ -84,11 +109,16 @@ def test_a_cached_toy_of_other_settings_is_refused(tmp_path, monkeypatch, capsys
     monkeypatch.setattr(sys, "argv", ["toy.py", "--output_dir", str(tmp_path)])
     toy.main()
     assert "toy found" in capsys.readouterr().out
-    monkeypatch.setattr(sys, "argv", ["toy.py", "--output_dir", str(tmp_path), "--dense_share", "0.6"])
+    monkeypatch.setattr(
+        sys, "argv", ["toy.py", "--output_dir", str(tmp_path), "--dense_share", "0.6"]
+    )
     with pytest.raises(toy.DataError, match="another dense_share"):
         toy.main()
 
 
 def test_letters_are_shuffled():
-    letters = [reward.extract_answer(question("colour", seed, biased=False)[1]["solution"]) for seed in range(400)]
+    letters = [
+        reward.extract_answer(question("colour", seed, biased=False)[1]["solution"])
+        for seed in range(400)
+    ]
     assert letters.count("A") == pytest.approx(200, abs=45)

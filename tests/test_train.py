@@ -17,9 +17,10 @@ from conftest import ENV, ROOT, SMALL_GRPO, complain, launch, metrics, weights
 from transformers import HfArgumentParser
 
 import train
-from data import DataError, Encoder, Example, load_examples
-from engine import choose_trained, update_reference
-from grpo import Policy, collate
+from common.data import DataError, Example, load_examples
+from common.engine import choose_trained, update_reference
+from common.media import Encoder
+from common.policy import Policy, collate
 
 
 def test_the_whole_path(small_toy, first_run):
@@ -27,30 +28,77 @@ def test_the_whole_path(small_toy, first_run):
     assert "held-out accuracy, greedy" in done.stdout + done.stderr
     result = json.loads((output / "result.json").read_text())
     heldout = json.loads((small_toy / "heldout.json").read_text())
-    expected = {"greedy", "sampled", "greedy/conflict", "consensus", "evidence_use", "paper_consensus", "paper_evidence_use"}
+    expected = {
+        "greedy",
+        "sampled",
+        "greedy/conflict",
+        "consensus",
+        "evidence_use",
+        "paper_consensus",
+        "paper_evidence_use",
+    }
     assert expected <= set(result["before"]) and expected <= set(result["after"])
     # sampled-frame shares of the evidence, averaged by hand over the held-out questions: 2 of 16 frames a 2 s slot
-    chance = sum((row["evidence"][0][1] - row["evidence"][0][0]) / 16 for row in heldout) / len(heldout)
+    chance = sum((row["evidence"][0][1] - row["evidence"][0][0]) / 16 for row in heldout) / len(
+        heldout
+    )
     assert result["before"]["evidence_chance"] == pytest.approx(chance, abs=1e-6)
     assert len(metrics(output, "sft")) == 2 and len(metrics(output, "grpo")) == 2
     for record in metrics(output, "grpo"):
-        assert record["reward/total"] == pytest.approx(sum(record[f"reward/{name}"] for name in (
-            "accuracy", "format", "length", "temporal", "consensus")), abs=1e-5)
+        assert record["reward/total"] == pytest.approx(
+            sum(
+                record[f"reward/{name}"]
+                for name in ("accuracy", "format", "length", "temporal", "consensus")
+            ),
+            abs=1e-5,
+        )
         assert 0 < record["consensus/score"] < 1 and record["data/skipped"] == 0
-    assert metrics(output, "grpo")[0]["loss/kl"] == pytest.approx(0, abs=1e-6)  # the policy starts as its reference
-    assert all(record["loss/ratio"] == pytest.approx(1, abs=1e-6) for record in metrics(output, "grpo"))  # one update a rollout
+    assert metrics(output, "grpo")[0]["loss/kl"] == pytest.approx(
+        0, abs=1e-6
+    )  # the policy starts as its reference
+    assert all(
+        record["loss/ratio"] == pytest.approx(1, abs=1e-6) for record in metrics(output, "grpo")
+    )  # one update a rollout
     rollouts = [json.loads(line) for line in (output / "rollouts.jsonl").read_text().splitlines()]
-    assert len(rollouts) == 2 * 4 * 4 and all(abs(sum(row["use"]) - 1) < 1e-2 for row in rollouts if row["use"])
+    assert len(rollouts) == 2 * 4 * 4 and all(
+        abs(sum(row["use"]) - 1) < 1e-2 for row in rollouts if row["use"]
+    )
 
 
 def test_evaluate_agrees_with_the_table(small_toy, first_run, tmp_path):
     output, _ = first_run
     result = json.loads((output / "result.json").read_text())["after"]
     for name, temperature in (("greedy", 0), ("sampled", 1)):
-        flags = ["--bench", small_toy / "heldout.json", "--min_pixels", 3136, "--max_pixels", 3136, "--max_completion_length", 12,
-                 "--temperature", temperature, "--top_p", 0.95, "--output", tmp_path / f"{name}.json"]
-        done = subprocess.run([sys.executable, "evaluate.py", "--model_name_or_path", output / "grpo", *map(str, flags)], cwd=ROOT, env=ENV,
-                              capture_output=True, text=True, timeout=240)
+        flags = [
+            "--bench",
+            small_toy / "heldout.json",
+            "--min_pixels",
+            3136,
+            "--max_pixels",
+            3136,
+            "--max_completion_length",
+            12,
+            "--temperature",
+            temperature,
+            "--top_p",
+            0.95,
+            "--output",
+            tmp_path / f"{name}.json",
+        ]
+        done = subprocess.run(
+            [
+                sys.executable,
+                "evaluate.py",
+                "--model_name_or_path",
+                output / "grpo",
+                *map(str, flags),
+            ],
+            cwd=ROOT,
+            env=ENV,
+            capture_output=True,
+            text=True,
+            timeout=240,
+        )
         assert done.returncode == 0, done.stderr[-3000:]
         report = json.loads((tmp_path / f"{name}.json").read_text())
         assert report["n"] == 9 and report["accuracy"] == pytest.approx(result[name], abs=1e-6)
@@ -79,7 +127,11 @@ def test_two_ranks_equal_one(small_toy, first_run, tmp_path):
 
 
 def rows_of(small_toy, count=12):
-    return [row for row in json.loads((small_toy / "train.json").read_text()) if row["data_type"] == "video"][:count]
+    return [
+        row
+        for row in json.loads((small_toy / "train.json").read_text())
+        if row["data_type"] == "video"
+    ][:count]
 
 
 def test_a_broken_video_is_skipped_counted_and_named(small_toy, first_run, tmp_path):
@@ -89,13 +141,35 @@ def test_a_broken_video_is_skipped_counted_and_named(small_toy, first_run, tmp_p
     rows[3]["path"] = "videos/bad.mp4"
     data = tmp_path / "data.json"
     data.write_text(json.dumps(rows))
-    done = launch("--dataset_name", data, "--model_name_or_path", first_run[0] / "sft", "--output_dir", tmp_path / "out",
-                  "--clip", f"local-dir:{small_toy}/clip", "--max_pixels", 3136, "--min_pixels", 3136, "--num_generations", 2,
-                  "--max_completion_length", 4, "--beta", 0, "--per_device_train_batch_size", 5)
+    done = launch(
+        "--dataset_name",
+        data,
+        "--model_name_or_path",
+        first_run[0] / "sft",
+        "--output_dir",
+        tmp_path / "out",
+        "--clip",
+        f"local-dir:{small_toy}/clip",
+        "--max_pixels",
+        3136,
+        "--min_pixels",
+        3136,
+        "--num_generations",
+        2,
+        "--max_completion_length",
+        4,
+        "--beta",
+        0,
+        "--per_device_train_batch_size",
+        5,
+    )
     skipped = json.loads((tmp_path / "out" / "result.json").read_text())["skipped"]
     assert list(skipped) == [rows[3]["problem_id"]] and "bad.mp4" in skipped[rows[3]["problem_id"]]
     assert "bad.mp4" in done.stdout + done.stderr
-    assert [record["data/skipped"] for record in metrics(tmp_path / "out", "grpo")] == [1, 1]  # 11 usable questions, two steps of five
+    assert [record["data/skipped"] for record in metrics(tmp_path / "out", "grpo")] == [
+        1,
+        1,
+    ]  # 11 usable questions, two steps of five
 
 
 def test_bad_input_ends_with_one_sentence(small_toy, first_run, tmp_path):
@@ -103,68 +177,205 @@ def test_bad_input_ends_with_one_sentence(small_toy, first_run, tmp_path):
     assert "--no_such_flag" in complain("--no_such_flag", "1")
     if not torch.cuda.is_available():
         assert "--cuda_graph needs a GPU" in complain("--cuda_graph", "true")
-    assert "not found" in complain("--dataset_name", tmp_path / "none.json", "--model_name_or_path", sft, "--output_dir", tmp_path / "a")
+    assert "not found" in complain(
+        "--dataset_name",
+        tmp_path / "none.json",
+        "--model_name_or_path",
+        sft,
+        "--output_dir",
+        tmp_path / "a",
+    )
     data = tmp_path / "data.json"
     data.write_text(json.dumps([{**row, "path": ""} for row in rows_of(small_toy, 4)]))
-    assert "0 usable questions (4 skipped)" in complain("--dataset_name", data, "--media_root", small_toy, "--model_name_or_path", sft,
-                                                        "--output_dir", tmp_path / "b")
+    assert "0 usable questions (4 skipped)" in complain(
+        "--dataset_name",
+        data,
+        "--media_root",
+        small_toy,
+        "--model_name_or_path",
+        sft,
+        "--output_dir",
+        tmp_path / "b",
+    )
 
 
 def test_frame_sets_in_the_data_are_the_prior(small_toy, first_run, tmp_path):
     data, sets, priors = tmp_path / "data.json", tmp_path / "sets.json", tmp_path / "priors.jsonl"
     data.write_text(json.dumps(rows_of(small_toy, 5)))
-    subprocess.run([sys.executable, "prior.py", "--dataset_name", data, "--media_root", small_toy, "--output", priors,
-                    "--clip", f"local-dir:{small_toy}/clip", "--export_frame_sets", sets], cwd=ROOT, env=ENV, check=True)
-    launch("--dataset_name", sets, "--media_root", small_toy, "--model_name_or_path", first_run[0] / "sft", "--output_dir",
-           tmp_path / "out", "--clip", "local-dir:none", "--max_pixels", 3136, "--min_pixels", 3136, "--num_generations", 2,
-           "--max_completion_length", 4, "--beta", 0, "--per_device_train_batch_size", 5)  # no CLIP is there, none is needed
-    built, used = ({row["problem_id"]: row for row in map(json.loads, file.read_text().splitlines())}
-                   for file in (priors, tmp_path / "out" / "priors_training.jsonl"))
+    subprocess.run(
+        [
+            sys.executable,
+            "prior.py",
+            "--dataset_name",
+            data,
+            "--media_root",
+            small_toy,
+            "--output",
+            priors,
+            "--clip",
+            f"local-dir:{small_toy}/clip",
+            "--export_frame_sets",
+            sets,
+        ],
+        cwd=ROOT,
+        env=ENV,
+        check=True,
+    )
+    launch(
+        "--dataset_name",
+        sets,
+        "--media_root",
+        small_toy,
+        "--model_name_or_path",
+        first_run[0] / "sft",
+        "--output_dir",
+        tmp_path / "out",
+        "--clip",
+        "local-dir:none",
+        "--max_pixels",
+        3136,
+        "--min_pixels",
+        3136,
+        "--num_generations",
+        2,
+        "--max_completion_length",
+        4,
+        "--beta",
+        0,
+        "--per_device_train_batch_size",
+        5,
+    )  # no CLIP is there, none is needed
+    built, used = (
+        {row["problem_id"]: row for row in map(json.loads, file.read_text().splitlines())}
+        for file in (priors, tmp_path / "out" / "priors_training.jsonl")
+    )
     assert len(built) == 5 and built.keys() == used.keys()
     for problem, row in built.items():
-        assert all(row[key] == used[problem][key] for key in ("frames", "times", "scene", "semantic", "prior"))
-    rollouts = [json.loads(line) for line in (tmp_path / "out" / "rollouts.jsonl").read_text().splitlines()]
-    assert len(rollouts) >= 10 and all(record["prior"] == built[record["problem_id"]]["prior"] for record in rollouts)
+        assert all(
+            row[key] == used[problem][key]
+            for key in ("frames", "times", "scene", "semantic", "prior")
+        )
+    rollouts = [
+        json.loads(line) for line in (tmp_path / "out" / "rollouts.jsonl").read_text().splitlines()
+    ]
+    assert len(rollouts) >= 10 and all(
+        record["prior"] == built[record["problem_id"]]["prior"] for record in rollouts
+    )
 
 
 @pytest.mark.parametrize("family", ["Qwen2VL", "Qwen3VL"])
 def test_other_families_train(family, small_toy, tmp_path):
     """A random checkpoint of the family, with its own processor and the toy's tokenizer, saved and trained as a user's would be."""
     old = transformers.AutoProcessor.from_pretrained(small_toy / "model")
-    tokenizer, token, later = old.tokenizer, old.tokenizer.convert_tokens_to_ids, family == "Qwen3VL"
+    tokenizer, token, later = (
+        old.tokenizer,
+        old.tokenizer.convert_tokens_to_ids,
+        family == "Qwen3VL",
+    )
     patches = dict(patch_size=16 if later else 14, temporal_patch_size=2)
-    text = dict(vocab_size=len(tokenizer), hidden_size=64, intermediate_size=128, num_hidden_layers=3, num_attention_heads=4,
-                num_key_value_heads=2, bos_token_id=None, eos_token_id=token("<|im_end|>"), pad_token_id=token("<|endoftext|>"),
-                rope_parameters={"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]}, initializer_range=0.1)
-    vision = dict(depth=2, num_heads=4, spatial_merge_size=2, hidden_size=64, initializer_range=0.1, **patches)
-    deep = dict(intermediate_size=96, out_hidden_size=64, num_position_embeddings=16, deepstack_visual_indexes=[0, 1])
+    text = dict(
+        vocab_size=len(tokenizer),
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        bos_token_id=None,
+        eos_token_id=token("<|im_end|>"),
+        pad_token_id=token("<|endoftext|>"),
+        rope_parameters={"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]},
+        initializer_range=0.1,
+    )
+    vision = dict(
+        depth=2, num_heads=4, spatial_merge_size=2, hidden_size=64, initializer_range=0.1, **patches
+    )
+    deep = dict(
+        intermediate_size=96,
+        out_hidden_size=64,
+        num_position_embeddings=16,
+        deepstack_visual_indexes=[0, 1],
+    )
     vision |= deep if later else dict(embed_dim=64)
-    ids = {name: token(f"<|{word}|>") for name, word in (("image_token_id", "image_pad"), ("video_token_id", "video_pad"), (
-        "vision_start_token_id", "vision_start"), ("vision_end_token_id", "vision_end"))}
-    config = getattr(transformers, f"{family}Config")(text_config=text | (dict(head_dim=16) if later else {}), vision_config=vision, **ids,
-                                                      tie_word_embeddings=False)
-    getattr(transformers, f"{family}ForConditionalGeneration")(config).save_pretrained(tmp_path / "model")
+    ids = {
+        name: token(f"<|{word}|>")
+        for name, word in (
+            ("image_token_id", "image_pad"),
+            ("video_token_id", "video_pad"),
+            ("vision_start_token_id", "vision_start"),
+            ("vision_end_token_id", "vision_end"),
+        )
+    }
+    config = getattr(transformers, f"{family}Config")(
+        text_config=text | (dict(head_dim=16) if later else {}),
+        vision_config=vision,
+        **ids,
+        tie_word_embeddings=False,
+    )
+    getattr(transformers, f"{family}ForConditionalGeneration")(config).save_pretrained(
+        tmp_path / "model"
+    )
     getattr(transformers, f"{family}Processor")(
-        image_processor=transformers.Qwen2VLImageProcessor(**patches, merge_size=2), tokenizer=tokenizer, chat_template=old.chat_template,
-        video_processor=getattr(transformers, f"{family}VideoProcessor")(**patches, merge_size=2)).save_pretrained(tmp_path / "model")
-    launch("--dataset_name", small_toy / "train.json", "--model_name_or_path", tmp_path / "model", "--output_dir", tmp_path / "out",
-           *SMALL_GRPO, "--per_device_train_batch_size", 4, "--min_pixels", 4096, "--max_pixels", 12544,
-           "--prior", "no_semantic")
+        image_processor=transformers.Qwen2VLImageProcessor(**patches, merge_size=2),
+        tokenizer=tokenizer,
+        chat_template=old.chat_template,
+        video_processor=getattr(transformers, f"{family}VideoProcessor")(**patches, merge_size=2),
+    ).save_pretrained(tmp_path / "model")
+    launch(
+        "--dataset_name",
+        small_toy / "train.json",
+        "--model_name_or_path",
+        tmp_path / "model",
+        "--output_dir",
+        tmp_path / "out",
+        *SMALL_GRPO,
+        "--per_device_train_batch_size",
+        4,
+        "--min_pixels",
+        4096,
+        "--max_pixels",
+        12544,
+        "--prior",
+        "no_semantic",
+    )
     first, second = metrics(tmp_path / "out", "grpo")
-    assert first["loss/kl"] == pytest.approx(0, abs=1e-6) and second["loss/kl"] > 1e-9 and second["loss/grad_norm"] > 1e-3
+    assert (
+        first["loss/kl"] == pytest.approx(0, abs=1e-6)
+        and second["loss/kl"] > 1e-9
+        and second["loss/grad_norm"] > 1e-3
+    )
     before, after = weights(tmp_path / "model"), weights(tmp_path / "out" / "grpo")
     assert [name for name in before if torch.equal(before[name], after[name])] == []
 
 
-@pytest.mark.parametrize("kind, answer, earned", [
-    ("numerical", "5", True), ("numerical", "1,200.5", True), ("numerical", "50%", False), ("numerical", "two", False),
-    ("regression", "-3.5", True), ("regression", "0", False), ("regression", "3 m", False), ("free-form", "a man runs", True),
-    ("free-form", "red", True), ("free-form", "он", False), ("OCR", "он", True), ("OCR", "5% off", True),
-    ("multiple choice", "B", True), ("multiple choice", "A,C", True), ("multiple choice", "Yes", True)])
+@pytest.mark.parametrize(
+    "kind, answer, earned",
+    [
+        ("numerical", "5", True),
+        ("numerical", "1,200.5", True),
+        ("numerical", "50%", False),
+        ("numerical", "two", False),
+        ("regression", "-3.5", True),
+        ("regression", "0", False),
+        ("regression", "3 m", False),
+        ("free-form", "a man runs", True),
+        ("free-form", "red", True),
+        ("free-form", "он", False),
+        ("OCR", "он", True),
+        ("OCR", "5% off", True),
+        ("multiple choice", "B", True),
+        ("multiple choice", "A,C", True),
+        ("multiple choice", "Yes", True),
+    ],
+)
 def test_what_no_answer_can_earn(kind, answer, earned):
     cause = f"its own solution '{answer}' scores 0 as {kind}, so no answer can earn it"
-    assert train.unearnable(Example("1", "?", [], kind, answer, "", "text")) == (None if earned else cause)
-    assert train.plain_cause(cause) == f"its own solution ... scores N as {kind}, so no answer can earn it"
+    assert train.unearnable(Example("1", "?", [], kind, answer, "", "text")) == (
+        None if earned else cause
+    )
+    assert (
+        train.plain_cause(cause)
+        == f"its own solution ... scores N as {kind}, so no answer can earn it"
+    )
 
 
 # ------------------------------------------------------------------------------------------------------------ the recipes
@@ -175,11 +386,28 @@ def test_bfloat16_with_gradient_checkpointing(cold_start, tmp_path):
     config = json.loads((ROOT / "ds_zero3.json").read_text()) | {"bf16": {"enabled": True}}
     (tmp_path / "bf16.json").write_text(json.dumps(config))
     checkpoint, flags = cold_start
-    launch(*flags, "--deepspeed", tmp_path / "bf16.json", "--gradient_checkpointing", "true", "--max_steps", 2, "--learning_rate", 1e-3,
-           "--per_device_train_batch_size", 4, "--weight_decay", 0, "--output_dir", tmp_path / "out")
+    launch(
+        *flags,
+        "--deepspeed",
+        tmp_path / "bf16.json",
+        "--gradient_checkpointing",
+        "true",
+        "--max_steps",
+        2,
+        "--learning_rate",
+        1e-3,
+        "--per_device_train_batch_size",
+        4,
+        "--weight_decay",
+        0,
+        "--output_dir",
+        tmp_path / "out",
+    )
     first, second = metrics(tmp_path / "out", "grpo")
     assert first["loss/kl"] < 1e-6 < second["loss/kl"] and first["loss/zero_variance_groups"] < 1
-    assert 1e-6 < first["rollout/logp_difference"] < 0.05  # sampling and scoring round in other places
+    assert (
+        1e-6 < first["rollout/logp_difference"] < 0.05
+    )  # sampling and scoring round in other places
     before, after = weights(checkpoint), weights(tmp_path / "out" / "grpo")
     assert {value.dtype for value in after.values()} == {torch.bfloat16}
     assert [name for name in before if torch.equal(before[name].bfloat16(), after[name])] == []
@@ -189,47 +417,153 @@ def test_bfloat16_with_gradient_checkpointing(cold_start, tmp_path):
 def cold_start(small_toy, tmp_path_factory):
     """A checkpoint that has learned short answers ("0s striped red 2."), so that every reward varies, and flags to go on from it."""
     folder = tmp_path_factory.mktemp("cold")
-    rows = [row for row in json.loads((small_toy / "train_cot.json").read_text()) if row["data_type"] == "video" and row["options"]]
+    rows = [
+        row
+        for row in json.loads((small_toy / "train_cot.json").read_text())
+        if row["data_type"] == "video" and row["options"]
+    ]
     for row in rows:
         row["process"] = f"<think>0s {row['grounding'][min(row['grounding'])]}.</think>"
     data = folder / "data.json"
     data.write_text(json.dumps(rows))
-    flags = ["--dataset_name", data, "--media_root", small_toy, "--min_pixels", 3136, "--max_pixels", 3136]
-    launch(*flags, "--stage", "sft", "--model_name_or_path", small_toy / "model", "--sft_learning_rate", 2e-3, "--sft_max_steps", 150,
-           "--sft_per_device_batch_size", 8, "--output_dir", folder / "run")
-    return folder / "run" / "sft", [*flags, "--model_name_or_path", folder / "run" / "sft", "--clip", f"local-dir:{small_toy}/clip",
-                                    "--max_steps", 3, "--num_generations", 4, "--max_completion_length", 40]
+    flags = [
+        "--dataset_name",
+        data,
+        "--media_root",
+        small_toy,
+        "--min_pixels",
+        3136,
+        "--max_pixels",
+        3136,
+    ]
+    launch(
+        *flags,
+        "--stage",
+        "sft",
+        "--model_name_or_path",
+        small_toy / "model",
+        "--sft_learning_rate",
+        2e-3,
+        "--sft_max_steps",
+        150,
+        "--sft_per_device_batch_size",
+        8,
+        "--output_dir",
+        folder / "run",
+    )
+    return folder / "run" / "sft", [
+        *flags,
+        "--model_name_or_path",
+        folder / "run" / "sft",
+        "--clip",
+        f"local-dir:{small_toy}/clip",
+        "--max_steps",
+        3,
+        "--num_generations",
+        4,
+        "--max_completion_length",
+        40,
+    ]
 
 
 TERMS = {  # recipe -> terms that may differ from 0 beside accuracy and format
-    "cfgrpo": {"length", "temporal", "consensus"}, "grpo": set(), "tgrpo": {"length", "temporal"}, "care": {"consistency"}, "tw": set(),
-    "video_r2": {"alignment"}, "release": {"length", "temporal", "consensus"}}
+    "cfgrpo": {"length", "temporal", "consensus"},
+    "grpo": set(),
+    "tgrpo": {"length", "temporal"},
+    "care": {"consistency"},
+    "tw": set(),
+    "video_r2": {"alignment"},
+    "release": {"length", "temporal", "consensus"},
+}
 CONSTANTS = {  # method.md's, and evaluation.md's table of settings
-    "cfgrpo": dict(cfr_weight=3.0, gate="soft", tau=0.1, use_order="mean_softmax", temporal_ratio=1.0, beta=0.04, learning_rate=5e-6,
-                    top_k=0),
-    "grpo": dict(beta=0.04, clip_high=0.2, reduction="sequence"), "tgrpo": dict(temporal_gamma=0.3, length_bonus=0.2, top_k=50),
-    "care": dict(consistency_coef=0.5, consistency_margin=0.01, beta=0.0, ema_decay=0.995, ema_steps=10, learning_rate=1e-6, top_k=50),
-    "tw": dict(token_weight_alpha=1.7, reduction="token", clip_low=0.2, clip_high=0.28, beta=0.0, top_p=1.0, top_k=50, learning_rate=1e-6),
-    "video_r2": dict(alignment_weight=1.0, alignment_buffer=2.0, alignment_threshold=0.75, temperature=0.9, top_k=50, beta=0.04),
-    "release": dict(cfr_weight=5.0, gate="hard", tau=0.5, use_order="softmax_mean", temporal_ratio=0.8, learning_rate=1e-6, top_k=50)}
+    "cfgrpo": dict(
+        cfr_weight=3.0,
+        gate="soft",
+        tau=0.1,
+        use_order="mean_softmax",
+        temporal_ratio=1.0,
+        beta=0.04,
+        learning_rate=5e-6,
+        top_k=0,
+    ),
+    "grpo": dict(beta=0.04, clip_high=0.2, reduction="sequence"),
+    "tgrpo": dict(temporal_gamma=0.3, length_bonus=0.2, top_k=50),
+    "care": dict(
+        consistency_coef=0.5,
+        consistency_margin=0.01,
+        beta=0.0,
+        ema_decay=0.995,
+        ema_steps=10,
+        learning_rate=1e-6,
+        top_k=50,
+    ),
+    "tw": dict(
+        token_weight_alpha=1.7,
+        reduction="token",
+        clip_low=0.2,
+        clip_high=0.28,
+        beta=0.0,
+        top_p=1.0,
+        top_k=50,
+        learning_rate=1e-6,
+    ),
+    "video_r2": dict(
+        alignment_weight=1.0,
+        alignment_buffer=2.0,
+        alignment_threshold=0.75,
+        temperature=0.9,
+        top_k=50,
+        beta=0.04,
+    ),
+    "release": dict(
+        cfr_weight=5.0,
+        gate="hard",
+        tau=0.5,
+        use_order="softmax_mean",
+        temporal_ratio=0.8,
+        learning_rate=1e-6,
+        top_k=50,
+    ),
+}
 
 
 @pytest.mark.parametrize("recipe", TERMS)
 def test_every_recipe_trains(recipe, cold_start, tmp_path):
     checkpoint, flags = cold_start
     output = tmp_path / "out"
-    launch(*flags, "--recipe", recipe, "--per_device_train_batch_size", 4, "--length_low", 5, "--weight_decay", 0, "--output_dir", output)
+    launch(
+        *flags,
+        "--recipe",
+        recipe,
+        "--per_device_train_batch_size",
+        4,
+        "--length_low",
+        5,
+        "--weight_decay",
+        0,
+        "--output_dir",
+        output,
+    )
     records, settings = metrics(output, "grpo"), json.loads((output / "run.json").read_text())
     assert CONSTANTS[recipe].items() <= settings.items() and settings["length_low"] == 5
     assert len(records) == 3 and any(record["loss/zero_variance_groups"] < 1 for record in records)
-    terms = {name.removeprefix("reward/") for name in records[0] if name.startswith("reward/")} - {"total"}
+    terms = {name.removeprefix("reward/") for name in records[0] if name.startswith("reward/")} - {
+        "total"
+    }
     for record in records:
-        assert record["reward/total"] == pytest.approx(sum(record[f"reward/{name}"] for name in terms), abs=1e-5)
+        assert record["reward/total"] == pytest.approx(
+            sum(record[f"reward/{name}"] for name in terms), abs=1e-5
+        )
         assert 0 < record["rollout/logp_difference"] < 1e-4
-    assert {name for name in terms if any(record[f"reward/{name}"] for record in records)} - {"accuracy", "format"} == TERMS[recipe]
+    assert {name for name in terms if any(record[f"reward/{name}"] for record in records)} - {
+        "accuracy",
+        "format",
+    } == TERMS[recipe]
     assert ("rollout/shuffled_accuracy" in records[0]) == ("temporal" in TERMS[recipe])
     result = json.loads((output / "result.json").read_text())
-    assert (result["inverted"] > 0) == (recipe == "tw") and result["inverted"] + result["not_invertible"] <= 12
+    assert (result["inverted"] > 0) == (recipe == "tw") and result["inverted"] + result[
+        "not_invertible"
+    ] <= 12
     before, after = weights(checkpoint), weights(output / "grpo")
     frozen = [name for name in before if ".visual." in name] if recipe in ("tw", "video_r2") else []
     assert [name for name in before if torch.equal(before[name], after[name])] == frozen
@@ -241,11 +575,32 @@ def test_an_sft_step_does_not_depend_on_how_it_is_split(cold_start, small_toy, t
     shutil.copytree(small_toy / "model", tmp_path / "model")
     generation = json.loads((tmp_path / "model" / "generation_config.json").read_text())
     end = generation["eos_token_id"]
-    other = json.loads((tmp_path / "model" / "config.json").read_text())["text_config"]["pad_token_id"]
-    (tmp_path / "model" / "generation_config.json").write_text(json.dumps(generation | {"eos_token_id": other}))
-    whole, flags = metrics(cold_start[0].parent, "sft")[0], cold_start[1][: cold_start[1].index("--model_name_or_path")]
-    launch(*flags, "--stage", "sft", "--model_name_or_path", tmp_path / "model", "--sft_max_steps", 1, "--sft_per_device_batch_size", 2,
-           "--sft_gradient_accumulation_steps", 2, "--output_dir", tmp_path / "out", ranks=2)
+    other = json.loads((tmp_path / "model" / "config.json").read_text())["text_config"][
+        "pad_token_id"
+    ]
+    (tmp_path / "model" / "generation_config.json").write_text(
+        json.dumps(generation | {"eos_token_id": other})
+    )
+    whole, flags = (
+        metrics(cold_start[0].parent, "sft")[0],
+        cold_start[1][: cold_start[1].index("--model_name_or_path")],
+    )
+    launch(
+        *flags,
+        "--stage",
+        "sft",
+        "--model_name_or_path",
+        tmp_path / "model",
+        "--sft_max_steps",
+        1,
+        "--sft_per_device_batch_size",
+        2,
+        "--sft_gradient_accumulation_steps",
+        2,
+        "--output_dir",
+        tmp_path / "out",
+        ranks=2,
+    )
     (parts,) = metrics(tmp_path / "out", "sft")
     for name in ("loss/sft", "loss/grad_norm"):
         assert parts[name] == pytest.approx(whole[name], rel=1e-4) and whole[name] > 0.1
@@ -253,17 +608,25 @@ def test_an_sft_step_does_not_depend_on_how_it_is_split(cold_start, small_toy, t
     assert saved["eos_token_id"] == [other, end] and other != end
 
 
-@pytest.mark.parametrize(("flags", "words"), [
-    (["--stage", "sft", "--learning_rate", "1e-6"], "--sft_learning_rate"),
-    (["--stage", "sft", "--per_device_train_batch_size=2"], "--sft_per_device_batch_size"),
-    (["--stage", "sft", "--gradient-accumulation-steps", "2"], "--sft_gradient_accumulation_steps"),
-    (["--stage", "sft", "--num_train_epochs", "2"], "--sft_num_train_epochs"),
-    (["--stage", "sft", "--max_steps", "3"], "--sft_max_steps"),
-    (["--stage", "sft", "--no_temporal"], "does not read --temporal"),
-    (["--stage", "grpo", "--sft_learning_rate", "1e-6"], "its own is --learning_rate"),
-])
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--stage", "sft", "--learning_rate", "1e-6"], "--sft_learning_rate"),
+        (["--stage", "sft", "--per_device_train_batch_size=2"], "--sft_per_device_batch_size"),
+        (
+            ["--stage", "sft", "--gradient-accumulation-steps", "2"],
+            "--sft_gradient_accumulation_steps",
+        ),
+        (["--stage", "sft", "--num_train_epochs", "2"], "--sft_num_train_epochs"),
+        (["--stage", "sft", "--max_steps", "3"], "--sft_max_steps"),
+        (["--stage", "sft", "--no_temporal"], "does not read --temporal"),
+        (["--stage", "grpo", "--sft_learning_rate", "1e-6"], "its own is --learning_rate"),
+    ],
+)
 def test_flags_that_a_stage_does_not_read_are_refused(monkeypatch, flags, words):
-    monkeypatch.setattr(sys, "argv", ["train.py", "--model_name_or_path", "m", "--dataset_name", "d.json", *flags])
+    monkeypatch.setattr(
+        sys, "argv", ["train.py", "--model_name_or_path", "m", "--dataset_name", "d.json", *flags]
+    )
     with pytest.raises(DataError, match=re.escape(words)):
         train.parse_arguments()
 
@@ -275,7 +638,12 @@ def test_every_flag_of_a_stage_is_a_setting():
 
 def test_sft_steps_come_from_epochs(monkeypatch):
     monkeypatch.setattr(train.dist, "get_world_size", lambda: 2)
-    flags = dict(sft_max_steps=-1, sft_num_train_epochs=2.5, sft_per_device_batch_size=1, sft_gradient_accumulation_steps=2)
+    flags = dict(
+        sft_max_steps=-1,
+        sft_num_train_epochs=2.5,
+        sft_per_device_batch_size=1,
+        sft_gradient_accumulation_steps=2,
+    )
     assert train.sft_steps(SimpleNamespace(**flags), 10) == (6, 4)  # 25 demonstrations, four a step
     assert train.sft_steps(SimpleNamespace(**flags | dict(sft_max_steps=7)), 10) == (7, 4)
     with pytest.raises(DataError, match="3 usable demonstrations, fewer than one step of 4"):
@@ -283,8 +651,19 @@ def test_sft_steps_come_from_epochs(monkeypatch):
 
 
 def test_several_updates_on_the_same_rollouts(cold_start, tmp_path):
-    flags = [*cold_start[1], "--num_iterations", 2, "--max_steps", 1, "--learning_rate", 1e-3, "--gradient_accumulation_steps", 2,
-             "--per_device_train_batch_size", 2]
+    flags = [
+        *cold_start[1],
+        "--num_iterations",
+        2,
+        "--max_steps",
+        1,
+        "--learning_rate",
+        1e-3,
+        "--gradient_accumulation_steps",
+        2,
+        "--per_device_train_batch_size",
+        2,
+    ]
     launch(*flags, "--output_dir", tmp_path / "out")
     launch(*flags, "--output_dir", tmp_path / "sampled", "--old_logp", "sampled")
     (record,), (sampled,) = metrics(tmp_path / "out", "grpo"), metrics(tmp_path / "sampled", "grpo")
@@ -292,33 +671,76 @@ def test_several_updates_on_the_same_rollouts(cold_start, tmp_path):
         assert sampled[name] == pytest.approx(record[name], rel=1e-3, abs=1e-5)
     # the first update has ratio 1 and, the reference being the policy, no KL; the means over both are not those of the first
     assert abs(record["loss/ratio"] - 1) > 1e-6 and record["loss/kl"] > 1e-5
-    assert len((tmp_path / "out" / "rollouts.jsonl").read_text().splitlines()) == 4 * 4  # sampled once
+    assert (
+        len((tmp_path / "out" / "rollouts.jsonl").read_text().splitlines()) == 4 * 4
+    )  # sampled once
 
 
 def test_the_reference_follows_the_policy_on_every_rank(cold_start, tmp_path):
-    launch(*cold_start[1], "--recipe", "care", "--beta", 0.1, "--ema_decay", 0, "--ema_steps", 2, "--learning_rate", 1e-3, "--output_dir",
-           tmp_path / "out", "--per_device_train_batch_size", 2, "--eval_dataset_name", cold_start[1][3] / "heldout.json",
-           "--eval_steps", 3, ranks=2)
+    launch(
+        *cold_start[1],
+        "--recipe",
+        "care",
+        "--beta",
+        0.1,
+        "--ema_decay",
+        0,
+        "--ema_steps",
+        2,
+        "--learning_rate",
+        1e-3,
+        "--output_dir",
+        tmp_path / "out",
+        "--per_device_train_batch_size",
+        2,
+        "--eval_dataset_name",
+        cold_start[1][3] / "heldout.json",
+        "--eval_steps",
+        3,
+        ranks=2,
+    )
     result = json.loads((tmp_path / "out" / "result.json").read_text())
-    during = [{name: value for name, value in record.items() if name.startswith("eval/")} for record in metrics(tmp_path / "out", "grpo")]
-    assert during == [{}, {}, {f"eval/{name}": pytest.approx(value) for name, value in result["after"].items()}]
-    assert 10 < result["before"]["length"] < 40  # scored, though the ranks' completions end at different times
+    during = [
+        {name: value for name, value in record.items() if name.startswith("eval/")}
+        for record in metrics(tmp_path / "out", "grpo")
+    ]
+    assert during == [
+        {},
+        {},
+        {f"eval/{name}": pytest.approx(value) for name, value in result["after"].items()},
+    ]
+    assert (
+        10 < result["before"]["length"] < 40
+    )  # scored, though the ranks' completions end at different times
     start, moved, followed = (record["loss/kl"] for record in metrics(tmp_path / "out", "grpo"))
-    assert start == pytest.approx(0, abs=1e-7) and moved > 1e-5 and followed == pytest.approx(0, abs=1e-7)
+    assert (
+        start == pytest.approx(0, abs=1e-7)
+        and moved > 1e-5
+        and followed == pytest.approx(0, abs=1e-7)
+    )
 
 
 def micro_batch(toy_folder, toy_processor, toy_model, texts, *flags, cut=()):
     """One question's group with these completions through grpo_micro_batch: its loss, values, mask, log-probs of policy and reference."""
-    example = next(example for example in load_examples(toy_folder / "train.json") if example.options and example.media_type == "video")
+    example = next(
+        example
+        for example in load_examples(toy_folder / "train.json")
+        if example.options and example.media_type == "video"
+    )
     arguments = HfArgumentParser(train.TrainArguments).parse_args_into_dataclasses(
-        ["--temporal", "false", "--length_bonus", "0", "--cfr_weight", "0", *flags])[0]
-    texts = [text.format(right=example.answer, wrong="BA"[ord(example.answer) - 65]) for text in texts]
+        ["--temporal", "false", "--length_bonus", "0", "--cfr_weight", "0", *flags]
+    )[0]
+    texts = [
+        text.format(right=example.answer, wrong="BA"[ord(example.answer) - 65]) for text in texts
+    ]
     encoder, tokenizer = Encoder(toy_processor, 56 * 56, 56 * 56), toy_processor.tokenizer
     ids = [tokenizer(text).input_ids for text in texts]
     completions = torch.full((1, len(ids), max(map(len, ids))), tokenizer.eos_token_id)
     for row, tokens in zip(completions[0], ids, strict=True):
         row[: len(tokens)] = torch.tensor(tokens)
-    mask = torch.tensor([[[place < len(tokens) for place in range(completions.shape[2])] for tokens in ids]])
+    mask = torch.tensor(
+        [[[place < len(tokens) for place in range(completions.shape[2])] for tokens in ids]]
+    )
     torch.manual_seed(0)
     other = copy.deepcopy(toy_model)
     with torch.no_grad():
@@ -326,42 +748,104 @@ def micro_batch(toy_folder, toy_processor, toy_model, texts, *flags, cut=()):
     losses = []
 
     class Engine(Policy):
-        device, module, backward = torch.device("cpu"), SimpleNamespace(model=toy_model), staticmethod(losses.append)
+        device, module, backward = (
+            torch.device("cpu"),
+            SimpleNamespace(model=toy_model),
+            staticmethod(losses.append),
+        )
 
-    values, rows = defaultdict(list), {example.id: {"frames": [0, 10, 20, 30], "times": [0.0, 2.5, 5.0, 7.5], "prior": [0.25] * 4}}
+    values, rows = (
+        defaultdict(list),
+        {
+            example.id: {
+                "frames": [0, 10, 20, 30],
+                "times": [0.0, 2.5, 5.0, 7.5],
+                "prior": [0.25] * 4,
+            }
+        },
+    )
     item = encoder.encode(example, rows[example.id])
     truncated = torch.tensor([[number in cut for number in range(len(ids))]])
-    rollouts = train.Rollouts((example,), collate([item], toy_model), completions, mask, truncated, torch.zeros(mask.shape), [texts], {})
-    train.grpo_micro_batch(arguments, Engine(toy_model), Policy(other), toy_processor, rollouts, rows, 1.0, values)
+    rollouts = train.Rollouts(
+        (example,),
+        collate([item], toy_model),
+        completions,
+        mask,
+        truncated,
+        torch.zeros(mask.shape),
+        [texts],
+        {},
+    )
+    train.grpo_micro_batch(
+        arguments, Engine(toy_model), Policy(other), toy_processor, rollouts, rows, 1.0, values
+    )
     with torch.no_grad():
-        logps = [Policy(model)(collate([item], model), completions, mask, weight_alpha=1.7)
-                 for model in (toy_model, other)]
+        logps = [
+            Policy(model)(collate([item], model), completions, mask, weight_alpha=1.7)
+            for model in (toy_model, other)
+        ]
     return losses[0], values, mask[0], logps, example, texts
 
 
 def test_the_consistency_bonus_asks_the_reference(toy_folder, toy_processor, toy_model):
-    texts = ["<think>a</think><answer>{right}</answer>", "<think>red it is</think><answer>{right}</answer>",
-             "<think>a</think><answer>{wrong}</answer>", "<think>b</think>"]
+    texts = [
+        "<think>a</think><answer>{right}</answer>",
+        "<think>red it is</think><answer>{right}</answer>",
+        "<think>a</think><answer>{wrong}</answer>",
+        "<think>b</think>",
+    ]
     _, values, mask, ((own, *_), (reference, *_)), _, texts = micro_batch(
-        toy_folder, toy_processor, toy_model, texts, "--consistency_coef", "0.5", "--consistency_dense", "true")
-    answered = [toy_processor.tokenizer(text.split("<answer>")[0] + "<answer>").input_ids for text in texts[:3]]
-    likelihoods = [[logp[0, row, len(ids)].exp().item() for row, ids in enumerate(answered)] for logp in (own, reference)]  # of one letter
+        toy_folder,
+        toy_processor,
+        toy_model,
+        texts,
+        "--consistency_coef",
+        "0.5",
+        "--consistency_dense",
+        "true",
+    )
+    answered = [
+        toy_processor.tokenizer(text.split("<answer>")[0] + "<answer>").input_ids
+        for text in texts[:3]
+    ]
+    likelihoods = [
+        [logp[0, row, len(ids)].exp().item() for row, ids in enumerate(answered)]
+        for logp in (own, reference)
+    ]  # of one letter
     assert all(abs(a / b - 1) > 0.1 for a, b in zip(*likelihoods, strict=True))
-    bonus = [0.5 * likelihoods[1][0], 0.5 * likelihoods[1][1], 0.0, 0.0]  # right, right, wrong, no answer
+    bonus = [
+        0.5 * likelihoods[1][0],
+        0.5 * likelihoods[1][1],
+        0.0,
+        0.0,
+    ]  # right, right, wrong, no answer
     assert values["reward/consistency"] == pytest.approx(bonus, rel=1e-4)
     assert values["reward/total"] == pytest.approx([2 + bonus[0], 2 + bonus[1], 1, 0], rel=1e-4)
 
 
 def test_the_token_weights_enter_the_loss(toy_folder, toy_processor, toy_model):
-    texts = ["<think>a</think><answer>{right}</answer>", "<think>b c d</think><answer>{wrong}</answer>"]
+    texts = [
+        "<think>a</think><answer>{right}</answer>",
+        "<think>b c d</think><answer>{wrong}</answer>",
+    ]
     flags = ["--token_weight_alpha", "1.7", "--reduction", "token", "--beta", "0"]
-    loss, values, mask, ((logp, *_, weights), _), *_ = micro_batch(toy_folder, toy_processor, toy_model, texts, *flags)
+    loss, values, mask, ((logp, *_, weights), _), *_ = micro_batch(
+        toy_folder, toy_processor, toy_model, texts, *flags
+    )
     # rewards 2 and 1: mean 1.5, unbiased std 0.7071; at ratio 1 the loss is -sum(A w) / tokens
     advantage = 0.5 / (0.5**0.5 + 1e-4)
-    expected = -(advantage * weights[0, 0][mask[0]].sum() - advantage * weights[0, 1][mask[1]].sum()) / mask.sum()
+    expected = (
+        -(advantage * weights[0, 0][mask[0]].sum() - advantage * weights[0, 1][mask[1]].sum())
+        / mask.sum()
+    )
     assert loss.item() == pytest.approx(expected.item(), abs=1e-5)
-    assert values["rollout/logp_difference"] == pytest.approx((-(logp[0] * mask).sum(1) / mask.sum(1)).tolist())  # to the 0 when sampled
-    assert abs(loss.item() + advantage * (mask[0].sum() - mask[1].sum()).item() / mask.sum().item()) > 1e-3  # not that of weights 1
+    assert values["rollout/logp_difference"] == pytest.approx(
+        (-(logp[0] * mask).sum(1) / mask.sum(1)).tolist()
+    )  # to the 0 when sampled
+    assert (
+        abs(loss.item() + advantage * (mask[0].sum() - mask[1].sum()).item() / mask.sum().item())
+        > 1e-3
+    )  # not that of weights 1
 
 
 def test_truncated_completions_can_be_left_out_of_the_loss(toy_folder, toy_processor, toy_model):
@@ -382,10 +866,20 @@ def test_the_mergers_alone_learn(other_family):
     model, items = other_family
     model = copy.deepcopy(model).train()
     choose_trained(model, SimpleNamespace(freeze_vision=False, train_only_merger=True))
-    logp, *_ = Policy(model)(collate(items, model), torch.full((3, 1, 4), 70), torch.ones(3, 1, 4, dtype=torch.bool))
+    logp, *_ = Policy(model)(
+        collate(items, model), torch.full((3, 1, 4), 70), torch.ones(3, 1, 4, dtype=torch.bool)
+    )
     logp.sum().backward()
-    moved = {name for name, parameter in model.named_parameters() if parameter.grad is not None and parameter.grad.abs().sum() > 0}
-    mergers = {name for name, _ in model.named_parameters() if ".merger." in name or ".deepstack_merger_list." in name}
+    moved = {
+        name
+        for name, parameter in model.named_parameters()
+        if parameter.grad is not None and parameter.grad.abs().sum() > 0
+    }
+    mergers = {
+        name
+        for name, _ in model.named_parameters()
+        if ".merger." in name or ".deepstack_merger_list." in name
+    }
     assert mergers and moved == mergers
 
 
@@ -393,41 +887,93 @@ def test_the_alignment_reward_is_gated_and_weighed(toy_folder, toy_processor, to
     rows = json.loads((toy_folder / "train.json").read_text())
     row = next(row for row in rows if row["options"] and row["data_type"] == "video")
     start, sentence = next(iter(row["grounding"].items()))
-    texts = [f"<think>At {start[:5]} {sentence}.</think><answer>{{right}}</answer>",
-             f"<think>At {start[:5]} {sentence}. At 00:01 an elephant.</think><answer>{{right}}</answer>",
-             f"<think>At {start[:5]} {sentence}.</think><answer>{{wrong}}</answer>"]
-    _, values, *_ = micro_batch(toy_folder, toy_processor, toy_model, texts, "--alignment_weight", "0.8")
-    assert values["reward/alignment"] == pytest.approx([0.8, 0.4, 0.0])  # all claims match, one of two, a wrong answer
+    texts = [
+        f"<think>At {start[:5]} {sentence}.</think><answer>{{right}}</answer>",
+        f"<think>At {start[:5]} {sentence}. At 00:01 an elephant.</think><answer>{{right}}</answer>",
+        f"<think>At {start[:5]} {sentence}.</think><answer>{{wrong}}</answer>",
+    ]
+    _, values, *_ = micro_batch(
+        toy_folder, toy_processor, toy_model, texts, "--alignment_weight", "0.8"
+    )
+    assert values["reward/alignment"] == pytest.approx(
+        [0.8, 0.4, 0.0]
+    )  # all claims match, one of two, a wrong answer
 
 
 @pytest.mark.parametrize("answer, advantage", [("{right}", 1 / 3), ("{wrong}", -1 / 3)])
-def test_groups_of_equal_rewards_can_be_dropped_or_anchored(toy_folder, toy_processor, toy_model, answer, advantage):
+def test_groups_of_equal_rewards_can_be_dropped_or_anchored(
+    toy_folder, toy_processor, toy_model, answer, advantage
+):
     texts = [f"<think>{'a ' * n}</think><answer>{answer}</answer>" for n in range(1, 9)]
     losses = {}
     for degenerate in ("keep", "drop", "virtual_anchor"):
         loss, values, mask, ((own, *_), (reference, *_)), *_ = micro_batch(
-            toy_folder, toy_processor, toy_model, texts, "--degenerate", degenerate, "--beta", "0.5")
-        assert values["loss/zero_variance_groups"] == [1] and values["loss/kl"][0] > 1e-3  # logged, whatever becomes of it
+            toy_folder, toy_processor, toy_model, texts, "--degenerate", degenerate, "--beta", "0.5"
+        )
+        assert (
+            values["loss/zero_variance_groups"] == [1] and values["loss/kl"][0] > 1e-3
+        )  # logged, whatever becomes of it
         losses[degenerate] = loss.item()
     d = ((reference - own)[0] * mask).clamp(-10, 10)
     kl = ((d.exp() - d - 1) * mask).sum(1) / mask.sum(1)
     # eight rollouts of r and the anchor r -+ 1: mean r -+ 1/9, std sqrt((8 (1/9)^2 + (8/9)^2) / 8) = 1/3, so (1/9) / (1/3) = 1/3
-    assert losses == pytest.approx({"keep": 0.5 * kl.mean().item(), "drop": 0, "virtual_anchor": 0.5 * kl.mean().item() - advantage},
-                                   abs=1e-3)
+    assert losses == pytest.approx(
+        {
+            "keep": 0.5 * kl.mean().item(),
+            "drop": 0,
+            "virtual_anchor": 0.5 * kl.mean().item() - advantage,
+        },
+        abs=1e-3,
+    )
 
 
 @pytest.mark.parametrize("reduction", ["token", "constant"])  # sequence: test_two_ranks_equal_one
 def test_a_step_does_not_depend_on_how_it_is_split(reduction, cold_start, tmp_path):
-    flags = [*cold_start[1], "--reduction", reduction, "--max_steps", 2, "--learning_rate", 1e-4, "--beta", 0.1]
-    splits = {"whole": (4, 1, 1), "parts": (1, 4, 1), "ranks": (1, 2, 2)}  # questions in a forward, forwards, ranks
+    flags = [
+        *cold_start[1],
+        "--reduction",
+        reduction,
+        "--max_steps",
+        2,
+        "--learning_rate",
+        1e-4,
+        "--beta",
+        0.1,
+    ]
+    splits = {
+        "whole": (4, 1, 1),
+        "parts": (1, 4, 1),
+        "ranks": (1, 2, 2),
+    }  # questions in a forward, forwards, ranks
     for name, (batch, accumulation, ranks) in splits.items():
-        launch(*flags, "--per_device_train_batch_size", batch, "--gradient_accumulation_steps", accumulation, "--output_dir",
-               tmp_path / name, ranks=ranks)
+        launch(
+            *flags,
+            "--per_device_train_batch_size",
+            batch,
+            "--gradient_accumulation_steps",
+            accumulation,
+            "--output_dir",
+            tmp_path / name,
+            ranks=ranks,
+        )
     one, *others = (metrics(tmp_path / name, "grpo") for name in splits)
-    assert len({line["text"] for line in map(json.loads, (tmp_path / "whole" / "rollouts.jsonl").read_text().splitlines())}) > 4
+    assert (
+        len(
+            {
+                line["text"]
+                for line in map(
+                    json.loads, (tmp_path / "whole" / "rollouts.jsonl").read_text().splitlines()
+                )
+            }
+        )
+        > 4
+    )
     for other in others:
         for a, b in zip(one, other, strict=True):
-            assert a["loss/grad_norm"] == pytest.approx(b["loss/grad_norm"], rel=1e-3) and a["loss/grad_norm"] > 1e-3
+            assert (
+                a["loss/grad_norm"] == pytest.approx(b["loss/grad_norm"], rel=1e-3)
+                and a["loss/grad_norm"] > 1e-3
+            )
             assert a["reward/total"] == pytest.approx(b["reward/total"], abs=1e-5)
     states = [weights(tmp_path / name / "grpo") for name in splits]
     for state in states[1:]:
@@ -435,7 +981,10 @@ def test_a_step_does_not_depend_on_how_it_is_split(reduction, cold_start, tmp_pa
 
 
 def test_a_moving_average_is_kept_in_float32():
-    kept, moved = (SimpleNamespace(module=torch.nn.Linear(3, 2, bias=False).to(torch.bfloat16)) for _ in range(2))
+    kept, moved = (
+        SimpleNamespace(module=torch.nn.Linear(3, 2, bias=False).to(torch.bfloat16))
+        for _ in range(2)
+    )
     with torch.no_grad():
         kept.module.weight.fill_(1.0)
         moved.module.weight.fill_(2.0)
@@ -443,4 +992,6 @@ def test_a_moving_average_is_kept_in_float32():
     for _ in range(20):  # 2 - 0.995^20 = 1.0954; in bf16 1 + 0.005 is 1.0078 at best, or 1
         update_reference(kept, moved, averages, 0.995)
     torch.testing.assert_close(averages["weight"], torch.full((2, 3), 2 - 0.995**20))
-    torch.testing.assert_close(kept.module.weight.data, torch.full((2, 3), 2 - 0.995**20).bfloat16())
+    torch.testing.assert_close(
+        kept.module.weight.data, torch.full((2, 3), 2 - 0.995**20).bfloat16()
+    )

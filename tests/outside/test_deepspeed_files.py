@@ -14,9 +14,9 @@ from pathlib import Path
 import pytest
 from conftest import ENV, ROOT
 
-import engine
 import train
-from data import DataError
+from common import engine, ranks
+from common.data import DataError
 
 FP16 = {
     "enabled": "auto",
@@ -141,7 +141,7 @@ def batch(model, device):
     """One text prompt and a completion of eight tokens of it."""
     import torch
 
-    from grpo import collate
+    from common.policy import collate
 
     item = {"input_ids": torch.arange(40, 60), "grid_thw": None, "times": None}
     completions = torch.arange(61, 69)[None, None]
@@ -163,7 +163,7 @@ def losses_by_hand(checkpoint, betas):
     import torch
     from transformers import AutoModelForImageTextToText
 
-    from grpo import Policy
+    from common.policy import Policy
 
     model = AutoModelForImageTextToText.from_pretrained(checkpoint, dtype=torch.float32)
     policy = Policy(model)
@@ -243,7 +243,7 @@ def said_by_check(file, say):
 
 
 def main(folder, checkpoint):
-    engine.start_ranks()
+    ranks.start_ranks()
     folder = Path(folder)
     found = {
         "hand": losses_by_hand(checkpoint, (0.9, 0.999)),

@@ -7,14 +7,24 @@ from types import SimpleNamespace
 import pytest
 from conftest import NO_EOS, banned_ids
 
-from grpo import Policy, cache_argument, checkpoint_activations, collate, rollout
+from common.policy import Policy, checkpoint_activations, collate
+from common.rollout import cache_argument, rollout
 
 
 @pytest.mark.parametrize("graph", [False, True])
 def test_sampling_calls_nothing_that_is_deprecated(talker, items, graph):
     with warnings.catch_warnings():
         warnings.simplefilter("error", FutureWarning)
-        tokens, _ = rollout(talker, collate(items[:1], talker), [2], [0, 1], 3, [NO_EOS], banned_ids(talker), graph=graph)
+        tokens, _ = rollout(
+            talker,
+            collate(items[:1], talker),
+            [2],
+            [0, 1],
+            3,
+            [NO_EOS],
+            banned_ids(talker),
+            graph=graph,
+        )
     assert tokens.shape == (2, 3)
 
 
@@ -36,8 +46,10 @@ def test_older_transformers_are_called_by_their_names():
 
     assert cache_argument(SimpleNamespace(forward=forward), 7) == {"past_key_values": 7}
     calls = []
-    older = SimpleNamespace(gradient_checkpointing_enable=lambda: calls.append("on"),
-                            gradient_checkpointing_disable=lambda: calls.append("off"))
+    older = SimpleNamespace(
+        gradient_checkpointing_enable=lambda: calls.append("on"),
+        gradient_checkpointing_disable=lambda: calls.append("off"),
+    )
     checkpoint_activations(older)
     checkpoint_activations(older, on=False)
     assert calls == ["on", "off"]

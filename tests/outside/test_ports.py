@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 
-import engine
+from common import ranks
 
 LAUNCHED = {"CROSS_SIZE": "1", "WORLD_SIZE": "2", "RANK": "0", "MASTER_PORT": "29500"}
 
@@ -25,9 +25,9 @@ def processes(launcher):
 
 def run_rank(rank, launcher, folder, queue):
     os.environ.update(LAUNCHED, RANK=str(rank))
-    engine.psutil = processes(launcher)
-    engine.tempfile.tempdir = str(folder)
-    queue.put((launcher, engine.own_port()))
+    ranks.psutil = processes(launcher)
+    ranks.tempfile.tempdir = str(folder)
+    queue.put((launcher, ranks.own_port()))
 
 
 def test_ranks_of_a_launcher_agree_and_launchers_differ(tmp_path):
@@ -56,10 +56,10 @@ def test_ranks_of_a_launcher_agree_and_launchers_differ(tmp_path):
     "change", [{"MASTER_PORT": "29501"}, {"CROSS_SIZE": "2"}, {"CROSS_SIZE": None}]
 )
 def test_a_port_that_was_given_stays(change, monkeypatch, tmp_path):
-    monkeypatch.setattr(engine.tempfile, "tempdir", str(tmp_path))
-    monkeypatch.setattr(engine, "psutil", processes(70_000_001))
+    monkeypatch.setattr(ranks.tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(ranks, "psutil", processes(70_000_001))
     for name, value in (LAUNCHED | {"WORLD_SIZE": "1"} | change).items():
         monkeypatch.setenv(name, value or "")
         if value is None:
             monkeypatch.delenv(name)
-    assert engine.own_port() is None and not list(tmp_path.iterdir())
+    assert ranks.own_port() is None and not list(tmp_path.iterdir())

@@ -4,27 +4,52 @@ import pytest
 import torch
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen2_5_VLModel
 
-from grpo import collate
+from common.policy import collate
 
 
 @pytest.fixture(scope="module")
 def small():
-    text = dict(vocab_size=160000, hidden_size=4, intermediate_size=4, num_hidden_layers=1, num_attention_heads=1, num_key_value_heads=1)
-    vision = dict(depth=1, hidden_size=4, out_hidden_size=4, num_heads=1, intermediate_size=4, tokens_per_second=2)
+    text = dict(
+        vocab_size=160000,
+        hidden_size=4,
+        intermediate_size=4,
+        num_hidden_layers=1,
+        num_attention_heads=1,
+        num_key_value_heads=1,
+    )
+    vision = dict(
+        depth=1,
+        hidden_size=4,
+        out_hidden_size=4,
+        num_heads=1,
+        intermediate_size=4,
+        tokens_per_second=2,
+    )
     config = Qwen2_5_VLConfig(text_config=text, vision_config=vision)
     return Qwen2_5_VLForConditionalGeneration(config)
 
 
 def test_words_stand_behind_the_video_as_in_transformers_5_2(small, monkeypatch):
     """15 words, a video of grid (84, 24, 32) at 2 s a slot, 10 words: 84 * 12 * 16 video tokens."""
-    monkeypatch.setattr(Qwen2_5_VLModel, "get_rope_index", Qwen2_5_VLModel.get_rope_index.unchanged)  # conftest.py mends it for others
+    monkeypatch.setattr(
+        Qwen2_5_VLModel, "get_rope_index", Qwen2_5_VLModel.get_rope_index.unchanged
+    )  # conftest.py mends it for others
     video = small.config.video_token_id
     ids = torch.tensor([7] * 15 + [video] * (84 * 12 * 16) + [7] * 10)
-    item = {"input_ids": ids, "grid_thw": torch.tensor([84, 24, 32]), "second_per_grid": 2.0, "pixel_values": torch.zeros(1, 4)}
+    item = {
+        "input_ids": ids,
+        "grid_thw": torch.tensor([84, 24, 32]),
+        "second_per_grid": 2.0,
+        "pixel_values": torch.zeros(1, 4),
+    }
     text = {"input_ids": torch.tensor([7] * 40), "grid_thw": None, "pixel_values": None}
     positions = collate([text, item], small).position_ids  # (3, 2, P)
     assert positions[:, 1, :15].tolist() == [list(range(15))] * 3
     inside = positions[:, 1, 15:-10]
-    assert [(int(axis.min()), int(axis.max())) for axis in inside] == [(15, 15 + 83 * 4), (15, 26), (15, 30)]
+    assert [(int(axis.min()), int(axis.max())) for axis in inside] == [
+        (15, 15 + 83 * 4),
+        (15, 26),
+        (15, 30),
+    ]
     assert positions[:, 1, -10:].tolist() == [list(range(348, 358))] * 3
     assert positions[:, 0, -40:].tolist() == [list(range(40))] * 3

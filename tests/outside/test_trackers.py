@@ -15,8 +15,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from test_deepspeed_files import FILES
 from wandb.proto import wandb_internal_pb2
 
-import engine
 import train
+from common import engine
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,12 @@ import torch
 import yaml
 from conftest import ROOT
 
-ANSWERS = {"<think>a</think><answer>B</answer>": 2.0, "<think>a</think><answer>C</answer>": 1.0, "so: <answer>B</answer>": 1.0, "B": 0.0}
+ANSWERS = {
+    "<think>a</think><answer>B</answer>": 2.0,
+    "<think>a</think><answer>C</answer>": 1.0,
+    "so: <answer>B</answer>": 1.0,
+    "B": 0.0,
+}
 
 
 @pytest.fixture
@@ -37,7 +42,10 @@ def verl(monkeypatch):
     empty("verl", DataProto=object)
     empty("verl.utils")
     empty("verl.experimental.reward_loop")
-    empty("verl.experimental.reward_loop.reward_manager", register=lambda name: lambda manager: manager)
+    empty(
+        "verl.experimental.reward_loop.reward_manager",
+        register=lambda name: lambda manager: manager,
+    )
     yield root
     for name in set(sys.modules) - before:
         del sys.modules[name]
@@ -50,24 +58,40 @@ class Batch(list):
         return self if isinstance(index, slice) else super().__getitem__(index)
 
 
-@pytest.mark.parametrize("router", [None, "localhost:8000"])  # with a router, verl passes two more keyword arguments
-@pytest.mark.parametrize("reward_kwargs", [{}, {"scale": 2}])  # and whatever the configuration holds
+@pytest.mark.parametrize(
+    "router", [None, "localhost:8000"]
+)  # with a router, verl passes two more keyword arguments
+@pytest.mark.parametrize(
+    "reward_kwargs", [{}, {"scale": 2}]
+)  # and whatever the configuration holds
 def test_verl_loads_and_calls_compute_score(router, reward_kwargs, verl):
     from verl.experimental.reward_loop.reward_manager.naive import NaiveRewardManager
     from verl.trainer.ppo.reward import get_custom_reward_fn
 
     settings = yaml.safe_load((verl / "trainer/config/reward/reward.yaml").read_text())
-    settings["custom_reward_function"]["path"] = str(ROOT / "reward.py")  # reward.custom_reward_function.path=reward.py
+    settings["custom_reward_function"]["path"] = str(
+        ROOT / "reward.py"
+    )  # reward.custom_reward_function.path=reward.py
     settings["custom_reward_function"]["reward_kwargs"] = reward_kwargs
     config = SimpleNamespace(reward=settings)
 
     async def score(text):
-        tokenizer = SimpleNamespace(decode=lambda ids, skip_special_tokens: bytes(ids.tolist()).decode())
-        manager = NaiveRewardManager(config, tokenizer, get_custom_reward_fn(config), router, tokenizer)
+        tokenizer = SimpleNamespace(
+            decode=lambda ids, skip_special_tokens: bytes(ids.tolist()).decode()
+        )
+        manager = NaiveRewardManager(
+            config, tokenizer, get_custom_reward_fn(config), router, tokenizer
+        )
         ids = torch.tensor([*text.encode(), 0, 0])  # two of padding
         mask = torch.tensor([1, 1, 1] + [1] * len(text) + [0, 0])  # a prompt of three
-        row = {"data_source": "toy", "reward_model": {"ground_truth": "B"}, "extra_info": {"problem_type": "multiple choice"}}
-        item = SimpleNamespace(batch={"responses": ids, "attention_mask": mask}, non_tensor_batch=row)
+        row = {
+            "data_source": "toy",
+            "reward_model": {"ground_truth": "B"},
+            "extra_info": {"problem_type": "multiple choice"},
+        }
+        item = SimpleNamespace(
+            batch={"responses": ids, "attention_mask": mask}, non_tensor_batch=row
+        )
         return (await manager.run_single(Batch([item])))["reward_score"]
 
     assert {text: asyncio.run(score(text)) for text in ANSWERS} == ANSWERS

@@ -27,7 +27,9 @@ def hub_weights(model):
     family, weights = model.config.model_type, {}
     for name, weight in model.state_dict().items():
         if family in ("qwen2_vl", "qwen2_5_vl"):
-            name = name.replace("model.visual.", "visual.").replace("model.language_model.", "model.")
+            name = name.replace("model.visual.", "visual.").replace(
+                "model.language_model.", "model."
+            )
         if ".experts." in name:
             weight = weight.mT
         if not (name == "lm_head.weight" and model.config.tie_word_embeddings):
@@ -57,7 +59,9 @@ def write(folder, config, weights, shards=1):
         file = f"model-{shard + 1:05d}-of-{shards:05d}.safetensors"
         save_file(part, folder / file)
         index |= dict.fromkeys(part, file)
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
+    (folder / "model.safetensors.index.json").write_text(
+        json.dumps({"metadata": {}, "weight_map": index})
+    )
 
 
 def make_sources(folder):
@@ -69,7 +73,9 @@ def make_sources(folder):
             config = model_config(family, tied)
             (folder / "config.json").write_text(json.dumps(config))
             torch.manual_seed(0)
-            weights = hub_weights(AutoModelForImageTextToText.from_config(AutoConfig.from_pretrained(folder)))
+            weights = hub_weights(
+                AutoModelForImageTextToText.from_config(AutoConfig.from_pretrained(folder))
+            )
             source = folder / "sources" / f"{family}-{'tied' if tied else 'untied'}"
             write(source, config, weights)
             if family in ("qwen2_5_vl", "qwen3_vl_moe") and not tied:
@@ -90,18 +96,25 @@ def save_all(folder):
     sys.path.insert(0, str(ROOT))
     from transformers import AutoProcessor
 
-    import engine
-    from data import DataError
+    from common import checkpoints, engine, ranks
+    from common.data import DataError
 
     processor = AutoProcessor.from_pretrained(folder / "processor")
-    engine.start_ranks()
+    ranks.start_ranks()
 
     def start(path, stage):
         config = json.loads((ROOT / "ds_zero3.json").read_text())
         config["zero_optimization"] = {"stage": stage}
         (folder / "ds.json").write_text(json.dumps(config))
-        settings = SimpleNamespace(deepspeed=str(folder / "ds.json"), max_grad_norm=1.0, weight_decay=0.0, ema_decay=1.0,
-                                   freeze_vision=False, train_only_merger=False, gradient_checkpointing=False)
+        settings = SimpleNamespace(
+            deepspeed=str(folder / "ds.json"),
+            max_grad_norm=1.0,
+            weight_decay=0.0,
+            ema_decay=1.0,
+            freeze_vision=False,
+            train_only_merger=False,
+            gradient_checkpointing=False,
+        )
         return engine.start_engine(settings, path, learning_rate=1e-6)
 
     def refused(work, *arguments):
@@ -114,13 +127,15 @@ def save_all(folder):
         stages = (0, 1, 2, 3) if source.name.endswith("-untied") else (0, 3)
         for stage in stages:
             started = start(source, stage)
-            engine.save_model(started, processor, folder / "saved" / f"{source.name}-{stage}")
+            checkpoints.save_model(started, processor, folder / "saved" / f"{source.name}-{stage}")
             started.destroy()
     started = start(HUB, 0)
-    engine.save_model(started, processor, folder / "saved" / "hub-0")
+    checkpoints.save_model(started, processor, folder / "saved" / "hub-0")
     causes = {"lacks": [refused(start, folder / "sources" / "lacks", stage) for stage in (0, 3)]}
     started.module.model._weight_conversions = []  # then save_pretrained writes transformers' own names
-    causes["wrong"] = refused(engine.save_model, started, processor, folder / "saved" / "wrong")
+    causes["wrong"] = refused(
+        checkpoints.save_model, started, processor, folder / "saved" / "wrong"
+    )
     (folder / "causes.json").write_text(json.dumps(causes))
 
 
@@ -130,8 +145,19 @@ def saved(toy_processor, tmp_path_factory):
     folder = tmp_path_factory.mktemp("names")
     make_sources(folder)
     toy_processor.save_pretrained(folder / "processor")
-    environment = {**os.environ, "HF_HUB_CACHE": str(folder / "hub"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, __file__, folder], env=environment, capture_output=True, text=True, timeout=600)
+    environment = {
+        **os.environ,
+        "HF_HUB_CACHE": str(folder / "hub"),
+        "HF_HUB_OFFLINE": "1",
+        "OMP_NUM_THREADS": "1",
+    }
+    done = subprocess.run(
+        [sys.executable, __file__, folder],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     return folder, done.stdout, json.loads((folder / "causes.json").read_text())
 
@@ -144,7 +170,11 @@ def assert_same(one, other):
 
 def test_names_shapes_and_values_are_those_of_the_source_for_every_family_and_stage(saved):
     folder, printed, _ = saved
-    runs = [path for path in (folder / "saved").iterdir() if "misnamed" not in path.name and "-" in path.name]
+    runs = [
+        path
+        for path in (folder / "saved").iterdir()
+        if "misnamed" not in path.name and "-" in path.name
+    ]
     assert len(runs) == 5 * 4 + 3 * 2 + 1
     for run in runs:
         source = run.name.rpartition("-")[0].replace("hub", "qwen2_5_vl-untied")
@@ -159,33 +189,57 @@ def test_what_the_old_code_saved_loads_and_is_saved_with_the_right_names(saved):
     folder, printed, _ = saved
     for family in ("qwen2_5_vl", "qwen3_vl_moe"):
         expected = load_file(folder / "sources" / f"{family}-untied" / "model.safetensors")
-        assert not expected.keys() & {"model.model.norm.weight", "model.language_model.model.norm.weight"}
+        assert not expected.keys() & {
+            "model.model.norm.weight",
+            "model.language_model.model.norm.weight",
+        }
         for stage in (0, 3):
-            assert_same(load_file(folder / "saved" / f"{family}-misnamed-{stage}" / "model.safetensors"), expected)
+            assert_same(
+                load_file(folder / "saved" / f"{family}-misnamed-{stage}" / "model.safetensors"),
+                expected,
+            )
     assert printed.count("has weights named model.model.") == 4
 
 
 def test_weights_that_are_missing_or_would_get_other_names_end_the_run(saved):
     folder, _, causes = saved
     for cause in causes["lacks"]:
-        assert "lacks lacks 1 weights of a qwen2_5_vl model, the first is model.language_model.norm.weight" in cause
+        assert (
+            "lacks lacks 1 weights of a qwen2_5_vl model, the first is model.language_model.norm.weight"
+            in cause
+        )
     assert "56 weights in" in causes["wrong"]  # all but lm_head.weight
-    assert f"are not those of {HUB}: the first is model.language_model.embed_tokens.weight" in causes["wrong"]
-    assert (folder / "saved" / "wrong.unfinished" / "model.safetensors").exists() and not (folder / "saved" / "wrong").exists()
+    assert (
+        f"are not those of {HUB}: the first is model.language_model.embed_tokens.weight"
+        in causes["wrong"]
+    )
+    assert (folder / "saved" / "wrong.unfinished" / "model.safetensors").exists() and not (
+        folder / "saved" / "wrong"
+    ).exists()
 
 
 def test_transformers_4_finds_its_settings(saved):
     folder, *_ = saved
-    for name, scaling in (("qwen2_vl", {"type": "mrope", "mrope_section": [2, 3, 3]}), ("qwen2_5_vl", {"mrope_section": [2, 3, 3]}),
-                          ("qwen3_vl", {"mrope_interleaved": True, "mrope_section": [3, 3, 2]}), ("qwen3_vl_moe", {})):
+    for name, scaling in (
+        ("qwen2_vl", {"type": "mrope", "mrope_section": [2, 3, 3]}),
+        ("qwen2_5_vl", {"mrope_section": [2, 3, 3]}),
+        ("qwen3_vl", {"mrope_interleaved": True, "mrope_section": [3, 3, 2]}),
+        ("qwen3_vl_moe", {}),
+    ):
         for tied in (True, False) if name in TIED else (False,):
             run = folder / "saved" / f"{name}-{'tied' if tied else 'untied'}-3"
             text = json.loads((run / "config.json").read_text())["text_config"]
-            assert text["rope_theta"] == 500000.0 and text["rope_scaling"].items() >= {"rope_type": "default", **scaling}.items()
+            assert (
+                text["rope_theta"] == 500000.0
+                and text["rope_scaling"].items() >= {"rope_type": "default", **scaling}.items()
+            )
             assert "rope_theta" not in text["rope_scaling"] and text["tie_word_embeddings"] is tied
             assert text.get("num_experts") == (4 if name == "qwen3_vl_moe" else None)
     tokenizer = json.loads((run / "tokenizer_config.json").read_text())
-    assert tokenizer["tokenizer_class"] == "PreTrainedTokenizerFast" and "extra_special_tokens" not in tokenizer
+    assert (
+        tokenizer["tokenizer_class"] == "PreTrainedTokenizerFast"
+        and "extra_special_tokens" not in tokenizer
+    )
 
 
 if __name__ == "__main__":

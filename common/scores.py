@@ -23,18 +23,63 @@ from pathlib import Path
 import numpy as np
 
 import reward
-from data import PROBLEM_TYPES, DataError, option_texts, read_choice, solution_letters, split_options
+from common.data import (
+    PROBLEM_TYPES,
+    DataError,
+    option_texts,
+    read_choice,
+    solution_letters,
+    split_options,
+)
 
 # Questions of each benchmark's files (test, validation or level), after the releases' own; a file of another size is warned about.
-SIZES = {"vsibench": (5130,), "videommmu": (900,), "mmvu": (625,), "mvbench": (4000,), "tempcompass": (7540,), "videomme": (2700,),
-         "seed-bench-r1 L1": (2432,), "seed-bench-r1 L2": (923,), "seed-bench-r1 L3": (1321,), "clevrer": (9238,),
-         "nextgqa": (5553, 3358), "star": (7098,)}
+SIZES = {
+    "vsibench": (5130,),
+    "videommmu": (900,),
+    "mmvu": (625,),
+    "mvbench": (4000,),
+    "tempcompass": (7540,),
+    "videomme": (2700,),
+    "seed-bench-r1 L1": (2432,),
+    "seed-bench-r1 L2": (923,),
+    "seed-bench-r1 L3": (1321,),
+    "clevrer": (9238,),
+    "nextgqa": (5553, 3358),
+    "star": (7098,),
+}
 # VSI-Bench's eight tasks; the three levels of a direction are averaged into one first.
-VSI_TASKS = ("obj_appearance_order", "object_rel_distance", "route_planning", "object_rel_direction", "object_counting",
-             "object_abs_distance", "object_size_estimation", "room_size_estimation")
-VSI_NUMBERS = ("object_counting", "object_abs_distance", "object_size_estimation", "room_size_estimation")
-TASK_FIELDS = ("original_question_type", "task_type", "task", "task_name", "question_type", "type", "subdomain", "dim", "kind")
-BREAKDOWNS = ("duration", "domain", "sub_category")  # further fields whose values get a score of their own, where they are texts
+VSI_TASKS = (
+    "obj_appearance_order",
+    "object_rel_distance",
+    "route_planning",
+    "object_rel_direction",
+    "object_counting",
+    "object_abs_distance",
+    "object_size_estimation",
+    "room_size_estimation",
+)
+VSI_NUMBERS = (
+    "object_counting",
+    "object_abs_distance",
+    "object_size_estimation",
+    "room_size_estimation",
+)
+TASK_FIELDS = (
+    "original_question_type",
+    "task_type",
+    "task",
+    "task_name",
+    "question_type",
+    "type",
+    "subdomain",
+    "dim",
+    "kind",
+)
+BREAKDOWNS = (
+    "duration",
+    "domain",
+    "sub_category",
+)  # further fields whose values get a score of their own, where they are texts
 
 
 @dataclass
@@ -48,9 +93,13 @@ class Item:
     question: str = ""
     options: list[str] = field(default_factory=list)
     task: str = ""
-    groups: dict = field(default_factory=dict)  # further fields that a benchmark breaks its score down by: duration, domain
+    groups: dict = field(
+        default_factory=dict
+    )  # further fields that a benchmark breaks its score down by: duration, domain
     error: str | None = None
-    evidence: list[tuple[float, float]] = field(default_factory=list)  # (start s, end s) that the answer rests on, where it is known
+    evidence: list[tuple[float, float]] = field(
+        default_factory=list
+    )  # (start s, end s) that the answer rests on, where it is known
     frame_use: dict | None = None  # where the answer looked: see frame_use_numbers
     stored: float | None = None  # the score that the file itself has
     tw_grpo: bool = False  # a TW-GRPO log: its own rule finds an answer without tags
@@ -71,24 +120,44 @@ def item_of(row, **more):
     if not isinstance(options, list) or not isinstance(output, str | None):
         raise DataError("has options that are no list, or an output that is no text")
     if not more.get("error", row.get("error")):
-        missing = [name for name in ("problem_type", "solution") if row.get(name) in (None, "")] + ["output"] * ("output" not in row)
+        missing = [name for name in ("problem_type", "solution") if row.get(name) in (None, "")] + [
+            "output"
+        ] * ("output" not in row)
         if missing:
             raise DataError(f"has no {', '.join(missing)}")
     values = {
-        "problem_id": first_field(row, ("problem_id", "sample_id")), "problem_type": str(row.get("problem_type") or ""),
-        "solution": reward.solution_answer(str(row.get("solution") or "")), "output": output or "",
-        "question": first_field(row, ("problem", "question")), "options": [str(option) for option in options],
-        "task": first_field(row, TASK_FIELDS), "error": str(row["error"]) if row.get("error") else None,
-        "evidence": [(float(start), float(end)) for start, end in row.get("evidence") or row.get("glue") or []],
+        "problem_id": first_field(row, ("problem_id", "sample_id")),
+        "problem_type": str(row.get("problem_type") or ""),
+        "solution": reward.solution_answer(str(row.get("solution") or "")),
+        "output": output or "",
+        "question": first_field(row, ("problem", "question")),
+        "options": [str(option) for option in options],
+        "task": first_field(row, TASK_FIELDS),
+        "error": str(row["error"]) if row.get("error") else None,
+        "evidence": [
+            (float(start), float(end))
+            for start, end in row.get("evidence") or row.get("glue") or []
+        ],
         "frame_use": row.get("frame_use"),
-        "groups": {name: row[name] for name in BREAKDOWNS if isinstance(row.get(name), str) and row[name]},
-        "stored": float(stored) if isinstance(stored, int | float) and math.isfinite(stored) else None}
+        "groups": {
+            name: row[name] for name in BREAKDOWNS if isinstance(row.get(name), str) and row[name]
+        },
+        "stored": float(stored)
+        if isinstance(stored, int | float) and math.isfinite(stored)
+        else None,
+    }
     item = Item(**{**values, **more})
     if item.problem_type == "multiple choice":
-        item.solution = solution_letters(item.solution, item.options) or item.solution  # as data.py reads it
-    if item.output.strip() == "<answer>error</answer>":  # what eval_bench.py stores for a whole batch of which one video is unreadable
+        item.solution = (
+            solution_letters(item.solution, item.options) or item.solution
+        )  # as data.py reads it
+    if (
+        item.output.strip() == "<answer>error</answer>"
+    ):  # what eval_bench.py stores for a whole batch of which one video is unreadable
         item.error = item.error or "stored as error: the file has <answer>error</answer>"
-    if not item.problem_id:  # two runs over the same question must name it alike, whatever the order of their files
+    if (
+        not item.problem_id
+    ):  # two runs over the same question must name it alike, whatever the order of their files
         told = json.dumps([item.question, row.get("video") or row.get("path"), item.options])
         item.problem_id = hashlib.sha1(told.encode()).hexdigest()[:12]
     return item
@@ -102,14 +171,24 @@ def from_tw_grpo_log(row):
     begin = told.find("system")
     if begin >= 0 and "assistant\n" in told[begin:]:
         told = told[told.index("assistant\n", begin) + len("assistant\n") :]
-    fields = {"problem_type": "multiple choice", **asked, "solution": asked.get("solution") or row["ground_truth"], "problem": question,
-              "options": options or asked.get("options"), "output": told}
+    fields = {
+        "problem_type": "multiple choice",
+        **asked,
+        "solution": asked.get("solution") or row["ground_truth"],
+        "problem": question,
+        "options": options or asked.get("options"),
+        "output": told,
+    }
     return item_of(fields, stored=row.get("accuracy_score"), tw_grpo=True)
 
 
 def from_lmms_eval(row):
     """A line of lmms-eval's samples: the data set's row under `doc`; MVBench's twenty files count their doc_id from 0 each."""
-    doc, answers, target = row["doc"], row.get("resps") or row.get("filtered_resps"), str(row["target"])
+    doc, answers, target = (
+        row["doc"],
+        row.get("resps") or row.get("filtered_resps"),
+        str(row["target"]),
+    )
     while isinstance(answers, list):
         answers = answers[0] if answers else ""
     options = doc.get("options") or doc.get("candidates") or doc.get("choices") or []
@@ -117,8 +196,10 @@ def from_lmms_eval(row):
     if isinstance(options, str) or not any(options):
         options = split_options(row.get("input") or "")[1]
     lettered = re.compile(r"\(?[A-Z][.):]")
-    options = [str(text) if lettered.match(str(text)) else f"{letter}. {text}"
-               for letter, text in zip("ABCDEFGHIJKLMNOPQRSTUVWXYZ", options, strict=False)]
+    options = [
+        str(text) if lettered.match(str(text)) else f"{letter}. {text}"
+        for letter, text in zip("ABCDEFGHIJKLMNOPQRSTUVWXYZ", options, strict=False)
+    ]
     task = first_field(doc, TASK_FIELDS)
     if task in VSI_NUMBERS:
         kind = "regression"
@@ -139,9 +220,21 @@ def from_lmms_eval(row):
         elif "score" in score or "correct" in score:
             stored = float(score.get("score", score.get("correct")))
         elif "answer" in score:
-            stored = float(str(score.get("pred_answer", score.get("parsed_pred"))) == str(score["answer"]))
-    return item_of({**doc, "problem": doc.get("question"), "problem_type": kind, "solution": target, "options": options, "output": answers},
-                   problem_id=f"{row['doc_id']}-{number}", stored=stored)
+            stored = float(
+                str(score.get("pred_answer", score.get("parsed_pred"))) == str(score["answer"])
+            )
+    return item_of(
+        {
+            **doc,
+            "problem": doc.get("question"),
+            "problem_type": kind,
+            "solution": target,
+            "options": options,
+            "output": answers,
+        },
+        problem_id=f"{row['doc_id']}-{number}",
+        stored=stored,
+    )
 
 
 def read_json(path):
@@ -161,13 +254,21 @@ def read_json(path):
             try:
                 document += [json.loads(line)] if line.strip() else []
             except ValueError as error:
-                raise DataError(f"{file} is neither JSON nor JSON lines: line {number}: {error}") from error
+                raise DataError(
+                    f"{file} is neither JSON nor JSON lines: line {number}: {error}"
+                ) from error
     settings = document.get("settings") if isinstance(document, dict) else {}
     settings = settings if isinstance(settings, dict) else {}
     if isinstance(document, dict):
         document = document["results"] if "results" in document else [document]
-    if not isinstance(document, list) or not document or not all(isinstance(row, dict) for row in document):
-        raise DataError(f"{file} holds no predictions (a list of objects, or an object with results, is expected)")
+    if (
+        not isinstance(document, list)
+        or not document
+        or not all(isinstance(row, dict) for row in document)
+    ):
+        raise DataError(
+            f"{file} holds no predictions (a list of objects, or an object with results, is expected)"
+        )
     return document, settings
 
 
@@ -191,7 +292,9 @@ def read_predictions(path):
         except DataError as error:
             raise DataError(f"{path}: row {index} {error}") from error
         except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
-            raise DataError(f"{path}: row {index} is no {source} prediction ({type(error).__name__}: {error})") from error
+            raise DataError(
+                f"{path}: row {index} is no {source} prediction ({type(error).__name__}: {error})"
+            ) from error
         if item.problem_id in items:
             other = item.question != items[item.problem_id].question
             repeated.append(item.problem_id + (" (another question)" if other else ""))
@@ -207,7 +310,11 @@ def benchmark_of(path, items=()):
         return f"seed-bench-r1 L{level[1]}"
     words, joined = re.split(r"[^a-z0-9]+", name), re.sub(r"[^a-z0-9]+", "", name)
     for benchmark in SIZES:
-        if benchmark in words or (len(benchmark) > 4 and benchmark in joined) or (benchmark == "mmvu" and "mmvu" in joined):
+        if (
+            benchmark in words
+            or (len(benchmark) > 4 and benchmark in joined)
+            or (benchmark == "mmvu" and "mmvu" in joined)
+        ):
             return benchmark
     return "vsibench" if items and all(vsi_task(item.task) for item in items) else ""
 
@@ -221,18 +328,22 @@ def find_answer(item):
     "" for a think block that no answer follows: words of the reasoning are no answer to a free-form question."""
     block = re.search(r"<answer>(.*?)</answer>", item.output, re.DOTALL)
     if block or not item.tw_grpo:
-        return block[1].strip() if block else "" if "<think>" in item.output else item.output.strip()
+        return (
+            block[1].strip() if block else "" if "<think>" in item.output else item.output.strip()
+        )
     told = re.search(r"(?:answer|Answer|ANSWER)[:\s]*([A-Z](?:\s*,\s*[A-Z])*)", item.output)
     return told[1] if told else ""
 
 
 def exact_number(text):
-    """"1,234.5" -> Fraction; None for anything that is no finite number (units, words, "nan", "inf"), as reward.py reads numbers."""
+    """ "1,234.5" -> Fraction; None for anything that is no finite number (units, words, "nan", "inf"), as reward.py reads numbers."""
     try:
         value = Decimal(text.strip().replace(",", ""))
     except InvalidOperation:
         return None
-    return Fraction(value) if value.is_finite() and abs(value.adjusted()) < 300 else None  # 1e999999999 would fill the memory
+    return (
+        Fraction(value) if value.is_finite() and abs(value.adjusted()) < 300 else None
+    )  # 1e999999999 would fill the memory
 
 
 def mean_relative_accuracy(answer, truth, strict=False):
@@ -270,8 +381,16 @@ def official_score(answer, item):
         told, right = exact_number(answer), exact_number(truth)
         return float(None not in (told, right) and round(float(told), 2) == round(float(right), 2))
     if item.problem_type == "regression":
-        return mean_relative_accuracy((answer.split() or [""])[0].rstrip("."), truth)  # "5 meters": VSI-Bench takes the first word
-    return {"OCR": reward.ocr_reward, "free-form": reward.rouge_reward}[item.problem_type](answer, truth) if answer else 0.0
+        return mean_relative_accuracy(
+            (answer.split() or [""])[0].rstrip("."), truth
+        )  # "5 meters": VSI-Bench takes the first word
+    return (
+        {"OCR": reward.ocr_reward, "free-form": reward.rouge_reward}[item.problem_type](
+            answer, truth
+        )
+        if answer
+        else 0.0
+    )
 
 
 def video_r1_score(answer, item):
@@ -280,7 +399,11 @@ def video_r1_score(answer, item):
         return float(answer == item.solution)
     if item.problem_type == "numerical":
         return reward.numerical_reward(answer, item.solution)
-    return mean_relative_accuracy(answer, item.solution, strict=True) if item.problem_type == "regression" else 0.0
+    return (
+        mean_relative_accuracy(answer, item.solution, strict=True)
+        if item.problem_type == "regression"
+        else 0.0
+    )
 
 
 def score_item(item):
@@ -288,12 +411,27 @@ def score_item(item):
     answer, known = find_answer(item), item.problem_type in PROBLEM_TYPES
     plain = reward.extract_answer(item.output) or item.output.strip()  # eval_bench.py's
     official = official_score(answer, item) if answer and known and not item.error else 0.0
-    use = item.frame_use and {name: value for name, value in item.frame_use.items() if name != "events"}  # the predictions keep those
-    return {"problem_id": item.problem_id, "problem_type": item.problem_type, "task": item.task, **item.groups, "problem": item.question,
-            "options": item.options, "solution": item.solution, "evidence": item.evidence, "output": item.output, "prediction": answer,
-            "reward": official, "correct": official == 1.0,
-            "reward_video_r1": video_r1_score(plain, item) if plain and not item.error else 0.0,
-            "format": reward.format_reward(item.output), "frame_use": use, "error": item.error}
+    use = item.frame_use and {
+        name: value for name, value in item.frame_use.items() if name != "events"
+    }  # the predictions keep those
+    return {
+        "problem_id": item.problem_id,
+        "problem_type": item.problem_type,
+        "task": item.task,
+        **item.groups,
+        "problem": item.question,
+        "options": item.options,
+        "solution": item.solution,
+        "evidence": item.evidence,
+        "output": item.output,
+        "prediction": answer,
+        "reward": official,
+        "correct": official == 1.0,
+        "reward_video_r1": video_r1_score(plain, item) if plain and not item.error else 0.0,
+        "format": reward.format_reward(item.output),
+        "frame_use": use,
+        "error": item.error,
+    }
 
 
 # ---------------------------------------------------------------- a judge's readings of a reasoning; TAC, consistency
@@ -312,7 +450,11 @@ def agrees(told, truth, problem_type):
     told, truth = exact_number(told), exact_number(truth)
     if None in (told, truth):
         return False
-    return 20 * abs(told - truth) <= abs(truth) if problem_type == "regression" else round(float(told), 2) == round(float(truth), 2)
+    return (
+        20 * abs(told - truth) <= abs(truth)
+        if problem_type == "regression"
+        else round(float(told), 2) == round(float(truth), 2)
+    )
 
 
 def reasoning_metrics(records, readings, judge):
@@ -337,11 +479,19 @@ def reasoning_metrics(records, readings, judge):
             a, t = agrees(answer, right, kind), agrees(concluded, right, kind)
             counts[("TN", "FP", "FN", "TP")[2 * a + t]] += 1
     ratio = lambda part, whole: part / whole if whole else None  # noqa: E731
-    return {"judge": judge, "n": len(readings), "not_read": len(records) - len(readings), "outputs": outputs, "no_conclusion": silent,
-            **{name: counts[name] for name in ("TP", "TN", "FP", "FN")},
-            "TAC": {"answer_to_thinking_correlation": ratio(counts["TP"] + counts["TN"], outputs),
-                    "consistency_accuracy": ratio(counts["TP"], counts["TP"] + counts["FN"])},
-            "consistency_rate": ratio(consistent, len(readings))}
+    return {
+        "judge": judge,
+        "n": len(readings),
+        "not_read": len(records) - len(readings),
+        "outputs": outputs,
+        "no_conclusion": silent,
+        **{name: counts[name] for name in ("TP", "TN", "FP", "FN")},
+        "TAC": {
+            "answer_to_thinking_correlation": ratio(counts["TP"] + counts["TN"], outputs),
+            "consistency_accuracy": ratio(counts["TP"], counts["TP"] + counts["FN"]),
+        },
+        "consistency_rate": ratio(consistent, len(readings)),
+    }
 
 
 # -------------------------------------------------------------------------------------------------------------- the report
@@ -355,8 +505,13 @@ def mean(values):
 
 def summary(records):
     """Numbers of a list of records."""
-    return {"n": len(records), "correct": sum(record["correct"] for record in records), "accuracy": mean(r["reward"] for r in records),
-            "accuracy_video_r1": mean(r["reward_video_r1"] for r in records), "format_rate": mean(r["format"] for r in records)}
+    return {
+        "n": len(records),
+        "correct": sum(record["correct"] for record in records),
+        "accuracy": mean(r["reward"] for r in records),
+        "accuracy_video_r1": mean(r["reward_video_r1"] for r in records),
+        "format_rate": mean(r["format"] for r in records),
+    }
 
 
 def grouped(records, name):
@@ -386,9 +541,13 @@ def vsi_numbers(records, reward_name):
     for name, values in levels.items():
         tasks[vsi_task(name)].append(mean(values))
     scores = {name: mean(tasks[name]) for name in VSI_TASKS if name in tasks}
-    return {"mean_acc": mean(r[reward_name] for r in records if r["problem_type"] != "regression"),
-            "mean_mra": mean(r[reward_name] for r in records if r["problem_type"] == "regression"),
-            "sample_weighted_mean": mean(r[reward_name] for r in records), "official": mean(scores.values()), "tasks": scores}
+    return {
+        "mean_acc": mean(r[reward_name] for r in records if r["problem_type"] != "regression"),
+        "mean_mra": mean(r[reward_name] for r in records if r["problem_type"] == "regression"),
+        "sample_weighted_mean": mean(r[reward_name] for r in records),
+        "official": mean(scores.values()),
+        "tasks": scores,
+    }
 
 
 def several_letter_numbers(records):
@@ -397,15 +556,32 @@ def several_letter_numbers(records):
     for record in records:
         partial[record["problem_id"]] = 0.0
         if not record["error"]:
-            partial[record["problem_id"]] = reward.multi_choice_reward(record["prediction"], record["solution"])
-        given, right = ({letter.strip() for letter in record[name].split(",")} for name in ("prediction", "solution"))
-        options_right += [(letter in given) == (letter in right) if record["prediction"] and not record["error"] else False
-                          for letter in option_texts(record["options"])]
-    groups = {"overall": records, "single answer": [r for r in records if not several_letters(r["solution"])],
-              "several answers": [r for r in records if several_letters(r["solution"])]}
+            partial[record["problem_id"]] = reward.multi_choice_reward(
+                record["prediction"], record["solution"]
+            )
+        given, right = (
+            {letter.strip() for letter in record[name].split(",")}
+            for name in ("prediction", "solution")
+        )
+        options_right += [
+            (letter in given) == (letter in right)
+            if record["prediction"] and not record["error"]
+            else False
+            for letter in option_texts(record["options"])
+        ]
+    groups = {
+        "overall": records,
+        "single answer": [r for r in records if not several_letters(r["solution"])],
+        "several answers": [r for r in records if several_letters(r["solution"])],
+    }
     return {"per_option_accuracy": mean(options_right)} | {
-        name: {"n": len(group), "per_question_accuracy": mean(r["reward"] for r in group),
-               "partial_accuracy": mean(partial[r["problem_id"]] for r in group)} for name, group in groups.items()}
+        name: {
+            "n": len(group),
+            "per_question_accuracy": mean(r["reward"] for r in group),
+            "partial_accuracy": mean(partial[r["problem_id"]] for r in group),
+        }
+        for name, group in groups.items()
+    }
 
 
 def overlap(predicted, spans):
@@ -423,7 +599,9 @@ def overlap(predicted, spans):
 def cited_interval(record):
     """(start s, end s): the hull of all times that the reasoning cites; None without one."""
     claims = [] if record["error"] else reward.parse_claims(last_block(record["output"], "think"))
-    return (min(claim[0] for claim in claims), max(claim[1] for claim in claims)) if claims else None
+    return (
+        (min(claim[0] for claim in claims), max(claim[1] for claim in claims)) if claims else None
+    )
 
 
 def frame_use_interval(record):
@@ -440,10 +618,22 @@ def grounding_numbers(records, interval=cited_interval):
         predicted = interval(record)
         scores.append(overlap(predicted, record["evidence"]) if predicted else None)
     inside, union = ([share[place] if share else 0.0 for share in scores] for place in (0, 1))
-    right = [record["correct"] and share >= 0.5 for record, share in zip(known, inside, strict=True)]
-    return {"n": len(known), "predicted": sum(share is not None for share in scores), "acc_gqa": mean(right)} | {
-        name: value for kind, shares in (("IoP", inside), ("IoU", union)) for name, value in (
-            (f"m{kind}", mean(shares)), (f"{kind}@0.3", mean(x >= 0.3 for x in shares)), (f"{kind}@0.5", mean(x >= 0.5 for x in shares)))}
+    right = [
+        record["correct"] and share >= 0.5 for record, share in zip(known, inside, strict=True)
+    ]
+    return {
+        "n": len(known),
+        "predicted": sum(share is not None for share in scores),
+        "acc_gqa": mean(right),
+    } | {
+        name: value
+        for kind, shares in (("IoP", inside), ("IoU", union))
+        for name, value in (
+            (f"m{kind}", mean(shares)),
+            (f"{kind}@0.3", mean(x >= 0.3 for x in shares)),
+            (f"{kind}@0.5", mean(x >= 0.5 for x in shares)),
+        )
+    }
 
 
 def event_enrichment(events, slots, chosen):
@@ -466,15 +656,23 @@ def frame_use_numbers(records):
     events are in the predictions); evidence, its mass on the slots that the answer rests on, and chance, uniform use's mass there; None
     where the prior or the evidence is not known. entropy is divided by log t: 1 is even use, 0 a single slot.
     """
+
     def numbers(uses):
-        entropies = [-sum(p * math.log(p) for p in use["slots"] if p > 0) / math.log(len(use["slots"])) for use in uses]
-        means = {name: mean(use[name] for use in uses if use.get(name) is not None)
-                 for name in ("consensus", "enrichment", "evidence", "chance")}
+        entropies = [
+            -sum(p * math.log(p) for p in use["slots"] if p > 0) / math.log(len(use["slots"]))
+            for use in uses
+        ]
+        means = {
+            name: mean(use[name] for use in uses if use.get(name) is not None)
+            for name in ("consensus", "enrichment", "evidence", "chance")
+        }
         return {"n": len(uses), "entropy": mean(entropies), **means}
 
     used = [record for record in records if record["frame_use"]]
-    return {name: numbers([r["frame_use"] for r in used if want is None or r["correct"] is want])
-            for name, want in (("all", None), ("right", True), ("wrong", False))}
+    return {
+        name: numbers([r["frame_use"] for r in used if want is None or r["correct"] is want])
+        for name, want in (("all", None), ("right", True), ("wrong", False))
+    }
 
 
 def make_report(items, benchmark="", repeated=()):
@@ -484,34 +682,63 @@ def make_report(items, benchmark="", repeated=()):
         raise DataError("there are no predictions to score")
     if benchmark and len(records) not in SIZES[benchmark]:
         sizes = " or ".join(map(str, SIZES[benchmark]))
-        warnings.append(f"{benchmark} has {sizes} questions, this file {len(records)}: not comparable with published numbers")
-    unknown = Counter(r["problem_type"] for r in records if r["problem_type"] not in PROBLEM_TYPES and not r["error"])
+        warnings.append(
+            f"{benchmark} has {sizes} questions, this file {len(records)}: not comparable with published numbers"
+        )
+    unknown = Counter(
+        r["problem_type"]
+        for r in records
+        if r["problem_type"] not in PROBLEM_TYPES and not r["error"]
+    )
     if unknown:
         warnings.append(f"problem types that no rule scores count as wrong: {dict(unknown)}")
     if repeated:
         others = sum(name.endswith("(another question)") for name in repeated)
-        warnings.append(f"{len(repeated)} rows repeat the problem_id of an earlier one and were left out" +
-                        (f"; {others} of them ask something else: is this one benchmark?" if others else ""))
+        warnings.append(
+            f"{len(repeated)} rows repeat the problem_id of an earlier one and were left out"
+            + (f"; {others} of them ask something else: is this one benchmark?" if others else "")
+        )
     errors = defaultdict(dict)
     for record in records:
         if record["error"]:
             errors[record["error"].partition(":")[0]][record["problem_id"]] = record["error"]
-    report = {"benchmark": benchmark or None, **summary(records), "scoring": {
-        "accuracy": "mean of `reward`: letters and numbers as they are meant, mean relative accuracy with <=, OCR and free-form by overlap",
-        "accuracy_video_r1": "mean of `reward_video_r1`: eval_bench.py's rules, mean relative accuracy with <, OCR and free-form are 0"}}
-    report["video_r1"] = {"mean_acc": mean(r["reward_video_r1"] for r in records if r["problem_type"] != "regression"),
-                          "mean_mra": mean(r["reward_video_r1"] for r in records if r["problem_type"] == "regression"),
-                          "correct": sum(r["reward_video_r1"] == 1.0 for r in records)}
-    report["by_type"], report["by_task"] = grouped(records, "problem_type"), grouped(records, "task")
+    report = {
+        "benchmark": benchmark or None,
+        **summary(records),
+        "scoring": {
+            "accuracy": "mean of `reward`: letters and numbers as they are meant, mean relative accuracy with <=, OCR and free-form by overlap",
+            "accuracy_video_r1": "mean of `reward_video_r1`: eval_bench.py's rules, mean relative accuracy with <, OCR and free-form are 0",
+        },
+    }
+    report["video_r1"] = {
+        "mean_acc": mean(
+            r["reward_video_r1"] for r in records if r["problem_type"] != "regression"
+        ),
+        "mean_mra": mean(
+            r["reward_video_r1"] for r in records if r["problem_type"] == "regression"
+        ),
+        "correct": sum(r["reward_video_r1"] == 1.0 for r in records),
+    }
+    report["by_type"], report["by_task"] = (
+        grouped(records, "problem_type"),
+        grouped(records, "task"),
+    )
     report["task_mean"] = mean(row["accuracy"] for row in report["by_task"].values())
     for name in BREAKDOWNS:
         if any(record.get(name) for record in records):
             report[f"by_{name}"] = grouped(records, name)
     if benchmark == "vsibench":
-        report["vsi_bench"] = {"official": vsi_numbers(records, "reward"), "video_r1": vsi_numbers(records, "reward_video_r1")}
-        missing = [task for task in VSI_TASKS if task not in report["vsi_bench"]["official"]["tasks"]]
+        report["vsi_bench"] = {
+            "official": vsi_numbers(records, "reward"),
+            "video_r1": vsi_numbers(records, "reward_video_r1"),
+        }
+        missing = [
+            task for task in VSI_TASKS if task not in report["vsi_bench"]["official"]["tasks"]
+        ]
         if missing:
-            warnings.append(f"VSI-Bench's own mean is over {len(VSI_TASKS) - len(missing)} of its 8 tasks; no {', '.join(missing)}")
+            warnings.append(
+                f"VSI-Bench's own mean is over {len(VSI_TASKS) - len(missing)} of its 8 tasks; no {', '.join(missing)}"
+            )
     if any(several_letters(record["solution"]) for record in records):
         report["several_letters"] = several_letter_numbers(records)
     stored = [item.stored for item in items]
@@ -525,8 +752,14 @@ def make_report(items, benchmark="", repeated=()):
         report["accuracy_as_stored"] = mean(stored)
     not_judged = dict.fromkeys(("judge", "TAC", "consistency_rate", "VAS"))
     not_judged["reason"] = "no judge was asked (--judge_base, --judge_model)"
-    report |= {"empty_outputs": sum(not r["output"].strip() for r in records), "errors": errors, "duplicates": list(repeated),
-               "judged": not_judged, "warnings": warnings, "results": records}
+    report |= {
+        "empty_outputs": sum(not r["output"].strip() for r in records),
+        "errors": errors,
+        "duplicates": list(repeated),
+        "judged": not_judged,
+        "warnings": warnings,
+        "results": records,
+    }
     return report
 
 
@@ -547,7 +780,9 @@ def mcnemar(gains, losses):
 def paired_bootstrap(differences, level=0.95, samples=10_000, seed=0):
     """Confidence interval of the mean of paired differences, by percentiles over resampled questions -> (low, high)."""
     values, counts = np.unique(np.asarray(differences, dtype=float), return_counts=True)
-    drawn = np.random.default_rng(seed).multinomial(len(differences), counts / counts.sum(), size=samples)  # (samples, distinct values)
+    drawn = np.random.default_rng(seed).multinomial(
+        len(differences), counts / counts.sum(), size=samples
+    )  # (samples, distinct values)
     low, high = np.quantile(drawn @ values / len(differences), [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)
 
@@ -561,19 +796,34 @@ def compare(first, second, seed=0):
     solution.
     """
     by_id = {record["problem_id"]: record for record in second}
-    pairs = [(record, by_id[record["problem_id"]]) for record in first if record["problem_id"] in by_id]
+    pairs = [
+        (record, by_id[record["problem_id"]]) for record in first if record["problem_id"] in by_id
+    ]
     if not pairs:
-        raise DataError("the two files share no problem_id: they are of different questions, or of formats that name them differently")
+        raise DataError(
+            "the two files share no problem_id: they are of different questions, or of formats that name them differently"
+        )
     for a, b in pairs:
-        if (a["solution"], a["problem_type"]) != (b["solution"], b["problem_type"]) and not (a["error"] or b["error"]):
+        if (a["solution"], a["problem_type"]) != (b["solution"], b["problem_type"]) and not (
+            a["error"] or b["error"]
+        ):
             told = f"{a['solution']!r} is right in the first, {b['solution']!r} in the second"
-            raise DataError(f"problem_id {a['problem_id']} is another question in each file: {told}")
+            raise DataError(
+                f"problem_id {a['problem_id']} is another question in each file: {told}"
+            )
     gains = [b["problem_id"] for a, b in pairs if b["correct"] and not a["correct"]]
     losses = [b["problem_id"] for a, b in pairs if a["correct"] and not b["correct"]]
     differences = [b["reward"] - a["reward"] for a, b in pairs]
     before = mean(a["reward"] for a, _ in pairs)
-    return {"n": len(pairs), "only_in_first": len(first) - len(pairs), "only_in_second": len(second) - len(pairs),
-            "accuracy": [before, mean(b["reward"] for _, b in pairs)], "difference": mean(differences),
-            "normalised_gain": mean(differences) / (1 - before) if before < 1 else None,
-            "interval_95": paired_bootstrap(differences, seed=seed), "mcnemar_p": mcnemar(len(gains), len(losses)),
-            "gains": gains, "losses": losses}
+    return {
+        "n": len(pairs),
+        "only_in_first": len(first) - len(pairs),
+        "only_in_second": len(second) - len(pairs),
+        "accuracy": [before, mean(b["reward"] for _, b in pairs)],
+        "difference": mean(differences),
+        "normalised_gain": mean(differences) / (1 - before) if before < 1 else None,
+        "interval_95": paired_bootstrap(differences, seed=seed),
+        "mcnemar_p": mcnemar(len(gains), len(losses)),
+        "gains": gains,
+        "losses": losses,
+    }

@@ -8,35 +8,24 @@ SFT, process. Two optional fields of ours: evidence [[start, end], ...] in secon
 Rows of SEED-Bench-R1, TW-GRPO (CLEVRER, NExT-GQA, STAR) and Video-R2 are told by their fields and rewritten as Video-R1 rows first.
 """
 
-import argparse
 import json
 import math
 import os
 import random
 import re
 import string
-from collections import OrderedDict
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-
-import cv2
-import decord
-import numpy as np
-import torch
-import torch.nn.functional as F
-from PIL import Image
-from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
-
-decord.logging.set_level(decord.logging.QUIET)  # what is wrong with a video is in the exception; the rest is noise between the lines
 
 PROBLEM_TYPES = ("multiple choice", "numerical", "regression", "free-form", "OCR")
 
 # The project's own wording; --prompt_template FILE replaces it ({question} and {instruction} are filled in).
 PROMPT_TEMPLATE = """{question}
 {instruction}"""
+
 INSTRUCTIONS = {
     "several letters": "Think inside <think></think>, then answer with the letters of all right options, joined by commas, inside "
-                       "<answer></answer>.",
+    "<answer></answer>.",
     "multiple choice": "Think inside <think></think>, then answer with one letter inside <answer></answer>.",
     "numerical": "Think inside <think></think>, then answer with a number inside <answer></answer>.",
     "regression": "Think inside <think></think>, then answer with a number inside <answer></answer>.",
@@ -53,11 +42,37 @@ class MediaError(DataError):
     """One image or video that cannot be decoded: skipped, counted and named, never replaced."""
 
 
-class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """--help of every command: its docstring as it is and the flags' defaults; where that is None, the flag's text says what it means."""
+def first_words(error):
+    """The sentence in a decord message, which comes wrapped in times and source paths and with a C++ stack trace behind it."""
+    line = (str(error).strip() or type(error).__name__).splitlines()[0]
+    return re.sub(r"^(\[[^]]*\]\s*|\S*\.(cc|h):\d+:\s*)*", "", line)[:160]
 
-    def _get_help_string(self, action):
-        return action.help if action.default is None else super()._get_help_string(action)
+
+@dataclass
+class Prior:
+    """The consensus prior of one question: a row of a priors file (prior.py writes and checks it)."""
+
+    problem_id: str
+    frames: list[int]  # (K,) indices in the video, ascending
+    times: list[float]  # (K,) seconds
+    prior: list[float]  # (K,) P of Eq. 2, sums to 1
+    question: str | None = None
+    media: str | None = None  # as the data set names it
+    scene_scores: list[float] = field(default_factory=list)  # (K,)
+    semantic_scores: list[float] = field(default_factory=list)  # (K,)
+    scene: list[int] = field(default_factory=list)  # positions among the K frames, S_scene of Eq. 1
+    semantic: list[int] = field(default_factory=list)  # the same, S_sem of Eq. 1
+    settings: dict = field(default_factory=dict)  # PriorSettings that made it
+
+    def __getitem__(self, name):  # TO GO: access as a dict
+        return getattr(self, name)
+
+    def get(self, name, default=None):  # TO GO
+        value = getattr(self, name, None)
+        return default if value is None else value
+
+    def __contains__(self, name):  # TO GO
+        return getattr(self, name, None) is not None
 
 
 @dataclass
@@ -72,8 +87,12 @@ class Example:
     media: str  # absolute path; '' for a text-only example
     media_type: str  # 'video' | 'image' | 'text'
     reasoning: str = ""
-    grounding: list[tuple[float, float, str]] = field(default_factory=list)  # (start s, end s, sentence)
-    evidence: list[tuple[float, float]] = field(default_factory=list)  # (start s, end s) that the answer rests on
+    grounding: list[tuple[float, float, str]] = field(
+        default_factory=list
+    )  # (start s, end s, sentence)
+    evidence: list[tuple[float, float]] = field(
+        default_factory=list
+    )  # (start s, end s) that the answer rests on
     extra: dict = field(default_factory=dict)  # path, and every other field of the row, untouched
 
 
@@ -89,9 +108,6 @@ def parse_time(text):
     for part in text.strip().split(":"):
         seconds = 60 * seconds + float(part)
     return seconds
-
-
-# ------------------------------------------------------------------------------------------- rows of other projects' files
 
 
 def split_options(text):
@@ -111,8 +127,15 @@ def split_options(text):
 def from_tw_grpo(row):
     """TW-GRPO: problem with the option lines in it, solution (letters joined by commas), video; NExT-GQA's `glue` are intervals."""
     question, options = split_options(row["problem"])
-    return {"data_type": "video", "problem_type": "multiple choice", "evidence": row.get("glue"), **row, "problem": question,
-            "options": options or row.get("options"), "path": row["video"].lstrip("/")}
+    return {
+        "data_type": "video",
+        "problem_type": "multiple choice",
+        "evidence": row.get("glue"),
+        **row,
+        "problem": question,
+        "options": options or row.get("options"),
+        "path": row["video"].lstrip("/"),
+    }
 
 
 def from_seed_bench(row):
@@ -124,14 +147,23 @@ def from_seed_bench(row):
     if "golden_choice_idx" in row:
         texts, letter = [row[f"choice_{name}"] for name in "abcd"], row["golden_choice_idx"]
     else:
-        rng = random.Random(str(row["sample_id"]))  # the same options in every run and on every rank
+        rng = random.Random(
+            str(row["sample_id"])
+        )  # the same options in every run and on every rank
         texts = [row["answer"], *rng.sample(row["negative_answers"], 3)]
         rng.shuffle(texts)
         letter = "ABCD"[texts.index(row["answer"])]
     video = bool(row["task_progress_metadata"])
-    return {**row, "problem": row["question"], "problem_type": "multiple choice", "solution": letter,
-            "options": [f"{name}. {text}" for name, text in zip("ABCD", texts, strict=True)], "data_type": "video" if video else "image",
-            "path": f"videos/{row['video_source']}/{row['video_basename']}" if video else picture, "current_observation": picture}
+    return {
+        **row,
+        "problem": row["question"],
+        "problem_type": "multiple choice",
+        "solution": letter,
+        "options": [f"{name}. {text}" for name, text in zip("ABCD", texts, strict=True)],
+        "data_type": "video" if video else "image",
+        "path": f"videos/{row['video_source']}/{row['video_basename']}" if video else picture,
+        "current_observation": picture,
+    }
 
 
 def answer_type(answer):
@@ -154,8 +186,17 @@ def from_video_r2(row):
     asked, told = (turn["value"] for turn in row["conversations"])
     question, options = split_options(re.sub(r"<(video|image)>\n?", "", asked))
     answer = strip_tag(told, "answer")
-    return {**row, "problem": question, "options": options, "solution": answer, "process": told if "<think>" in told else "",
-            "problem_type": answer_type(answer), "data_type": media_type, "path": path, "grounding": row.get("temporal_grounding")}
+    return {
+        **row,
+        "problem": question,
+        "options": options,
+        "solution": answer,
+        "process": told if "<think>" in told else "",
+        "problem_type": answer_type(answer),
+        "data_type": media_type,
+        "path": path,
+        "grounding": row.get("temporal_grounding"),
+    }
 
 
 def to_video_r1(row):
@@ -167,11 +208,11 @@ def to_video_r1(row):
     return from_tw_grpo(row) if "video" in row and "path" not in row else row
 
 
-# ---------------------------------------------------------------------------------------------- options and what names them
-
-
 LETTER = r"\(?([A-Za-z])(?:[.:]|\)[.:]?)?"  # B, b, (B), B., (B).
-LETTERED = re.compile(r"\(?([A-Z])(?:[.:]|\)[.:]?)(?![A-Z]\.)\s*(.*)", re.DOTALL)  # "A. x", "(A) x", "A) x", "A: x", not "U.S. flag"
+
+LETTERED = re.compile(
+    r"\(?([A-Z])(?:[.:]|\)[.:]?)(?![A-Z]\.)\s*(.*)", re.DOTALL
+)  # "A. x", "(A) x", "A) x", "A: x", not "U.S. flag"
 
 
 def option_texts(options):
@@ -204,7 +245,9 @@ def read_choice(answer, options=()):
     told = plain_text(lettered[2] if lettered else answer)
     named = [name for name, text in option_texts(options).items() if plain_text(text) == told]
     if lettered:
-        return "" if named and lettered[1] not in named else lettered[1]  # "": the letter of one option with the text of another
+        return (
+            "" if named and lettered[1] not in named else lettered[1]
+        )  # "": the letter of one option with the text of another
     return named[0] if len(named) == 1 else ""
 
 
@@ -221,20 +264,23 @@ def solution_letters(solution, options):
     parts = [part.strip() for part in solution.split(",")]
     if not all(re.fullmatch(LETTER, part) for part in parts):
         parts = [solution]  # a comma of the option's text
-    letters = list(dict.fromkeys(read_choice(part, options) for part in parts))  # each once, in their order
+    letters = list(
+        dict.fromkeys(read_choice(part, options) for part in parts)
+    )  # each once, in their order
     by_text = [letter for letter, text in texts.items() if plain_text(text) == plain_text(solution)]
     if by_text not in ([], letters) or not set(letters) <= texts.keys():
         return None
     return ",".join(letters)
 
 
-# --------------------------------------------------------------------------------------------------------------- examples
-
-
 def row_id(row, index):
     """What a row is known by everywhere: its problem_id (SEED-Bench-R1: sample_id), else its position in the file."""
-    found = next((row[name] for name in ("problem_id", "sample_id") if row.get(name) is not None), index)
-    return str(found).encode(errors="backslashreplace").decode()  # a lone surrogate could not be printed
+    found = next(
+        (row[name] for name in ("problem_id", "sample_id") if row.get(name) is not None), index
+    )
+    return (
+        str(found).encode(errors="backslashreplace").decode()
+    )  # a lone surrogate could not be printed
 
 
 def is_unicode(text):
@@ -245,7 +291,9 @@ def is_unicode(text):
 def read_solution(row, options, where):
     """The bare truth of a row as the rewards compare it; of a multiple-choice question the letters. DataError when there is none."""
     solution = row["solution"]
-    if not isinstance(solution, str | int | float) or (isinstance(solution, float) and not math.isfinite(solution)):
+    if not isinstance(solution, str | int | float) or (
+        isinstance(solution, float) and not math.isfinite(solution)
+    ):
         raise DataError(f"{where} has a solution that is neither text nor number: {solution!r}")
     answer = strip_tag(str(solution), "answer")
     if not answer:
@@ -257,7 +305,9 @@ def read_solution(row, options, where):
     letters = solution_letters(answer, options)
     if options and letters is None:
         letters_there = ", ".join(option_texts(options))
-        raise DataError(f"{where} solution {answer[:60]!r} names none of the options {letters_there}, or more than one")
+        raise DataError(
+            f"{where} solution {answer[:60]!r} names none of the options {letters_there}, or more than one"
+        )
     return letters or answer
 
 
@@ -271,12 +321,20 @@ def parse_example(row, index, media_root):
     except DataError as error:
         raise DataError(f"{where} {error}") from error
     except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise DataError(f"{where} lacks a field of its format, or has it in another shape ({type(error).__name__}: {error})") from error
-    missing = [key for key in ("problem", "problem_type", "solution", "data_type") if row.get(key) in (None, "")]
+        raise DataError(
+            f"{where} lacks a field of its format, or has it in another shape ({type(error).__name__}: {error})"
+        ) from error
+    missing = [
+        key
+        for key in ("problem", "problem_type", "solution", "data_type")
+        if row.get(key) in (None, "")
+    ]
     if missing:
         raise DataError(f"{where} has no {', '.join(missing)}")
     if row["problem_type"] not in PROBLEM_TYPES:
-        raise DataError(f"{where} has problem_type {row['problem_type']!r}; known are {', '.join(PROBLEM_TYPES)}")
+        raise DataError(
+            f"{where} has problem_type {row['problem_type']!r}; known are {', '.join(PROBLEM_TYPES)}"
+        )
     if row["data_type"] not in ("video", "image", "text"):
         raise DataError(f"{where} has data_type {row['data_type']!r}; known are video, image, text")
     media = ""
@@ -290,18 +348,41 @@ def parse_example(row, index, media_root):
     if not isinstance(options, list) or not isinstance(process, str):
         raise DataError(f"{where}: options must be a list and process a text")
     options = [str(option) for option in options]
-    texts = {"problem": str(row["problem"]), "options": "".join(options), "process": process, "solution": str(row["solution"])}
+    texts = {
+        "problem": str(row["problem"]),
+        "options": "".join(options),
+        "process": process,
+        "solution": str(row["solution"]),
+    }
     broken = [name for name, text in texts.items() if not is_unicode(text)]
     if broken:
         raise DataError(f"{where} has no valid Unicode in {', '.join(broken)} (a lone surrogate)")
     answer = read_solution(row, options, where)
     try:
-        spans = [(*span.partition("-"), sentence) for span, sentence in (row.get("grounding") or {}).items()]
-        grounding = [(parse_time(start), parse_time(end or start), sentence) for start, _, end, sentence in spans]
+        spans = [
+            (*span.partition("-"), sentence)
+            for span, sentence in (row.get("grounding") or {}).items()
+        ]
+        grounding = [
+            (parse_time(start), parse_time(end or start), sentence)
+            for start, _, end, sentence in spans
+        ]
         evidence = [(float(start), float(end)) for start, end in row.get("evidence") or []]
     except (AttributeError, TypeError, ValueError) as error:
-        raise DataError(f'{where}: grounding must be {{"MM:SS-MM:SS": sentence}}, evidence [[start, end], ...] ({error})') from error
-    known = {"problem_id", "problem", "options", "problem_type", "solution", "data_type", "process", "grounding", "evidence"}
+        raise DataError(
+            f'{where}: grounding must be {{"MM:SS-MM:SS": sentence}}, evidence [[start, end], ...] ({error})'
+        ) from error
+    known = {
+        "problem_id",
+        "problem",
+        "options",
+        "problem_type",
+        "solution",
+        "data_type",
+        "process",
+        "grounding",
+        "evidence",
+    }
     return Example(
         id=row_id(row, index),
         question=str(row["problem"]),
@@ -333,7 +414,11 @@ def read_rows(dataset_name):
         raise DataError(f"data set {file} not found (a JSON array or JSON lines file is expected)")
     try:
         text = file.read_text(encoding="utf-8")
-        rows = [json.loads(line) for line in text.split("\n") if line.strip()] if file.suffix == ".jsonl" else json.loads(text)
+        rows = (
+            [json.loads(line) for line in text.split("\n") if line.strip()]
+            if file.suffix == ".jsonl"
+            else json.loads(text)
+        )
     except ValueError as error:  # not JSON, or not UTF-8
         raise DataError(f"data set {file} is not valid JSON: {error}") from error
     if not isinstance(rows, list) or not rows:
@@ -353,36 +438,53 @@ def load_examples(dataset_name, media_root=None, errors=None):
         try:
             example = parse_example(row, index, media_root or Path(dataset_name).parent)
             if example.id in seen:
-                raise DataError(f"row {index} repeats the problem_id {example.id} of row {seen[example.id]}; results are joined by it")
+                raise DataError(
+                    f"row {index} repeats the problem_id {example.id} of row {seen[example.id]}; results are joined by it"
+                )
         except DataError as error:
             if errors is None:
                 raise DataError(f"data set {dataset_name}: {error}") from error
             fields = row if isinstance(row, dict) else {}
-            errors.append({"problem_id": row_id(fields, index), "media": fields.get("path") or fields.get("video"), "cause": str(error)})
+            errors.append(
+                {
+                    "problem_id": row_id(fields, index),
+                    "media": fields.get("path") or fields.get("video"),
+                    "cause": str(error),
+                }
+            )
             continue
         seen[example.id] = index
         examples.append(example)
     choices = [example for example in examples if example.problem_type == "multiple choice"]
     if any(re.fullmatch(r"[A-Z](,[A-Z])+", example.answer) for example in choices):
-        for example in choices:  # those with a single letter too: the prompt must not tell how many are right
+        for (
+            example
+        ) in choices:  # those with a single letter too: the prompt must not tell how many are right
             example.extra["multi_answer"] = True
     return examples
 
 
-# ------------------------------------------------------------------------------------------- question-answer inversion
-
 ASK_FOR_WRONG = "Which of these is not a right answer to this question: "
-NEGATIVE = re.compile(r"\b(not|cannot|never|no|none|neither|nor|nobody|nothing|except|false|wrong|incorrect|unlikely)\b|n['’]t\b", re.I)
+
+NEGATIVE = re.compile(
+    r"\b(not|cannot|never|no|none|neither|nor|nobody|nothing|except|false|wrong|incorrect|unlikely)\b|n['’]t\b",
+    re.I,
+)
+
 AUXILIARY = re.compile(
     r"(?:^|[,.:;?!]\s+)(?:"
     r"(?:(?:what|which)(?: of (?:the following|these)(?: \w+)?| \w+(?<!s)(?<!ed))?|who|where|when) "  # "Which ball will", "Who is"
     r"(is|are|was|were|will|would)(?! (?:do|does|did|is|are|was|were)\b)"
     r"|(?:what|which|where|when) (do|does|did)(?= (?:the|an?|this|that|these|those|his|her|their|its|he|she|it|they|people)\b)) ",
-    re.I)  # "Which person does a handstand", "Who did the dishes": a full verb
+    re.I,
+)  # "Which person does a handstand", "Who did the dishes": a full verb
+
 # options that stand or fall with others, or that name others by a letter that inversion gives to another one
 ABOUT_OPTIONS = re.compile(
     r"\b(all|both|neither|none|either|any|each|every\w*|nothing|nobody|above|following|only|options?|choices?|least|most|more|less|fewer)\b"
-    r"|\b[A-H] ?(and|or|,|&|/) ?[A-H]\b|^[A-H]$|\b(cannot|can['’]t|not) |insufficient|unknown|unclear|undetermined|uncertain", re.I)
+    r"|\b[A-H] ?(and|or|,|&|/) ?[A-H]\b|^[A-H]$|\b(cannot|can['’]t|not) |insufficient|unknown|unclear|undetermined|uncertain",
+    re.I,
+)
 
 
 def negate_question(question):
@@ -412,99 +514,38 @@ def invert_question(example, rng):
     prior and its evidence are the same. The reasoning argued for the old answer and is dropped. rng: random.Random.
     """
     question = negate_question(example.question)
-    options = [re.fullmatch(r"\(?([A-Z])[.):]\s*(.+)", option, re.DOTALL) for option in example.options]
-    if example.problem_type != "multiple choice" or question is None or None in options or re.search(r"\b[A-H][.)]\s", example.question):
+    options = [
+        re.fullmatch(r"\(?([A-Z])[.):]\s*(.+)", option, re.DOTALL) for option in example.options
+    ]
+    if (
+        example.problem_type != "multiple choice"
+        or question is None
+        or None in options
+        or re.search(r"\b[A-H][.)]\s", example.question)
+    ):
         return None
     texts = {option[1]: option[2].strip() for option in options}
-    if example.answer not in texts or len({text.lower() for text in texts.values()}) < len(options) or len(options) < 2 \
-            or any(ABOUT_OPTIONS.search(text) for text in texts.values()):
+    if (
+        example.answer not in texts
+        or len({text.lower() for text in texts.values()}) < len(options)
+        or len(options) < 2
+        or any(ABOUT_OPTIONS.search(text) for text in texts.values())
+    ):
         return None
     wrong = texts.pop(example.answer)
     right = rng.sample(list(texts.values()), rng.randint(1, len(texts)))
     shuffled = rng.sample([wrong, *right], 1 + len(right))
     letters = [chr(ord("A") + place) for place in range(len(shuffled))]
-    return replace(example, question=question, reasoning="",
-                   extra={**example.extra, "multi_answer": True, "inverted_from": example.question},
-                   options=[f"{letter}. {text}" for letter, text in zip(letters, shuffled, strict=True)],
-                   answer=",".join(letter for letter, text in zip(letters, shuffled, strict=True) if text != wrong))
-
-
-# ---------------------------------------------------------------------------------------------------------------- media
-
-
-def open_video(path):
-    """decord reader of a video file; MediaError with the cause when it is missing, empty or not a video."""
-    if not os.path.isfile(path):
-        raise MediaError(f"{path}: no such file")
-    if os.path.getsize(path) == 0:
-        raise MediaError(f"{path}: empty file")
-    try:
-        reader = decord.VideoReader(path, num_threads=1)
-    except (decord.DECORDError, RuntimeError) as error:  # decord raises either, by the kind of damage
-        if is_image(path):
-            raise MediaError(f"{path}: an image where a video was promised") from error
-        raise MediaError(f"{path}: not a readable video ({first_words(error)})") from error
-    if len(reader) == 0:
-        raise MediaError(f"{path}: the video has no frames")
-    return reader
-
-
-def is_image(path):
-    try:
-        Image.open(path).close()
-    except (Image.DecompressionBombError, OSError, SyntaxError, ValueError):
-        return False
-    return True
-
-
-def first_words(error):
-    """The sentence in a decord message, which comes wrapped in times and source paths and with a C++ stack trace behind it."""
-    line = (str(error).strip() or type(error).__name__).splitlines()[0]
-    return re.sub(r"^(\[[^]]*\]\s*|\S*\.(cc|h):\d+:\s*)*", "", line)[:160]
-
-
-def uniform_frames(total, k):
-    """Indices of k frames spread evenly over a video of `total`: round(linspace(0, total - 1, k)); all of them when there are fewer."""
-    return np.linspace(0, total - 1, min(k, total)).round().astype(int).tolist()
-
-
-def read_frames(reader, path, indices):
-    """Frames of an open video: indices (K,) -> uint8 array (K, H, W, 3) RGB and their times (K,) in seconds (presentation start)."""
-    if min(indices) < 0 or max(indices) >= len(reader):
-        raise MediaError(f"{path}: frames {min(indices)} to {max(indices)} asked for, the video has 0 to {len(reader) - 1}")
-    try:
-        return reader.get_batch(list(indices)).asnumpy(), reader.get_frame_timestamp(list(indices))[:, 0]
-    except (decord.DECORDError, RuntimeError, MemoryError) as error:
-        raise MediaError(f"{path}: damaged video ({first_words(error)})") from error
-
-
-def decode_frames(path, indices):
-    """Frames of a video file, as read_frames has them."""
-    return read_frames(open_video(path), path, indices)
-
-
-def load_image(path):
-    """An image as one frame: uint8 array (1, H, W, 3) RGB."""
-    if not os.path.isfile(path):
-        raise MediaError(f"{path}: no such file")
-    try:
-        with Image.open(path) as image:
-            return np.asarray(image.convert("RGB"))[None]
-    except (Image.DecompressionBombError, OSError, SyntaxError, ValueError) as error:  # Pillow raises all of them, by the damage
-        raise MediaError(f"{path}: not a readable image ({error})") from error
-
-
-def resize_frames(frames, min_pixels, max_pixels, factor=28):
-    """(K, H, W, 3) -> (K, 3, h, w): sides multiples of `factor`, min_pixels <= h*w <= max_pixels, aspect kept, bicubic."""
-    height, width = smart_resize(*frames.shape[1:3], factor=factor, min_pixels=min_pixels, max_pixels=max_pixels)
-    resized = torch.empty(len(frames), 3, height, width, dtype=torch.uint8)
-    for frame, own in zip(frames, resized, strict=True):  # one at a time: as float32 they take four times the memory
-        pixels = torch.tensor(frame).permute(2, 0, 1)[None].float()  # (1, 3, H, W)
-        own.copy_(F.interpolate(pixels, (height, width), mode="bicubic", antialias=True)[0].round().clamp(0, 255))
-    return resized
-
-
-# -------------------------------------------------------------------------------------------------------------- prompts
+    return replace(
+        example,
+        question=question,
+        reasoning="",
+        extra={**example.extra, "multi_answer": True, "inverted_from": example.question},
+        options=[f"{letter}. {text}" for letter, text in zip(letters, shuffled, strict=True)],
+        answer=",".join(
+            letter for letter, text in zip(letters, shuffled, strict=True) if text != wrong
+        ),
+    )
 
 
 def read_template(path):
@@ -514,8 +555,13 @@ def read_template(path):
     if not Path(path).is_file():
         raise DataError(f"prompt template {path} not found")
     template = Path(path).read_text(encoding="utf-8")
-    if set(re.findall(r"{(.*?)}", template)) - {"question", "instruction"} or "{question}" not in template:
-        raise DataError(f"prompt template {path}: {{question}} must be in it, {{instruction}} may, no other braces")
+    if (
+        set(re.findall(r"{(.*?)}", template)) - {"question", "instruction"}
+        or "{question}" not in template
+    ):
+        raise DataError(
+            f"prompt template {path}: {{question}} must be in it, {{instruction}} may, no other braces"
+        )
     return template
 
 
@@ -525,24 +571,10 @@ def build_prompt(example, template=PROMPT_TEMPLATE):
     if example.options:
         question += "\nOptions:\n" + "\n".join(example.options)
     several = example.problem_type == "multiple choice" and example.extra.get("multi_answer")
-    return template.format(question=question, instruction=INSTRUCTIONS["several letters" if several else example.problem_type])
-
-
-def clock(seconds):
-    """75.4 -> "01:15", as traces cite times."""
-    return f"{int(seconds) // 60:02d}:{int(seconds) % 60:02d}"
-
-
-def draw_times(frames, times):
-    """Each frame's time in its upper left corner, white on a black box: frames (K, 3, H, W) uint8 -> the same shape."""
-    drawn, font = [], cv2.FONT_HERSHEY_SIMPLEX
-    for frame, time in zip(frames.permute(0, 2, 3, 1).numpy(), times, strict=True):
-        picture, scale = np.ascontiguousarray(frame), frame.shape[0] / 250
-        (width, height), below = cv2.getTextSize(clock(time), font, scale, 2)
-        cv2.rectangle(picture, (0, 0), (width + 4, height + below + 2), (0, 0, 0), -1)
-        cv2.putText(picture, clock(time), (2, height + 2), font, scale, (255, 255, 255), 2, cv2.LINE_AA)
-        drawn.append(torch.from_numpy(picture).permute(2, 0, 1))
-    return torch.stack(drawn)
+    return template.format(
+        question=question,
+        instruction=INSTRUCTIONS["several letters" if several else example.problem_type],
+    )
 
 
 MARK = "\ue000"  # stands for the user's words while the chat template is rendered
@@ -561,7 +593,9 @@ def chat_parts(processor, example, template=PROMPT_TEMPLATE, system_prompt=None)
         messages.insert(0, {"role": "system", "content": [{"type": "text", "text": system_prompt}]})
     rendered = processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     if rendered.count(MARK) != 1:
-        raise DataError(f"the checkpoint's chat template shows the user's text {rendered.count(MARK)} times, not once")
+        raise DataError(
+            f"the checkpoint's chat template shows the user's text {rendered.count(MARK)} times, not once"
+        )
     before, after = rendered.split(MARK)
     return before, build_prompt(example, template), after
 
@@ -574,89 +608,3 @@ def plain_ids(tokenizer, text):
 def target_text(example):
     """What SFT teaches: think block, answer block."""
     return f"<think>{example.reasoning}</think><answer>{example.answer}</answer>"
-
-
-class Encoder:
-    """Examples -> model inputs through the checkpoint's own processor. Decoded media are kept up to `cache_gb`; the oldest leave first.
-
-    frame_times: how a video's frames say when they were taken: text (a line before the question), drawn (on the frames), none.
-    system_prompt: text of a system turn before the question; None: whatever the chat template does by itself.
-    """
-
-    def __init__(self, processor, min_pixels, max_pixels, frames=16, template=PROMPT_TEMPLATE, cache_gb=1.0, frame_times="none",
-                 system_prompt=None):
-        self.processor, self.template, self.frames, self.frame_times = processor, template, frames, frame_times
-        self.system_prompt = system_prompt
-        self.min_pixels, self.max_pixels = min_pixels, max_pixels
-        self.factor = processor.image_processor.patch_size * processor.image_processor.merge_size
-        self.media, self.media_bytes, self.limit = OrderedDict(), 0, int(cache_gb * 1e9)  # (path, frame indices) -> frames, patches
-
-    def encode(self, example, row=None, shuffle=None, black=False):
-        """-> dict: input_ids (P,), pixel_values (patches, C), grid_thw (3,), second_per_grid, times (K,) of the frames in seconds.
-
-        row: the example's row of a priors file, which says the frames; without one they are `frames` uniform ones.
-        shuffle: a permutation of the frames (the temporal reward's control); times and prompt stay as they are.
-        black: the frames are black (a control of the evaluation).
-        """
-        if example.media_type == "text":
-            before, words, after = chat_parts(self.processor, example, self.template, self.system_prompt)
-            ids = torch.tensor(self.processor.tokenizer(before).input_ids)
-            seen = {"input_ids": ids, "pixel_values": None, "grid_thw": None, "second_per_grid": 1.0, "times": []}
-        else:
-            entry = self.load(example, row)
-            if self.frame_times == "text" and example.media_type == "video":
-                times = f"The frames were taken at {', '.join(map(clock, entry['times']))}.\n"
-                example = replace(example, question=times + example.question)
-            before, words, after = chat_parts(self.processor, example, self.template, self.system_prompt)
-            if black:
-                seen = self.process(example, before, torch.zeros_like(entry["frames"]), entry)
-            elif shuffle is not None:
-                seen = self.process(example, before, entry["frames"][list(shuffle)], entry)
-            else:
-                # the medium and what stands before it are the same for all questions about it
-                if "seen" not in entry:
-                    entry["seen"] = self.process(example, before, entry["frames"], entry)
-                seen = entry["seen"]
-        tokenizer = self.processor.tokenizer
-        question = plain_ids(tokenizer, words) + tokenizer(after, add_special_tokens=False).input_ids
-        return {**seen, "input_ids": torch.cat([seen["input_ids"], torch.tensor(question)])}
-
-    def load(self, example, row):
-        """Decoded, resized frames of the example's medium, from the cache if they are there."""
-        key = (example.media, tuple(row["frames"]) if row else None)
-        if key not in self.media:
-            if example.media_type == "image":
-                frames, times = load_image(example.media), [0.0]
-            else:
-                frames, times = decode_frames(example.media, key[1] or uniform_frames(len(open_video(example.media)), self.frames))
-            try:
-                frames = resize_frames(frames, self.min_pixels, self.max_pixels, self.factor)
-            except ValueError as error:  # one side over 200 times the other
-                raise MediaError(f"{example.media}: cannot be resized ({error})") from error
-            fps = (len(times) - 1) / (times[-1] - times[0]) if len(times) > 1 else 1.0
-            size = (5 if len(times) > 1 else 9) * frames.numel()  # the frames and their float32 patches, in which an image stands twice
-            self.media[key] = {"frames": frames, "times": [float(t) for t in times], "fps": float(fps), "bytes": size}
-            self.media_bytes += size
-            while self.media_bytes > self.limit and len(self.media) > 1:
-                self.media_bytes -= self.media.popitem(last=False)[1]["bytes"]
-        self.media.move_to_end(key)
-        entry = self.media[key]
-        if row and not np.allclose(entry["times"], row["times"], atol=0.02):
-            raise DataError(f"{example.media}: its prior was made for other frames (the times differ); build the priors again")
-        return entry
-
-    def process(self, example, text, frames, entry):
-        """The processor's view of prompt and frames; the size was settled by resize_frames."""
-        if example.media_type == "image":
-            output = self.processor(text=[text], images=[frames[0]], do_resize=False, return_tensors="pt")
-            pixels, grid, seconds = output["pixel_values"], output["image_grid_thw"][0], 1.0
-        else:
-            if self.frame_times == "drawn":
-                frames = draw_times(frames, entry["times"])  # after a control's shuffling: its times stay in order
-            metadata = {"fps": entry["fps"], "total_num_frames": len(frames), "frames_indices": list(range(len(frames)))}
-            output = self.processor(text=[text], videos=[frames], video_metadata=[metadata], do_sample_frames=False, do_resize=False,
-                                    return_tensors="pt")
-            pixels, grid = output["pixel_values_videos"], output["video_grid_thw"][0]
-            seconds = self.processor.video_processor.temporal_patch_size / entry["fps"]
-        return {"input_ids": output["input_ids"][0], "pixel_values": pixels, "grid_thw": grid, "second_per_grid": seconds,
-                "times": entry["times"]}
