@@ -39,7 +39,7 @@ from huggingface_hub import InferenceClient
 from huggingface_hub.errors import HTTPError, InferenceTimeoutError
 from PIL import Image
 from tqdm import tqdm
-from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, HfArgumentParser
+from transformers import AutoConfig, HfArgumentParser
 from transformers.utils import logging as hf_logging
 
 import reward
@@ -62,7 +62,14 @@ from common.media import (
     resize_frames,
     uniform_frames,
 )
-from common.policy import Policy, collate, rollout_frame_use, slot_shares, token_frame_use
+from common.policy import (
+    Policy,
+    collate,
+    load_model,
+    rollout_frame_use,
+    slot_shares,
+    token_frame_use,
+)
 from common.rollout import read_turn, sample_texts
 from common.workers import append_lines, join_shards, write_whole
 from prior import read_priors
@@ -498,19 +505,6 @@ def run_benchmark(arguments):
 # ------------------------------------------------------------------------------------------------------ answers, here or there
 
 
-def load_model(arguments):
-    """Checkpoint -> model in eval mode on this rank's device, its processor."""
-    device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
-    processor = AutoProcessor.from_pretrained(arguments.model_name_or_path)
-    model = AutoModelForImageTextToText.from_pretrained(
-        arguments.model_name_or_path,
-        dtype=torch.bfloat16 if device != "cpu" else torch.float32,
-        attn_implementation="sdpa",
-        use_safetensors=True,
-    )
-    return model.to(device).eval(), processor
-
-
 def frame_order(arguments, position, count):
     """The order in which a question's frames are shown: as they are, or shuffled, the same in every run with this seed."""
     order = list(range(count))
@@ -616,7 +610,7 @@ def answer_here(arguments, examples, done, rank, world):
     left = [part for part in parts if any(example.id not in done for _, example in part)]
     if not left:
         return
-    model, processor = load_model(arguments)
+    model, processor = load_model(arguments.model_name_or_path)
     encoder = Encoder(
         processor,
         arguments.min_pixels,
@@ -1197,7 +1191,7 @@ def run_check(arguments):
         load_examples(arguments.dataset_name, arguments.media_root),
         score_settings(arguments),
     )
-    model, processor = load_model(arguments)
+    model, processor = load_model(arguments.model_name_or_path)
     encoder = Encoder(
         processor,
         arguments.min_pixels,

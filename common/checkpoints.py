@@ -17,14 +17,9 @@ from transformers.core_model_loading import Transpose, WeightConverter
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 
 from common.data import DataError, first_words
+from common.policy import MISNAMED
 from common.ranks import is_main, say
 from common.rollout import stop_tokens
-
-# Names that transformers up to 5.24 gave the weights of a Qwen that ZeRO-3 had partitioned -> what they should be.
-MISNAMED = {
-    r"^model\.model\.": "model.",
-    r"^model\.language_model\.model\.": "model.language_model.",
-}
 
 
 def weight_shapes(path):

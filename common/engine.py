@@ -21,13 +21,13 @@ from deepspeed.monitor.config import get_monitor_config
 from deepspeed.monitor.monitor import MonitorMaster
 from deepspeed.runtime.config import DeepSpeedConfig, DeepSpeedConfigError
 from pebble import ProcessExpired, ProcessPool
-from transformers import AutoConfig, AutoModelForImageTextToText
+from transformers import AutoConfig
 from transformers.integrations import HfDeepSpeedConfig
 from transformers.integrations.deepspeed import HfTrainerDeepSpeedConfig
 
-from common.checkpoints import MISNAMED, keep_names
+from common.checkpoints import keep_names
 from common.data import DataError, MediaError
-from common.policy import Policy, checkpoint_activations
+from common.policy import Policy, checkpoint_activations, load_weights
 from common.ranks import is_main, say, share_skipped
 from common.workers import start_worker
 
@@ -247,20 +247,7 @@ def start_engine(arguments, model_path, micro_batch=1, accumulation=1, learning_
     config = deepspeed_config(arguments, hidden_size, micro_batch, accumulation, learning_rate)
     keep = HfDeepSpeedConfig(config)  # noqa: F841  from_pretrained partitions while this object lives
     dtype = torch.bfloat16 if config.get("bf16", {}).get("enabled") else torch.float32
-    model, found = AutoModelForImageTextToText.from_pretrained(
-        model_path,
-        dtype=dtype,
-        attn_implementation="sdpa",
-        use_safetensors=True,
-        key_mapping=MISNAMED,
-        output_loading_info=True,
-    )
-    # transformers would start these at random and go on
-    if found["missing_keys"]:
-        missing = sorted(found["missing_keys"])
-        raise DataError(
-            f"{model_path} lacks {len(missing)} weights of a {model.config.model_type} model, the first is {missing[0]}"
-        )
+    model = load_weights(model_path, dtype)
     policy = Policy(model)
     if learning_rate is None:
         policy.requires_grad_(False)

@@ -1,19 +1,23 @@
 """A Qwen-VL checkpoint behind one forward: the packed group, the scoring head, where a response looks."""
 
+import os
 from dataclasses import dataclass, fields, replace
 from functools import partial
 from typing import NamedTuple
 
 import torch
+from safetensors import SafetensorError
 from torch.nn.attention.bias import causal_lower_right
 from torch.nn.functional import pad, scaled_dot_product_attention
 from torch.utils.checkpoint import checkpoint
+from transformers import AutoModelForImageTextToText, AutoProcessor
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import logging
 
 import reward
+from common.data import DataError
 from grpo import group_divergence, weights_of_divergence
 
 logger = logging.get_logger(__name__)
@@ -543,3 +547,64 @@ def slot_shares(times, intervals, slots):
     """(slots,) share of each temporal slot's frames whose time lies in one of the intervals (start s, end s)."""
     inside = torch.tensor([float(any(start <= t < end for start, end in intervals)) for t in times])
     return torch.stack([chunk.mean() for chunk in inside.split(-(-len(inside) // slots))])
+
+
+# Names that transformers up to 5.24 gave the weights of a Qwen that ZeRO-3 had partitioned, and what
+# they should be.
+MISNAMED = {
+    r"^model\.model\.": "model.",
+    r"^model\.language_model\.model\.": "model.language_model.",
+}
+
+
+def load_weights(path, dtype):
+    """Load a checkpoint's model; under ZeRO-3 (HfDeepSpeedConfig) it is partitioned while it loads.
+
+    Args:
+        path: folder, or model id of the hub.
+        dtype: torch.dtype of the weights in memory.
+    Raises:
+        DataError: the files cannot be read, or lack weights of the model.
+    """
+    try:
+        model, found = AutoModelForImageTextToText.from_pretrained(
+            path,
+            dtype=dtype,
+            attn_implementation="sdpa",
+            use_safetensors=True,
+            key_mapping=MISNAMED,
+            output_loading_info=True,
+        )
+    except (OSError, SafetensorError) as error:
+        raise DataError(f"{path} cannot be loaded: {str(error).splitlines()[0]}") from error
+    # transformers would start these at random and go on.
+    missing = sorted(found["missing_keys"])
+    if missing:
+        raise DataError(
+            f"{path} lacks {len(missing)} weights of a {model.config.model_type} model, "
+            f"the first is {missing[0]}"
+        )
+    return model
+
+
+def load_model(path):
+    """Load a checkpoint for inference, without DeepSpeed.
+
+    Args:
+        path: folder, or model id of the hub.
+    Returns:
+        The model in eval mode on this rank's device (bfloat16 on a GPU, else float32), and its
+        processor.
+    Raises:
+        DataError: the files cannot be read, or lack weights of the model.
+    """
+    device = "cpu"
+    dtype = torch.float32
+    if torch.cuda.is_available():
+        device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+        dtype = torch.bfloat16
+    try:
+        processor = AutoProcessor.from_pretrained(path)
+    except OSError as error:
+        raise DataError(f"{path} has no processor: {str(error).splitlines()[0]}") from error
+    return load_weights(path, dtype).to(device).eval(), processor

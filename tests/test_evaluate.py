@@ -5,6 +5,7 @@ import io
 import json
 import os
 import random
+import shutil
 import socket
 import subprocess
 import sys
@@ -17,9 +18,11 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 import evaluate
 from common import data, scores
+from common.policy import load_model
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -837,6 +840,23 @@ def test_answers_are_those_of_the_rollout_code(
         assert answers[example.id]["reward"] == reward.accuracy_reward(
             text, example.answer, example.problem_type
         )
+
+
+def test_a_misnamed_checkpoint_loads_and_a_torn_one_does_not(checkpoint, tmp_path):
+    """transformers up to 5.24 wrote the names of a model under ZeRO-3 with one model. too many."""
+    expected = load_model(checkpoint)[0].state_dict()
+    stored = load_file(checkpoint / "model.safetensors")
+    misnamed = {}
+    for name, weight in stored.items():
+        misnamed[name.replace("model.", "model.model.")] = weight
+    shutil.copytree(checkpoint, tmp_path / "old")
+    save_file(misnamed, tmp_path / "old" / "model.safetensors", metadata={"format": "pt"})
+    loaded, _ = load_model(tmp_path / "old")
+    assert all(torch.equal(weight, expected[name]) for name, weight in loaded.state_dict().items())
+    del stored["model.norm.weight"]
+    save_file(stored, tmp_path / "old" / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(data.DataError, match="lacks 1 weights of a qwen2_5_vl model"):
+        load_model(tmp_path / "old")
 
 
 def test_what_is_no_checkpoint(flags, tmp_path, monkeypatch, capsys):
