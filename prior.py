@@ -16,16 +16,12 @@ text-only example has no row. Worker processes decode; this one runs CLIP on wha
 
 import json
 import math
-import multiprocessing
 import os
 import shutil
 import sys
 import textwrap
-from concurrent.futures import FIRST_COMPLETED, wait
 from contextlib import closing
 from dataclasses import dataclass, field, fields
-from datetime import timedelta
-from itertools import islice
 from pathlib import Path
 from typing import Literal
 
@@ -34,8 +30,6 @@ import numpy as np
 import open_clip
 import scenedetect
 import torch
-import torch.distributed as dist
-from pebble import ProcessExpired, ProcessPool
 from PIL import Image
 from safetensors import SafetensorError
 from tqdm import tqdm
@@ -44,7 +38,7 @@ from transformers import HfArgumentParser
 from common.data import DataError, Example, MediaError, load_examples, parse_example, read_rows
 from common.flags import Help
 from common.media import decode_frames, load_image, open_video, read_frames, uniform_frames
-from common.workers import append_lines, join_shards, shards, start_worker, write_lines, write_whole
+from common.workers import Pool, ShardedLines, join_ranks, write_lines, write_whole
 
 CONE_BINS, CONE_RANGES = (
     [25, 25, 32],
@@ -597,54 +591,11 @@ def all_cues(media, settings, preprocess, workers=0, timeout=300.0, pin=True):
     workers: processes that decode, each one medium at a time; one that dies or takes more than `timeout` seconds costs its medium and is
     replaced. 0: in this process, where a decoder that hangs, hangs. pin: every worker keeps to a core of its own (take_core).
     """
-    if workers == 0:
-        for medium in media:
-            try:
-                yield medium, read_cues(medium, settings, preprocess)
-            except MediaError as error:
-                yield medium, error
-        return
-    context = multiprocessing.get_context(
-        "forkserver"
-    )  # forks of a process without threads or CUDA, with the slow imports done
-    context.set_forkserver_preload(
-        ["cv2", "decord", "open_clip", "pebble", "scenedetect", "torch", "transformers"]
-    )
-    pool, waiting, media = (
-        ProcessPool(
-            workers, max_tasks=1000, initializer=start_worker, initargs=(pin,), context=context
-        ),
-        {},
-        iter(media),
-    )
+    pool = Pool(workers, timeout, pin=pin)
     try:
-        while True:
-            for medium in islice(
-                media, workers + 2 - len(waiting)
-            ):  # enough that none idles, few enough to hold their pixels
-                waiting[
-                    pool.schedule(read_cues, args=(medium, settings, preprocess), timeout=timeout)
-                ] = medium
-            if not waiting:
-                return
-            for done in wait(waiting, return_when=FIRST_COMPLETED).done:
-                medium = waiting.pop(done)
-                try:
-                    cues = done.result()
-                except MediaError as error:
-                    cues = error
-                except TimeoutError:
-                    cues = MediaError(
-                        f"{medium[1]}: not decoded within {timeout:g} s (--decode_timeout)"
-                    )
-                except ProcessExpired as error:
-                    cues = MediaError(
-                        f"{medium[1]}: the decoder died of it (exit code {error.exitcode})"
-                    )
-                yield medium, cues
+        yield from pool.each(read_cues, media, settings, preprocess)
     finally:
         pool.stop()
-        pool.join()
 
 
 def group_by_medium(examples):
@@ -933,87 +884,56 @@ def clip_of(arguments, workers):
 
 
 def run_dataset(arguments):
-    """Rows of a data set, appended to --output as they are made; several ranks write aside, and rank 0 joins that when all have ended."""
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    output, errors_file, unusable = (
-        Path(arguments.output),
-        Path(f"{arguments.output}.errors.jsonl"),
-        [],
-    )
+    """Appends the rows of a data set to --output as they are made; each rank takes every world-th video."""
+    unusable = []
     examples = load_examples(arguments.dataset_name, arguments.media_root, unusable)
-    if world > 1 and "MASTER_ADDR" not in os.environ:
-        raise DataError(
-            "RANK and WORLD_SIZE are set without MASTER_ADDR; start ranks by torchrun or deepspeed"
-        )
-    if world > 1:
-        dist.init_process_group(
-            "gloo", timeout=timedelta(days=30)
-        )  # for its barrier: ranks end at different times
-    if rank == 0:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        join_shards(output)  # of an earlier run
-    if world > 1:
-        dist.barrier()
-    groups, done = group_by_medium(examples), finished(output, examples, arguments)
-    mine = [medium for index, medium in enumerate(groups) if index % world == rank]
+    rank, world = join_ranks()
+    output = ShardedLines(arguments.output, rank, world)
+    groups = group_by_medium(examples)
+    done = finished(output.path, examples, arguments)
+    mine = list(groups)[rank::world]
     left = [medium for medium in mine if any(example.id not in done for example in groups[medium])]
     workers = arguments.workers
     if workers is None:
-        workers = (
-            max(1, cores() // 2)
-            if arguments.has_semantic and not torch.cuda.is_available()
-            else cores()
-        )
-    clip = clip_of(arguments, workers) if any(kind == "video" for kind, _ in left) else None
-    # what an earlier run could not use is tried again; its list goes when nothing is left that could refuse this run
-    if rank == 0:
-        for file in (errors_file, *shards(errors_file)):
-            file.unlink(missing_ok=True)
-    if world > 1:
-        dist.barrier()
-    rows_file, faults_file = (
-        file if world == 1 else Path(f"{file}.shard{rank}") for file in (output, errors_file)
+        workers = cores()
+        if arguments.has_semantic and not torch.cuda.is_available():
+            workers = max(1, workers // 2)
+    clip = None
+    if any(kind == "video" for kind, _ in left):
+        clip = clip_of(arguments, workers)
+
+    # What an earlier run could not use is tried again. Nothing is left that could refuse this run.
+    errors = ShardedLines(f"{arguments.output}.errors.jsonl", rank, world)
+    errors.replace(unusable)
+    output.append([])  # the file exists even if no example needs a row
+    found = all_cues(
+        left,
+        arguments,
+        clip and clip.preprocess,
+        workers,
+        arguments.decode_timeout,
+        arguments.pin_workers,
     )
-    with (
-        open(rows_file, "ab", buffering=0) as rows_out,
-        open(faults_file, "ab", buffering=0) as faults_out,
-    ):
-        append_lines(faults_out, unusable if rank == 0 else [])
-        made = all_cues(
-            left,
-            arguments,
-            clip and clip.preprocess,
-            workers,
-            arguments.decode_timeout,
-            arguments.pin_workers,
-        )
-        for medium, cues in tqdm(
-            made,
-            desc="priors",
-            unit="video",
-            initial=len(mine) - len(left),
-            total=len(mine),
-            disable=rank > 0,
-        ):
-            if isinstance(cues, MediaError):
-                append_lines(
-                    faults_out,
-                    error_lines(
-                        [example for example in groups[medium] if example.id not in done], cues
-                    ),
-                )
-            else:
-                rows = media_rows(
-                    groups[medium], cues, clip, arguments
-                )  # all of the medium's, so that a resumed run computes the same
-                append_lines(rows_out, [row for row in rows if row["problem_id"] not in done])
-    if world > 1:
-        dist.barrier()
-        dist.destroy_process_group()
+    progress = tqdm(
+        found,
+        desc="priors",
+        unit="video",
+        initial=len(mine) - len(left),
+        total=len(mine),
+        disable=rank > 0,
+    )
+    for medium, cues in progress:
+        if isinstance(cues, MediaError):
+            asked = [example for example in groups[medium] if example.id not in done]
+            errors.append(error_lines(asked, cues))
+        else:
+            # All rows of the medium, so that a resumed run computes the same numbers.
+            rows = media_rows(groups[medium], cues, clip, arguments)
+            output.append([row for row in rows if row["problem_id"] not in done])
+    output.close()
+    errors.close()
     if rank == 0:
-        for file in (output, errors_file) if world > 1 else ():
-            join_shards(file)
-        conclude(arguments, examples, output, errors_file)
+        conclude(arguments, examples, output.path, errors.path)
 
 
 def conclude(arguments, examples, output, errors_file):

@@ -1,32 +1,65 @@
-"""Worker processes, and JSON-lines files that several ranks write."""
+"""One pool of worker processes, and JSON-lines files that one or several ranks extend.
 
+pool = Pool(workers=8, timeout=300.0)
+task = pool.submit(function, *args)                  # and later pool.result(task, path), or
+for medium, value in pool.each(function, media):     # results as they finish
+    ...
+pool.stop()
+
+rank, world = join_ranks()
+lines = ShardedLines("output.jsonl", rank, world)    # with what an earlier run left
+lines.append(rows)
+lines.close()                                        # rank 0 joins the shards of all ranks
+"""
+
+import atexit
+import glob
 import json
 import multiprocessing
 import os
 import signal
 import socket
 import threading
+from collections.abc import Callable
+from concurrent.futures import FIRST_COMPLETED, Future, wait
+from dataclasses import dataclass
+from datetime import timedelta
+from itertools import islice
 from pathlib import Path
 
 import cv2
 import torch
+import torch.distributed as dist
+from pebble import ProcessExpired, ProcessPool
 
-CORE_CLAIM = "videocfr-prior-core-"  # and its number: who decodes there
+from common.data import DataError, MediaError
+
+CORE_CLAIM = "videocfr-prior-core-"  # prefix of the socket by which a worker claims its core
+
+# Slow imports of the workers, done once in the process that they fork from.
+PRELOAD = ["cv2", "decord", "open_clip", "pebble", "scenedetect", "torch", "transformers"]
+
+TASKS_PER_WORKER = 1000  # then it is replaced, since decoders leak memory
 
 
 def take_core():
-    """Keeps this process on one core that no other worker has, if one is left; not under a quota of cores, which does not say which ones.
+    """Pins this process to the first core that no other worker has claimed, if there is one.
 
-    Why: decord decodes in a thread of its own. Where the scheduler moves the threads of two workers over the cores, both took 1.6 times as
-    long (README, Building priors). Other containers of the machine are not seen (--pin_workers).
+    decord decodes in its own thread. Where the scheduler moved the threads of two workers between
+    cores, both took 1.6 times as long (README, Building priors). The system frees a claim when its
+    process ends, so that the replacement of a dead worker takes over its core.
     """
-    cores = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else []  # Linux only
-    for core in sorted(cores) if len(cores) == cv2.getNumberOfCPUs() else []:
+    if not hasattr(os, "sched_getaffinity"):
+        return  # not Linux
+    cores = os.sched_getaffinity(0)
+    # Under a quota of cores it is unknown which ones other containers use.
+    if len(cores) != cv2.getNumberOfCPUs():
+        return
+    for core in sorted(cores):
         claim = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
         try:
-            claim.bind(
-                f"\0{CORE_CLAIM}{core}"
-            )  # an abstract name: one process has it, until it ends
+            # An abstract name, which one process can have.
+            claim.bind(f"\0{CORE_CLAIM}{core}")
         except OSError:
             claim.close()
             continue
@@ -35,20 +68,126 @@ def take_core():
         return
 
 
-def start_worker(pin=True):
-    """A decoding process: one thread a library, and no life without the process that it works for."""
+def exit_with_parent():
+    multiprocessing.parent_process().join()
+    os._exit(1)
+
+
+def start_worker(pin=True, initializer=None, initargs=()):
+    """Prepares a worker process: one thread per library; it exits with its parent."""
     torch.set_num_threads(1)
     cv2.setNumThreads(1)
     if pin:
         take_core()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that it works for
-    threading.Thread(
-        target=lambda: (multiprocessing.parent_process().join(), os._exit(1)), daemon=True
-    ).start()
+    # Ctrl-C reaches the parent, which stops the workers.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=exit_with_parent, daemon=True).start()
+    if initializer is not None:
+        initializer(*initargs)
+
+
+@dataclass(eq=False)
+class Task:
+    """A call under way in a worker (future), or, without workers, to be made for its result."""
+
+    function: Callable
+    args: tuple
+    future: Future | None = None
+
+
+class Pool:
+    """Worker processes that decode; one that hangs or dies costs its medium and is replaced.
+
+    Args:
+        workers: number of processes; 0: calls run in this process, without a timeout.
+        timeout: seconds that a call may take.
+        initializer, initargs: called once in every worker.
+        pin: keep each worker on its own core (take_core).
+    """
+
+    def __init__(self, workers, timeout, initializer=None, initargs=(), pin=False):
+        self.workers = workers
+        self.timeout = timeout
+        self.processes = None
+        if workers == 0:
+            if initializer is not None:
+                initializer(*initargs)
+            return
+        # Workers are forks of a process without threads or CUDA.
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(PRELOAD)
+        self.processes = ProcessPool(
+            workers,
+            max_tasks=TASKS_PER_WORKER,
+            initializer=start_worker,
+            initargs=(pin, initializer, initargs),
+            context=context,
+        )
+
+    def submit(self, function, *args):
+        """Begins a call of function(*args); returns its Task."""
+        future = None
+        if self.processes is not None:
+            future = self.processes.schedule(function, args=args, timeout=self.timeout)
+        return Task(function, args, future)
+
+    def result(self, task, medium):
+        """Waits for a task and returns its value.
+
+        Args:
+            medium: path that messages name.
+        Errors: MediaError if the call took too long or its worker died twice; what the call raised.
+        """
+        if task.future is None:
+            return task.function(*task.args)
+        for attempt in (1, 2):
+            try:
+                return task.future.result()
+            except TimeoutError as error:
+                late = f"not decoded within {self.timeout:g} s (--decode_timeout)"
+                raise MediaError(f"{medium}: {late}") from error
+            except ProcessExpired as error:
+                # Killed by the medium, or by a signal to the whole job: try once more.
+                if attempt == 2:
+                    death = f"the decoder died of it (exit code {error.exitcode})"
+                    raise MediaError(f"{medium}: {death}") from error
+                task = self.submit(task.function, *task.args)
+
+    def each(self, function, media, *args):
+        """Calls function(medium, *args) for every medium (kind, path).
+
+        Yields:
+            (medium, value or MediaError) in the order in which the calls finish.
+        """
+        media = iter(media)
+        running = {}
+        while True:
+            # Enough that no worker idles, few enough to hold their results in memory.
+            for medium in islice(media, self.workers + 2 - len(running)):
+                running[self.submit(function, medium, *args)] = medium
+            if not running:
+                return
+            done = list(running)
+            if self.processes is not None:
+                wait([task.future for task in running], return_when=FIRST_COMPLETED)
+                done = [task for task in running if task.future.done()]
+            for task in done:
+                medium = running.pop(task)
+                try:
+                    value = self.result(task, medium[1])
+                except MediaError as error:
+                    value = error
+                yield medium, value
+
+    def stop(self):
+        """Ends the workers, whatever they are doing."""
+        if self.processes is not None:
+            self.processes.stop()
+            self.processes.join()
 
 
 def write_whole(path, parts):
-    """A file of these bytes, whole or not at all."""
+    """Writes chunks of bytes to a file, which has all of them or does not change."""
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     unfinished = Path(f"{path}.tmp")
     with open(unfinished, "wb") as file:
@@ -57,32 +196,108 @@ def write_whole(path, parts):
 
 
 def write_lines(path, rows):
-    """Rows -> JSON lines, whole or not at all."""
+    """Writes rows as JSON lines by write_whole."""
     write_whole(path, (f"{json.dumps(row)}\n".encode() for row in rows))
 
 
 def append_lines(file, rows):
-    """Rows at the end of an unbuffered binary file."""
+    """Writes rows as JSON lines at the end of an unbuffered binary file."""
     lines = "".join(json.dumps(row) + "\n" for row in rows).encode()
     while lines:
         lines = lines[file.write(lines) :]
 
 
-def shards(path):
-    """What ranks have written aside for a file."""
-    return sorted(
-        file for file in path.parent.iterdir() if file.name.startswith(f"{path.name}.shard")
-    )
-
-
 def join_shards(path):
-    """A file and its shards -> one file of whole lines: a kill can have torn the last one of each."""
-    lines, aside = {}, shards(path)
-    if not aside and not path.exists():
+    """Moves the lines of a file's shards into it, drops repeated lines and a torn last one."""
+    shards = sorted(path.parent.glob(f"{glob.escape(path.name)}.shard*"))
+    if not shards and not path.exists():
         return
-    for file in (path, *aside):
+    lines = {}  # in order, each once
+    for file in (path, *shards):
         text = file.read_bytes() if file.exists() else b""
-        lines.update(dict.fromkeys(text[: text.rfind(b"\n") + 1].splitlines(keepends=True)))
+        whole = text[: text.rfind(b"\n") + 1]
+        lines.update(dict.fromkeys(whole.splitlines(keepends=True)))
     write_whole(path, lines)
-    for file in aside:
+    for file in shards:
         file.unlink()
+
+
+def join_ranks():
+    """Joins the ranks that torchrun or deepspeed started, for the barriers of ShardedLines.
+
+    Returns:
+        rank, number of ranks; 0, 1 for one process.
+    """
+    rank = int(os.environ.get("RANK", 0))
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    if world > 1:
+        if "MASTER_ADDR" not in os.environ:
+            variables = "RANK and WORLD_SIZE are set without MASTER_ADDR"
+            raise DataError(f"{variables}; start ranks by torchrun or deepspeed")
+        # Ranks finish at different times.
+        dist.init_process_group("gloo", timeout=timedelta(days=30))
+        atexit.register(dist.destroy_process_group)
+    return rank, world
+
+
+class ShardedLines:
+    """A JSON-lines file that a run of one or several ranks extends, also one that a kill cut short.
+
+    Several ranks append to one shard each; rank 0 joins them into the file. All ranks construct,
+    replace and close it together.
+
+    Args:
+        path: file of the joined lines.
+        rank, world: as join_ranks returns them.
+    """
+
+    def __init__(self, path, rank, world):
+        self.path = Path(path)
+        self.rank = rank
+        self.world = world
+        self.shard = self.path
+        if world > 1:
+            self.shard = Path(f"{path}.shard{rank}")
+        self.file = None
+        # An earlier run may have left shards.
+        if rank == 0:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            join_shards(self.path)
+        self.barrier()
+
+    def barrier(self):
+        if self.world > 1:
+            dist.barrier()
+
+    def replace(self, rows):
+        """Replaces all rows of the file by rank 0's `rows`, when every rank has read it."""
+        self.barrier()
+        if self.rank == 0:
+            write_lines(self.path, rows)
+        self.barrier()
+
+    def append(self, rows):
+        """Adds rows of this rank; they survive a kill from the moment it returns."""
+        # Kept open, so that a rank whose launcher was killed does not make a shard anew.
+        if self.file is None:
+            self.file = open(self.shard, "ab", buffering=0)
+        append_lines(self.file, rows)
+
+    def close(self):
+        """Waits for the other ranks; then rank 0 joins the shards."""
+        if self.file is not None:
+            self.file.close()
+        self.barrier()
+        if self.rank == 0 and self.world > 1:
+            join_shards(self.path)
+
+
+def check_settings(path, made_with, settings, remedy="choose another --output"):
+    """Compares a row's recorded settings with this run's.
+
+    Errors: DataError with the first of `settings` that differs, and the remedy.
+    """
+    for name, value in settings.items():
+        if made_with.get(name) != value:
+            other = f"was made with --{name} {made_with.get(name)}, this run has {value}"
+            raise DataError(f"{path} {other}; {remedy}")
