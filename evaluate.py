@@ -62,16 +62,10 @@ from common.media import (
     resize_frames,
     uniform_frames,
 )
-from common.policy import (
-    Policy,
-    collate,
-    load_model,
-    rollout_frame_use,
-    slot_shares,
-    token_frame_use,
-)
+from common.policy import Policy, collate, load_model
 from common.rollout import read_turn, sample_texts
 from common.workers import append_lines, join_shards, write_whole
+from grpo import rollout_frame_use, slot_shares, token_frame_use
 from prior import read_priors
 
 

@@ -1,39 +1,61 @@
-"""Stage 3: the group-relative policy optimisation of CF-GRPO (arXiv 2606.18441, Eq. 9-10) for Qwen-VL checkpoints.
+"""Stage 3: the algorithm of CF-GRPO (arXiv 2606.18441) without the machinery.
 
-The maths are pure functions: group_advantages, policy_loss, token_weights. The model side is one module, Policy, and two functions:
-rollout() samples a group (vision encoder and prefill once, one KV cache a prompt) and Policy scores it with the group packed in
-one row, [prompt | c_1 | ... | c_G], where a completion sees the prompt and itself only (Prefix Grouper, arXiv 2506.05433).
+Rewards of a group of rollouts (Eq. 3-8), advantages (Eq. 9) and the clipped loss (Eq. 10), as
+train.py runs them:
 
-Letters in shapes: B prompts, G completions of each, P prompt tokens (left-padded), T completion tokens (right-padded), S = P + G*T,
-D hidden size, V vocabulary, K frames, t temporal slots of M visual tokens.
+    terms = rewards(rollouts, uses, tokenizer, args)   # {name: (B, G)}: add a reward term there
+    advantages = group_advantages(terms["total"])      # (B, G)
+    loss, stats = policy_loss(logp, old_logp, advantages, mask, ref_logp)
+
+Letters in shapes: B questions, G completions of each, N = B * G, P prompt tokens (left-padded),
+T completion tokens (right-padded), L of one completion, S = P + G * T, D hidden size,
+V vocabulary, K frames, t temporal slots of M visual tokens.
 """
 
 import math
 from bisect import bisect_left, bisect_right
+from dataclasses import dataclass, field
 
 import torch
 
+import reward
+
+# ------------------------------------------------------------------ advantages and loss (Eq. 9-10)
+
 
 def group_advantages(rewards, eps=1e-4, scale=True, anchors=None):
-    """Advantages within each question's group (Eq. 9): (r - mean) / (std + eps). rewards (B, G) -> (B, G).
+    """Advantages within each question's group (Eq. 9): (r - mean) / (std + eps).
 
-    std is unbiased (G - 1), as in the release; scale=False leaves the division out (Dr. GRPO). Equal rewards give zeros, but for rounding;
-    with anchors (B,), a virtual rollout's reward joins the mean and the std of such groups (after TW-GRPO's SOVA), so that one whose
-    rollouts are all right, or all wrong, still says so.
+    std is unbiased (G - 1), as in the release. Equal rewards give zeros up to rounding.
+
+    Args:
+        rewards: (B, G).
+        scale: False leaves the division out (Dr. GRPO).
+        anchors: (B,) reward of a virtual rollout that joins mean and std of groups whose rewards
+            are all equal (after TW-GRPO's SOVA), so that such a group still has a signal.
+    Returns:
+        (B, G).
+    Errors: ValueError for groups of one, which have no std.
     """
     if scale and rewards.shape[1] < 2:
         raise ValueError(
             "a group needs at least two rollouts for its standard deviation (--num_generations)"
         )
-    mean, std = rewards.mean(dim=1, keepdim=True), rewards.std(dim=1, keepdim=True)
+    mean = rewards.mean(dim=1, keepdim=True)  # (B, 1)
+    std = rewards.std(dim=1, keepdim=True)  # (B, 1)
     if anchors is not None:
-        equal = rewards.amax(dim=1, keepdim=True) - rewards.amin(dim=1, keepdim=True) < 1e-6
-        more = torch.cat([rewards, anchors[:, None]], dim=1)
-        mean, std = (
-            torch.where(equal, more.mean(dim=1, keepdim=True), mean),
-            torch.where(equal, more.std(dim=1, keepdim=True), std),
-        )
-    return (rewards - mean) / (std + eps) if scale else rewards - mean
+        equal = all_equal(rewards)[:, None]  # (B, 1)
+        extended = torch.cat([rewards, anchors[:, None]], dim=1)  # (B, G + 1)
+        mean = torch.where(equal, extended.mean(dim=1, keepdim=True), mean)
+        std = torch.where(equal, extended.std(dim=1, keepdim=True), std)
+    if scale:
+        return (rewards - mean) / (std + eps)
+    return rewards - mean
+
+
+def all_equal(rewards):
+    """(B, G) -> (B,) bool: the group's rewards are equal, so they carry no signal."""
+    return rewards.amax(dim=1) - rewards.amin(dim=1) < 1e-6
 
 
 def policy_loss(
@@ -48,24 +70,39 @@ def policy_loss(
     reduction="sequence",
     weights=None,
 ):
-    """Clipped policy loss with a k3 KL penalty (Eq. 10). logp, old_logp, ref_logp, mask, weights (N, T), advantages (N,).
+    """Clipped policy loss with a KL penalty (Eq. 10).
 
-    Per token: -min(ratio*A, clip(ratio, 1-clip_low, 1+clip_high)*A) + beta*(exp(d) - d - 1), ratio = exp(logp - old_logp),
-    d = ref_logp - logp clamped to +-10 (Schulman's k3 estimator). Reductions: 'sequence' mean over a completion's tokens, then over
-    completions (GRPO); 'token' sum over all tokens / number of tokens (TW-GRPO, DAPO); 'constant' sum / (N * T) (Dr. GRPO).
-    Masked positions may hold anything, NaN too. Returns the loss and stats: kl, ratio, clip_fraction (floats, means over tokens).
+    Per token: -min(ratio * A, clip(ratio, 1 - clip_low, 1 + clip_high) * A) + beta * k3, where
+    ratio = exp(logp - old_logp), k3 = exp(d) - d - 1 (Schulman's estimator) and
+    d = ref_logp - logp, clamped to +-10.
+
+    Args:
+        logp, old_logp, ref_logp, weights: (N, T). Masked positions may hold anything, even NaN.
+        advantages: (N,).
+        mask: (N, T), 1 on completion tokens.
+        reduction: "sequence", the mean over a completion's tokens, then over completions (GRPO);
+            "token", the sum over all tokens / their number (TW-GRPO, DAPO);
+            "constant", the sum / (N * T) (Dr. GRPO).
+    Returns:
+        loss, and means over tokens as floats: {"kl", "ratio", "clip_fraction"}.
     """
     mask = mask.bool()
-    logp, old_logp = logp.masked_fill(~mask, 0.0), old_logp.masked_fill(~mask, 0.0)
-    ratio = torch.exp(logp - old_logp)  # (N, T)
+    logp = logp.masked_fill(~mask, 0.0)
+    old_logp = old_logp.masked_fill(~mask, 0.0)
     advantages = advantages[:, None]  # (N, 1)
+
+    # The clipped objective.
+    ratio = torch.exp(logp - old_logp)  # (N, T)
     clipped = ratio.clamp(1 - clip_low, 1 + clip_high)
     token_loss = -torch.min(ratio * advantages, clipped * advantages)  # (N, T)
+
+    # The penalty for leaving the reference.
     kl = torch.zeros_like(logp)
     if ref_logp is not None:
         d = (ref_logp.masked_fill(~mask, 0.0) - logp).clamp(-10, 10)
         kl = torch.exp(d) - d - 1
         token_loss = token_loss + beta * kl
+
     if weights is not None:
         token_loss = token_loss * weights.masked_fill(~mask, 0.0)
     token_loss = token_loss * mask
@@ -78,77 +115,389 @@ def policy_loss(
         loss = token_loss.sum() / mask.numel()
     else:
         raise ValueError(f"reduction {reduction!r} is not one of sequence, token, constant")
+
+    def token_mean(values):
+        return (values * mask).sum().item() / max(tokens.item(), 1)
+
     with torch.no_grad():
-        outside = torch.where(advantages > 0, ratio > 1 + clip_high, ratio < 1 - clip_low) & mask
-        mean = lambda values: (values * mask).sum().item() / max(tokens.item(), 1)  # noqa: E731
-        stats = {"kl": mean(kl), "ratio": mean(ratio), "clip_fraction": mean(outside.float())}
+        # The clip is active where it stops an update that would go further.
+        active = torch.where(advantages > 0, ratio > 1 + clip_high, ratio < 1 - clip_low) & mask
+        stats = {
+            "kl": token_mean(kl),
+            "ratio": token_mean(ratio),
+            "clip_fraction": token_mean(active.float()),
+        }
     return loss, stats
 
 
 def token_weights(logits, mask, alpha=1.7):
-    """TW-GRPO's weight of each position from how much the group's next-token distributions differ there (arXiv 2505.24718).
+    """TW-GRPO's weight of each position (arXiv 2505.24718): larger where the group disagrees.
 
-    logits (G, T, V), mask (G, T) -> (G, T) in [1, alpha], the same row for every rollout: weights_of_divergence(group_divergence).
+    Args:
+        logits: (G, T, V) of one group.
+        mask: (G, T).
+    Returns:
+        (G, T) in [1, alpha], the same row for every rollout.
     """
-    return weights_of_divergence(
-        group_divergence(torch.log_softmax(logits.float(), dim=-1), mask), mask, alpha
-    )
+    logp = torch.log_softmax(logits.float(), dim=-1)
+    return weights_of_divergence(group_divergence(logp, mask), mask, alpha)
 
 
 @torch.no_grad()
 def group_divergence(logp, mask):
-    """How much the group's next-token distributions differ at each position: logp (..., G, T, V), mask (..., G, T) -> (..., T).
+    """How much the next-token distributions of a group differ at each position.
 
-    mean_g sum_v exp(d) - d - 1 with d = m - log p_g clamped to +-11, m the mean of the log-probabilities, p_g uniform where rollout g has
-    ended. Each position stands alone, so any chunk of T can be computed by itself.
+    mean_g sum_v exp(d) - d - 1, with d = m - log p_g clamped to +-11 and m the mean of the
+    log-probabilities; p_g is uniform where rollout g has ended. Positions are independent, so any
+    chunk of T can be computed by itself.
+
+    Args:
+        logp: (..., G, T, V) log-probabilities.
+        mask: (..., G, T).
+    Returns:
+        (..., T).
     """
-    d = torch.where(mask.bool()[..., None], logp, -math.log(logp.shape[-1]))  # (..., G, T, V)
+    uniform = -math.log(logp.shape[-1])
+    d = torch.where(mask.bool()[..., None], logp, uniform)  # (..., G, T, V)
     d = (d.mean(dim=-3, keepdim=True) - d).clamp_(-11, 11)
     return (torch.exp(d) - d - 1).sum(dim=-1).mean(dim=-2)
 
 
 @torch.no_grad()
 def weights_of_divergence(divergence, mask, alpha=1.7):
-    """Divergence (T,) of one group, mask (G, T) -> weights (G, T): 1 + (alpha - 1) * divergence, min-max scaled over the positions that any
-    rollout reaches; the others get 1."""
+    """Token weights 1 + (alpha - 1) * divergence, min-max scaled over a group's positions.
+
+    Args:
+        divergence: (T,) of one group.
+        mask: (G, T).
+    Returns:
+        (G, T) in [1, alpha]; positions past the end of every rollout get 1.
+    """
     mask = mask.bool()
-    reached = mask.any(dim=0)
+    reached = mask.any(dim=0)  # (T,)
     if not reached.any():
         return torch.ones_like(mask, dtype=torch.float32)
-    low, high = divergence[reached].min(), divergence[reached].max()
-    scaled = torch.where(
-        reached, (divergence - low) / (high - low).clamp(min=1e-8), torch.zeros_like(divergence)
-    )
+    low = divergence[reached].min()
+    high = divergence[reached].max()
+    scaled = (divergence - low) / (high - low).clamp(min=1e-8)
+    scaled = torch.where(reached, scaled, torch.zeros_like(divergence))
     return (1 + (alpha - 1) * scaled)[None].expand(mask.shape)
+
+
+# --------------------------------------------------------------- from rollouts to rewards (Eq. 3-8)
+
+
+@dataclass
+class Rollouts:
+    """One forward's worth of questions and their samples; the loop fills in the rest."""
+
+    examples: list  # B Examples
+    priors: list  # B Priors; None for text
+    prompts: object  # policy.Prompts
+    completions: torch.Tensor  # (B, G, T) token ids
+    mask: torch.Tensor  # (B, G, T) bool, True on completion tokens
+    truncated: torch.Tensor  # (B, G) bool, cut at --max_completion_length
+    logp: torch.Tensor  # (B, G, T) log-probabilities of the tokens when they were sampled
+    texts: list  # B lists of G
+    control_texts: list  # B lists of G/2 texts from shuffled frames; None without the control
+    learned: torch.Tensor | None = None  # (B, G, T) bool, tokens that count in the loss
+    share: float = 1.0  # weight of this forward's loss in the step's
+    old_logp: torch.Tensor | None = None  # (B, G, T) of Eq. 10
+    reference_logp: torch.Tensor | None = None  # (B, G, T) by the reference model
+    rewards: dict = field(default_factory=dict)  # {term: (B, G)}
+    advantages: torch.Tensor | None = None  # (B, G)
+    dropped: torch.Tensor | None = None  # (B,) bool, groups that are left out of the loss
+
+    @property
+    def lengths(self):
+        """(B, G) tokens of each completion."""
+        return self.mask.sum(-1)
+
+
+def rollout_frame_use(
+    prompts,
+    completion_mask,
+    hidden=None,
+    attention=None,
+    tau=0.1,
+    order="mean_softmax",
+    pool="max",
+):
+    """Frame use per temporal slot of every rollout: Eq. 3-5, or its counterpart by attention.
+
+    Args:
+        prompts: policy.Prompts of B questions.
+        completion_mask: (B, G, T).
+        hidden: (B, S, D) states of one layer in the packed layout (policy.Scored); or
+        attention: (B, G, T, P) of completion tokens to prompt tokens.
+        tau, order, pool: of reward.frame_use and reward.pool_frames; the defaults are the paper's.
+    Returns:
+        B lists of G tensors (t,), each summing to 1; None in place of a tensor for questions
+        without a video of at least two slots, where there is nothing to choose.
+    """
+    batch, group, length = completion_mask.shape
+    prompt_length = prompts.input_ids.shape[1]
+    uses = []
+    for b in range(batch):
+        slots = prompts.slots[b]
+        if slots < 2:
+            uses.append([None] * group)
+            continue
+        columns = prompts.visual[b].nonzero().squeeze(1)  # (t * M,)
+        if hidden is not None:
+            visual = hidden[b, columns].float().view(slots, -1, hidden.shape[-1])  # (t, M, D)
+            frames = reward.pool_frames(visual, pool)  # (t, D), Eq. 3
+        row = []
+        for g in range(group):
+            valid = completion_mask[b, g].bool()  # (T,)
+            if hidden is not None:
+                begin = prompt_length + g * length
+                response = hidden[b, begin : begin + length][valid].float()  # (L, D)
+                row.append(reward.frame_use(response, frames, tau, order))  # Eq. 4-5
+            else:
+                weights = attention[b, g][valid][None][..., columns]  # (1, L, t * M)
+                row.append(reward.attention_use(weights, slots))
+        uses.append(row)
+    return uses
+
+
+def token_frame_use(prompts, row, valid, hidden=None, attention=None, pool="max"):
+    """What each token of a row's only completion makes of each temporal slot.
+
+    Args:
+        valid: (T,) bool, completion tokens of the row.
+        hidden: (B, S, D); a token's value is its cosine with the slot's pooled state; or
+        attention: (B, 1, T, P); its attention to the slot.
+    Returns:
+        (L, t).
+    """
+    columns = prompts.visual[row].nonzero().squeeze(1)  # (t * M,)
+    slots = prompts.slots[row]
+    if attention is not None:
+        weights = attention[row, 0][valid][:, columns].float()  # (L, t * M)
+        return weights.unflatten(1, (slots, -1)).sum(-1)
+    frames = reward.pool_frames(hidden[row, columns].unflatten(0, (slots, -1)), pool)  # (t, D)
+    response = hidden[row, -len(valid) :][valid].float()  # (L, D)
+    return torch.cosine_similarity(response[:, None], frames[None], dim=-1)
+
+
+def overlaps(prior, uses):
+    """R_cf of one question's rollouts (Eq. 6), list of G floats.
+
+    Args:
+        prior: data.Prior of the question.
+        uses: G tensors (t,) of rollout_frame_use.
+    """
+    scores = []
+    for use in uses:
+        slots = reward.merge_prior(torch.tensor(prior.prior), len(use))  # (t,)
+        scores.append(reward.consensus_frame_reward(slots, use.cpu()))
+    return scores
+
+
+def slot_shares(times, intervals, slots):
+    """Share of each temporal slot's frames whose time lies in one of the intervals.
+
+    Args:
+        times: (K,) seconds of the frames.
+        intervals: (start, end) pairs, seconds.
+    Returns:
+        (slots,) in [0, 1].
+    """
+    inside = torch.zeros(len(times))  # (K,)
+    for index, time in enumerate(times):
+        inside[index] = float(any(start <= time < end for start, end in intervals))
+    frames = math.ceil(len(times) / slots)  # of a slot; the last one may have fewer
+    return torch.stack([chunk.mean() for chunk in inside.split(frames)])
+
+
+def evidence_shares(example, prior, uses):
+    """Mass of one question's frame uses on its known evidence, list of G floats in [0, 1]."""
+    shares = slot_shares(prior.times, example.evidence, len(uses[0]))  # (t,)
+    return [float(use.cpu() @ shares) for use in uses]
 
 
 @torch.no_grad()
 def answer_likelihoods(tokenizer, completions, mask, logp):
-    """GRPO-CARE's likelihood of the answers (arXiv 2506.16141): exp(mean log-prob of the tokens inside the last answer block).
+    """GRPO-CARE's likelihood of the answers (arXiv 2506.16141).
 
-    completions, mask, logp (N, T), logp by the reference model -> (N,), NaN without an answer block or with nothing in it.
+    exp(mean log-probability of the tokens inside the last answer block).
+
+    Args:
+        completions, mask: (N, T).
+        logp: (N, T) by the reference model.
+    Returns:
+        (N,), NaN where there is no answer block or nothing in it.
     """
-    rows = []
+    likelihoods = []
     for tokens, valid, values in zip(completions, mask, logp, strict=True):
         ids = tokens[valid.bool()].tolist()
-        decode = lambda count: tokenizer.decode(ids[:count])  # noqa: B023, E731
-        text = tokenizer.decode(ids)
-        end = text.rfind("</answer>")
-        begin = text.rfind("<answer>", 0, max(end, 0)) + len("<answer>")
-        if begin < len("<answer>") or begin == end:
-            rows.append(torch.tensor(float("nan")))
-            continue
-        borders = range(
-            len(ids) + 1
-        )  # a text that ends within a character is shorter or other than the whole
-        first = bisect_right(borders, begin, key=lambda count: len(decode(count))) - 1  # noqa: B023  the last border not after the tag
-        last = bisect_left(borders, True, key=lambda count: decode(count).startswith(text[:end]))  # noqa: B023
-        rows.append(values[first:last].float().mean().exp().cpu())
+        first, last = answer_span(tokenizer, ids)
+        likelihoods.append(values[first:last].float().mean().exp().cpu())  # NaN if it is empty
+    return torch.stack(likelihoods)
+
+
+def answer_span(tokenizer, ids):
+    """First and last + 1 position of the tokens inside the last answer block; (0, 0) without one.
+
+    A token that straddles the tag's end belongs to the answer.
+    """
+    text = tokenizer.decode(ids)
+    end = text.rfind("</answer>")
+    tag = text.rfind("<answer>", 0, max(end, 0))
+    begin = tag + len("<answer>")
+    if tag < 0 or begin == end:
+        return 0, 0
+
+    def length_of(count):
+        return len(tokenizer.decode(ids[:count]))
+
+    def reaches_end(count):
+        # A text that ends within a character decodes to other or fewer characters.
+        return tokenizer.decode(ids[:count]).startswith(text[:end])
+
+    borders = range(len(ids) + 1)
+    first = bisect_right(borders, begin, key=length_of) - 1  # last border not behind the tag
+    last = bisect_left(borders, True, key=reaches_end)
+    return first, last
+
+
+def per_completion(rollouts, score):
+    """(B, G) float64 of score(b, g), completion g of question b."""
+    rows = []
+    for b, texts in enumerate(rollouts.texts):
+        rows.append([score(b, g) for g in range(len(texts))])
+    return torch.tensor(rows, dtype=torch.float64)
+
+
+def accuracies(example, texts):
+    """Accuracy reward of every text as an answer to one question."""
+    return [reward.accuracy_reward(text, example.answer, example.problem_type) for text in texts]
+
+
+def rewards(rollouts, uses, tokenizer, args):
+    """Every reward term of Eq. 7 by name, "total" last. The one place where a term is added.
+
+    Metrics, rollouts.jsonl and the report's panels take their names from the keys.
+
+    Args:
+        rollouts: with reference_logp if args.consistency_coef.
+        uses: rollout_frame_use of these rollouts.
+        args: settings with the constants of the terms (train.TrainArguments).
+    Returns:
+        {name: (B, G) float64}.
+    """
+    examples = rollouts.examples
+    texts = rollouts.texts
+    lengths = rollouts.lengths.tolist()
+
+    # What the answer, its form and its length earn.
+    accuracy = torch.tensor(
+        [accuracies(example, row) for example, row in zip(examples, texts, strict=True)],
+        dtype=torch.float64,
+    )  # (B, G)
+    right = accuracy.tolist()
+    terms = {"accuracy": accuracy}
+    terms["format"] = per_completion(rollouts, lambda b, g: reward.format_reward(texts[b][g]))
+    band = (args.length_low, args.length_high, args.length_bonus)
+    terms["length"] = per_completion(
+        rollouts, lambda b, g: reward.length_reward(lengths[b][g], right[b][g], *band)
+    )
+    terms["temporal"] = temporal_term(rollouts, right, args)
+    if args.alignment_weight:
+        terms["alignment"] = alignment_term(rollouts, right, args)
+    if args.consistency_coef:
+        terms["consistency"] = consistency_term(rollouts, accuracy, tokenizer, args)
+
+    # Eq. 6: an image is one frame, nothing to choose, so it earns no consensus reward.
+    scores = torch.zeros_like(accuracy)  # (B, G)
+    for b, prior in enumerate(rollouts.priors):
+        if uses[b][0] is not None:
+            scores[b] = torch.tensor(overlaps(prior, uses[b]), dtype=torch.float64)
+
+    # Eq. 7. The terms of the siblings come on top of the paper's sum.
+    structure = terms["format"] + terms["length"]
+    total = per_completion(
+        rollouts,
+        lambda b, g: reward.total_reward(
+            right[b][g],
+            structure[b, g].item(),
+            scores[b, g].item(),
+            terms["temporal"][b, g].item(),
+            args.cfr_weight,
+            args.gate,
+        ),
+    )
+    terms["consensus"] = total - (accuracy + structure + terms["temporal"])
+    for name in ("alignment", "consistency"):
+        if name in terms:
+            total = total + terms[name]
+    terms["total"] = total
+    return terms
+
+
+def temporal_term(rollouts, right, args):
+    """T-GRPO's reward: is this question answered better with its frames in order? (B, G)."""
+    ordered = [sum(row) / len(row) for row in right]  # means over a question, never over the batch
+    shuffled = []
+    for example, texts in zip(rollouts.examples, rollouts.control_texts, strict=True):
+        control = accuracies(example, texts) if texts else []
+        shuffled.append(sum(control) / len(control) if control else None)
+
+    def score(b, g):
+        if shuffled[b] is None:
+            return 0.0
+        gamma, ratio = args.temporal_gamma, args.temporal_ratio
+        return reward.temporal_reward(right[b][g], ordered[b], shuffled[b], gamma, ratio)
+
+    return per_completion(rollouts, score)
+
+
+def alignment_term(rollouts, right, args):
+    """Video-R2's temporal alignment reward, gated like the consensus (there by an LLM). (B, G)."""
+
+    def score(b, g):
+        claims = reward.parse_claims(reward.extract_think(rollouts.texts[b][g]))
+        aligned = reward.temporal_alignment_reward(
+            claims,
+            rollouts.examples[b].grounding,
+            buffer=args.alignment_buffer,
+            threshold=args.alignment_threshold,
+        )
+        return args.alignment_weight * reward.gate(right[b][g], args.gate) * aligned
+
+    return per_completion(rollouts, score)
+
+
+def consistency_term(rollouts, accuracy, tokenizer, args):
+    """GRPO-CARE's bonus for answers that follow from their reasoning. (B, G)."""
+    rows = []
+    for b in range(len(rollouts.examples)):
+        likelihoods = answer_likelihoods(
+            tokenizer, rollouts.completions[b], rollouts.mask[b], rollouts.reference_logp[b]
+        )  # (G,)
+        bonus = reward.consistency_bonus(
+            accuracy[b],
+            likelihoods,
+            args.consistency_coef,
+            margin=args.consistency_margin,
+            dense=args.consistency_dense,
+        )
+        rows.append(bonus.double())
     return torch.stack(rows)
 
 
+def virtual_anchors(terms):
+    """(B,) total reward that one more rollout of the other accuracy would have (TW-GRPO's SOVA).
+
+    It differs from the group's first by 1 - 2 * mean accuracy.
+    """
+    accuracy = terms["accuracy"].mean(dim=1)  # (B,)
+    return terms["total"][:, 0] + 1 - 2 * accuracy
+
+
 def __getattr__(name):
-    # common.rollout imports this file: found when it is asked for, not before.
+    # common.rollout imports this file: looked up when it is asked for, not before.
     if name == "rollout":
         from common.rollout import rollout
 

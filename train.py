@@ -1,13 +1,15 @@
-"""Stage 4: SFT cold start and GRPO with the consensus frame reward (CF-GRPO, arXiv 2606.18441), under DeepSpeed ZeRO-3.
+"""Stage 4: SFT cold start and GRPO with the consensus frame reward (CF-GRPO, arXiv 2606.18441).
 
-    deepspeed train.py --deepspeed ds_zero3.json                     # the embedded toy: SFT, then GRPO; about 10 minutes on 2 CPU cores
-    deepspeed train.py --deepspeed ds_zero3.json --stage sft  --model_name_or_path Qwen/Qwen2.5-VL-7B-Instruct \\
+    # the embedded toy: SFT, then GRPO, on 2 CPU cores
+    deepspeed train.py --deepspeed ds_zero3.json
+    # your own data
+    deepspeed train.py --deepspeed ds_zero3.json --stage sft \\
+        --model_name_or_path Qwen/Qwen2.5-VL-7B-Instruct \\
         --dataset_name Video-R1-COT-165k.json --media_root DATA --output_dir out/sft
     deepspeed train.py --deepspeed ds_zero3.json --stage grpo --model_name_or_path out/sft/sft \\
         --dataset_name Video-R1-260k.json --media_root DATA --output_dir out/grpo
 
-Per question (Eq. 3-10): sample G completions (and G/2 with the frames shuffled) -> rewards that need text only -> one packed forward
-gives log-probs and frame use -> consensus reward -> advantages -> loss -> step.
+grpo_step() is the algorithm: sample, score, reward, learn.
 """
 
 import importlib.metadata
@@ -21,23 +23,23 @@ import subprocess
 import sys
 import time
 from collections import Counter, defaultdict
-from dataclasses import asdict, dataclass, field, replace
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
 import deepspeed
 import torch
 import torch.distributed as dist
 from tqdm import tqdm
-from transformers import AutoConfig, AutoProcessor, HfArgumentParser, set_seed
+from transformers import AutoConfig, AutoProcessor, set_seed
 from transformers.utils import logging as hf_logging
 
 import prior
-import reward
 import toy
-from common import workers
 from common.checkpoints import LENGTHS, Checkpoints, checkpoints, find_checkpoint, save_model
 from common.data import (
     DataError,
+    Example,
     invert_question,
     load_examples,
     plain_ids,
@@ -53,17 +55,9 @@ from common.engine import (
     update_reference,
     write_shards,
 )
-from common.flags import Help
-from common.media import Encoder
-from common.policy import (
-    FAMILIES,
-    PACKED_FAMILIES,
-    Policy,
-    Prompts,
-    collate,
-    rollout_frame_use,
-    slot_shares,
-)
+from common.flags import Parser, flag
+from common.media import Encoder, ModelInputs
+from common.policy import FAMILIES, PACKED_FAMILIES, Policy, collate
 from common.ranks import (
     agree,
     average,
@@ -76,22 +70,34 @@ from common.ranks import (
 )
 from common.rollout import read_turn, sample_texts, sampling, stop_tokens
 from common.run_page import run_report
-from grpo import answer_likelihoods, group_advantages, policy_loss
-
-
-def flag(default, text, **more):
-    return field(default=default, metadata={"help": text, **more})
+from common.workers import append_lines, write_lines
+from grpo import (
+    Rollouts,
+    accuracies,
+    all_equal,
+    evidence_shares,
+    group_advantages,
+    overlaps,
+    policy_loss,
+    rewards,
+    rollout_frame_use,
+    slot_shares,
+    virtual_anchors,
+)
 
 
 @dataclass
 class TrainArguments:
-    # what to train on what
+    """Settings of a run; run.json in its output folder has their values."""
+
     model_name_or_path: str | None = flag(
-        None, "Qwen2-VL, Qwen2.5-VL or Qwen3-VL checkpoint, folder or hub id. None: the toy model."
+        None,
+        "Qwen2-VL, Qwen2.5-VL or Qwen3-VL checkpoint, folder or hub id. None: the toy model.",
+        group="Model and data",
     )
     dataset_name: str | None = flag(
         None,
-        "Training questions, Video-R1 JSON (SFT needs reasoning in `process`). Without one: the toy's.",
+        "Training questions, Video-R1 JSON (SFT needs reasoning in `process`). None: the toy's.",
     )
     eval_dataset_name: str | None = flag(
         None,
@@ -102,17 +108,18 @@ class TrainArguments:
     )
     stage: str | None = flag(
         None,
-        "sft, grpo, or both. Default: both for the toy model, grpo for a checkpoint.",
+        "Default: both for the toy model, grpo for a checkpoint.",
         choices=["sft", "grpo", "both"],
     )
-    output_dir: str = flag("output", "Everything the run writes.")
-    priors: str | None = flag(
-        None,
-        "Priors file made by prior.py for the training questions. Without one they are computed first.",
+    recipe: str = flag(
+        "cfgrpo",
+        "System whose terms and constants are the defaults; any other flag on the command line "
+        "wins over it (docs/training.md has a table).",
+        choices=["cfgrpo", "grpo", "tgrpo", "care", "tw", "video_r2", "release"],
     )
     eval_priors: str | None = flag(
         None,
-        "Priors file of the held-out questions. Without one: their rows in --priors, else computed.",
+        "Priors file of the held-out questions. None: their rows in --priors, else computed.",
     )
     toy_dir: str | None = flag(None, "Folder of the toy. Default: toy-seedN, made on first use.")
     prompt_template: str | None = flag(
@@ -120,14 +127,15 @@ class TrainArguments:
     )
     system_prompt: str | None = flag(
         None,
-        "Text of a system turn before every question. None: what the chat template does by itself.",
+        "Text of a system turn before every question. None: the chat template's default.",
     )
-    # frames
-    min_pixels: int = flag(16 * 28 * 28, "Fewest pixels a frame.")
-    max_pixels: int = flag(128 * 28 * 28, "Most pixels a frame.")
+
+    min_pixels: int = flag(16 * 28 * 28, "Fewest pixels of a frame.", group="Frames")
+    max_pixels: int = flag(128 * 28 * 28, "Most pixels of a frame.")
     frame_times: str = flag(
         "none",
-        "How frames say when they were taken: text (a line before the question), drawn (on the frames), none.",
+        "How the model gets the frames' times: text (a line before the question), drawn (on the "
+        "frames), none.",
         choices=["none", "text", "drawn"],
     )
     media_cache_gb: float = flag(2.0, "Memory for decoded media, per process that decodes.")
@@ -138,53 +146,73 @@ class TrainArguments:
     max_prompt_length: int = flag(
         16384, "Questions with more prompt tokens, visual ones included, are skipped."
     )
-    # SFT
-    sft_learning_rate: float = flag(1e-5, "Peak learning rate of SFT.")
-    sft_max_steps: int = flag(-1, "SFT steps; -1: --sft_num_train_epochs.")
-    sft_num_train_epochs: float = flag(1.0, "SFT epochs, when --sft_max_steps is -1.")
-    sft_per_device_batch_size: int = flag(1, "Demonstrations per device and forward.")
-    sft_gradient_accumulation_steps: int = flag(1, "Forwards per SFT step.")
-    # rollouts
-    num_generations: int = flag(8, "G, rollouts per question.")
-    max_completion_length: int = flag(768, "Most tokens of a completion.")
-    temperature: float = flag(1.0, "Sampling temperature of rollouts.")
-    top_p: float = flag(0.95, "Nucleus of rollouts.")
-    top_k: int = flag(0, "Likeliest tokens that rollouts choose from, 0: all.")
+
+    max_completion_length: int = flag(
+        768, "Most tokens of a completion.", group="Sampling of rollouts and held-out answers"
+    )
+    temperature: float = flag(1.0, "Sampling temperature.")
+    top_p: float = flag(0.95, "Nucleus.")
+    top_k: int = flag(0, "Number of likeliest tokens to choose from; 0: all.")
     cuda_graph: bool = flag(
         torch.cuda.is_available(),
-        "Sample in fixed shapes by a CUDA graph, captured once a rollout and replayed "
-        "every step; on by itself on a GPU, where it has not been run yet; false launches kernel by kernel.",
-    )
-    # rewards
-    recipe: str = flag(
-        "cfgrpo",
-        "Which system's terms and constants are the defaults; any other flag on the command line wins over it. "
-        "The README has a table.",
-        choices=["cfgrpo", "grpo", "tgrpo", "care", "tw", "video_r2", "release"],
-    )
-    cfr_weight: float = flag(
-        3.0, "Lambda of the consensus frame reward, Eq. 7 (the release has 5)."
-    )
-    gate: str = flag(
-        "soft",
-        "What conditions it: soft (times accuracy), hard (accuracy > 0.01, the release), none (Eq. 7).",
-        choices=["soft", "hard", "none"],
+        "Sample in fixed shapes by one CUDA graph, captured once a rollout and replayed every "
+        "token. Default: on with a GPU (not run on one yet).",
     )
     frame_use: str = flag(
         "hidden",
-        "Frame use from hidden states (the paper, Eq. 3-5) or from attention.",
+        "Where a response looks: hidden, by its hidden states (the paper, Eq. 3-5), or attention.",
         choices=["hidden", "attention"],
+        group="Frame use",
     )
     frame_use_layer: int = flag(
         -1,
-        "Layer it is read at. hidden: 0 embeddings ... -1 last; attention: 1 is the first layer.",
+        "Layer that frame use is read at. hidden: 0 embeddings ... -1 last; attention: 1 is the "
+        "first layer.",
     )
     pool: str = flag("max", "Pooling of a frame's tokens, Eq. 3.", choices=["max", "mean"])
-    tau: float = flag(0.1, "Sharpness of frame use, Eq. 5.")
+    tau: float = flag(0.1, "Temperature of the softmax over frames, Eq. 5.")
     use_order: str = flag(
         "mean_softmax",
         "mean_softmax (the paper) or softmax_mean (the release, with --tau 0.5).",
         choices=["mean_softmax", "softmax_mean"],
+    )
+
+    sft_learning_rate: float = flag(1e-5, "Peak learning rate of SFT.", group="SFT")
+    sft_max_steps: int = flag(-1, "SFT steps; -1: --sft_num_train_epochs.")
+    sft_num_train_epochs: float = flag(1.0, "SFT epochs, when --sft_max_steps is -1.")
+    sft_per_device_batch_size: int = flag(1, "Demonstrations per device and forward.")
+    sft_gradient_accumulation_steps: int = flag(1, "Forwards per SFT step.")
+
+    priors: str | None = flag(
+        None,
+        "Priors file made by prior.py for the training questions. None: computed first.",
+        group="GRPO: questions and rollouts",
+    )
+    num_generations: int = flag(8, "G, rollouts per question.")
+    per_device_train_batch_size: int = flag(1, "Questions per device and forward.")
+    gradient_accumulation_steps: int = flag(1, "Forwards per optimizer step.")
+    max_steps: int = flag(-1, "GRPO steps; -1: --num_train_epochs.")
+    num_train_epochs: float = flag(1.0, "GRPO epochs, when --max_steps is -1.")
+    invert_questions: float = flag(
+        0.0,
+        "TW-GRPO: share of the questions to invert (negated; right and wrong options exchanged).",
+    )
+    eval_steps: int = flag(
+        0,
+        "GRPO steps between two scorings of the held-out questions; 0: before and after training "
+        "only.",
+    )
+
+    cfr_weight: float = flag(
+        3.0,
+        "Lambda of the consensus frame reward, Eq. 7 (the release has 5).",
+        group="GRPO: rewards",
+    )
+    gate: str = flag(
+        "soft",
+        "How accuracy gates the consensus reward: soft (times accuracy), hard (accuracy > 0.01, "
+        "the release), none (Eq. 7).",
+        choices=["soft", "hard", "none"],
     )
     temporal: bool = flag(True, "Temporal reward: G/2 rollouts with shuffled frames (T-GRPO).")
     temporal_gamma: float = flag(0.3, "Temporal reward of a correct completion.")
@@ -192,87 +220,80 @@ class TrainArguments:
         1.0, "Rho: ordered accuracy must reach rho times shuffled accuracy (the release has 0.8)."
     )
     length_low: int = flag(320, "Fewest tokens that earn the length bonus.")
-    length_high: int = flag(512, "Most tokens that earn it.")
+    length_high: int = flag(512, "Most tokens that earn the length bonus.")
     length_bonus: float = flag(0.2, "Length bonus of a correct completion; 0 turns it off.")
     consistency_coef: float = flag(
         0.0,
-        "GRPO-CARE: bonus of an answer that the reference finds likely after its reasoning (CARE has 0.5).",
+        "GRPO-CARE: bonus of an answer that the reference finds likely after its reasoning (CARE "
+        "has 0.5).",
     )
     consistency_margin: float = flag(
-        0.01, "How far its likelihood may lie below the mean of the selected (0 for SEED-Bench-R1)."
+        0.01,
+        "GRPO-CARE: how far an answer's likelihood may lie below the mean of the selected (0 for "
+        "SEED-Bench-R1).",
     )
     consistency_dense: bool = flag(
-        False, "The bonus is coef * accuracy * likelihood for every answer, without the selection."
+        False, "GRPO-CARE: coef * accuracy * likelihood for every answer, without the selection."
     )
     alignment_weight: float = flag(
         0.0,
-        "Video-R2: weight of the temporal alignment reward; gated as the consensus is (there by an LLM).",
+        "Video-R2: weight of the temporal alignment reward, gated like the consensus reward.",
     )
     alignment_threshold: float = flag(
-        0.75, "Least similarity of two matching claims; words are compared, not meanings."
+        0.75,
+        "Video-R2: least similarity of two matching claims; words are compared, not meanings.",
     )
-    alignment_buffer: float = flag(2.0, "Seconds by which both intervals are widened on each side.")
-    invert_questions: float = flag(
-        0.0,
-        "TW-GRPO: share of the questions to be inverted (negated, right and wrong options exchanged).",
+    alignment_buffer: float = flag(
+        2.0, "Video-R2: seconds by which both intervals are widened on each side."
     )
-    # optimisation
-    learning_rate: float = flag(5e-6, "Peak learning rate of GRPO (the release has 1e-6).")
-    weight_decay: float = flag(0.01, "AdamW's.")
-    max_grad_norm: float = flag(5.0, "Gradient clipping.")
-    warmup_ratio: float = flag(
-        0.05,
-        "Share of the steps in which the learning rate rises; over the last 30 %% it falls to a tenth.",
+
+    learning_rate: float = flag(
+        5e-6, "Peak learning rate of GRPO (the release has 1e-6).", group="GRPO: loss"
     )
     beta: float = flag(
         0.04,
-        "Weight of the KL penalty to the reference, Eq. 10; 0 loads none, unless the consistency bonus needs it.",
+        "Weight of the KL penalty to the reference, Eq. 10; 0 loads no reference, unless the "
+        "consistency bonus needs it.",
     )
     ema_decay: float = flag(
-        1.0,
-        "Reference <- decay * reference + (1 - decay) * policy; 1: frozen (GRPO-CARE has 0.995).",
+        1.0, "Reference <- decay * reference + (1 - decay) * policy; 1: frozen (CARE has 0.995)."
     )
     ema_steps: int = flag(10, "Steps between two such updates.")
+    clip_low: float = flag(0.2, "Epsilon below, Eq. 10.")
+    clip_high: float = flag(0.2, "Epsilon above, Eq. 10.")
     token_weight_alpha: float = flag(
         1.0, "TW-GRPO: greatest weight of a token; 1: all have weight 1 (TW-GRPO has 1.7)."
     )
-    clip_low: float = flag(0.2, "Epsilon below, Eq. 10.")
-    clip_high: float = flag(0.2, "Epsilon above.")
-    degenerate: str = flag(
-        "keep",
-        "Groups of equal rewards: keep (their KL alone), drop (no KL either), virtual_anchor (a virtual "
-        "rollout of the other accuracy joins mean and deviation).",
-        choices=["keep", "drop", "virtual_anchor"],
-    )
     reduction: str = flag(
         "sequence",
-        "Token losses to one, a step: sequence (GRPO), token (TW-GRPO, DAPO), constant (Dr. GRPO).",
+        "Mean over tokens: sequence (GRPO), token (TW-GRPO, DAPO), constant (Dr. GRPO).",
         choices=["sequence", "token", "constant"],
     )
     scale_rewards: bool = flag(True, "Divide advantages by the group's standard deviation.")
+    degenerate: str = flag(
+        "keep",
+        "Groups of equal rewards: keep (their KL alone), drop (no KL either), virtual_anchor (a "
+        "virtual rollout of the other accuracy joins mean and deviation, TW-GRPO).",
+        choices=["keep", "drop", "virtual_anchor"],
+    )
     mask_truncated_completions: bool = flag(
-        False, "Leave completions that were cut at --max_completion_length out of the loss (DAPO)."
-    )
-    per_device_train_batch_size: int = flag(1, "Questions per device and forward.")
-    gradient_accumulation_steps: int = flag(1, "Forwards per optimizer step.")
-    max_steps: int = flag(-1, "GRPO steps; -1: num_train_epochs.")
-    num_train_epochs: float = flag(1.0, "GRPO epochs.")
-    packed: bool = flag(
-        True,
-        "Score a group in one packed row; false repeats the prompt, as the releases do (same numbers, slower).",
-    )
-    old_logp: str = flag(
-        "forward",
-        "Old log-probabilities of Eq. 10: the policy's forward on the rollouts before its first update, or "
-        "sampled, those of sampling; they differ by rounding.",
-        choices=["forward", "sampled"],
+        False, "Leave completions cut at --max_completion_length out of the loss (DAPO)."
     )
     num_iterations: int = flag(
         1, "Updates on the same rollouts; from the second on the ratio of Eq. 10 is not 1."
     )
+
+    weight_decay: float = flag(0.01, "AdamW's.", group="Optimisation")
+    max_grad_norm: float = flag(5.0, "Gradient clipping.")
+    warmup_ratio: float = flag(
+        0.05,
+        "Share of the steps in which the learning rate rises; over the last 30 %% it falls to a "
+        "tenth.",
+    )
     freeze_vision: bool = flag(
         False,
-        "Do not train the vision tower. Rollouts, reference and policy then share one pass through it.",
+        "Do not train the vision tower. Rollouts, reference and policy then share one pass "
+        "through it.",
     )
     train_only_merger: bool = flag(
         False, "Train the layers between vision tower and language model alone (the mergers)."
@@ -280,29 +301,24 @@ class TrainArguments:
     gradient_checkpointing: bool = flag(
         False, "Recompute activations in the backward pass: less memory, a third more time."
     )
-    # checkpoints
-    save_steps: int = flag(
-        100, "Steps between checkpoints, from which a run can go on; 0: none but the final model."
-    )
-    eval_steps: int = flag(
-        0,
-        "GRPO steps between scorings of the held-out questions; 0: before and after training only.",
-    )
-    save_total_limit: int = flag(2, "Checkpoints that are kept; the oldest leave.")
-    resume_from_checkpoint: str | None = flag(
-        None, "Folder of a checkpoint, or auto: the output folder's last one, if there is one."
-    )
-    seed: int = flag(0, "Of everything random.")
     deepspeed: str = flag(
         "ds_zero3.json", "DeepSpeed configuration; 'auto' values are filled from the flags."
     )
+
+    output_dir: str = flag("output", "Folder for everything the run writes.", group="Run")
+    save_steps: int = flag(100, "Steps between two checkpoints; 0: write the final model alone.")
+    save_total_limit: int = flag(2, "Checkpoints to keep; older ones are deleted.")
+    resume_from_checkpoint: str | None = flag(
+        None, "Folder of a checkpoint, or auto: the newest one in the output folder, if any."
+    )
+    seed: int = flag(0, "Random seed.")
     local_rank: int = flag(-1, "Set by the deepspeed launcher.")
 
 
-PLAIN = dict(
-    cfr_weight=0.0, temporal=False, length_bonus=0.0, prior="uniform"
-)  # accuracy and format alone; no prior is needed
-RECIPES = {  # what each changes in the defaults above
+# Accuracy and format alone; no prior is needed.
+PLAIN = dict(cfr_weight=0.0, temporal=False, length_bonus=0.0, prior="uniform")
+# What each recipe changes in the defaults above.
+RECIPES = {
     "cfgrpo": {},
     "grpo": PLAIN,
     "tgrpo": dict(cfr_weight=0.0, prior="uniform", learning_rate=1e-6, top_k=50),
@@ -346,21 +362,29 @@ RECIPES = {  # what each changes in the defaults above
         top_k=50,
     ),
 }
+# Settings of a recipe that are meant for billions of parameters; the toy keeps its own.
+NOT_FOR_THE_TOY = ("learning_rate", "frames", "fps", "max_completion_length", "prior")
 
 
-def toy_defaults(world_size):
-    """What the toy changes in the defaults above; any flag on the command line still wins. Global batches do not depend on the ranks.
+def toy_defaults(folder, world_size):
+    """Defaults of the toy; any flag on the command line wins over them.
 
-    Frame use comes from the attention of the first layer: on the toy's known evidence it was above chance on every checkpoint checked
-    (evaluate.py --frame_use_check), while the paper's lies at chance; the paper's is computed and logged beside it. Beta is higher
-    because at a learning rate that a 1.2 M-parameter model needs to move in 80 steps, what no reward asks for drifts.
+    Global batches do not depend on the number of ranks. Frame use comes from the attention of the
+    first layer: on the toy's known evidence it was above chance on every checkpoint that was
+    checked (evaluate.py --frame_use_check), while the paper's lies at chance; the paper's is
+    computed and logged beside it. Beta is higher because at a learning rate that a 1.2 M-parameter
+    model needs to move in 80 steps, whatever no reward asks for drifts.
     """
     return dict(
-        clip="local-dir:{toy}/clip",
+        toy_dir=folder,
+        clip=f"local-dir:{folder}/clip",
         min_pixels=56 * 56,
         max_pixels=56 * 56,
+        decode_workers=0,
         max_completion_length=96,
         length_bonus=0.0,
+        frame_use="attention",
+        frame_use_layer=1,
         sft_learning_rate=2e-3,
         sft_max_steps=600,
         sft_per_device_batch_size=max(1, 32 // world_size),
@@ -369,711 +393,885 @@ def toy_defaults(world_size):
         max_steps=80,
         per_device_train_batch_size=max(1, 16 // world_size),
         max_grad_norm=1.0,
-        frame_use="attention",
-        frame_use_layer=1,
-        decode_workers=0,
     )
 
 
-# ----------------------------------------------------------------------------------------------------------------- SFT
+# ------------------------------------------------------------------------- what the stages share
+
+
+@dataclass
+class Run:
+    """What every stage of a run uses."""
+
+    args: TrainArguments
+    processor: object  # of the checkpoint that the run starts from
+    encoder: Encoder
+    checkpoint: Checkpoints
+    tracker: Tracker
+    files: dict  # {name: open file} on rank 0, else {}
+
+    def log(self, record):
+        """A line of metrics.jsonl, and the trackers that the DeepSpeed file names."""
+        self.write("metrics.jsonl", [record])
+        self.tracker.show(record)
+
+    def write(self, name, records):
+        if is_main():
+            self.files[name].writelines(json.dumps(record) + "\n" for record in records)
+            self.files[name].flush()
+
+
+@dataclass
+class Questions:
+    """Examples of a stage or of the held-out set, with their priors."""
+
+    examples: list  # those that can be used; of GRPO in the order of training, with repeats
+    source: Path | None = None  # their file
+    priors: dict = field(default_factory=dict)  # {problem_id: Prior}
+    skipped: dict = field(default_factory=dict)  # {problem_id: cause} of those that cannot
+
+
+@dataclass
+class Ready:
+    """An example whose turn it is, with what the processor made of it."""
+
+    place: int  # in the run's order of examples; seeds what is random about it
+    example: Example
+    prior: object  # Prior; None for text and for demonstrations
+    inputs: ModelInputs
+    control: ModelInputs | None  # the same with shuffled frames
+
+
+class Batches:
+    """This rank's examples, step by step: decoded ahead, with as many forwards on every rank."""
+
+    def __init__(self, run, questions, steps, batch, accumulation, shuffle=False):
+        args = run.args
+        self.run = run
+        self.questions = questions
+        self.steps = steps
+        self.batch = batch
+        self.accumulation = accumulation
+        self.shuffle = shuffle  # a control with shuffled frames goes with every video
+        self.lost = 0  # examples of this run that could not be used, on all ranks
+        self.inputs = Inputs(run.encoder, args.decode_workers, args.decode_timeout)
+
+    def requests(self, step):
+        """What to decode for each forward of a step: (place, example, prior, frame order) each."""
+        forwards = []
+        if step >= self.steps:
+            return forwards
+        for micro in range(self.accumulation):
+            number = (step * self.accumulation + micro) * dist.get_world_size() + dist.get_rank()
+            begin = number * self.batch
+            part = []
+            for place in range(begin, begin + self.batch):
+                example = self.questions.examples[place]
+                row = self.questions.priors.get(example.id)
+                order = None
+                if self.shuffle and example.media_type == "video":
+                    frames = range(len(row.frames))
+                    order = random.Random(run_seed(self.run.args, place)).sample(
+                        frames, len(frames)
+                    )
+                part.append((place, example, row, order))
+            forwards.append(part)
+        return forwards
+
+    def ahead(self, step):
+        """Starts the decoding of a step."""
+        for part in self.requests(step):
+            self.inputs.ahead(part)
+
+    def take(self, step, device):
+        """Lists of Ready, one a forward; one in which a rank has nothing is left out on all."""
+        self.ahead(step + 1)
+        forwards = []
+        for part in self.requests(step):
+            usable = self.inputs.usable(
+                part, self.run.args.max_prompt_length, self.questions.skipped
+            )
+            fewest, everywhere = agree(len(usable), device)
+            self.lost += self.batch * dist.get_world_size() - everywhere
+            if fewest > 0:
+                priors = self.questions.priors
+                forwards.append(
+                    [
+                        Ready(place, example, priors.get(example.id), inputs, control)
+                        for place, example, inputs, control in usable
+                    ]
+                )
+        return forwards
+
+    def stop(self):
+        self.inputs.stop()
+
+
+class StepLog:
+    """Values of one step by metric; the record of the step has their means over all ranks."""
+
+    def __init__(self, stage, step):
+        self.stage = stage
+        self.step = step
+        self.values = defaultdict(list)
+        self.begin = time.perf_counter()
+
+    def add(self, name, values):
+        """Adds a list or tensor of values to a metric."""
+        if torch.is_tensor(values):
+            values = values.flatten().tolist()
+        self.values[name] += values
+
+    @contextmanager
+    def seconds(self, name):
+        """Adds the seconds of a block to time/NAME."""
+        begin = time.perf_counter()
+        yield
+        spent = time.perf_counter() - begin
+        self.values[f"time/{name}"] = [sum(self.values[f"time/{name}"]) + spent]
+
+    def means(self, device):
+        """{metric: mean over the values of all ranks}."""
+        self.values["time/step"] = [time.perf_counter() - self.begin]
+        return average(self.values, device)
+
+
+def run_seed(args, place):
+    """Seed of what is random about one example, wherever it is sampled."""
+    return args.seed * 1_000_003 + place
+
+
+# ------------------------------------------------------------------------------------------- SFT
 
 
 def batch_targets(examples, processor):
     """Demonstrations as groups of one: completions, mask (B, 1, T).
 
-    What the prompt says already in the assistant's place is not said again; the end of the turn is part of what is learned.
+    A target leaves out what the chat template has already put in the assistant's place, and ends
+    with the end of the turn, which is learned too.
     """
     turn = read_turn(processor)
-    said = turn.opening.strip()
     targets = []
     for example in examples:
-        text = target_text(example).removeprefix(said)
+        text = target_text(example).removeprefix(turn.opening.strip())
         targets.append([*plain_ids(processor.tokenizer, text), turn.end])
-    length = max(map(len, targets))
-    completions = torch.tensor([[ids + [turn.end] * (length - len(ids))] for ids in targets])
-    mask = torch.tensor([[[True] * len(ids) + [False] * (length - len(ids))] for ids in targets])
+    length = max(len(ids) for ids in targets)
+    completions = torch.full((len(targets), 1, length), turn.end)
+    mask = torch.zeros(len(targets), 1, length, dtype=torch.bool)
+    for row, ids in enumerate(targets):
+        completions[row, 0, : len(ids)] = torch.tensor(ids)
+        mask[row, 0, : len(ids)] = True
     return completions, mask
 
 
-def sft_steps(arguments, count):
-    """-> optimizer steps of SFT on `count` demonstrations, demonstrations of a step. DataError when there are too few for one."""
-    forward = arguments.sft_per_device_batch_size * dist.get_world_size()
-    per_step = forward * arguments.sft_gradient_accumulation_steps
+def sft_steps(args, count):
+    """Optimizer steps of SFT on `count` demonstrations, and demonstrations of a step.
+
+    Errors: DataError if there are too few for one step.
+    """
+    forward = args.sft_per_device_batch_size * dist.get_world_size()
+    per_step = forward * args.sft_gradient_accumulation_steps
     if per_step > count:
         raise DataError(f"SFT has {count} usable demonstrations, fewer than one step of {per_step}")
-    if arguments.sft_max_steps > 0:
-        return arguments.sft_max_steps, per_step
-    return max(1, int(arguments.sft_num_train_epochs * count) // per_step), per_step
+    if args.sft_max_steps > 0:
+        return args.sft_max_steps, per_step
+    return max(1, int(args.sft_num_train_epochs * count) // per_step), per_step
 
 
-def train_sft(arguments, model_path, processor, encoder, examples, skipped, checkpoint, writer):
-    """Cold start: reasoning and answer as target, prompt masked, mean over the tokens of all ranks. Returns the checkpoint's folder."""
-    world, rank = dist.get_world_size(), dist.get_rank()
-    batch = arguments.sft_per_device_batch_size
-    accumulation = arguments.sft_gradient_accumulation_steps
-    engine = start_engine(arguments, model_path, batch, accumulation, arguments.sft_learning_rate)
-    device = engine.device
-    model, (done, kept) = engine.module.model, checkpoint.load(engine, "sft")
-    lost = 0
-    if kept:
-        lost = kept["lost"]
-        skipped.update(kept["skipped"])
-    steps, per_step = sft_steps(arguments, len(examples))
-    rng, order = random.Random(arguments.seed), []
-    while len(order) < steps * per_step:
+def in_epochs(examples, count, seed):
+    """The first `count` of the examples, shuffled anew in every epoch.
+
+    A longer run begins with the examples of a shorter one.
+    """
+    rng = random.Random(seed)
+    order = []
+    while examples and len(order) < count:
         order += rng.sample(examples, len(examples))
-    inputs = Inputs(encoder, arguments.decode_workers, arguments.decode_timeout)
+    return order
 
-    def requests(step):
-        """This rank's demonstrations of a step, forward by forward: lists of (place in the run, example, None)."""
-        parts = []
-        for micro in range(accumulation if step < steps else 0):
-            start = ((step * accumulation + micro) * world + rank) * batch
-            part = order[start : start + batch]
-            parts.append([(start + index, example, None) for index, example in enumerate(part)])
-        return parts
 
-    inputs.ahead(request for part in requests(done) for request in part)
-    progress = tqdm(
+def train_sft(run, model_path, demonstrations):
+    """Cold start: reasoning and answer as target, prompt masked, mean over the tokens of all ranks.
+
+    Returns the folder of the trained checkpoint.
+    """
+    args = run.args
+    accumulation = args.sft_gradient_accumulation_steps
+    batch = args.sft_per_device_batch_size
+    steps, per_step = sft_steps(args, len(demonstrations.examples))
+    engine = start_engine(args, model_path, batch, accumulation, args.sft_learning_rate)
+    done, state = run.checkpoint.load(engine, "sft")
+    order = in_epochs(demonstrations.examples, steps * per_step, args.seed)
+    demonstrations = replace(demonstrations, examples=order)
+    batches = Batches(run, demonstrations, steps, batch, accumulation)
+    if state:
+        batches.lost = state["lost"]
+        demonstrations.skipped.update(state["skipped"])
+
+    batches.ahead(done)
+    bar = progress_bar("sft", done, steps)
+    for step in bar:
+        log = StepLog("sft", step)
+        forwards = batches.take(step, engine.device)
+        if forwards:
+            set_learning_rate(engine, step, steps, args.sft_learning_rate, args.warmup_ratio)
+            sft_step(run, engine, forwards, log)
+            record = step_record(log, engine, batches.lost)
+            run.log(record)
+            show_metrics(bar, record)
+        run.checkpoint.after_step(
+            engine, "sft", step + 1, steps, skipped=demonstrations.skipped, lost=batches.lost
+        )
+    batches.stop()
+    return finish_stage(run, engine, "sft")
+
+
+def sft_step(run, engine, forwards, log):
+    """One optimizer step of SFT: the mean over the tokens of all its forwards and ranks."""
+    world = dist.get_world_size()
+    targets = []
+    tokens = torch.zeros((), device=engine.device)
+    for ready in forwards:
+        completions, mask = batch_targets([one.example for one in ready], run.processor)
+        targets.append((completions.to(engine.device), mask.to(engine.device)))
+        tokens += mask.sum()
+    dist.all_reduce(tokens)
+
+    total = 0.0
+    for number, (ready, (completions, mask)) in enumerate(zip(forwards, targets, strict=True)):
+        engine.set_gradient_accumulation_boundary(number == len(forwards) - 1)
+        prompts = collate([one.inputs for one in ready], engine.module.model).to(engine.device)
+        logp = engine(prompts, completions, mask).logp  # (B, 1, T)
+        loss = -(logp * mask).sum() / tokens
+        total += loss.item()
+        with run.checkpoint.guard("sft", log.step, [one.example for one in ready]):
+            check_finite(loss.item(), "loss")
+        # DeepSpeed averages over ranks and forwards; the loss is their sum.
+        engine.backward(loss * world * run.args.sft_gradient_accumulation_steps)
+        engine.step()
+    log.add("loss/sft", [total * world])
+    log_norm(engine, log)
+
+
+def log_norm(engine, log):
+    """Norm of the step's gradient before clipping; ZeRO stage 0 computes none."""
+    norm = float(engine.get_global_grad_norm() or 0)
+    check_finite(norm, "norm of the gradient")
+    if norm:
+        log.values["loss/grad_norm"] = [norm]
+
+
+def finish_stage(run, engine, stage):
+    """Saves the model of a stage; returns its folder."""
+    run.checkpoint.release()
+    folder = Path(run.args.output_dir) / stage
+    save_model(engine, run.processor, folder)
+    engine.destroy()
+    return folder
+
+
+def step_record(log, engine, lost):
+    """A step's line of metrics.jsonl."""
+    metrics = log.means(engine.device)
+    metrics["train/learning_rate"] = engine.get_lr()[0]
+    return {"stage": log.stage, "step": log.step, **metrics, "data/skipped": lost}
+
+
+def progress_bar(stage, done, steps):
+    return tqdm(
         range(done, steps),
-        desc="SFT",
+        desc=stage.upper(),
         unit="step",
         mininterval=1,
         initial=done,
         total=steps,
         disable=not is_main(),
     )
-    for step in progress:
-        begin = time.perf_counter()
-        inputs.ahead(request for part in requests(step + 1) for request in part)
-        # 1. the step's demonstrations; a forward in which a rank has nothing to do is left out on all of them
-        forwards = []
-        for part in requests(step):
-            usable = inputs.usable(part, arguments.max_prompt_length, skipped)
-            fewest, everywhere = agree(len(usable), device)
-            lost += batch * world - everywhere
-            if fewest > 0:
-                _, chosen, items, _ = zip(*usable, strict=True)
-                completions, mask = batch_targets(chosen, processor)
-                forwards.append((chosen, items, completions.to(device), mask.to(device)))
-        kept = dict(skipped=skipped, lost=lost)
-        if not forwards:
-            checkpoint.after_step(engine, "sft", step + 1, steps, **kept)
-            continue
-        # 2. the loss: mean over the tokens of all forwards and ranks, however the step is split into them
-        tokens = torch.tensor(float(sum(mask.sum() for *_, mask in forwards)), device=device)
-        dist.all_reduce(tokens)
-        set_learning_rate(engine, step, steps, arguments.sft_learning_rate, arguments.warmup_ratio)
-        total = 0.0
-        for number, (chosen, items, completions, mask) in enumerate(forwards, 1):
-            engine.set_gradient_accumulation_boundary(number == len(forwards))
-            logp, *_ = engine(collate(items, model).to(device), completions, mask)
-            loss = -(logp * mask).sum() / tokens
-            total += loss.item()
-            with checkpoint.guard("sft", step, chosen):
-                check_finite(loss.item(), "loss")
-            engine.backward(
-                loss * world * accumulation
-            )  # DeepSpeed averages over ranks and forwards
-            engine.step()
-        values = {"loss/sft": [total * world], "time/step": [time.perf_counter() - begin]}
-        metrics = average(values, tuple(values), device)
-        metrics["loss/grad_norm"] = float(
-            engine.get_global_grad_norm() or 0
-        )  # before clipping; stage 0 computes none
-        metrics["train/learning_rate"] = engine.get_lr()[0]
-        record = {"stage": "sft", "step": step, **metrics, "data/skipped": lost}
-        writer(record)
-        progress.set_postfix(loss=f"{metrics['loss/sft']:.3f}", refresh=False)
-        checkpoint.after_step(engine, "sft", step + 1, steps, **kept)
-    inputs.stop()
-    checkpoint.release()
-    folder = Path(arguments.output_dir) / "sft"
-    save_model(engine, processor, folder)
-    engine.destroy()
-    return folder
 
 
-# ---------------------------------------------------------------------------------------------------------------- GRPO
+# ------------------------------------------------------------------------------------------ GRPO
 
 
-def use_scores(example, row, use):
-    """Consensus (Eq. 6) of one rollout's frame use, and its mass on the true evidence, None where that is not known."""
-    consensus = reward.consensus_frame_reward(
-        reward.merge_prior(torch.tensor(row["prior"]), len(use)), use.cpu()
-    )
-    evidence = (
-        float(use.cpu() @ slot_shares(row["times"], example.evidence, len(use)))
-        if example.evidence
-        else None
-    )
-    return consensus, evidence
+def sample(run, model, ready):
+    """Samples one forward's rollouts, in one batch with their controls.
 
+    G completions of every question and, with --temporal, G/2 of every video's with its frames
+    shuffled.
 
-def use_layers(arguments):
-    """What a forward must return for frame_uses()."""
-    if arguments.frame_use == "attention":
-        return {"hidden_layers": (-1,), "attention_layer": arguments.frame_use_layer}
-    return {"hidden_layers": tuple({-1, arguments.frame_use_layer})}
-
-
-def frame_uses(arguments, prompts, mask, hidden, attention):
-    """The run's frame use and, beside it, the paper's (last layer, max pool, tau 0.1): two lists as rollout_frame_use returns them."""
-    paper = rollout_frame_use(prompts, mask, hidden[-1])
-    if arguments.frame_use == "attention":
-        return rollout_frame_use(prompts, mask, attention=attention), paper
-    chosen = hidden[arguments.frame_use_layer]
-    return rollout_frame_use(
-        prompts, mask, chosen, None, arguments.tau, arguments.use_order, arguments.pool
-    ), paper
-
-
-def accuracies(example, texts):
-    return [reward.accuracy_reward(text, example.answer, example.problem_type) for text in texts]
-
-
-def unearnable(example):
-    """Why no answer to a question can earn anything: its own solution scores 0 ("50%" as numerical, 0 as regression). None if one can."""
-    (accuracy,) = accuracies(example, [f"<answer>{example.answer}</answer>"])
-    if accuracy > 0:
-        return None
-    return f"its own solution {example.answer[:60]!r} scores 0 as {example.problem_type}, so no answer can earn it"
-
-
-def text_rewards(arguments, example, texts, lengths, shuffled):
-    """The terms that need text only: {name: G values}. shuffled: accuracies of the control with shuffled frames, None without one."""
-    accuracy = accuracies(example, texts)
-    terms = {
-        "accuracy": accuracy,
-        "format": [reward.format_reward(text) for text in texts],
-        "length": [
-            reward.length_reward(
-                length, value, arguments.length_low, arguments.length_high, arguments.length_bonus
-            )
-            for length, value in zip(lengths, accuracy, strict=True)
-        ],
-        "temporal": [0.0] * len(texts),
-    }
-    if arguments.alignment_weight:
-        terms["alignment"] = [
-            arguments.alignment_weight
-            * reward.gate(right, arguments.gate)
-            * reward.temporal_alignment_reward(
-                reward.parse_claims(reward.extract_think(text)),
-                example.grounding,
-                buffer=arguments.alignment_buffer,
-                threshold=arguments.alignment_threshold,
-            )
-            for text, right in zip(texts, accuracy, strict=True)
-        ]
-    if shuffled is not None:  # means over this question's own rollouts, never over the batch
-        means = sum(accuracy) / len(accuracy), sum(shuffled) / len(shuffled)
-        terms["temporal"] = [
-            reward.temporal_reward(
-                value, *means, arguments.temporal_gamma, arguments.temporal_ratio
-            )
-            for value in accuracy
-        ]
-    return terms
-
-
-def run_seed(arguments, place):
-    """Of what is random about one question of the run, wherever it is sampled."""
-    return arguments.seed * 1_000_003 + place
-
-
-@dataclass
-class Rollouts:
-    """One forward's worth of questions and what was sampled for them."""
-
-    examples: tuple
-    prompts: Prompts
-    completions: torch.Tensor  # (B, G, T)
-    mask: torch.Tensor  # (B, G, T)
-    truncated: torch.Tensor  # (B, G) bool, cut at the limit before their end
-    logp: torch.Tensor  # (B, G, T) of the sampled tokens
-    texts: list  # B lists of G
-    control_texts: dict  # {index of the question: texts with shuffled frames}
-
-
-def sample_groups(arguments, model, processor, usable):
-    """G completions of every question and, with --temporal, G/2 of every video's with shuffled frames, in one batch -> Rollouts.
-
-    model: the bare one of sampling(); usable: (place in the run, which seeds it, example, model inputs, the control's or None).
+    Args:
+        model: the bare model of sampling().
+        ready: list of B Ready.
+    Returns:
+        Rollouts.
     """
-    places, examples, items, shuffled = zip(*usable, strict=True)
-    group, half, device = (
-        arguments.num_generations,
-        max(1, arguments.num_generations // 2),
-        model.get_input_embeddings().weight.device,
-    )
-    seeds = [run_seed(arguments, place) for place in places]
-    controls = {index: control for index, control in enumerate(shuffled) if control is not None}
-    counts = [group] * len(items) + [half] * len(controls)
-    row_seeds = [
-        seeds[index] * 1_009 + number
-        for index, count in zip([*range(len(items)), *controls], counts, strict=True)
-        for number in range(count)
-    ]
-    prompts = collate([*items, *controls.values()], model).to(device)
-    if arguments.freeze_vision:
+    args = run.args
+    group = args.num_generations
+    half = max(1, group // 2)
+    inputs = [one.inputs for one in ready]
+    controls = [b for b, one in enumerate(ready) if one.control is not None]
+
+    # A row's random numbers depend on its place in the run alone, not on its neighbours or rank.
+    counts = [group] * len(ready) + [half] * len(controls)
+    seeds = []
+    for b, count in zip([*range(len(ready)), *controls], counts, strict=True):
+        first = run_seed(args, ready[b].place) * 1_009
+        seeds += range(first, first + count)
+
+    device = model.get_input_embeddings().weight.device
+    prompts = collate([*inputs, *(ready[b].control for b in controls)], model).to(device)
+    if args.freeze_vision:
         with torch.no_grad():
             prompts.features = Policy(model).encode(prompts)
     tokens, mask, texts, logp = sample_texts(
         model,
-        processor,
+        run.processor,
         prompts,
         counts,
-        row_seeds,
-        arguments.max_completion_length,
-        arguments.temperature,
-        arguments.top_p,
-        arguments.top_k,
+        seeds,
+        args.max_completion_length,
+        args.temperature,
+        args.top_p,
+        args.top_k,
         True,
-        arguments.cuda_graph,
+        args.cuda_graph,
     )
-    own = len(items) * group
-    longest = int(mask[:own].sum(-1).max())
-    shape, visual = (len(items), group, longest), int(prompts.visual[: len(items)].sum())
-    features = prompts.features and tuple(
-        feature[:visual] if visual else feature for feature in prompts.features
-    )  # 0: text, a blank image
-    shaped = lambda tensor: tensor[:own, :longest].reshape(shape)  # noqa: E731
-    ended = (
-        torch.isin(tokens[:own], torch.tensor(stop_tokens(model, processor), device=device))
-        & mask[:own]
-    )
-    truncated = ~ended.any(dim=-1)
+
+    # The group's own rows come first; they are cut to their longest completion.
+    rows = len(ready) * group
+    mask = mask[:rows]  # (B * G, T)
+    longest = int(mask.sum(-1).max())
+    shape = (len(ready), group, longest)
+    stop = torch.tensor(stop_tokens(model, run.processor), device=device)
+    ended = torch.isin(tokens[:rows], stop) & mask
+    own_prompts = collate(inputs, model)
+    if prompts.features is not None:
+        own_prompts.features = own_features(prompts, len(ready))
+    control_texts = [None] * len(ready)
+    for number, b in enumerate(controls):
+        control_texts[b] = texts[rows + number * half : rows + (number + 1) * half]
     return Rollouts(
-        examples,
-        replace(collate(items, model), features=features),
-        shaped(tokens),
-        shaped(mask),
-        truncated.view(shape[:2]),
-        shaped(logp),
-        [texts[start : start + group] for start in range(0, own, group)],
-        {
-            index: texts[own + place * half : own + (place + 1) * half]
-            for place, index in enumerate(controls)
-        },
+        examples=[one.example for one in ready],
+        priors=[one.prior for one in ready],
+        prompts=own_prompts.to(device),
+        completions=tokens[:rows, :longest].reshape(shape),
+        mask=mask[:, :longest].reshape(shape),
+        truncated=~ended.any(dim=-1).view(shape[:2]),
+        logp=logp[:rows, :longest].reshape(shape),
+        texts=[texts[begin : begin + group] for begin in range(0, rows, group)],
+        control_texts=control_texts,
     )
 
 
-METRICS = (
-    *(
-        f"reward/{name}"
-        for name in (
-            "total",
-            "accuracy",
-            "format",
-            "length",
-            "temporal",
-            "alignment",
-            "consensus",
-            "consistency",
-        )
-    ),
-    *(
-        f"consensus/{name}"
-        for name in ("score", "evidence_use", "paper_score", "paper_evidence_use")
-    ),
-    *(
-        f"loss/{name}"
-        for name in ("policy", "kl", "ratio", "clip_fraction", "zero_variance_groups")
-    ),
-    *(
-        f"rollout/{name}"
-        for name in ("length", "truncated", "entropy", "logp_difference", "shuffled_accuracy")
-    ),
-    *(f"time/{name}" for name in ("rollout", "reference", "policy", "update", "step")),
-)
+def own_features(prompts, count):
+    """The frozen vision tower's features of the first `count` prompts, without the controls'."""
+    visual = int(prompts.visual[:count].sum())
+    if visual == 0:  # text alone: the features are of a blank image
+        return prompts.features
+    return tuple(feature[:visual] for feature in prompts.features)
 
 
-def spend(values, name, begin):
-    """Adds the seconds since `begin` to a stage of this step; -> now."""
-    now = time.perf_counter()
-    values[f"time/{name}"] = [sum(values[f"time/{name}"]) + now - begin]
-    return now
+def asked_layers(args):
+    """Arguments of the policy's forward that make it return what frame_uses() reads."""
+    if args.frame_use == "attention":
+        return {"hidden_layers": (-1,), "attention_layer": args.frame_use_layer}
+    return {"hidden_layers": tuple({-1, args.frame_use_layer})}
 
 
-def grpo_micro_batch(arguments, engine, reference, processor, rollouts, rows, share, values):
-    """One forward's worth of rollouts: score, advantages, loss, backward. Adds to `values` ({metric: list}).
+def frame_uses(args, prompts, mask, scored):
+    """Frame use as the run's settings have it and, for the log, as the paper has it (Eq. 3-5).
 
-    share: what this loss counts in the mean of DeepSpeed. -> a log line per rollout, and what another update on these rollouts needs.
+    Two results of rollout_frame_use.
     """
-    examples, texts, completions, mask = (
-        rollouts.examples,
-        rollouts.texts,
-        rollouts.completions,
-        rollouts.mask,
+    paper = rollout_frame_use(prompts, mask, scored.hidden[-1])
+    if args.frame_use == "attention":
+        return rollout_frame_use(prompts, mask, attention=scored.attention), paper
+    states = scored.hidden[args.frame_use_layer]
+    own = rollout_frame_use(
+        prompts, mask, states, tau=args.tau, order=args.use_order, pool=args.pool
     )
-    lengths = mask.sum(-1)  # (B, G)
+    return own, paper
 
-    # 1. log-probs of the reference, then one packed policy forward: log-probs and frame use
-    clock = time.perf_counter()
-    prompts, ref_logp = rollouts.prompts.to(engine.device), None
-    if reference is not None:
-        with torch.no_grad():
-            ref_logp = reference(prompts, completions, mask, arguments.packed)[0]  # (B, G, T)
-    clock = spend(values, "reference", clock)
-    logp, entropy, hidden, attention, weights = engine(
-        prompts,
-        completions,
-        mask,
-        arguments.packed,
-        weight_alpha=weight_alpha(arguments),
-        **use_layers(arguments),
+
+def weigh_forwards(args, step_rollouts, device):
+    """Sets each forward's learned tokens and the share of its loss in the step's.
+
+    A step's gradient is the same however it is split into forwards and ranks: a forward's loss is
+    a mean over its completions (sequence, constant) or its tokens (token), so it counts as many as
+    it has of those on all ranks; DeepSpeed then divides by the ranks and by the forwards of a
+    step. "constant" (Dr. GRPO) divides by --max_completion_length, not by the longest completion
+    at hand.
+    """
+    counts = []
+    for rollouts in step_rollouts:
+        rollouts.learned = rollouts.mask
+        if args.mask_truncated_completions:
+            rollouts.learned = rollouts.mask & ~rollouts.truncated[..., None]
+        if args.reduction == "token":
+            counts.append(float(rollouts.learned.sum()))
+        else:
+            counts.append(float(rollouts.truncated.numel()))
+    total = torch.tensor(sum(counts), device=device)
+    dist.all_reduce(total)
+    splits = dist.get_world_size() * args.gradient_accumulation_steps
+    for rollouts, count in zip(step_rollouts, counts, strict=True):
+        scale = 1.0
+        if args.reduction == "constant":
+            scale = rollouts.mask.shape[2] / args.max_completion_length
+        rollouts.share = count * scale * splits / max(total.item(), 1.0)
+
+
+def grpo_step(run, engine, reference, forwards, log):
+    """One step of CF-GRPO (Eq. 3-10): sample, score, reward, learn.
+
+    Args:
+        reference: engine of the reference model, or None.
+        forwards: lists of Ready.
+        log: StepLog.
+    """
+    args = run.args
+
+    # 1. Sample. The whole step before anything is learned: one gathering of the parameters.
+    with log.seconds("rollout"), sampling(engine) as model:
+        step_rollouts = [sample(run, model, ready) for ready in forwards]
+    weigh_forwards(args, step_rollouts, engine.device)
+
+    for _ in range(args.num_iterations):
+        for number, rollouts in enumerate(step_rollouts, 1):
+            engine.set_gradient_accumulation_boundary(number == len(step_rollouts))
+            with run.checkpoint.guard("grpo", log.step, rollouts.examples):
+                learn(run, engine, reference, rollouts, log)
+                with log.seconds("update"):
+                    engine.step()
+                log_norm(engine, log)
+
+
+def learn(run, engine, reference, rollouts, log):
+    """Score, reward and learn from one forward's rollouts; from the second time on learn alone."""
+    args = run.args
+    first_time = rollouts.advantages is None
+    asked = {}
+    if args.token_weight_alpha != 1:
+        asked["weight_alpha"] = args.token_weight_alpha
+    if first_time:
+        asked.update(asked_layers(args))
+        with log.seconds("reference"):
+            rollouts.reference_logp = reference_logps(reference, rollouts)
+    with log.seconds("policy"):
+        # 2. Score: one packed forward gives log-probabilities and what frame use is read from.
+        scored = engine(rollouts.prompts, rollouts.completions, rollouts.mask, **asked)
+        # 3. Reward (Eq. 3-8), advantages (Eq. 9).
+        if first_time:
+            reward_rollouts(run, rollouts, scored, log)
+        # 4. Learn (Eq. 10).
+        loss = rollouts_loss(args, rollouts, scored, log)
+        engine.backward(loss * rollouts.share)
+
+
+def reference_logps(reference, rollouts):
+    """(B, G, T) log-probabilities of the completions by the reference model; None without one."""
+    if reference is None:
+        return None
+    with torch.no_grad():
+        return reference(rollouts.prompts, rollouts.completions, rollouts.mask).logp
+
+
+def reward_rollouts(run, rollouts, scored, log):
+    """Rewards and advantages of one forward's rollouts, logged (Eq. 3-9)."""
+    args = run.args
+    logp = scored.logp.detach()  # (B, G, T)
+    check_finite(logp[rollouts.mask].sum().item(), "policy's log-probability")
+    uses, paper_uses = frame_uses(args, rollouts.prompts, rollouts.mask, scored)
+    terms = rewards(rollouts, uses, run.processor.tokenizer, args)
+
+    total = terms["total"].float().to(logp.device)  # (B, G)
+    anchors = None
+    if args.degenerate == "virtual_anchor":
+        anchors = virtual_anchors(terms).float().to(logp.device)  # (B,)
+    rollouts.rewards = terms
+    rollouts.advantages = group_advantages(total, scale=args.scale_rewards, anchors=anchors)
+    rollouts.old_logp = logp
+    degenerate = all_equal(total)  # (B,)
+    rollouts.dropped = torch.zeros_like(degenerate)  # (B,)
+    if args.degenerate == "drop":
+        rollouts.dropped = degenerate
+
+    for name, values in terms.items():
+        log.add(f"reward/{name}", values)
+    log_frame_use(rollouts, uses, paper_uses, log)
+    for example, texts in zip(rollouts.examples, rollouts.control_texts, strict=True):
+        if texts:
+            log.add("rollout/shuffled_accuracy", accuracies(example, texts))
+    log.add("loss/zero_variance_groups", degenerate.float())
+    log.add("rollout/length", rollouts.lengths)
+    log.add("rollout/truncated", rollouts.truncated.float())
+    log.add("rollout/entropy", per_token(scored.entropy, rollouts))
+    log.add("rollout/logp_difference", per_token((rollouts.logp - logp).abs(), rollouts))
+    run.write("rollouts.jsonl", rollout_lines(rollouts, uses, log.step))
+
+
+def per_token(values, rollouts):
+    """(B, G, T) -> (B, G), mean over each completion's tokens."""
+    return (values * rollouts.mask).sum(-1) / rollouts.lengths
+
+
+def log_frame_use(rollouts, uses, paper_uses, log):
+    """Consensus (Eq. 6) by the run's frame use and by the paper's, and mass on known evidence."""
+    for prefix, group_uses in (("consensus/", uses), ("consensus/paper_", paper_uses)):
+        for example, row, use in zip(rollouts.examples, rollouts.priors, group_uses, strict=True):
+            if use[0] is None:
+                continue
+            log.add(f"{prefix}score", overlaps(row, use))
+            if example.evidence:
+                # The data set knows where the answer is: how much of the looking was there?
+                log.add(f"{prefix}evidence_use", evidence_shares(example, row, use))
+
+
+def rollouts_loss(args, rollouts, scored, log):
+    """Eq. 10 of one forward: a scalar, logged."""
+    weights = scored.weights
+    if rollouts.dropped.any():
+        if weights is None:
+            weights = torch.ones_like(scored.logp)
+        weights = weights * ~rollouts.dropped[:, None, None]
+
+    def flat(tensor):  # (B, G, T) -> (N, T)
+        return None if tensor is None else tensor.flatten(0, 1)
+
+    loss, stats = policy_loss(
+        flat(scored.logp),
+        flat(rollouts.old_logp),
+        rollouts.advantages.flatten(),
+        flat(rollouts.learned),
+        flat(rollouts.reference_logp),
+        args.beta,
+        args.clip_low,
+        args.clip_high,
+        args.reduction,
+        flat(weights),
     )
-    check_finite(logp.detach()[mask].sum().item(), "policy's log-probability")
-    uses, paper_uses = frame_uses(arguments, prompts, mask, hidden, attention)
+    check_finite(loss.item(), "loss")
+    count = len(rollouts.examples)
+    for name, value in {**stats, "policy": loss.item()}.items():
+        log.add(f"loss/{name}", [value] * count)
+    return loss
 
-    # 2. rewards (Eq. 6-8)
-    totals, anchors, lines = [], [], []
-    for index, example in enumerate(examples):
-        shuffled = (
-            accuracies(example, rollouts.control_texts[index])
-            if index in rollouts.control_texts
-            else None
-        )
-        terms = text_rewards(arguments, example, texts[index], lengths[index].tolist(), shuffled)
-        values["rollout/shuffled_accuracy"] += shuffled or []
-        consensus = [0.0] * len(
-            texts[index]
-        )  # an image is one frame: nothing to choose, no consensus reward
-        if uses[index][0] is not None:
-            for names, group in (
-                (("score", "evidence_use"), uses[index]),
-                (("paper_score", "paper_evidence_use"), paper_uses[index]),
-            ):
-                scores = [use_scores(example, rows[example.id], use) for use in group]
-                for name, column in zip(names, zip(*scores, strict=True), strict=True):
-                    values[f"consensus/{name}"] += [value for value in column if value is not None]
-                consensus = [score for score, _ in scores] if names[0] == "score" else consensus
-        terms["consensus"] = [
-            arguments.cfr_weight * reward.gate(right, arguments.gate) * score
-            for right, score in zip(terms["accuracy"], consensus, strict=True)
-        ]
-        if arguments.consistency_coef:
-            likelihoods = answer_likelihoods(
-                processor.tokenizer, completions[index], mask[index], ref_logp[index]
-            )  # (G,)
-            terms["consistency"] = reward.consistency_bonus(
-                torch.tensor(terms["accuracy"]),
-                likelihoods,
-                arguments.consistency_coef,
-                margin=arguments.consistency_margin,
-                dense=arguments.consistency_dense,
-            ).tolist()
-        terms["total"] = [sum(column) for column in zip(*terms.values(), strict=True)]
-        totals.append(terms["total"])
-        anchors.append(terms["total"][0] + 1 - 2 * sum(terms["accuracy"]) / len(terms["accuracy"]))
-        for name, column in terms.items():
-            values[f"reward/{name}"] += column
-        for number, text in enumerate(texts[index]):
-            use = uses[index][number]
+
+def rollout_lines(rollouts, uses, step):
+    """Lines of rollouts.jsonl: one a rollout, with its text, rewards, prior and frame use."""
+    lines = []
+    for b, example in enumerate(rollouts.examples):
+        for g, text in enumerate(rollouts.texts[b]):
+            use = uses[b][g]
             lines.append(
                 {
+                    "step": step,
                     "problem_id": example.id,
                     "question": example.question,
                     "options": example.options,
                     "text": text,
                     "answer": example.answer,
-                    "rewards": {name: column[number] for name, column in terms.items()},
-                    "prior": rows[example.id]["prior"] if use is not None else None,
+                    "rewards": {
+                        name: rollouts.rewards[name][b, g].item() for name in rollouts.rewards
+                    },
+                    "prior": None if use is None else rollouts.priors[b].prior,
                     "use": None if use is None else [round(value, 4) for value in use.tolist()],
                 }
             )
-
-    # 3. advantages, loss, backward (Eq. 9-10)
-    totals = torch.tensor(totals, device=engine.device)  # (B, G)
-    degenerate = totals.amax(1) - totals.amin(1) < 1e-6  # (B,)
-    anchors = (
-        torch.tensor(anchors, device=engine.device)
-        if arguments.degenerate == "virtual_anchor"
-        else None
-    )  # (B,)
-    advantages = group_advantages(
-        totals, scale=arguments.scale_rewards, anchors=anchors
-    ).flatten()  # (N,)
-    dropped = degenerate if arguments.degenerate == "drop" else torch.zeros_like(degenerate)
-    replay = {
-        "prompts": prompts,
-        "completions": completions,
-        "mask": mask,
-        "learned": learned_tokens(arguments, rollouts),
-        "advantages": advantages,
-        "ref_logp": ref_logp,
-        "old_logp": rollouts.logp if arguments.old_logp == "sampled" else logp.detach(),
-        "share": share,
-        "dropped": dropped,
-    }
-    backward_loss(arguments, engine, replay, logp, weights, values)
-    spend(values, "policy", clock)
-    values["loss/zero_variance_groups"] += degenerate.float().tolist()
-    values["rollout/length"] += lengths.flatten().tolist()
-    values["rollout/truncated"] += rollouts.truncated.flatten().float().tolist()
-    values["rollout/entropy"] += ((entropy * mask).sum(-1) / lengths).flatten().tolist()
-    values["rollout/logp_difference"] += (
-        (((rollouts.logp - logp.detach()).abs() * mask).sum(-1) / lengths).flatten().tolist()
-    )
-    return lines, replay
+    return lines
 
 
-def learned_tokens(arguments, rollouts):
-    """(B, G, T) bool, the tokens that count in the loss: all, or those of completions that came to their end."""
-    if not arguments.mask_truncated_completions:
-        return rollouts.mask
-    return rollouts.mask & ~rollouts.truncated[..., None]
+def train_grpo(run, model_path, questions, heldout):
+    """CF-GRPO with the starting checkpoint as reference. Returns the trained one's folder.
 
-
-def weight_alpha(arguments):
-    return arguments.token_weight_alpha if arguments.token_weight_alpha != 1 else None
-
-
-def backward_loss(arguments, engine, replay, logp, weights, values):
-    """Eq. 10 of one forward (logp, weights (B, G, T)) and its backward."""
-    if replay["dropped"].any():
-        weights = (torch.ones_like(logp) if weights is None else weights) * ~replay["dropped"][
-            :, None, None
-        ]
-    logp, old_logp, mask, ref_logp, weights = (
-        tensor if tensor is None else tensor.flatten(0, 1)
-        for tensor in (logp, replay["old_logp"], replay["learned"], replay["ref_logp"], weights)
-    )  # (N, T)
-    loss, stats = policy_loss(
-        logp,
-        old_logp,
-        replay["advantages"],
-        mask,
-        ref_logp,
-        arguments.beta,
-        arguments.clip_low,
-        arguments.clip_high,
-        arguments.reduction,
-        weights,
-    )
-    check_finite(loss.item(), "loss")
-    engine.backward(loss * replay["share"])
-    for name, value in {**stats, "policy": loss.item()}.items():
-        values[f"loss/{name}"] += [value] * len(replay["completions"])
-
-
-def loss_shares(arguments, masks, device):
-    """What each forward's loss counts, so that a step's gradient does not depend on how its rollouts are split into forwards and ranks.
-
-    masks: list of (B, G, T). A forward's loss is a mean over its completions (sequence, constant) or its tokens (token), so it counts as
-    many as it has of those on all ranks; DeepSpeed then divides by the ranks and by the forwards of a step. constant (Dr. GRPO) divides
-    by --max_completion_length, not by the longest completion at hand.
+    Args:
+        questions: Questions in the order of training.
+        heldout: Questions that --eval_steps scores.
     """
-    token = arguments.reduction == "token"
-    counts = [float(mask.sum() if token else mask[..., 0].numel()) for mask in masks]
-    total = torch.tensor(sum(counts), device=device)
-    dist.all_reduce(total)
-    scales = [
-        mask.shape[2] / arguments.max_completion_length
-        if arguments.reduction == "constant"
-        else 1.0
-        for mask in masks
-    ]
-    return [
-        count
-        * scale
-        * dist.get_world_size()
-        * arguments.gradient_accumulation_steps
-        / max(total.item(), 1.0)
-        for count, scale in zip(counts, scales, strict=True)
-    ]
-
-
-def train_grpo(
-    arguments,
-    model_path,
-    processor,
-    encoder,
-    stream,
-    rows,
-    skipped,
-    checkpoint,
-    writer,
-    log_rollouts,
-    heldout=None,
-):
-    """CF-GRPO on a stream of questions, with the starting checkpoint as frozen reference. Returns the folder of the trained one."""
-    world, rank = dist.get_world_size(), dist.get_rank()
-    batch, accumulation = (
-        arguments.per_device_train_batch_size,
-        arguments.gradient_accumulation_steps,
-    )
-    engine = start_engine(arguments, model_path, batch, accumulation, arguments.learning_rate)
-    reference, averages = (
-        start_engine(arguments, model_path)
-        if arguments.beta > 0 or arguments.consistency_coef
-        else None,
-        {},
-    )
-    steps = len(stream) // (batch * world * accumulation)
-    lost, (done, kept) = len(skipped), checkpoint.load(engine, "grpo")
-    if kept:
-        new = skipped.keys() - kept["skipped"].keys()  # of questions that a longer run has come to
-        lost, averages = kept["lost"] + len(new), kept["averages"]
-        skipped.update(kept["skipped"])
+    args = run.args
+    batch = args.per_device_train_batch_size
+    accumulation = args.gradient_accumulation_steps
+    steps = len(questions.examples) // (batch * accumulation * dist.get_world_size())
+    engine = start_engine(args, model_path, batch, accumulation, args.learning_rate)
+    reference = None
+    if args.beta > 0 or args.consistency_coef:
+        reference = start_engine(args, model_path)
+    batches = Batches(run, questions, steps, batch, accumulation, shuffle=args.temporal)
+    batches.lost = len(questions.skipped)
+    averages = {}  # of the reference's parameters, with --ema_decay
+    done, state = run.checkpoint.load(engine, "grpo")
+    if state:
+        # A longer run may have come to further questions that cannot be used.
+        new = questions.skipped.keys() - state["skipped"].keys()
+        batches.lost = state["lost"] + len(new)
+        questions.skipped.update(state["skipped"])
+        averages = state["averages"]
         if averages:
             write_shards(reference, averages)
-    inputs = Inputs(encoder, arguments.decode_workers, arguments.decode_timeout)
 
-    def requests(step):
-        """This rank's questions of a step, forward by forward, with their rows of the priors and the order of the control's frames."""
-        parts = []
-        for micro in range(accumulation if step < steps else 0):
-            start, part = ((step * accumulation + micro) * world + rank) * batch, []
-            for place, example in enumerate(stream[start : start + batch], start):
-                row, order = rows.get(example.id), None
-                if arguments.temporal and example.media_type == "video":
-                    order = random.Random(run_seed(arguments, place)).sample(
-                        range(len(row["frames"])), len(row["frames"])
-                    )
-                part.append((place, example, row, order))
-            parts.append(part)
-        return parts
+    batches.ahead(done)
+    bar = progress_bar("grpo", done, steps)
+    for step in bar:
+        log = StepLog("grpo", step)
+        set_learning_rate(engine, step, steps, args.learning_rate, args.warmup_ratio)
+        with log.seconds("rollout"):
+            forwards = batches.take(step, engine.device)
+        if forwards:
+            grpo_step(run, engine, reference, forwards, log)
+        if reference is not None and args.ema_decay < 1 and (step + 1) % args.ema_steps == 0:
+            update_reference(reference, engine, averages, args.ema_decay)
+        record = step_record(log, engine, batches.lost)
+        if heldout.examples and args.eval_steps and (step + 1) % args.eval_steps == 0:
+            scores = score_heldout(run, engine, heldout)
+            record.update({f"eval/{name}": value for name, value in scores.items()})
+        run.log(record)
+        show_metrics(bar, record)
+        run.checkpoint.after_step(
+            engine,
+            "grpo",
+            step + 1,
+            steps,
+            skipped=questions.skipped,
+            lost=batches.lost,
+            averages=averages,
+        )
+    batches.stop()
+    return finish_stage(run, engine, "grpo")
 
-    inputs.ahead(request for part in requests(done) for request in part)
-    progress = tqdm(
-        range(done, steps),
-        desc="GRPO",
-        unit="step",
-        mininterval=1,
-        initial=done,
-        total=steps,
-        disable=not is_main(),
-    )
-    for step in progress:
-        begin, values = time.perf_counter(), defaultdict(list)
-        set_learning_rate(engine, step, steps, arguments.learning_rate, arguments.warmup_ratio)
-        micro_batches = []  # those in which every rank has something to do
-        inputs.ahead(request for part in requests(step + 1) for request in part)
-        for part in requests(step):
-            usable = inputs.usable(part, arguments.max_prompt_length, skipped)
-            fewest, everywhere = agree(len(usable), engine.device)
-            lost += batch * world - everywhere
-            if fewest > 0:
-                micro_batches.append(usable)
-        with (
-            sampling(engine) as model
-        ):  # everything is sampled before anything is learned: one gathering of the parameters a step
-            sampled = [
-                sample_groups(arguments, model, processor, usable) for usable in micro_batches
-            ]
-        spend(values, "rollout", begin)
-        shares, replays = (
-            loss_shares(
-                arguments,
-                [learned_tokens(arguments, rollouts) for rollouts in sampled],
-                engine.device,
-            ),
-            [],
-        )
-        for iteration in range(arguments.num_iterations):
-            for number, (rollouts, share) in enumerate(zip(sampled, shares, strict=True)):
-                engine.set_gradient_accumulation_boundary(number == len(sampled) - 1)
-                with checkpoint.guard("grpo", step, rollouts.examples):
-                    if iteration == 0:
-                        lines, replay = grpo_micro_batch(
-                            arguments, engine, reference, processor, rollouts, rows, share, values
-                        )
-                        if arguments.num_iterations > 1:
-                            replays.append(replay)
-                        log_rollouts([{"step": step, **line} for line in lines])
-                    else:
-                        clock, replay = time.perf_counter(), replays[number]
-                        logp, *_, weights = engine(
-                            replay["prompts"],
-                            replay["completions"],
-                            replay["mask"],
-                            arguments.packed,
-                            weight_alpha=weight_alpha(arguments),
-                        )
-                        backward_loss(arguments, engine, replay, logp, weights, values)
-                        spend(values, "policy", clock)
-                    clock = time.perf_counter()
-                    engine.step()
-                    spend(values, "update", clock)
-                    norm = float(engine.get_global_grad_norm() or 0)  # stage 0 computes none
-                    check_finite(norm, "norm of the gradient")
-        if (
-            reference is not None
-            and arguments.ema_decay < 1
-            and (step + 1) % arguments.ema_steps == 0
-        ):
-            update_reference(reference, engine, averages, arguments.ema_decay)
-        spend(values, "step", begin)
-        metrics = average(values, METRICS, engine.device)
-        if micro_batches and norm:
-            metrics["loss/grad_norm"] = norm
-        metrics["train/learning_rate"] = engine.get_lr()[0]
-        record = {"stage": "grpo", "step": step, **metrics, "data/skipped": lost}
-        if heldout and arguments.eval_steps and (step + 1) % arguments.eval_steps == 0:
-            scores = score_heldout(arguments, engine, *heldout)
-            record |= {f"eval/{name}": value for name, value in scores.items()}
-        writer(record)
-        shown = {
-            "reward": "reward/total",
-            "acc": "reward/accuracy",
-            "cfr": "consensus/score",
-            "len": "rollout/length",
-            "kl": "loss/kl",
-            "same": "loss/zero_variance_groups",
-            "skipped": "data/skipped",
-        }
-        progress.set_postfix(
-            {short: f"{record[name]:.3g}" for short, name in shown.items() if name in record},
-            refresh=False,
-        )
-        checkpoint.after_step(
-            engine, "grpo", step + 1, steps, skipped=skipped, lost=lost, averages=averages
-        )
-    inputs.stop()
-    checkpoint.release()
-    folder = Path(arguments.output_dir) / "grpo"
-    save_model(engine, processor, folder)
+
+# Short names on the progress bar.
+SHOWN = {
+    "loss": "loss/sft",
+    "reward": "reward/total",
+    "acc": "reward/accuracy",
+    "cfr": "consensus/score",
+    "len": "rollout/length",
+    "kl": "loss/kl",
+    "same": "loss/zero_variance_groups",
+    "skipped": "data/skipped",
+}
+
+
+def show_metrics(bar, record):
+    shown = {}
+    for short, name in SHOWN.items():
+        if name in record:
+            shown[short] = f"{record[name]:.3g}"
+    bar.set_postfix(shown, refresh=False)
+
+
+# --------------------------------------------------------------------------------- held-out score
+
+
+def score_checkpoint(run, model_path, heldout):
+    """score_heldout of a saved model; {} without held-out questions."""
+    if not heldout.examples:
+        return {}
+    engine = start_engine(run.args, model_path)
+    scores = score_heldout(run, engine, heldout)
     engine.destroy()
-    return folder
+    return scores
 
 
-def question_stream(arguments, examples, world):
-    """The run's questions in order, shuffled epoch by epoch, and how many make a step."""
-    per_step = arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps * world
-    wanted = questions_wanted(arguments, len(examples), per_step)
-    rng, stream = random.Random(arguments.seed), []
-    while (
-        examples and len(stream) < wanted
-    ):  # a longer run begins with the questions of a shorter one
-        stream += rng.sample(examples, len(examples))
-    return stream[:wanted], per_step
+HELDOUT_BATCH = 32  # questions answered at a time: the cache of the toy's answers stays small
 
 
-def questions_wanted(arguments, count, per_step):
-    """Length of the stream of a data set of `count` questions."""
+def unusable_heldout(args, encoder, heldout):
+    """{problem_id: cause} of held-out questions with a broken medium or too long a prompt.
+
+    Asked once, before the first scoring, so that all scorings of a run are of the same questions.
+    """
+    inputs = Inputs(encoder, args.decode_workers, args.decode_timeout)
+    skipped = {}
+    world = dist.get_world_size()
+    requests = []
+    for place, example in enumerate(heldout.examples):
+        requests.append((place, example, heldout.priors.get(example.id), None))
+    starts = range(0, len(requests), HELDOUT_BATCH * world)
+    for start in tqdm(starts, desc="held-out", unit="batch", disable=not is_main(), leave=False):
+        mine = requests[start : start + HELDOUT_BATCH * world][dist.get_rank() :: world]
+        inputs.ahead(mine)
+        inputs.usable(mine, args.max_prompt_length, skipped)
+    inputs.stop()
+    return skipped
+
+
+@torch.no_grad()
+def score_heldout(run, engine, heldout):
+    """Greedy and sampled answers to questions that are never trained on, every rank its share.
+
+    Frame use is read on the sampled answers. "conflict" are the questions whose asked and most
+    salient evidence differ.
+
+    Returns:
+        {name: mean over all ranks}.
+    """
+    args = run.args
+    log = StepLog("heldout", 0)
+    mine = list(enumerate(heldout.examples))[dist.get_rank() :: dist.get_world_size()]
+    starts = range(0, len(mine), HELDOUT_BATCH)
+    bar = tqdm(starts, desc="held-out", unit="batch", disable=not is_main(), leave=False)
+    with sampling(engine) as model:
+        for start in bar:
+            places, examples = zip(*mine[start : start + HELDOUT_BATCH], strict=True)
+            rows = [heldout.priors.get(example.id) for example in examples]
+            inputs = [
+                run.encoder.encode(example, row)
+                for example, row in zip(examples, rows, strict=True)
+            ]
+            prompts = collate(inputs, model).to(engine.device)
+            seeds = [run_seed(args, place) for place in places]
+            for decoding, temperature in (("greedy", 0.0), ("sampled", args.temperature)):
+                tokens, mask, texts = sample_texts(
+                    model,
+                    run.processor,
+                    prompts,
+                    [1] * len(examples),
+                    seeds,
+                    args.max_completion_length,
+                    temperature,
+                    args.top_p,
+                    args.top_k,
+                    graph=args.cuda_graph,
+                )
+                log_answers(log, decoding, examples, texts)
+            log.add("length", mask.sum(-1))
+            mask = mask[:, None]  # (B, 1, T)
+            scored = Policy(model)(prompts, tokens[:, None], mask, **asked_layers(args))
+            uses, paper_uses = frame_uses(args, prompts, mask, scored)
+            log_heldout_use(log, examples, rows, uses, paper_uses)
+    return average(log.values, engine.device)
+
+
+def log_answers(log, decoding, examples, texts):
+    """Accuracy of answers to the held-out questions: all, by kind, and of conflicts."""
+    for example, text in zip(examples, texts, strict=True):
+        accuracy = accuracies(example, [text])
+        log.add(decoding, accuracy)
+        log.add(f"{decoding}/{kind(example)}", accuracy)
+        if example.extra.get("salient_is_asked") is False:
+            log.add(f"{decoding}/conflict", accuracy)
+
+
+def log_heldout_use(log, examples, rows, uses, paper_uses):
+    """Consensus and mass on the known evidence of the answers' frame use; chance: uniform use's."""
+    for example, row, use, paper_use in zip(examples, rows, uses, paper_uses, strict=True):
+        if use[0] is None:
+            continue
+        log.add("consensus", overlaps(row, use))
+        log.add("paper_consensus", overlaps(row, paper_use))
+        if example.evidence:
+            log.add("evidence_use", evidence_shares(example, row, use))
+            log.add("paper_evidence_use", evidence_shares(example, row, paper_use))
+            shares = slot_shares(row.times, example.evidence, len(use[0]))
+            log.add("evidence_chance", [float(shares.mean())])
+
+
+def kind(example):
+    """A question's row in the table: the toy's own kind, elsewhere its problem type."""
+    return example.extra.get("kind", example.problem_type)
+
+
+def print_table(args, before, after, seconds):
+    """The end of a run, for people; result.json holds the same numbers."""
+    use = f"{args.frame_use}, layer {args.frame_use_layer}"
+    lines = {"greedy": "held-out accuracy, greedy"}
+    lines["greedy/conflict"] = "  asked and salient evidence differ"
+    for name in sorted(after):
+        if name.startswith("greedy/") and name not in lines:
+            lines[name] = f"  {name.partition('/')[2]}"
+    lines["sampled"] = "held-out accuracy, sampled"
+    lines["sampled/conflict"] = "  asked and salient evidence differ"
+    lines["consensus"] = f"consensus score ({use})"
+    lines["evidence_use"] = f"frame use on the true evidence ({use})"
+    lines["paper_consensus"] = "consensus score (the paper's)"
+    lines["paper_evidence_use"] = "frame use on the true evidence (paper's)"
+    lines["evidence_chance"] = "  chance (uniform use)"
+    lines["length"] = "completion length, tokens"
+    say(f"\n{'':52s}{'before GRPO':>12s}{'after':>10s}")
+    for name, text in lines.items():
+        if name in after:
+            say(f"{text:52s}{before[name]:12.3f}{after[name]:10.3f}")
+    say("seconds: " + ", ".join(f"{name} {value:.0f}" for name, value in seconds.items()) + "\n")
+
+
+# ------------------------------------------------------------------------- questions and priors
+
+
+def unearnable(example):
+    """Cause why no answer to a question can earn anything, None if one can.
+
+    Its own solution scores 0, such as "50%" as numerical or 0 as regression.
+    """
+    (accuracy,) = accuracies(example, [f"<answer>{example.answer}</answer>"])
+    if accuracy > 0:
+        return None
     return (
-        arguments.max_steps * per_step
-        if arguments.max_steps > 0
-        else int(arguments.num_train_epochs * count)
+        f"its own solution {example.answer[:60]!r} scores 0 as {example.problem_type}, so no "
+        "answer can earn it"
     )
 
 
-def check_stream(arguments, data, stream, per_step, skipped):
-    """DataError when too few questions are left for a step, or none has what a term of the reward compares with."""
+def load_questions(args, path, scored=True):
+    """Questions of a data set file, without priors yet; unusable rows are named and skipped.
+
+    Args:
+        scored: whether answers will be scored; then questions that no answer can earn are skipped.
+    """
+    errors = []
+    questions = Questions([], path)
+    examples = load_examples(path, args.media_root, errors)
+    for error in errors:
+        questions.skipped[error["problem_id"]] = error["cause"]
+    for example in examples:
+        cause = unearnable(example) if scored else None
+        if cause:
+            questions.skipped[example.id] = cause
+        else:
+            questions.examples.append(example)
+    name_skipped(questions.skipped)
+    return questions
+
+
+def questions_per_step(args):
+    batch = args.per_device_train_batch_size * args.gradient_accumulation_steps
+    return batch * dist.get_world_size()
+
+
+def questions_wanted(args, count):
+    """Questions that GRPO takes, with repeats, from a data set of `count`."""
+    if args.max_steps > 0:
+        return args.max_steps * questions_per_step(args)
+    return int(args.num_train_epochs * count)
+
+
+def question_stream(args, examples):
+    """GRPO's questions in order, shuffled epoch by epoch."""
+    wanted = questions_wanted(args, len(examples))
+    return in_epochs(examples, wanted, args.seed)[:wanted]
+
+
+def check_stream(args, questions):
+    """Errors: DataError if too few questions are left for a step, or alignment has no reference."""
+    per_step = questions_per_step(args)
+    stream = questions.examples
     if len(stream) < per_step:
         raise DataError(
-            f"{len(stream)} usable questions ({len(skipped)} skipped) are fewer than one step's {per_step}"
+            f"{len(stream)} usable questions ({len(questions.skipped)} skipped) are fewer than one step's "
+            f"{per_step}"
         )
-    if arguments.alignment_weight and not any(example.grounding for example in stream):
+    if args.alignment_weight and not any(example.grounding for example in stream):
         raise DataError(
-            f"--alignment_weight needs claims to compare with, and no question of {data} has the field grounding"
+            "--alignment_weight needs claims to compare with, and no question of "
+            f"{questions.source} has the field grounding"
         )
 
 
-def grpo_plan(steps, planned, per_step, left_over, skipped):
-    """What GRPO will do, for people: steps or questions that go missing are counted."""
+def grpo_plan(args, count, stream, skipped):
+    """Sentence about what GRPO will do; steps and questions that go missing are counted."""
+    per_step = questions_per_step(args)
+    planned = questions_wanted(args, count) // per_step
+    steps = len(stream) // per_step
+    left_over = len(stream) % per_step
     words = f"GRPO: {steps} step(s) "
     if steps < planned:
         words += f"instead of {planned} "
@@ -1086,170 +1284,467 @@ def grpo_plan(steps, planned, per_step, left_over, skipped):
 
 
 def invert_share(stream, share, seed):
-    """TW-GRPO's question-answer inversion of a share of the stream -> (stream, how many are inverted, how many could not be)."""
-    inverted, left = 0, 0
+    """TW-GRPO's question-answer inversion of a share of the stream, in place.
+
+    Returns:
+        number of inverted questions, number of chosen ones that cannot be inverted.
+    """
+    inverted = 0
+    unchanged = 0
     for place, example in enumerate(stream if share else []):
         rng = random.Random(f"{seed}-{place}")
         if rng.random() < share:
             new = invert_question(example, rng)
-            inverted, left = inverted + (new is not None), left + (new is None)
-            stream[place] = new or example
-    return stream, inverted, left
+            if new is None:
+                unchanged += 1
+            else:
+                inverted += 1
+                stream[place] = new
+    return inverted, unchanged
 
 
-# ------------------------------------------------------------------------------------------------------ held-out score
+def priors_for(args, settings, questions, name, resume, file=None, shared=None):
+    """Adds the priors of the questions, and to `skipped` those whose medium cannot be read.
 
-
-def score_checkpoint(arguments, model_path, *heldout):
-    """score_heldout of a saved model."""
-    engine = start_engine(arguments, model_path)
-    scores = score_heldout(arguments, engine, *heldout)
-    engine.destroy()
-    return scores
-
-
-def unusable_heldout(arguments, encoder, examples, rows, batch=32):
-    """{problem_id: cause} of held-out questions whose medium cannot be read or whose prompt is too long, on all ranks.
-
-    Asked once, before the first scoring, so that all scorings of a run are of the same questions.
+    Args:
+        settings: prior.PriorSettings.
+        name: "training" or "held-out".
+        resume: state of the checkpoint that this run continues, {} without one.
+        file: a priors file that has all of them. Without one they are collected and computed into
+            output/priors_NAME.jsonl (see collect_priors).
+        shared: a priors file that may have some.
     """
-    inputs = Inputs(encoder, arguments.decode_workers, arguments.decode_timeout)
-    skipped, rank, world = {}, dist.get_rank(), dist.get_world_size()
-    requests = [
-        (place, example, rows.get(example.id), None) for place, example in enumerate(examples)
-    ]
-    for start in tqdm(
-        range(0, len(requests), batch * world),
-        desc="held-out",
-        unit="batch",
-        disable=not is_main(),
-        leave=False,
-    ):
-        mine = requests[start : start + batch * world][rank::world]
-        inputs.ahead(mine)
-        inputs.usable(mine, arguments.max_prompt_length, skipped)
-    inputs.stop()
-    return skipped
+    made = Path(args.output_dir) / f"priors_{name}.jsonl"
+    asked = {e.id: e for e in questions.examples if e.id not in questions.skipped}
+    asked = list(asked.values())  # each once: a stream repeats them
+
+    def look_for_missing():
+        return prior.check_missing(file, asked, settings, args.decode_workers, args.decode_timeout)
+
+    def collect():
+        return collect_priors(made, settings, asked, name, resume, shared)
+
+    errors = on_main_first(look_for_missing if file else collect)
+    for error in errors:
+        questions.skipped[error["problem_id"]] = error["cause"]
+    skipped = questions.skipped
+    name_skipped({e.id: skipped[e.id] for e in questions.examples if e.id in skipped})
+    questions.examples = [e for e in questions.examples if e.id not in skipped]
+    questions.priors = prior.load_priors(file or made, questions.examples, settings)
+    from common.data import Prior
+
+    questions.priors = {
+        k: Prior(**r) if isinstance(r, dict) else r for k, r in questions.priors.items()
+    }
 
 
-@torch.no_grad()
-def score_heldout(arguments, engine, processor, encoder, examples, rows, batch=32):
-    """Greedy and sampled answers on questions that were never trained on, every rank its share. Returns {name: mean}.
+def collect_priors(made, settings, examples, name, resume, shared):
+    """Writes the examples' priors to a file, each from the first of these sources that has it.
 
-    'conflict' are the questions whose asked and most salient evidence differ. Frame use is read on the sampled completions.
+    1. that file, of the run that this run continues;
+    2. `shared`, a priors file that may have some;
+    3. the examples' own frame_sets, the release's field;
+    4. that file, of a start that was refused;
+    5. computed now.
+
+    Returns:
+        error lines of examples whose medium cannot be read.
     """
-    values = defaultdict(list)
-    kinds = sorted({kind(example) for example in examples})
-    mine = list(enumerate(examples))[dist.get_rank() :: dist.get_world_size()]
-    with sampling(engine) as model:
-        for start in tqdm(
-            range(0, len(mine), batch),
-            desc="held-out",
-            unit="batch",
-            disable=not is_main(),
-            leave=False,
-        ):
-            positions, part = zip(*mine[start : start + batch], strict=True)
-            prompts = collate(
-                [encoder.encode(example, rows.get(example.id)) for example in part], model
-            ).to(engine.device)
-            for decoding, temperature in (("greedy", 0.0), ("sampled", arguments.temperature)):
-                seeds = [run_seed(arguments, position) for position in positions]
-                tokens, mask, texts = sample_texts(
-                    model,
-                    processor,
-                    prompts,
-                    [1] * len(part),
-                    seeds,
-                    arguments.max_completion_length,
-                    temperature,
-                    arguments.top_p,
-                    arguments.top_k,
-                    graph=arguments.cuda_graph,
-                )
-                for example, text in zip(part, texts, strict=True):
-                    (accuracy,) = accuracies(example, [text])
-                    for name in (decoding, f"{decoding}/{kind(example)}"):
-                        values[name].append(accuracy)
-                    if example.extra.get("salient_is_asked") is False:
-                        values[f"{decoding}/conflict"].append(accuracy)
-            values["length"] += mask.sum(-1).tolist()
-            _, _, hidden, attention, _ = Policy(model)(
-                prompts, tokens[:, None], mask[:, None], **use_layers(arguments)
-            )  # the sampled ones
-            for prefix, uses in zip(
-                ("", "paper_"),
-                frame_uses(arguments, prompts, mask[:, None], hidden, attention),
-                strict=True,
-            ):
-                for example, (use,) in zip(part, uses, strict=True):
-                    if use is None:
-                        continue
-                    consensus, evidence = use_scores(example, rows[example.id], use)
-                    values[f"{prefix}consensus"].append(consensus)
-                    if evidence is not None:
-                        values[f"{prefix}evidence_use"].append(evidence)
-                        values["evidence_chance"].append(
-                            float(
-                                slot_shares(
-                                    rows[example.id]["times"], example.evidence, len(use)
-                                ).mean()
-                            )
-                        )
-    names = [
-        f"{decoding}{rest}"
-        for decoding in ("greedy", "sampled")
-        for rest in ("", "/conflict", *(f"/{name}" for name in kinds))
-    ]
-    names += [
-        "consensus",
-        "evidence_use",
-        "paper_consensus",
-        "paper_evidence_use",
-        "evidence_chance",
-        "length",
-    ]
-    return average(values, names, engine.device)
+    old = list(prior.read_priors(made)) if made.is_file() else []
+    done = prior.load_priors(made, examples, settings) if resume and old else {}
+    left = [e for e in examples if e.media_type != "text" and e.id not in done]
+    new = []
+
+    if shared is not None:
+        rows = prior.rows_for(shared, left)
+        new += prior.load_priors(shared, [e for e in left if e.id in rows], settings).values()
+        left = [e for e in left if e.id not in rows]
+
+    rows, errors = prior.frame_set_rows([e for e in left if "frame_sets" in e.extra], settings)
+    new += rows
+    left = [e for e in left if "frame_sets" not in e.extra]
+
+    if old and not resume:
+        rows = prior.rows_for(made, left)
+        for problem, row in list(rows.items()):
+            if row.get("settings") != prior.settings_of(settings):
+                del rows[problem]
+        new += rows.values()
+        left = [e for e in left if e.id not in rows]
+
+    if left:
+        say(
+            f"computing the priors of {len(left)} {name} questions (prior.py does this ahead, "
+            "--priors or --eval_priors reuses it)"
+        )
+        videos = [e for e in left if e.media_type == "video"]
+        clip = None
+        # CLIP is loaded only if there is a video that can be read.
+        if settings.has_semantic and prior.look_at(videos, settings)[1] is not None:
+            device = deepspeed.get_accelerator().current_device_name()
+            clip = prior.load_clip(settings.clip, settings.clip_pretrained, device)
+        rows, more_errors = prior.build_priors(left, clip, settings)
+        new += rows
+        errors += more_errors
+    write_lines(made, [*(old if resume else []), *new])
+    with open(f"{made}.errors.jsonl", "ab" if resume else "wb", buffering=0) as file:
+        append_lines(file, errors)
+    return errors
 
 
-def kind(example):
-    """A question's row in the table: the toy's own kind, elsewhere its problem type."""
-    return example.extra.get("kind", example.problem_type)
+# ----------------------------------------------------------------------------------------- a run
 
 
-def print_table(arguments, before, after, seconds):
-    """The end of a run, for people; result.json holds the same numbers."""
-    use = f"{arguments.frame_use}, layer {arguments.frame_use_layer}"
-    lines = [
-        ("held-out accuracy, greedy", "greedy"),
-        ("  asked and salient evidence differ", "greedy/conflict"),
-    ]
-    lines += [
-        (f"  {name.partition('/')[2]}", name)
-        for name in after
-        if name.startswith("greedy/") and name != "greedy/conflict"
-    ]
-    lines += [
-        ("held-out accuracy, sampled", "sampled"),
-        ("  asked and salient evidence differ", "sampled/conflict"),
-        (f"consensus score ({use})", "consensus"),
-        (f"frame use on the true evidence ({use})", "evidence_use"),
-        ("consensus score (the paper's)", "paper_consensus"),
-        ("frame use on the true evidence (paper's)", "paper_evidence_use"),
-        ("  chance (uniform use)", "evidence_chance"),
-        ("completion length, tokens", "length"),
-    ]
-    say(f"\n{'':52s}{'before GRPO':>12s}{'after':>10s}")
-    for text, name in lines:
-        if name in after:
-            say(f"{text:52s}{before[name]:12.3f}{after[name]:10.3f}")
-    say("seconds: " + ", ".join(f"{name} {value:.0f}" for name, value in seconds.items()) + "\n")
+@dataclass
+class Plan:
+    """What a run reads, all of it known to be good before the first byte is written."""
+
+    model_path: str | Path
+    demonstrations: Questions | None  # of SFT, when it is to be run
+    training: Questions | None  # of GRPO
+    heldout: Questions
+    steps: int = 0  # of the last stage
+    result: dict = field(default_factory=dict)  # beginning of result.json
 
 
-# ---------------------------------------------------------------------------------------------------------------- main
+class Laps:
+    """Seconds of each stage of a run."""
+
+    def __init__(self):
+        self.seconds = {}
+        self.begin = time.perf_counter()
+
+    def end(self, name):
+        now = time.perf_counter()
+        self.seconds[name] = now - self.begin
+        self.begin = now
 
 
-FOREIGN_FLAGS = {  # of the originals' launch scripts
+def run(args, settings):
+    """SFT, GRPO or both, with the held-out score before and after.
+
+    Args:
+        args: TrainArguments.
+        settings: prior.PriorSettings.
+    Errors: DataError, one sentence, for everything that a user can mend.
+    """
+    laps = Laps()
+    output = Path(args.output_dir)
+    check_deepspeed_file(args)
+    resume = on_main_first(lambda: find_start(output, args))
+    if resume is None:
+        return
+    set_seed(args.seed)
+    plan, processor, encoder = read_inputs(args, settings, resume, laps)
+    last_stage = "grpo" if plan.training else "sft"
+    if resume.get("finished") and resume["stage"] == last_stage and resume["step"] >= plan.steps:
+        say(
+            f"{output} holds a finished run of {resume['step']} {last_stage} steps, this command "
+            f"has {plan.steps}; nothing to do"
+        )
+        return
+    if plan.heldout.examples:
+        drop_unusable_heldout(args, encoder, plan.heldout, resume)
+
+    on_main_first(lambda: prepare_output(output, args, settings, resume))
+    files = {}
+    if is_main():
+        for name in ("metrics.jsonl", "rollouts.jsonl"):
+            files[name] = open(output / name, "a", encoding="utf-8")
+    checkpoint = Checkpoints(args, processor, files, resume)
+    checkpoint.shared["heldout_skipped"] = plan.heldout.skipped
+    checkpoint.shared["without_prior"] = plan.result.pop("without_prior")
+    this = Run(args, processor, encoder, checkpoint, Tracker(args), files)
+
+    # SFT, the score between the two, GRPO, the score after it.
+    model_path = plan.model_path
+    skipped = {}
+    if args.stage in ("sft", "both"):
+        if plan.demonstrations:
+            model_path = train_sft(this, model_path, plan.demonstrations)
+            skipped.update(plan.demonstrations.skipped)
+        else:
+            model_path = output / "sft"
+        laps.end("SFT")
+    if resume.get("stage") == "grpo":
+        before = resume["before"]
+    else:
+        before = score_checkpoint(this, model_path, plan.heldout)
+    checkpoint.shared["before"] = before
+    laps.end("scoring before")
+    after = before
+    if plan.training:
+        model_path = train_grpo(this, model_path, plan.training, plan.heldout)
+        skipped.update(plan.training.skipped)
+        laps.end("GRPO")
+        after = score_checkpoint(this, model_path, plan.heldout)
+        laps.end("scoring after")
+    result = {**plan.result, "before": before, "after": after, "seconds": laps.seconds}
+    finish_run(args, result, skipped, plan.heldout)
+
+
+def read_inputs(args, settings, resume, laps):
+    """Reads and checks everything that a run needs; says what will be trained.
+
+    Returns:
+        Plan, processor, Encoder.
+    """
+    data = args.dataset_name
+    sft_data = data
+    heldout_data = args.eval_dataset_name
+    model_path = args.model_name_or_path
+    if data is None:
+        folder = Path(args.toy_dir)
+        on_main_first(
+            lambda: toy.make_toy(toy.ToyArguments(output_dir=str(folder), seed=args.seed))
+        )
+        sft_data = folder / "train_cot.json"
+        data = folder / "train.json"
+        heldout_data = heldout_data or folder / "heldout.json"
+        model_path = model_path or folder / "model"
+        laps.end("toy")
+    if args.eval_priors and not heldout_data:
+        raise DataError("--eval_priors without held-out questions; give --eval_dataset_name")
+    processor = load_processor(args, model_path)
+    encoder = Encoder(
+        processor,
+        args.min_pixels,
+        args.max_pixels,
+        settings.frames,
+        read_template(args.prompt_template),
+        args.media_cache_gb,
+        args.frame_times,
+        args.system_prompt,
+    )
+    heldout = Questions([])
+    if heldout_data:
+        heldout = load_questions(args, heldout_data)
+    plan = Plan(model_path, None, None, heldout)
+    plan.result = {"command": sys.argv, "seed": args.seed, "without_prior": {}}
+    if args.stage in ("sft", "both") and resume.get("stage") != "grpo":
+        plan.demonstrations = load_demonstrations(args, sft_data)
+        plan.steps, _ = sft_steps(args, len(plan.demonstrations.examples))
+    count = 0
+    if args.stage in ("grpo", "both"):
+        plan.training = load_questions(args, data)
+        count = len(plan.training.examples) + len(plan.training.skipped)
+        plan.training.examples = question_stream(args, plan.training.examples)
+        check_stream(args, plan.training)
+    if heldout_data:
+        heldout.skipped.update(resume.get("heldout_skipped", {}))
+        priors_for(args, settings, heldout, "held-out", resume, args.eval_priors, args.priors)
+        laps.end("held-out priors")
+    if plan.training:
+        read_training_priors(args, settings, plan, resume, count)
+        laps.end("training priors")
+    return plan, processor, encoder
+
+
+def load_demonstrations(args, data):
+    """Rows of a data set file that have reasoning, for SFT."""
+    demonstrations = load_questions(args, data, scored=False)
+    rows = len(demonstrations.examples) + len(demonstrations.skipped)
+    demonstrations.examples = [e for e in demonstrations.examples if e.reasoning]
+    if not demonstrations.examples:
+        raise DataError(f"{data} has no reasoning traces (field `process`) for --stage sft")
+    steps, per_step = sft_steps(args, len(demonstrations.examples))
+    say(
+        f"SFT: {len(demonstrations.examples)} of {rows} rows have reasoning, {steps} step(s) of "
+        f"{per_step}"
+    )
+    return demonstrations
+
+
+def read_training_priors(args, settings, plan, resume, count):
+    """Priors of GRPO's questions, inversion of a share of them, and what will be trained.
+
+    Args:
+        count: rows of the data set.
+    """
+    training = plan.training
+    malformed = dict(training.skipped)
+    training.skipped.update(resume.get("without_prior", {}))
+    priors_for(args, settings, training, "training", resume, args.priors)
+    for problem, cause in training.skipped.items():
+        if problem not in malformed:
+            plan.result["without_prior"][problem] = cause
+    inverted, unchanged = invert_share(training.examples, args.invert_questions, args.seed)
+    plan.result["inverted"] = inverted
+    plan.result["not_invertible"] = unchanged
+    check_stream(args, training)
+    if args.invert_questions and not inverted:
+        raise DataError(
+            f"--invert_questions: none of the chosen questions of {training.source} can be inverted"
+        )
+    if args.alignment_weight:
+        claims = sum(bool(example.grounding) for example in training.examples)
+        say(f"{claims} of {len(training.examples)} questions have timed claims (grounding)")
+    if args.invert_questions:
+        say(
+            f"{inverted} questions are inverted; {unchanged} chosen ones cannot be and stay as "
+            "they are"
+        )
+    plan.steps = len(training.examples) // questions_per_step(args)
+    say(grpo_plan(args, count, training.examples, training.skipped))
+
+
+def drop_unusable_heldout(args, encoder, heldout, resume):
+    """Leaves out held-out questions that cannot be encoded.
+
+    Errors: DataError if none is left, or if one that was scored before can no longer be.
+    """
+    unusable = unusable_heldout(args, encoder, heldout)
+    if unusable and resume.get("stage") == "grpo" and "heldout_skipped" in resume:
+        raise DataError(
+            f"{len(unusable)} held-out question(s) scored before GRPO can no longer be; the "
+            f"first: {next(iter(unusable.values()))}"
+        )
+    heldout.examples = [e for e in heldout.examples if e.id not in unusable]
+    heldout.skipped.update(unusable)
+    if not heldout.examples:
+        first = next(iter(heldout.skipped.values()))
+        raise DataError(f"no question of {heldout.source} can be used; the first: {first}")
+    say(f"held-out: {len(heldout.examples)} question(s); unusable: {len(heldout.skipped)}")
+
+
+def finish_run(args, result, skipped, heldout):
+    """Writes result.json and the report, prints the table; counts what was skipped on all ranks."""
+    output = Path(args.output_dir)
+    everyone = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, skipped)
+    result["skipped"] = {}
+    for causes in everyone:
+        result["skipped"].update(causes)
+    causes = Counter(plain_cause(cause) for cause in result["skipped"].values())
+    result["skipped_by_cause"] = dict(causes.most_common())
+    result["heldout_skipped"] = heldout.skipped
+    for cause, count in causes.most_common():
+        say(f"{count} skipped: {cause}")
+    if heldout.examples:
+        print_table(args, result["before"], result["after"], result["seconds"])
+    if is_main():
+        text = json.dumps(result, indent=1)
+        (output / "result.json").write_text(text, encoding="utf-8")
+        try:
+            run_report([output], command=f"python visualize.py run {shlex.quote(str(output))}")
+        except (DataError, OSError) as error:  # the run itself is whole
+            say(f"no report.html: {error}")
+    say(
+        f"all of it is in {output}/: report.html, result.json, metrics.jsonl, rollouts.jsonl, "
+        "checkpoints"
+    )
+
+
+def plain_cause(cause):
+    """Why something was skipped, without its names, numbers and solutions, so that equal causes
+    count together."""
+    cause = re.sub(r"solution (['\"]).*\1", "solution ...", cause)
+    if cause.startswith("row "):
+        cause = re.sub(r"^row \d+ (\(problem_id .*?\))?:? ?", "", cause)
+    else:
+        cause = cause.partition(": ")[2] or cause
+    cause = re.sub(r"\S*/\S*", "FILE", cause)
+    return re.sub(r"\d[\d,.]*", "N", cause)
+
+
+def find_start(output, args):
+    """Finds where a run begins.
+
+    Returns:
+        state.json of the checkpoint to continue from, with its folder and whether that run is
+        finished; {} at the beginning; None if there is nothing to do.
+    Errors: DataError if the folder holds an earlier run, which is never overwritten, or cannot be
+        written.
+    """
+    resume_from = args.resume_from_checkpoint
+    finished = (output / "result.json").is_file()
+    log = output / "metrics.jsonl"
+    begun = log.is_file() and log.stat().st_size > 0
+    if resume_from is None and (finished or begun or checkpoints(output)):
+        raise DataError(
+            f"{output} holds an earlier run; remove it, choose another --output_dir, or "
+            "--resume_from_checkpoint auto"
+        )
+    candidates = (output.resolve(), *output.resolve().parents)
+    existing = next(folder for folder in candidates if folder.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
+        raise DataError(
+            f"--output_dir {output}: {existing} is no folder that this program can write to"
+        )
+    if finished and resume_from == "auto":
+        settings = json.loads((output / "run.json").read_text(encoding="utf-8"))
+        if all(settings.get(name) == getattr(args, name) for name in LENGTHS):
+            say(f"{output} holds a finished run (result.json); nothing to do")
+            return None
+        if not checkpoints(output):
+            raise DataError(
+                f"{output} holds a finished run without checkpoints (--save_steps 0): there is "
+                "none to go on from"
+            )
+    resume = find_checkpoint(args)
+    return {**resume, "finished": finished} if resume else {}
+
+
+def prepare_output(output, args, settings, resume):
+    """Makes the output folder with run.json, its files as they were at the checkpoint (resume)."""
+    output.mkdir(parents=True, exist_ok=True)
+    (output / "result.json").unlink(missing_ok=True)  # from here on the run is not finished
+    names = [path.name for path in checkpoints(output)]
+    later = []
+    if resume:
+        later = names[names.index(Path(resume["folder"]).name) + 1 :]
+    for old in (*(output / name for name in later), *output.glob("*.unfinished")):
+        say(f"removing {old}, of after the checkpoint that this run goes on from")
+        shutil.rmtree(old)
+    for name in ("metrics.jsonl", "rollouts.jsonl"):
+        with open(output / name, "ab") as file:
+            file.truncate(min(file.tell(), resume.get("sizes", {}).get(name, 0)))
+    packages = ("torch", "transformers", "deepspeed", "open_clip_torch", "decord")
+    facts = {
+        **asdict(args),
+        **asdict(settings),
+        "command": sys.argv,
+        "ranks": dist.get_world_size(),
+        "revision": revision(),
+        "versions": {name: importlib.metadata.version(name) for name in packages},
+    }
+    (output / "run.json").write_text(json.dumps(facts, indent=1), encoding="utf-8")
+
+
+def revision():
+    """git's name of this code; None without git, or outside of a repository."""
+    if shutil.which("git") is None:
+        return None
+    command = ["git", "describe", "--always", "--dirty"]
+    folder = Path(__file__).parent
+    git = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+    return git.stdout.strip() or None
+
+
+def load_processor(args, model_path):
+    """The checkpoint's processor.
+
+    Errors: DataError if the checkpoint cannot be found or its family is unknown.
+    """
+    try:
+        processor = AutoProcessor.from_pretrained(model_path)
+        family = AutoConfig.from_pretrained(model_path).model_type
+    except (OSError, ValueError) as error:
+        words = " ".join(str(error).split())[:300]
+        raise DataError(f"model {model_path} cannot be loaded: {words}") from error
+    if family not in FAMILIES:
+        raise DataError(f"{model_path} is a {family} checkpoint, not one of {', '.join(FAMILIES)}")
+    if args.frame_use == "attention" and family not in PACKED_FAMILIES:
+        families = ", ".join(PACKED_FAMILIES)
+        raise DataError(f"--frame_use attention works with {families}, not with {family}")
+    return processor
+
+
+# ------------------------------------------------------------------------------------ command line
+
+
+# Flags of the releases' launch scripts, and what to give here in their place.
+FOREIGN_FLAGS = {
     "--len_control": "--length_bonus 0.2 turns it on, --length_bonus 0 off",
     "--model_name": "--model_name_or_path",
     "--bf16": '"bf16" in the DeepSpeed configuration, on by itself on a GPU',
@@ -1272,101 +1767,74 @@ FOREIGN_FLAGS = {  # of the originals' launch scripts
     "--per_device_eval_batch_size": "none, held-out questions come 32 at a time",
     "--data_seed": "--seed",
 }
-
-
-SFT_FLAGS = {  # GRPO's flags whose namesakes SFT reads
+# GRPO's flags whose namesakes SFT reads.
+SFT_FLAGS = {
     "learning_rate": "sft_learning_rate",
     "max_steps": "sft_max_steps",
     "num_train_epochs": "sft_num_train_epochs",
     "per_device_train_batch_size": "sft_per_device_batch_size",
     "gradient_accumulation_steps": "sft_gradient_accumulation_steps",
 }
-GRPO_FLAGS = (  # read by GRPO alone
-    *SFT_FLAGS,
-    "priors",
-    "num_generations",
-    "cfr_weight",
-    "gate",
-    "temporal",
-    "temporal_gamma",
-    "temporal_ratio",
-    "length_low",
-    "length_high",
-    "length_bonus",
-    "consistency_coef",
-    "consistency_margin",
-    "consistency_dense",
-    "alignment_weight",
-    "alignment_threshold",
-    "alignment_buffer",
-    "invert_questions",
-    "beta",
-    "ema_decay",
-    "ema_steps",
-    "token_weight_alpha",
-    "clip_low",
-    "clip_high",
-    "degenerate",
-    "reduction",
-    "scale_rewards",
-    "mask_truncated_completions",
-    "packed",
-    "old_logp",
-    "num_iterations",
-    "eval_steps",
-)
+
+
+def flags_of(stage):
+    """Names of the settings under the headings that begin with a stage, "SFT" or "GRPO"."""
+    names = []
+    heading = ""
+    for setting in fields(TrainArguments):
+        heading = setting.metadata.get("group", heading)
+        if heading.startswith(stage):
+            names.append(setting.name)
+    return names
 
 
 def refuse_unread_flags(stage, given):
-    """DataError for a flag of the command line that this stage does not read. given: names of settings."""
-    other = {theirs: ours for ours, theirs in SFT_FLAGS.items()}
+    """Errors: DataError for a flag of the command line that this stage does not read."""
+    of_sft = {ours: grpo for grpo, ours in SFT_FLAGS.items()}
     for name in given:
         if stage == "sft" and name in SFT_FLAGS:
             raise DataError(f"--stage sft does not read --{name}; its own is --{SFT_FLAGS[name]}")
-        if stage == "sft" and name in GRPO_FLAGS:
+        if stage == "sft" and name in flags_of("GRPO"):
             raise DataError(f"--stage sft does not read --{name}: it is GRPO's")
-        if stage == "grpo" and name in other:
-            raise DataError(f"--stage grpo does not read --{name}; its own is --{other[name]}")
+        if stage == "grpo" and name in of_sft:
+            raise DataError(f"--stage grpo does not read --{name}; its own is --{of_sft[name]}")
 
 
 def parse_arguments():
-    parser = HfArgumentParser(
+    """The command line over the recipe's defaults over the toy's over those of TrainArguments.
+
+    Returns:
+        TrainArguments, prior.PriorSettings.
+    """
+    parser = Parser(
         (TrainArguments, prior.PriorSettings),
-        allow_abbrev=False,
-        formatter_class=Help,
-        description=(
-            f"{__doc__}\nThe defaults are those for a checkpoint; --recipe changes some, and so does the toy. run.json has what a run used."
-        ),
+        f"{__doc__}\nThe defaults are those for a checkpoint; --recipe changes some, and so does "
+        "the toy. run.json has what a run used.",
     )
     first, unknown = parser.parse_known_args()
-    for name in (word.partition("=")[0] for word in unknown):
+    for word in unknown:
+        name = word.partition("=")[0]
         if name in FOREIGN_FLAGS:
             raise DataError(f"{name} is a flag of the releases; here: {FOREIGN_FLAGS[name]}")
     if unknown:
-        raise DataError(f"unknown: {' '.join(unknown)} (python train.py --help lists the flags)")
+        words = " ".join(unknown)
+        raise DataError(f"unknown: {words} (python train.py --help lists the flags)")
+
     recipe = dict(RECIPES[first.recipe])
     if first.dataset_name is None:
         if first.model_name_or_path is None and first.stage == "grpo":
             raise DataError(
-                "--stage grpo without a model would train an untrained toy; give --model_name_or_path or leave --stage out"
+                "--stage grpo without a model would train an untrained toy; give "
+                "--model_name_or_path or leave --stage out"
             )
         folder = first.toy_dir or f"toy-seed{first.seed}"
-        defaults = {
-            name: value.format(toy=folder) if isinstance(value, str) else value
-            for name, value in toy_defaults(int(os.environ.get("WORLD_SIZE", 1))).items()
-        }
-        for name in (
-            "learning_rate",
-            "frames",
-            "fps",
-            "max_completion_length",
-            "prior",
-        ):  # made for billions of parameters
+        parser.set_defaults(**toy_defaults(folder, int(os.environ.get("WORLD_SIZE", 1))))
+        for name in NOT_FOR_THE_TOY:
             recipe.pop(name, None)
-        parser.set_defaults(**defaults, toy_dir=folder)
     elif first.model_name_or_path is None:
         raise DataError(
-            "--dataset_name needs --model_name_or_path (a Qwen2-VL, Qwen2.5-VL or Qwen3-VL checkpoint)"
+            "--dataset_name needs --model_name_or_path (a Qwen2-VL, Qwen2.5-VL or Qwen3-VL "
+            "checkpoint)"
         )
     elif first.stage == "both":
         raise DataError(
@@ -1375,453 +1843,39 @@ def parse_arguments():
     if first.priors is not None:
         recipe.pop("prior", None)  # the file's cues are there to be looked at
     parser.set_defaults(**recipe)
-    arguments, settings = parser.parse_args_into_dataclasses()
-    if arguments.frame_use == "attention" and arguments.frame_use_layer < 1:
+    args, settings = parser.parse_args_into_dataclasses()
+    if args.stage is None:
+        args.stage = "both" if args.model_name_or_path is None else "grpo"
+    check_arguments(args)
+    return args, settings
+
+
+def check_arguments(args):
+    """Errors: DataError for settings that do not go together."""
+    if args.frame_use == "attention" and args.frame_use_layer < 1:
         raise DataError(
             "--frame_use attention needs --frame_use_layer 1 (the first layer) or higher"
         )
-    if arguments.cuda_graph and not torch.cuda.is_available():
+    if args.cuda_graph and not torch.cuda.is_available():
         raise DataError("--cuda_graph needs a GPU")
-    if arguments.num_generations < 2 or arguments.save_total_limit < 1:
+    if args.num_generations < 2 or args.save_total_limit < 1:
         raise DataError("--num_generations must be at least 2 and --save_total_limit at least 1")
-    arguments.stage = arguments.stage or (
-        "both" if arguments.model_name_or_path is None else "grpo"
-    )
-    if arguments.freeze_vision and arguments.train_only_merger:
+    if args.freeze_vision and args.train_only_merger:
         raise DataError("--freeze_vision freezes the mergers too; give it or --train_only_merger")
-    words = [word[2:].partition("=")[0] for word in sys.argv[1:] if word.startswith("--")]
-    refuse_unread_flags(
-        arguments.stage, [word.replace("-", "_").removeprefix("no_") for word in words]
-    )
-    return arguments, settings
-
-
-def priors_for(arguments, settings, examples, name, resume, known, file=None, shared=None):
-    """-> {problem_id: row} of the examples' priors, {problem_id: cause} of examples that have none: their medium cannot be read.
-
-    file: a priors file that has them all. Without one they are taken from the first of these that has them, and written to
-    output/priors_NAME.jsonl: that file, of the run that this one goes on with; `shared`, a priors file that may have some; the examples'
-    own frame_sets; that file, of a start that was refused. The rest is computed.
-    known: causes that the run that this one goes on with (resume) has found.
-    """
-    made = Path(arguments.output_dir) / f"priors_{name}.jsonl"
-    asked = [example for example in examples if example.id not in known]
-
-    def look():
-        errors = prior.check_missing(
-            file, asked, settings, arguments.decode_workers, arguments.decode_timeout
-        )
-        return {error["problem_id"]: error["cause"] for error in errors}
-
-    def build():
-        old = list(prior.read_priors(made)) if made.is_file() else []
-        done = prior.load_priors(made, asked, settings) if resume and old else {}
-        left = [
-            example for example in asked if example.media_type != "text" and example.id not in done
-        ]
-        new = []
-
-        # 1. a file that may have some
-        if shared is not None:
-            found = prior.rows_for(shared, left)
-            new += prior.load_priors(
-                shared, [example for example in left if example.id in found], settings
-            ).values()
-            left = [example for example in left if example.id not in found]
-
-        # 2. the release's field
-        rows, errors = prior.frame_set_rows(
-            [example for example in left if "frame_sets" in example.extra], settings
-        )
-        new += rows
-        left = [example for example in left if "frame_sets" not in example.extra]
-
-        # 3. a start that was refused
-        if old and not resume:
-            found = prior.rows_for(made, left)
-            found = {
-                problem: row
-                for problem, row in found.items()
-                if row.get("settings") == prior.settings_of(settings)
-            }
-            new += found.values()
-            left = [example for example in left if example.id not in found]
-
-        # 4. computed; CLIP is for videos that can be read
-        if left:
-            say(
-                f"computing the priors of {len(left)} {name} questions (prior.py does this ahead, --priors or --eval_priors reuses it)"
-            )
-            videos = [example for example in left if example.media_type == "video"]
-            clip = None
-            if settings.has_semantic and prior.look_at(videos, settings)[1] is not None:
-                clip = prior.load_clip(
-                    settings.clip,
-                    settings.clip_pretrained,
-                    deepspeed.get_accelerator().current_device_name(),
-                )
-            rows, more_errors = prior.build_priors(left, clip, settings)
-            new += rows
-            errors += more_errors
-        workers.write_lines(made, [*(old if resume else []), *new])
-        with open(f"{made}.errors.jsonl", "ab" if resume else "wb", buffering=0) as file:
-            workers.append_lines(file, errors)
-        return {error["problem_id"]: error["cause"] for error in errors}
-
-    found = on_main_first(build if file is None else look)
-    causes = {example.id: known[example.id] for example in examples if example.id in known}
-    causes.update(found)
-    name_skipped(causes)
-    rows = prior.load_priors(
-        file or made, [example for example in examples if example.id not in causes], settings
-    )
-    return rows, causes
-
-
-def load_processor(arguments, model_path):
-    """The checkpoint's processor. DataError when the checkpoint cannot be found or is of no family that this program knows."""
-    try:
-        processor = AutoProcessor.from_pretrained(model_path)
-        family = AutoConfig.from_pretrained(model_path).model_type
-    except (OSError, ValueError) as error:
-        raise DataError(
-            f"model {model_path} cannot be loaded: {' '.join(str(error).split())[:300]}"
-        ) from error
-    if family not in FAMILIES:
-        raise DataError(f"{model_path} is a {family} checkpoint, not one of {', '.join(FAMILIES)}")
-    if arguments.frame_use == "attention" and family not in PACKED_FAMILIES:
-        raise DataError(
-            f"--frame_use attention works with {', '.join(PACKED_FAMILIES)}, not with {family}"
-        )
-    return processor
-
-
-def run(arguments, settings):
-    seconds, clock = {}, time.perf_counter()
-
-    def lap(name):
-        nonlocal clock
-        seconds[name], clock = time.perf_counter() - clock, time.perf_counter()
-
-    def load(path, scored=True):
-        """-> examples of a data set, {problem_id: cause} of its unusable rows. scored: whether answers to them will be."""
-        errors = []
-        examples = load_examples(path, arguments.media_root, errors)
-        causes = {error["problem_id"]: error["cause"] for error in errors}
-        if scored:
-            hopeless = {example.id: cause for example in examples if (cause := unearnable(example))}
-            examples = [example for example in examples if example.id not in hopeless]
-            causes |= hopeless
-        name_skipped(causes)
-        return examples, causes
-
-    # 1. What there is to read. But for priors nothing is written to the output folder before all of it is known to be good.
-    check_deepspeed_file(arguments)
-    output, sft, grpo = (
-        Path(arguments.output_dir),
-        arguments.stage in ("sft", "both"),
-        arguments.stage in ("grpo", "both"),
-    )
-    resume = on_main_first(lambda: find_start(output, arguments))
-    if resume is None:
-        return
-    set_seed(arguments.seed)
-    model_path, data, heldout = (
-        arguments.model_name_or_path,
-        arguments.dataset_name,
-        arguments.eval_dataset_name,
-    )
-    sft_data = data
-    if data is None:
-        folder = Path(arguments.toy_dir)
-        on_main_first(
-            lambda: toy.make_toy(toy.ToyArguments(output_dir=str(folder), seed=arguments.seed))
-        )
-        sft_data, data, heldout = (
-            folder / "train_cot.json",
-            folder / "train.json",
-            heldout or folder / "heldout.json",
-        )
-        model_path = model_path or folder / "model"
-        lap("toy")
-    if arguments.eval_priors and not heldout:
-        raise DataError("--eval_priors without held-out questions; give --eval_dataset_name")
-    processor = load_processor(arguments, model_path)
-    encoder = Encoder(
-        processor,
-        arguments.min_pixels,
-        arguments.max_pixels,
-        settings.frames,
-        read_template(arguments.prompt_template),
-        arguments.media_cache_gb,
-        arguments.frame_times,
-        arguments.system_prompt,
-    )
-
-    # 2. What will be trained
-    unusable, steps = {}, 0
-    result = {"command": sys.argv, "seed": arguments.seed}
-    heldout_examples, heldout_skipped = load(heldout) if heldout else ([], {})
-    if sft and resume.get("stage") != "grpo":
-        examples, errors = load(sft_data, scored=False)
-        unusable.update(errors)
-        demonstrations = [example for example in examples if example.reasoning]
-        if not demonstrations:
-            raise DataError(f"{sft_data} has no reasoning traces (field `process`) for --stage sft")
-        steps, per_step = sft_steps(arguments, len(demonstrations))
-        say(
-            f"SFT: {len(demonstrations)} of {len(examples) + len(errors)} rows have reasoning, {steps} step(s) of {per_step}"
-        )
-    if grpo:
-        examples, errors = load(data)
-        stream, per_step = question_stream(arguments, examples, dist.get_world_size())
-        check_stream(arguments, data, stream, per_step, errors)
-    if heldout:
-        known = resume.get("heldout_skipped", {})
-        heldout_rows, causes = priors_for(
-            arguments,
-            settings,
-            heldout_examples,
-            "held-out",
-            resume,
-            known,
-            arguments.eval_priors,
-            arguments.priors,
-        )
-        heldout_skipped.update(known)
-        heldout_skipped.update(causes)
-        lap("held-out priors")
-    if grpo:
-        asked = list({example.id: example for example in stream}.values())
-        rows, without_prior = priors_for(
-            arguments,
-            settings,
-            asked,
-            "training",
-            resume,
-            resume.get("without_prior", {}),
-            arguments.priors,
-        )
-        skipped = {**without_prior, **errors}
-        lap("training priors")
-        stream = [example for example in stream if example.id not in without_prior]
-        stream, result["inverted"], result["not_invertible"] = invert_share(
-            stream, arguments.invert_questions, arguments.seed
-        )
-        check_stream(arguments, data, stream, per_step, skipped)
-        if arguments.invert_questions and not result["inverted"]:
-            raise DataError(
-                f"--invert_questions: none of the chosen questions of {data} can be inverted"
-            )
-        if arguments.alignment_weight:
-            say(
-                f"{sum(bool(example.grounding) for example in stream)} of {len(stream)} questions have timed claims (grounding)"
-            )
-        if arguments.invert_questions:
-            say(
-                f"{result['inverted']} questions are inverted; {result['not_invertible']} chosen ones cannot be and stay as they are"
-            )
-        planned = questions_wanted(arguments, len(examples) + len(errors), per_step) // per_step
-        steps, left_over = divmod(len(stream), per_step)
-        say(grpo_plan(steps, planned, per_step, left_over, skipped))
-    if (
-        resume.get("finished")
-        and resume["stage"] == ("grpo" if grpo else "sft")
-        and resume["step"] >= steps
-    ):
-        say(
-            f"{output} holds a finished run of {resume['step']} {resume['stage']} steps, this command has {steps}; nothing to do"
-        )
-        return
-    if heldout:
-        heldout_examples = [
-            example for example in heldout_examples if example.id not in heldout_skipped
-        ]
-        found = unusable_heldout(arguments, encoder, heldout_examples, heldout_rows)
-        if found and resume.get("stage") == "grpo" and "heldout_skipped" in resume:
-            raise DataError(
-                f"{len(found)} held-out question(s) scored before GRPO can no longer be; the first: "
-                f"{next(iter(found.values()))}"
-            )
-        heldout_examples = [example for example in heldout_examples if example.id not in found]
-        heldout_skipped.update(found)
-        if not heldout_examples:
-            raise DataError(
-                f"no question of {heldout} can be used; the first: {next(iter(heldout_skipped.values()))}"
-            )
-        say(f"held-out: {len(heldout_examples)} question(s); unusable: {len(heldout_skipped)}")
-
-    # 3. The run
-    on_main_first(lambda: prepare_output(output, arguments, settings, resume))
-    files = (
-        {
-            name: open(output / name, "a", encoding="utf-8")
-            for name in ("metrics.jsonl", "rollouts.jsonl")
-        }
-        if is_main()
-        else {}
-    )
-    checkpoint = Checkpoints(arguments, processor, files, resume)
-    checkpoint.shared["heldout_skipped"] = heldout_skipped
-    checkpoint.shared["without_prior"] = without_prior if grpo else {}
-    tracker = Tracker(arguments)
-
-    def write(name, *records):
-        if is_main():
-            files[name].writelines(json.dumps(record) + "\n" for record in records)
-            files[name].flush()
-
-    def log(record):
-        write("metrics.jsonl", record)
-        tracker.show(record)
-
-    def score(path):
-        return (
-            score_checkpoint(arguments, path, processor, encoder, heldout_examples, heldout_rows)
-            if heldout_examples
-            else {}
-        )
-
-    if sft:
-        if resume.get("stage") == "grpo":
-            model_path = output / "sft"
-        else:
-            model_path = train_sft(
-                arguments, model_path, processor, encoder, demonstrations, unusable, checkpoint, log
-            )
-        lap("SFT")
-    before = checkpoint.shared["before"] = (
-        resume["before"] if resume.get("stage") == "grpo" else score(model_path)
-    )
-    lap("scoring before")
-    after = before
-    if grpo:
-        folder = train_grpo(
-            arguments,
-            model_path,
-            processor,
-            encoder,
-            stream,
-            rows,
-            skipped,
-            checkpoint,
-            log,
-            lambda records: write("rollouts.jsonl", *records),
-            (processor, encoder, heldout_examples, heldout_rows) if heldout_examples else None,
-        )
-        lap("GRPO")
-        after = score(folder)
-        lap("scoring after")
-        unusable.update(skipped)
-    everyone = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, unusable)
-    result["skipped"] = {problem: cause for one in everyone for problem, cause in one.items()}
-    result["skipped_by_cause"] = dict(
-        Counter(map(plain_cause, result["skipped"].values())).most_common()
-    )
-    result["heldout_skipped"] = heldout_skipped
-    for cause, count in result["skipped_by_cause"].items():
-        say(f"{count} skipped: {cause}")
-    if heldout_examples and is_main():
-        print_table(arguments, before, after, seconds)
-    result.update(before=before, after=after, seconds=seconds)
-    if is_main():
-        (output / "result.json").write_text(json.dumps(result, indent=1), encoding="utf-8")
-        try:
-            run_report([output], command=f"python visualize.py run {shlex.quote(str(output))}")
-        except (DataError, OSError) as error:  # the run itself is whole
-            say(f"no report.html: {error}")
-    say(
-        f"all of it is in {output}/: report.html, result.json, metrics.jsonl, rollouts.jsonl, checkpoints"
-    )
-
-
-def plain_cause(cause):
-    """Why something was skipped, without the names, numbers and solutions of its own."""
-    cause = re.sub(r"solution (['\"]).*\1", "solution ...", cause)
-    cause = (
-        re.sub(r"^row \d+ (\(problem_id .*?\))?:? ?", "", cause)
-        if cause.startswith("row ")
-        else cause.partition(": ")[2] or cause
-    )
-    return re.sub(r"\d[\d,.]*", "N", re.sub(r"\S*/\S*", "FILE", cause))
-
-
-def find_start(output, arguments):
-    """state.json of the checkpoint that the run goes on from, with its folder and whether that run is finished; {} at the beginning, None
-    if there is nothing to do. DataError when the folder holds an earlier run, which is not written over, or cannot be written."""
-    finished, log = (output / "result.json").is_file(), output / "metrics.jsonl"
-    begun = log.is_file() and log.stat().st_size > 0
-    if arguments.resume_from_checkpoint is None and (finished or begun or checkpoints(output)):
-        raise DataError(
-            f"{output} holds an earlier run; remove it, choose another --output_dir, or --resume_from_checkpoint auto"
-        )
-    there = next(
-        folder for folder in (output.resolve(), *output.resolve().parents) if folder.exists()
-    )
-    if not there.is_dir() or not os.access(there, os.W_OK):
-        raise DataError(
-            f"--output_dir {output}: {there} is no folder that this program can write to"
-        )
-    if finished and arguments.resume_from_checkpoint == "auto":
-        settings = json.loads((output / "run.json").read_text(encoding="utf-8"))
-        if all(settings.get(name) == getattr(arguments, name) for name in LENGTHS):
-            say(f"{output} holds a finished run (result.json); nothing to do")
-            return None
-        if not checkpoints(output):
-            raise DataError(
-                f"{output} holds a finished run without checkpoints (--save_steps 0): there is none to go on from"
-            )
-    resume = find_checkpoint(arguments)
-    return {**resume, "finished": finished} if resume else {}
-
-
-def prepare_output(output, arguments, settings, resume):
-    """The output folder with run.json, every setting of the run, and its files as they were at the checkpoint it goes on from (resume)."""
-    output.mkdir(parents=True, exist_ok=True)
-    (output / "result.json").unlink(missing_ok=True)  # from here on the run is not finished
-    found = [path.name for path in checkpoints(output)]
-    later = found[found.index(Path(resume["folder"]).name) + 1 :] if resume else []
-    for old in (*(output / name for name in later), *output.glob("*.unfinished")):
-        say(f"removing {old}, of after the checkpoint that this run goes on from")
-        shutil.rmtree(old)
-    for name in ("metrics.jsonl", "rollouts.jsonl"):
-        with open(output / name, "ab") as file:
-            file.truncate(min(file.tell(), resume.get("sizes", {}).get(name, 0)))
-    versions = {
-        name: importlib.metadata.version(name)
-        for name in ("torch", "transformers", "deepspeed", "open_clip_torch", "decord")
-    }
-    facts = {
-        "command": sys.argv,
-        "ranks": dist.get_world_size(),
-        "revision": revision(),
-        "versions": versions,
-    }
-    (output / "run.json").write_text(
-        json.dumps({**asdict(arguments), **asdict(settings), **facts}, indent=1), encoding="utf-8"
-    )
-
-
-def revision():
-    """git's name of this code; None without git, or outside of a repository."""
-    if shutil.which("git") is None:
-        return None
-    git = subprocess.run(
-        ["git", "describe", "--always", "--dirty"],
-        cwd=Path(__file__).parent,
-        capture_output=True,
-        text=True,
-    )
-    return git.stdout.strip() or None
+    given = []
+    for word in sys.argv[1:]:
+        if word.startswith("--"):
+            name = word[2:].partition("=")[0].replace("-", "_")
+            given.append(name.removeprefix("no_"))
+    refuse_unread_flags(args.stage, given)
 
 
 def main():
     hf_logging.set_verbosity_error()
     try:
-        arguments, settings = parse_arguments()
+        args, settings = parse_arguments()
         start_ranks()
-        run(arguments, settings)
+        run(args, settings)
         dist.barrier()
         dist.destroy_process_group()
     except DataError as error:

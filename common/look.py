@@ -39,8 +39,9 @@ from common.plots import (
     shorten,
     thumbnail,
 )
-from common.policy import FAMILIES, Policy, collate, rollout_frame_use, token_frame_use
+from common.policy import FAMILIES, Policy, collate
 from common.rollout import sample_texts
+from grpo import rollout_frame_use, token_frame_use
 from prior import PriorSettings, load_clip, make_prior
 
 

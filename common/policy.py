@@ -16,7 +16,6 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import logging
 
-import reward
 from common.data import DataError
 from grpo import group_divergence, weights_of_divergence
 
@@ -490,63 +489,6 @@ def checkpoint_activations(model, on=True):
     """Recompute activations in the backward pass, or no longer; the methods whose name has gradient end with transformers 6."""
     kind = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"
     getattr(model, f"{kind}_checkpointing_{'enable' if on else 'disable'}")()
-
-
-def rollout_frame_use(
-    prompts, completion_mask, hidden=None, attention=None, tau=0.1, order="mean_softmax", pool="max"
-):
-    """Frame use per temporal slot (Eq. 3-5, or attention) of every rollout -> list of B lists of G tensors (slots,).
-
-    hidden (B, S, D) or attention (B, G, T, P) as Policy.forward returns them, in the packed layout. Rows without a video of two slots
-    or more (images, text) give None: there is nothing to choose between.
-    """
-    batch, group, length = completion_mask.shape
-    prompt_length = prompts.input_ids.shape[1]
-    rows = []
-    for b in range(batch):
-        slots, columns = prompts.slots[b], prompts.visual[b].nonzero().squeeze(1)  # (t*M,)
-        if slots < 2:
-            rows.append([None] * group)
-            continue
-        uses = []
-        frames = (
-            reward.pool_frames(hidden[b, columns].float().view(slots, -1, hidden.shape[-1]), pool)
-            if hidden is not None
-            else None
-        )
-        for g in range(group):
-            valid = completion_mask[b, g].bool()
-            if hidden is not None:
-                begin = prompt_length + g * length
-                uses.append(
-                    reward.frame_use(
-                        hidden[b, begin : begin + length][valid].float(), frames, tau, order
-                    )
-                )
-            else:
-                uses.append(
-                    reward.attention_use(attention[b, g][valid][None][..., columns], slots)
-                )  # (1, L, t*M)
-        rows.append(uses)
-    return rows
-
-
-def token_frame_use(prompts, row, valid, hidden=None, attention=None, pool="max"):
-    """What each token of a row's only completion makes of each temporal slot: its cosine with the slot's pooled state, or its attention to
-    it. valid (T,) bool, hidden (B, S, D) or attention (B, 1, T, P) as Policy.forward returns them -> (L, slots)."""
-    columns, slots = prompts.visual[row].nonzero().squeeze(1), prompts.slots[row]
-    if attention is not None:
-        return attention[row, 0][valid][:, columns].float().unflatten(1, (slots, -1)).sum(-1)
-    frames = reward.pool_frames(hidden[row, columns].unflatten(0, (slots, -1)), pool)
-    return torch.cosine_similarity(
-        hidden[row, -len(valid) :][valid].float()[:, None], frames[None], dim=-1
-    )
-
-
-def slot_shares(times, intervals, slots):
-    """(slots,) share of each temporal slot's frames whose time lies in one of the intervals (start s, end s)."""
-    inside = torch.tensor([float(any(start <= t < end for start, end in intervals)) for t in times])
-    return torch.stack([chunk.mean() for chunk in inside.split(-(-len(inside) // slots))])
 
 
 # Names that transformers up to 5.24 gave the weights of a Qwen that ZeRO-3 had partitioned, and what

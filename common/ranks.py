@@ -53,20 +53,27 @@ def agree(count, device):
     return int(fewest), int(total)
 
 
-def average(values, names, device):
-    """{name: list of this rank's values} -> {name: mean over all ranks' values}; names nobody has a value for are left out."""
-    assert set(values) <= set(names), set(values) - set(names)
-    table = torch.tensor(
-        [[sum(values.get(name, [])), len(values.get(name, []))] for name in names],
-        dtype=torch.float64,
-        device=device,
-    )
+def average(values, device):
+    """Means over the values of all ranks.
+
+    Args:
+        values: {name: list of this rank's values}; ranks may have different names.
+    Returns:
+        {name: mean}, in the order of rank 0; names without a value are left out.
+    """
+    everyone = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, list(values))
+    names = list(dict.fromkeys(name for own in everyone for name in own))
+    table = torch.zeros(len(names), 2, dtype=torch.float64, device=device)
+    for row, name in enumerate(names):
+        own = values.get(name, [])
+        table[row] = torch.tensor([sum(own), len(own)], dtype=torch.float64)
     dist.all_reduce(table)
-    return {
-        name: (total / count).item()
-        for name, (total, count) in zip(names, table, strict=True)
-        if count > 0
-    }
+    means = {}
+    for name, (total, count) in zip(names, table.tolist(), strict=True):
+        if count > 0:
+            means[name] = total / count
+    return means
 
 
 def free_port():

@@ -17,7 +17,8 @@ import transformers
 import reward
 from common.data import build_prompt, load_examples
 from common.media import Encoder
-from common.policy import Policy, collate, rollout_frame_use
+from common.policy import Policy, collate
+from grpo import rollout_frame_use
 
 RIGHT, WRONG, LOOSE = (
     "<think>a</think><answer>B</answer>",

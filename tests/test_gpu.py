@@ -7,7 +7,7 @@ import importlib.util
 import itertools
 import json
 import sys
-from collections import defaultdict
+from types import SimpleNamespace
 from unittest import mock
 
 import pytest
@@ -20,18 +20,12 @@ import evaluate
 import prior
 import train
 import visualize
-from common import look, media, ranks
-from common.data import load_examples
+from common import look, ranks
+from common.data import Prior, load_examples
 from common.media import Encoder
-from common.policy import (
-    Policy,
-    checkpoint_activations,
-    collate,
-    rollout_frame_use,
-    token_frame_use,
-)
+from common.policy import Policy, checkpoint_activations, collate
 from common.rollout import replay, rollout
-from grpo import policy_loss
+from grpo import policy_loss, rollout_frame_use, token_frame_use
 
 # ------------------------------------------------------------------------------------------------- the pretended GPU itself
 
@@ -275,7 +269,7 @@ def test_the_graph_is_on_where_there_is_a_gpu(monkeypatch):
 @pytest.mark.parametrize(
     "flags",
     [
-        ("--recipe", "cfgrpo", "--freeze_vision", "true", "--old_logp", "sampled"),
+        ("--recipe", "cfgrpo", "--freeze_vision", "true"),
         (
             "--recipe",
             "release",
@@ -303,11 +297,12 @@ def test_groups_of_every_recipe(flags, toy_folder, toy_processor, talker, monkey
         example for example in examples if example.media_type == "image"
     ][:1]
     rows = {
-        "video": {
-            "frames": [0, 10, 20, 30],
-            "times": [0.0, 2.5, 5.0, 7.5],
-            "prior": [0.1, 0.2, 0.3, 0.4],
-        },
+        "video": Prior(
+            "0",
+            frames=[0, 10, 20, 30],
+            times=[0.0, 2.5, 5.0, 7.5],
+            prior=[0.1, 0.2, 0.3, 0.4],
+        ),
         "image": None,
     }
     encoder = Encoder(toy_processor, 3136, 3136)
@@ -321,48 +316,57 @@ def test_groups_of_every_recipe(flags, toy_folder, toy_processor, talker, monkey
 
     def run(device):
         model = copy.deepcopy(talker).to(device)
-        policy, reference, values, towers = (
-            Policy(model),
-            Policy(copy.deepcopy(talker).to(device)),
-            defaultdict(list),
-            [],
+        engine = Engine(model)
+        reference = None
+        towers = []
+        if arguments.beta or arguments.consistency_coef:
+            reference = Policy(copy.deepcopy(talker).to(device))
+            reference.model.model.visual.register_forward_pre_hook(lambda *_: towers.append(1))
+        model.model.visual.register_forward_pre_hook(lambda *_: towers.append(1))
+        ready = []
+        for place, example in enumerate(chosen):
+            row = rows[example.media_type]
+            control = None
+            if arguments.temporal and example.media_type == "video":
+                control = encoder.encode(example, row, shuffle=[3, 0, 2, 1])
+            inputs = encoder.encode(example, row)
+            ready.append(train.Ready(place, example, rows["video"], inputs, control))
+        lines = []
+        run = SimpleNamespace(
+            args=arguments,
+            processor=toy_processor,
+            write=lambda name, records: lines.extend(records),
         )
-        reference = reference if arguments.beta or arguments.consistency_coef else None
-        policy.device, policy.backward = torch.device(device), lambda loss: loss.backward()
-        for one in filter(None, (policy, reference)):
-            one.model.model.visual.register_forward_pre_hook(lambda *_: towers.append(1))
-        order = {"video": [3, 0, 2, 1] if arguments.temporal else None}
-        usable = [
-            (
-                place,
-                example,
-                *media.encode(
-                    encoder, example, rows[example.media_type], order.get(example.media_type)
-                ),
-            )
-            for place, example in enumerate(chosen)
-        ]
+        log = train.StepLog("grpo", 0)
         with torch.no_grad():
-            rollouts = train.sample_groups(arguments, model, toy_processor, usable)
+            rollouts = train.sample(run, model, ready)
         assert rollouts.mask.is_cuda == (device == "cuda")
-        priors = {example.id: rows["video"] for example in chosen}
-        lines, _ = train.grpo_micro_batch(
-            arguments, policy, reference, toy_processor, rollouts, priors, 1.0, values
-        )
-        assert len(towers) == (
-            1 if arguments.freeze_vision else 2 + (reference is not None)
-        )  # once for each set of weights and sampling
-        return values, [line["text"] for line in lines], gradients(model)
+        rollouts.learned = rollouts.mask
+        train.learn(run, engine, reference, rollouts, log)
+        # once for each set of weights and sampling
+        assert len(towers) == (1 if arguments.freeze_vision else 2 + (reference is not None))
+        return log.values, [line["text"] for line in lines], gradients(model)
 
     values, texts, expected = run("cpu")
     with PretendGpu() as gpu:
         there = run("cuda")
     assert there[1] == texts and len(gpu.graphs) == arguments.cuda_graph
-    for name in values.keys() - {"time/reference", "time/policy"}:
+    for name in [name for name in values if not name.startswith("time/")]:
         assert there[0][name] == pytest.approx(values[name], abs=1e-4, nan_ok=True), name
     assert there[2].keys() == expected.keys() and len(expected) > 30
     for name, gradient in expected.items():
         torch.testing.assert_close(there[2][name], gradient, atol=1e-4, rtol=1e-3)
+
+
+class Engine(Policy):
+    """Stands in for DeepSpeed's engine on one rank."""
+
+    @property
+    def device(self):
+        return self.model.device
+
+    def backward(self, loss):
+        loss.backward()
 
 
 @pytest.fixture

@@ -17,18 +17,16 @@ from conftest import NO_EOS, banned_ids
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from common import policy as policy_module
-from common.policy import (
-    Layout,
-    Policy,
-    Prompts,
-    checkpoint_activations,
-    collate,
-    group_attention,
+from common.policy import Layout, Policy, Prompts, checkpoint_activations, collate, group_attention
+from common.rollout import rollout, row_uniforms, sample_texts, sample_tokens
+from grpo import (
+    answer_likelihoods,
+    group_advantages,
+    policy_loss,
     rollout_frame_use,
     slot_shares,
+    token_weights,
 )
-from common.rollout import rollout, row_uniforms, sample_texts, sample_tokens
-from grpo import answer_likelihoods, group_advantages, policy_loss, token_weights
 
 NAN, INF = float("nan"), float("inf")
 ROOT = Path(__file__).resolve().parents[1]

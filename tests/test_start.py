@@ -78,43 +78,34 @@ def place(alone, toy_folder, checkpoint, tmp_path, monkeypatch, capsys):
         train.run(*train.parse_arguments())
         return capsys.readouterr().out
 
-    def train_sft(arguments, model, processor, encoder, examples, *others):
-        here.calls.append(("sft", [example.id for example in examples]))
-        others[-1]({"stage": "sft", "step": 0})
+    def train_sft(run, model, demonstrations):
+        here.calls.append(("sft", [example.id for example in demonstrations.examples]))
+        run.log({"stage": "sft", "step": 0})
         return here.output / "sft"
 
-    def train_grpo(
-        arguments,
-        model,
-        processor,
-        encoder,
-        stream,
-        rows,
-        skipped,
-        checkpoint,
-        writer,
-        log,
-        heldout,
-    ):
-        here.calls.append(("grpo", [example.id for example in stream]))
-        here.rows = rows
-        writer({"stage": "grpo", "step": 0})
-        if arguments.save_steps:
-            folder = here.output / f"checkpoint-grpo-{len(stream)}"  # with one question a step
+    def train_grpo(run, model, questions, heldout):
+        here.calls.append(("grpo", [example.id for example in questions.examples]))
+        here.rows = questions.priors
+        run.log({"stage": "grpo", "step": 0})
+        steps = len(questions.examples)  # with one question a step
+        if run.args.save_steps:
+            folder = here.output / f"checkpoint-grpo-{steps}"
             state = {
                 "stage": "grpo",
-                "step": len(stream),
+                "step": steps,
                 "ranks": 1,
-                "settings": asdict(arguments),
-                **checkpoint.shared,
+                "settings": asdict(run.args),
+                **run.checkpoint.shared,
             }
             folder.mkdir()
             (folder / "state.json").write_text(json.dumps(state))
         return here.output / "grpo"
 
-    def score(arguments, model, processor, encoder, examples, rows):
-        here.calls.append(("score", [example.id for example in examples]))
-        here.heldout_rows = rows
+    def score(run, model, heldout):
+        if not heldout.examples:
+            return {}
+        here.calls.append(("score", [example.id for example in heldout.examples]))
+        here.heldout_rows = heldout.priors
         return {"greedy": 0.5}
 
     def load_clip(*names):
@@ -468,7 +459,7 @@ def test_without_git_there_is_no_revision(monkeypatch, tmp_path):
 # -------------------------------------------------------------------------------------------------------- a run made longer
 
 
-def test_a_longer_run_begins_with_the_questions_of_a_shorter_one(toy_folder):
+def test_a_longer_run_begins_with_the_questions_of_a_shorter_one(toy_folder, alone):
     examples = load_examples(toy_folder / "train.json")[:5]
     lengths = [
         dict(max_steps=2),
@@ -479,7 +470,7 @@ def test_a_longer_run_begins_with_the_questions_of_a_shorter_one(toy_folder):
     streams = []
     for length in lengths:
         arguments = replace(train.TrainArguments(), per_device_train_batch_size=2, **length)
-        streams.append([example.id for example in train.question_stream(arguments, examples, 1)[0]])
+        streams.append([example.id for example in train.question_stream(arguments, examples)])
     assert [len(stream) for stream in streams] == [4, 18, 7, 15]
     for stream in streams:
         assert streams[1][: len(stream)] == stream
