@@ -1,20 +1,28 @@
 """What the tests share: the repository root on the path, a small toy world (4 + 2 videos, no CLIP) made once per session, encoded
-examples of it, small models of every family, and train.py as a user runs it: the deepspeed launcher, ZeRO-3, a small toy with CLIP."""
+examples of it, small models of every family, and train.py under ZeRO-3 on a small toy with CLIP (warm.py starts it)."""
 
 import copy
 import json
-import os
+import multiprocessing
 import shutil
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from transformers import Qwen2_5_VLModel, Qwen2VLModel
+from warm import BIN as BIN
+from warm import ENV as ENV
+from warm import ROOT as ROOT
+from warm import run_script
 
 torch.set_num_threads(1)
+
+
+def pytest_sessionfinish():
+    # A test that failed may have left one running, which multiprocessing would wait for.
+    for process in multiprocessing.active_children():
+        process.kill()
 
 
 def as_trained(get_rope_index):
@@ -213,10 +221,8 @@ def other_family(request, items, toy_model):
     return model, [video, image, words]
 
 
-# ---------------------------------------------------------------------------------------------------- train.py by subprocess
+# ---------------------------------------------------------------------------------------------------- train.py
 
-ROOT = Path(__file__).parent.parent
-BIN = Path(sys.executable).parent
 SMALL_GRPO = [
     "--max_steps",
     "2",
@@ -231,42 +237,17 @@ SMALL_GRPO = [
 ]
 # rewards differ; nothing else moves weights
 SMALL = ["--sft_max_steps", "2", "--sft_per_device_batch_size", "4", *SMALL_GRPO]
-ENV = {
-    **{name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"},
-    "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}",
-}
 
 
-def launch(*flags, ranks=1, check=True):
-    """deepspeed train.py with these flags; returns the finished process with its output."""
-    port = str(29600 + os.getpid() % 300)
-    command = [
-        BIN / "deepspeed",
-        "--num_gpus",
-        str(ranks),
-        "--master_port",
-        port,
-        "train.py",
-        "--deepspeed",
-        "ds_zero3.json",
-    ]
-    done = subprocess.run(
-        [*command, *map(str, flags)], cwd=ROOT, env=ENV, capture_output=True, text=True, timeout=420
-    )
-    assert not check or done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    return done
+def launch(*flags, ranks=1, env=None, report=False):
+    """train.py with these flags, under ZeRO-3; returns the finished process with its output."""
+    flags = ["--deepspeed", "ds_zero3.json", *flags]
+    return run_script("train.py", *flags, ranks=ranks, env=env, report=report)
 
 
 def complain(*flags):
-    """python train.py with bad input -> the one sentence it ends with."""
-    done = subprocess.run(
-        [sys.executable, "train.py", *map(str, flags)],
-        cwd=ROOT,
-        env=ENV,
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
+    """train.py with bad input -> the one sentence it ends with."""
+    done = run_script("train.py", *flags, check=False)
     assert done.returncode == 2, done.stdout[-2000:] + done.stderr[-2000:]
     assert "Traceback" not in done.stderr
     return done.stderr.strip().splitlines()[-1]
@@ -286,24 +267,8 @@ def weights(folder):
 @pytest.fixture(scope="session")
 def small_toy(tmp_path_factory):
     folder = tmp_path_factory.mktemp("toy") / "toy"
-    subprocess.run(
-        [
-            sys.executable,
-            "toy.py",
-            "--output_dir",
-            folder,
-            "--train_videos",
-            "8",
-            "--heldout_videos",
-            "3",
-            "--clip_steps",
-            "10",
-        ],
-        cwd=ROOT,
-        env=ENV,
-        check=True,
-        capture_output=True,
-    )
+    sizes = ["--train_videos", 8, "--heldout_videos", 3, "--clip_steps", 10]
+    run_script("toy.py", "--output_dir", folder, *sizes)
     return folder
 
 
@@ -311,9 +276,8 @@ def small_toy(tmp_path_factory):
 def first_run(small_toy, tmp_path_factory):
     """SFT, then GRPO, on one rank, as the README's first command does it."""
     output = tmp_path_factory.mktemp("run") / "output"
-    done = launch(
-        "--toy_dir", small_toy, "--output_dir", output, *SMALL, "--per_device_train_batch_size", "4"
-    )
+    batch = ["--per_device_train_batch_size", 4]
+    done = launch("--toy_dir", small_toy, "--output_dir", output, *SMALL, *batch, report=True)
     return output, done
 
 

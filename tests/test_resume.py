@@ -1,4 +1,4 @@
-"""Runs that are killed, stopped, fed with rubbish or out of disk: train.py by subprocess, in a few steps on a small toy."""
+"""Runs that are killed, stopped, fed with rubbish or out of disk: train.py in a few steps on a small toy."""
 
 import json
 import os
@@ -7,16 +7,15 @@ import resource
 import shutil
 import signal
 import subprocess
-import sys
 import time
 
 import cv2
 import numpy as np
-import psutil
 import pytest
-from conftest import BIN, ENV, ROOT, complain, launch, metrics, weights
+from conftest import BIN, ENV, ROOT, complain, launch, metrics, run_script, weights
 from PIL import Image
 from transformers import AutoModelForImageTextToText
+from warm import Script
 
 import train
 
@@ -24,22 +23,18 @@ FLAGS = ["--num_generations", 4, "--max_completion_length", 12, "--gate", "none"
 
 
 def start(*flags, ranks=1):
-    """train.py in a session of its own, its output in a pipe."""
-    port = str(29600 + os.getpid() % 300)
-    command = [
-        BIN / "deepspeed",
-        "--num_gpus",
-        str(ranks),
-        "--master_port",
-        port,
-        "train.py",
-        "--deepspeed",
-        "ds_zero3.json",
-    ]
+    """train.py under ZeRO-3, to be waited for."""
+    return Script("train.py", "--deepspeed", "ds_zero3.json", *flags, ranks=ranks, report=False)
+
+
+def start_launcher(*flags, ranks):
+    """deepspeed train.py as a user types it, in a session of its own, its output in a pipe."""
+    command = [BIN / "deepspeed", "--num_gpus", ranks, "train.py", "--deepspeed", "ds_zero3.json"]
+    env = {name: value for name, value in ENV.items() if name != "OMP_NUM_THREADS"}
     return subprocess.Popen(
-        [*command, *map(str, flags)],
+        [str(word) for word in (*command, *flags)],
         cwd=ROOT,
-        env=ENV,
+        env=env,
         text=True,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -56,15 +51,6 @@ def wait_for(process, ready, seconds=240):
     while not ready():
         assert time.monotonic() < end and process.poll() is None, "ended, or too slow"
         time.sleep(0.02)
-
-
-def kill(process):
-    children = psutil.Process(process.pid).children(recursive=True)
-    os.killpg(process.pid, signal.SIGKILL)
-    for child in children:
-        if child.is_running():
-            child.kill()
-    process.communicate()
 
 
 def facts(output):
@@ -128,7 +114,7 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(small_toy, tmp_path, ra
         )
         wait_for(process, lambda: lines(output / "metrics.jsonl") >= lines_before)  # noqa: B023
         time.sleep(rng.random() * 0.5)  # somewhere in a step, or in a checkpoint
-        kill(process)
+        process.kill()
         for folder in output.glob("checkpoint-*[0-9]"):
             AutoModelForImageTextToText.from_pretrained(folder)
     launch(*flags, "--output_dir", output, "--resume_from_checkpoint", "auto", ranks=ranks)
@@ -192,7 +178,7 @@ def test_sigterm_saves_and_the_run_goes_on(small_toy, first_run, tmp_path):
     ]
     launch(*flags, "--output_dir", tmp_path / "whole", ranks=2)
     output = tmp_path / "stopped"
-    process = start(*flags, "--output_dir", output, ranks=2)
+    process = start_launcher(*flags, "--output_dir", output, ranks=2)
     wait_for(process, lambda: lines(output / "metrics.jsonl") >= 2)
     os.killpg(
         process.pid, signal.SIGTERM
@@ -232,14 +218,13 @@ def test_a_full_disk_leaves_the_checkpoint_before(small_toy, first_run, tmp_path
         2,
     )
     wait_for(process, lambda: (output / "checkpoint-grpo-2").exists())
-    for child in psutil.Process(process.pid).children(
-        recursive=True
-    ):  # from now on no file of theirs gets longer than 1 MB
-        resource.prlimit(child.pid, resource.RLIMIT_FSIZE, (1 << 20, 1 << 20))
-    said, _ = process.communicate(timeout=120)
-    assert process.returncode != 0
+    # From now on no file gets longer than 1 MB.
+    (rank,) = process.processes
+    resource.prlimit(rank.pid, resource.RLIMIT_FSIZE, (1 << 20, 1 << 20))
+    done = process.wait(timeout=120)
+    assert done.returncode == 2
     message = next(
-        line for line in said.splitlines() if line.startswith("train.py: error: checkpoint ")
+        line for line in done.stderr.splitlines() if line.startswith("train.py: error: checkpoint ")
     )
     assert "could not be written" in message and "the last whole checkpoint is" in message
     kept = list(output.glob("checkpoint-*"))
@@ -424,7 +409,7 @@ def test_images_and_videos_of_all_sizes_do_not_hang(small_toy, first_run, tmp_pa
 
 def test_inputs_from_workers_are_those_of_this_process(small_toy, first_run):
     code = """if True:
-        import os, psutil, sys, time, torch
+        import multiprocessing, sys, time, torch
         from common import engine
         from transformers import AutoProcessor
         from common.media import Encoder
@@ -448,9 +433,8 @@ def test_inputs_from_workers_are_those_of_this_process(small_toy, first_run):
                         assert torch.equal(a[key], value) if torch.is_tensor(value) else a[key] == value
             inputs.ahead((place + 100, *rest) for place, *rest in requests)
             time.sleep(0.2)
-            for child in psutil.Process().children(recursive=True):
-                if "forkserver" in " ".join(child.cmdline()) and child.parent().pid != os.getpid():
-                    child.terminate()  # as a signal to the whole job does: a worker that dies costs no medium
+            for child in multiprocessing.active_children():
+                child.terminate()  # as a signal to the whole job does: a worker that dies costs no medium
             assert all(inputs.take(place + 100, *rest)[0]["times"] is not None for place, *rest in requests)
             inputs.stop()
             slow = engine.Inputs(Hangs(encoder.processor, 3136, 3136), 1, 0.5)
@@ -462,15 +446,8 @@ def test_inputs_from_workers_are_those_of_this_process(small_toy, first_run):
             slow.stop()"""
     file = first_run[0].parent / "inputs.py"  # workers import the main module from its file
     file.write_text(code)
-    done = subprocess.run(
-        [sys.executable, file, small_toy, first_run[0] / "sft"],
-        cwd=ROOT,
-        env={**ENV, "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
-    assert done.returncode == 0 and done.stdout.splitlines()[-1] == "True", done.stderr[-3000:]
+    done = run_script(file, small_toy, first_run[0] / "sft")
+    assert done.stdout.splitlines()[-1] == "True"
 
 
 def test_causes_are_counted_without_names_and_numbers():

@@ -5,14 +5,13 @@ import dataclasses
 import json
 import re
 import shutil
-import subprocess
 import sys
 from types import SimpleNamespace
 
 import pytest
 import torch
 import transformers
-from conftest import ENV, ROOT, SMALL_GRPO, complain, launch, metrics, weights
+from conftest import ROOT, SMALL_GRPO, complain, launch, metrics, run_script, weights
 
 import train
 from common.data import DataError, Example, Prior, load_examples
@@ -84,21 +83,7 @@ def test_evaluate_agrees_with_the_table(small_toy, first_run, tmp_path):
             "--output",
             tmp_path / f"{name}.json",
         ]
-        done = subprocess.run(
-            [
-                sys.executable,
-                "evaluate.py",
-                "--model_name_or_path",
-                output / "grpo",
-                *map(str, flags),
-            ],
-            cwd=ROOT,
-            env=ENV,
-            capture_output=True,
-            text=True,
-            timeout=240,
-        )
-        assert done.returncode == 0, done.stderr[-3000:]
+        run_script("evaluate.py", "--model_name_or_path", output / "grpo", *flags)
         report = json.loads((tmp_path / f"{name}.json").read_text())
         assert report["n"] == 9 and report["accuracy"] == pytest.approx(result[name], abs=1e-6)
 
@@ -201,24 +186,18 @@ def test_bad_input_ends_with_one_sentence(small_toy, first_run, tmp_path):
 def test_frame_sets_in_the_data_are_the_prior(small_toy, first_run, tmp_path):
     data, sets, priors = tmp_path / "data.json", tmp_path / "sets.json", tmp_path / "priors.jsonl"
     data.write_text(json.dumps(rows_of(small_toy, 5)))
-    subprocess.run(
-        [
-            sys.executable,
-            "prior.py",
-            "--dataset_name",
-            data,
-            "--media_root",
-            small_toy,
-            "--output",
-            priors,
-            "--clip",
-            f"local-dir:{small_toy}/clip",
-            "--export_frame_sets",
-            sets,
-        ],
-        cwd=ROOT,
-        env=ENV,
-        check=True,
+    run_script(
+        "prior.py",
+        "--dataset_name",
+        data,
+        "--media_root",
+        small_toy,
+        "--output",
+        priors,
+        "--clip",
+        f"local-dir:{small_toy}/clip",
+        "--export_frame_sets",
+        sets,
     )
     launch(
         "--dataset_name",

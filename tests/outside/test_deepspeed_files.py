@@ -6,13 +6,11 @@ test starts it. A real run of train.py with one of them is in test_trackers.py.
 
 import copy
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from conftest import ENV, ROOT
+from conftest import run_script
 
 import train
 from common import engine, ranks
@@ -268,15 +266,7 @@ def main(folder, checkpoint):
 @pytest.fixture(scope="module")
 def found(checkpoint, tmp_path_factory):
     folder = tmp_path_factory.mktemp("files")
-    environment = {**ENV, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])}
-    done = subprocess.run(
-        [sys.executable, __file__, folder, checkpoint],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=420,
-    )
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    run_script(__file__, folder, checkpoint)
     return json.loads((folder / "found.json").read_text())
 
 

@@ -8,7 +8,6 @@ import os
 import struct
 from types import SimpleNamespace
 
-import conftest
 import pytest
 from conftest import SMALL, launch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -29,24 +28,22 @@ def run(small_toy, tmp_path_factory):
         "wandb": {"enabled": True, "project": "frames"},
     }
     (folder / "file.json").write_text(json.dumps(config))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(conftest.ENV, "WANDB_MODE", "offline")
-        patch.setitem(conftest.ENV, "WANDB_DIR", str(folder))
-        done = launch(
-            "--toy_dir",
-            small_toy,
-            "--output_dir",
-            folder / "out",
-            *SMALL,
-            "--per_device_train_batch_size",
-            "4",
-            "--ema_decay",
-            "0.9",
-            "--ema_steps",
-            "1",
-            "--deepspeed",
-            folder / "file.json",
-        )
+    done = launch(
+        "--toy_dir",
+        small_toy,
+        "--output_dir",
+        folder / "out",
+        *SMALL,
+        "--per_device_train_batch_size",
+        4,
+        "--ema_decay",
+        0.9,
+        "--ema_steps",
+        1,
+        "--deepspeed",
+        folder / "file.json",
+        env={"WANDB_MODE": "offline", "WANDB_DIR": str(folder)},
+    )
     return folder, done.stdout + done.stderr
 
 

@@ -5,14 +5,13 @@ at every ZeRO stage and saved by save_model() to FOLDER/saved/SOURCE-STAGE.
 """
 
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from conftest import run_script
 from safetensors.torch import load_file, save_file
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -93,12 +92,14 @@ def make_sources(folder):
 
 
 def save_all(folder):
-    sys.path.insert(0, str(ROOT))
+    from huggingface_hub import constants
     from transformers import AutoProcessor
 
     from common import checkpoints, engine, ranks
     from common.data import DataError
 
+    constants.HF_HUB_CACHE = str(folder / "hub")
+    constants.HF_HUB_OFFLINE = True
     processor = AutoProcessor.from_pretrained(folder / "processor")
     ranks.start_ranks()
 
@@ -145,20 +146,7 @@ def saved(toy_processor, tmp_path_factory):
     folder = tmp_path_factory.mktemp("names")
     make_sources(folder)
     toy_processor.save_pretrained(folder / "processor")
-    environment = {
-        **os.environ,
-        "HF_HUB_CACHE": str(folder / "hub"),
-        "HF_HUB_OFFLINE": "1",
-        "OMP_NUM_THREADS": "1",
-    }
-    done = subprocess.run(
-        [sys.executable, __file__, folder],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    done = run_script(__file__, folder)
     return folder, done.stdout, json.loads((folder / "causes.json").read_text())
 
 
