@@ -46,7 +46,7 @@ def take_core():
     """Pins this process to the first core that no other worker has claimed, if there is one.
 
     decord decodes in its own thread. Where the scheduler moved the threads of two workers between
-    cores, both took 1.6 times as long (README, Building priors). The system frees a claim when its
+    cores, both took 1.6 times as long (docs/performance.md). The system frees a claim when its
     process ends, so that the replacement of a dead worker takes over its core.
     """
     if not hasattr(os, "sched_getaffinity"):

@@ -39,6 +39,14 @@ def test_links_and_anchors(page):
             assert anchor in anchors(file), target
 
 
+def test_metrics_are_explained():
+    glossary = (ROOT / "docs" / "metrics.md").read_text(encoding="utf-8")
+    name = r'"((?:reward|consensus|loss|rollout|time|train|data)/[a-z_]*[a-z])"'
+    for source in SOURCES:
+        for metric in re.findall(name, source.read_text(encoding="utf-8")):
+            assert f"`{metric}`" in glossary, metric
+
+
 def test_pictures_are_used():
     pages = "".join(page.read_text(encoding="utf-8") for page in PAGES)
     for picture in (ROOT / "docs").glob("*.png"):
