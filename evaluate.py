@@ -519,7 +519,7 @@ def encode(encoder, example, arguments, position):
         return encoder.encode(example)
     if arguments.control == "black":
         return encoder.encode(example, black=True)
-    frames = encoder.load(example, None)["frames"]
+    frames = encoder.load(example, None).frames
     return encoder.encode(example, shuffle=frame_order(arguments, position, len(frames)))
 
 

@@ -1,11 +1,13 @@
-"""What the stages share: examples and their file formats, video decoding, prompts, batches.
+"""Examples: data set files in the formats of several projects, solutions, prompts.
 
-    examples = load_examples("Video-R1-260k.json", media_root="DATA")     # -> list[Example]
-    frames, times = decode_frames(examples[0].media, indices)             # decord, RGB uint8
+    examples = load_examples("Video-R1-260k.json", media_root="DATA")  # list of Example
+    prompt = build_prompt(examples[0])  # question, options, instruction
 
-A data set is a JSON array (or JSON lines) in Video-R1's format: problem, problem_type, options, solution, path, data_type and, for
-SFT, process. Two optional fields of ours: evidence [[start, end], ...] in seconds and grounding {"00:04-00:08": "sentence"}.
-Rows of SEED-Bench-R1, TW-GRPO (CLEVRER, NExT-GQA, STAR) and Video-R2 are told by their fields and rewritten as Video-R1 rows first.
+A data set is a JSON array (or JSON lines) in Video-R1's format: problem, problem_type, options,
+solution, path, data_type and, for SFT, process. We add two optional fields: evidence,
+[[start, end], ...] in seconds, and grounding, {"00:04-00:08": "sentence"}. Rows of SEED-Bench-R1,
+TW-GRPO (CLEVRER, NExT-GQA, STAR) and Video-R2 are recognised by their fields and converted to
+Video-R1's first. docs/own_data.md has a row of every type.
 """
 
 import json
@@ -13,55 +15,69 @@ import math
 import os
 import random
 import re
-import string
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from string import ascii_uppercase
 
 PROBLEM_TYPES = ("multiple choice", "numerical", "regression", "free-form", "OCR")
+DATA_TYPES = ("video", "image", "text")
 
-# The project's own wording; --prompt_template FILE replaces it ({question} and {instruction} are filled in).
+# Fields of a row that have their own place in an Example; all others go to `extra`.
+FIELDS = {
+    "problem_id",
+    "problem",
+    "options",
+    "problem_type",
+    "solution",
+    "data_type",
+    "process",
+    "grounding",
+    "evidence",
+}
+
+# Half of a character: JSON can hold it, but no tokenizer and no file accepts it.
+SURROGATE = re.compile(r"[\ud800-\udfff]")
+
+# Our own wording; --prompt_template FILE replaces it.
 PROMPT_TEMPLATE = """{question}
 {instruction}"""
 
 INSTRUCTIONS = {
-    "several letters": "Think inside <think></think>, then answer with the letters of all right options, joined by commas, inside "
+    "several letters": "Think inside <think></think>, then answer with the letters of all right "
+    "options, joined by commas, inside <answer></answer>.",
+    "multiple choice": "Think inside <think></think>, then answer with one letter inside "
     "<answer></answer>.",
-    "multiple choice": "Think inside <think></think>, then answer with one letter inside <answer></answer>.",
-    "numerical": "Think inside <think></think>, then answer with a number inside <answer></answer>.",
-    "regression": "Think inside <think></think>, then answer with a number inside <answer></answer>.",
+    "numerical": "Think inside <think></think>, then answer with a number inside "
+    "<answer></answer>.",
+    "regression": "Think inside <think></think>, then answer with a number inside "
+    "<answer></answer>.",
     "free-form": "Think inside <think></think>, then answer in words inside <answer></answer>.",
     "OCR": "Think inside <think></think>, then answer with the text inside <answer></answer>.",
 }
 
 
 class DataError(ValueError):
-    """Bad input that a user can mend; the command lines print the message alone and exit with 2."""
+    """Bad input that a user can correct: commands print the message alone and exit with 2."""
 
 
 class MediaError(DataError):
-    """One image or video that cannot be decoded: skipped, counted and named, never replaced."""
-
-
-def first_words(error):
-    """The sentence in a decord message, which comes wrapped in times and source paths and with a C++ stack trace behind it."""
-    line = (str(error).strip() or type(error).__name__).splitlines()[0]
-    return re.sub(r"^(\[[^]]*\]\s*|\S*\.(cc|h):\d+:\s*)*", "", line)[:160]
+    """An image or video that cannot be decoded: skipped, counted and named, never replaced."""
 
 
 @dataclass
 class Prior:
-    """The consensus prior of one question: a row of a priors file (prior.py writes and checks it)."""
+    """Consensus prior of one question: a row of a priors file. prior.py writes and checks it."""
 
     problem_id: str
     frames: list[int]  # (K,) indices in the video, ascending
     times: list[float]  # (K,) seconds
     prior: list[float]  # (K,) P of Eq. 2, sums to 1
     question: str | None = None
-    media: str | None = None  # as the data set names it
+    media: str | None = None  # path as the data set writes it
     scene_scores: list[float] = field(default_factory=list)  # (K,)
     semantic_scores: list[float] = field(default_factory=list)  # (K,)
     scene: list[int] = field(default_factory=list)  # positions among the K frames, S_scene of Eq. 1
-    semantic: list[int] = field(default_factory=list)  # the same, S_sem of Eq. 1
+    semantic: list[int] = field(default_factory=list)  # positions of S_sem of Eq. 1
     settings: dict = field(default_factory=dict)  # PriorSettings that made it
 
     def __getitem__(self, name):  # TO GO: access as a dict
@@ -77,29 +93,36 @@ class Prior:
 
 @dataclass
 class Example:
-    """One question. `answer` is the bare ground truth, `reasoning` the bare text of a think block ('' when there is none)."""
+    """One question of a data set."""
 
-    id: str
+    id: str  # problem_id of the row, else its position in the file
     question: str
-    options: list[str]
-    problem_type: str
-    answer: str
+    options: list[str]  # "A. red", "B. blue"
+    problem_type: str  # one of PROBLEM_TYPES
+    answer: str  # the solution without tags; letters of the right options, "A" or "A,C"
     media: str  # absolute path; '' for a text-only example
-    media_type: str  # 'video' | 'image' | 'text'
-    reasoning: str = ""
-    grounding: list[tuple[float, float, str]] = field(
-        default_factory=list
-    )  # (start s, end s, sentence)
-    evidence: list[tuple[float, float]] = field(
-        default_factory=list
-    )  # (start s, end s) that the answer rests on
-    extra: dict = field(default_factory=dict)  # path, and every other field of the row, untouched
+    media_type: str  # one of DATA_TYPES
+    reasoning: str = ""  # text of the think block of a demonstration
+    grounding: list[tuple[float, float, str]] = field(default_factory=list)  # start s, end s, text
+    evidence: list[tuple[float, float]] = field(default_factory=list)  # (start s, end s)
+    extra: dict = field(default_factory=dict)  # path and all other fields of the row, unchanged
+
+
+# ------------------------------------------------------------------------------------ text
+
+
+def first_words(error):
+    """First sentence of a decord error, without its times, source paths and C++ stack trace."""
+    line = (str(error).strip() or type(error).__name__).splitlines()[0]
+    return re.sub(r"^(\[[^]]*\]\s*|\S*\.(cc|h):\d+:\s*)*", "", line)[:160]
 
 
 def strip_tag(text, tag):
-    """The inside of the first <tag>...</tag> block, or the text itself: solutions come with and without tags."""
+    """Text inside the first <tag>...</tag> block, or the whole text without one."""
     match = re.search(rf"<{tag}>(.*?)</{tag}>", text, re.DOTALL)
-    return (match.group(1) if match else text).strip()
+    if match:
+        text = match[1]
+    return text.strip()
 
 
 def parse_time(text):
@@ -110,13 +133,32 @@ def parse_time(text):
     return seconds
 
 
+# --------------------------------------------------------------------- options and choices
+
+LETTER = r"\(?([A-Za-z])(?:[.:]|\)[.:]?)?"  # B, b, (B), B., (B).
+
+# "A. x", "(A) x", "A) x", "A: x", but not "U.S. flag"
+LETTERED = re.compile(r"\(?([A-Z])(?:[.:]|\)[.:]?)(?![A-Z]\.)\s*(.*)", re.DOTALL)
+
+
+def add_letters(texts):
+    """["red", "blue"] -> ["A. red", "B. blue"]."""
+    return [f"{letter}. {text}" for letter, text in zip(ascii_uppercase, texts, strict=False)]
+
+
 def split_options(text):
-    """A question with lettered option lines, "Why?\\nA. x\\nB. y" or "(A) x" -> the question, the options as "A. x"."""
-    question, options = [], []
+    """Cut a question with one lettered option a line, "Why?\\nA. x\\n(B) y".
+
+    Returns:
+        The question, and the options as ["A. x", "B. y"]. Letters that are out of order start no
+        option.
+    """
+    question = []
+    options = []
     for line in text.strip().split("\n"):
         match = re.match(r"\(?([A-Z])[.)]\s*(.*)", line.strip())
-        if match and match.group(1) == chr(ord("A") + len(options)):
-            options.append(f"{match.group(1)}. {match.group(2)}")
+        if match and match[1] == chr(ord("A") + len(options)):
+            options.append(f"{match[1]}. {match[2]}")
         elif options:
             options[-1] += f"\n{line}"
         else:
@@ -124,8 +166,92 @@ def split_options(text):
     return "\n".join(question).strip(), options
 
 
+def option_texts(options):
+    """Options such as "A. x", "(A) x" or bare "x" -> {letter: text}.
+
+    An option without a letter gets that of its position.
+    """
+    texts = {}
+    for index, option in enumerate(options):
+        letter = chr(ord("A") + index)
+        match = LETTERED.fullmatch(option.strip())
+        if match:
+            letter, option = match.groups()
+        texts[letter] = option.strip()
+    return texts
+
+
+def with_letters(options):
+    """Letter the options if none of them has a letter: the prompt asks for one."""
+    if any(LETTERED.fullmatch(option.strip()) for option in options):
+        return options
+    return add_letters(option.strip() for option in options)
+
+
+def plain_text(text):
+    """The text of an option without case, extra white space and full stops at the end."""
+    return " ".join(text.split()).rstrip(". ").lower()
+
+
+def letters_of(text, options):
+    """Letters of the options that have this text."""
+    text = plain_text(text)
+    return [
+        letter for letter, option in option_texts(options).items() if plain_text(option) == text
+    ]
+
+
+def read_choice(answer, options=()):
+    """Find the option that an answer names.
+
+    "B", "b", "(B)", "B.", "B. car" and "car" name the option "B. car". "a dog" is not a letter.
+
+    Returns:
+        Its letter. "" when the answer names no option, more than one, or the letter of one with
+        the text of another.
+    """
+    letter = re.fullmatch(LETTER, answer.strip())
+    if letter:
+        return letter[1].upper()
+    lettered = LETTERED.fullmatch(answer.strip())
+    if lettered:
+        letter, text = lettered.groups()
+        named = letters_of(text, options)
+        return letter if not named or letter in named else ""
+    named = letters_of(answer, options)
+    return named[0] if len(named) == 1 else ""
+
+
+def solution_letters(solution, options):
+    """Read the solution of a multiple-choice question.
+
+    "(A)", "A.", "a", "A. red", "(A) red" and "red" are A where "A. red" is an option; "A, C" and
+    "(A), (C)" are A,C. Without options (they may stand in the question) every letter is valid.
+
+    Returns:
+        Letters joined by commas; None for a solution that names no option, or more than one.
+    """
+    known = option_texts(options)
+    # "A" is a letter where options have letters; else it may be the text of another option.
+    if solution in known and with_letters(options) == options:
+        return solution
+    parts = solution.split(",")
+    # A comma between anything but letters belongs to the text of an option.
+    if not all(re.fullmatch(LETTER, part.strip()) for part in parts):
+        parts = [solution]
+    letters = list(dict.fromkeys(read_choice(part, options) for part in parts))  # without repeats
+    if letters_of(solution, options) not in ([], letters):
+        return None
+    if not set(letters) <= set(known or ascii_uppercase):
+        return None
+    return ",".join(letters)
+
+
+# -------------------------------------------------------------------- rows of other projects
+
+
 def from_tw_grpo(row):
-    """TW-GRPO: problem with the option lines in it, solution (letters joined by commas), video; NExT-GQA's `glue` are intervals."""
+    """TW-GRPO: option lines in the problem, letters joined by commas, `glue` for the evidence."""
     question, options = split_options(row["problem"])
     return {
         "data_type": "video",
@@ -139,59 +265,67 @@ def from_tw_grpo(row):
 
 
 def from_seed_bench(row):
-    """SEED-Bench-R1: the validation files have choice_a to choice_d, the training file answer and three of negative_answers, shuffled once.
+    """SEED-Bench-R1: its validation files list choice_a to choice_d, its training file does not.
 
-    The medium is the task's video, or the picture of the current observation when there is none; the picture's path is kept in `extra`.
+    A training row gets its answer and three of its negative_answers as options, shuffled once.
+    The medium is the video of the task so far, else the picture of the current observation, whose
+    path is kept in `extra`.
     """
-    picture = f"images/{row['video_source']}/{row['current_observation_basename']}"
     if "golden_choice_idx" in row:
-        texts, letter = [row[f"choice_{name}"] for name in "abcd"], row["golden_choice_idx"]
+        texts = [row[f"choice_{name}"] for name in "abcd"]
+        letter = row["golden_choice_idx"]
     else:
-        rng = random.Random(
-            str(row["sample_id"])
-        )  # the same options in every run and on every rank
+        # Seeded with the row's id: the same options in every run and on every rank.
+        rng = random.Random(str(row["sample_id"]))
         texts = [row["answer"], *rng.sample(row["negative_answers"], 3)]
         rng.shuffle(texts)
-        letter = "ABCD"[texts.index(row["answer"])]
-    video = bool(row["task_progress_metadata"])
-    return {
+        letter = ascii_uppercase[texts.index(row["answer"])]
+    picture = f"images/{row['video_source']}/{row['current_observation_basename']}"
+    row = {
         **row,
         "problem": row["question"],
         "problem_type": "multiple choice",
         "solution": letter,
-        "options": [f"{name}. {text}" for name, text in zip("ABCD", texts, strict=True)],
-        "data_type": "video" if video else "image",
-        "path": f"videos/{row['video_source']}/{row['video_basename']}" if video else picture,
+        "options": add_letters(texts),
+        "data_type": "image",
+        "path": picture,
         "current_observation": picture,
     }
+    if row["task_progress_metadata"]:
+        row["data_type"] = "video"
+        row["path"] = f"videos/{row['video_source']}/{row['video_basename']}"
+    return row
 
 
 def answer_type(answer):
-    """Video-R2 names no problem_type: a lone letter is a choice, a number numerical (regression with over three decimals), else words."""
+    """Problem type of a Video-R2 answer, whose rows do not name one."""
     if re.fullmatch(r"\(?[A-Za-z][.)]?", answer):
         return "multiple choice"
+    if re.fullmatch(r"-?[\d,]*\.\d{4,}", answer):
+        return "regression"
     if re.fullmatch(r"-?[\d,]*\.?\d+", answer):
-        return "regression" if len(answer.partition(".")[2]) > 3 else "numerical"
+        return "numerical"
     return "OCR" if len(answer.split()) <= 5 else "free-form"
 
 
 def from_video_r2(row):
-    """Video-R2: a video or image (a path or a list of one), two turns, the second with think and answer blocks, temporal_grounding."""
+    """Video-R2: `video` or `image` (a path or a list of one path) and a conversation of two turns,
+    the second with think and answer blocks."""
     media_type = "video" if row.get("video") else "image"
     path = row.get(media_type)
     if isinstance(path, list):
         if len(path) != 1:
             raise DataError(f"has {len(path)} {media_type}s; one is supported")
         path = path[0]
-    asked, told = (turn["value"] for turn in row["conversations"])
-    question, options = split_options(re.sub(r"<(video|image)>\n?", "", asked))
-    answer = strip_tag(told, "answer")
+    user, assistant = (turn["value"] for turn in row["conversations"])
+    question, options = split_options(re.sub(r"<(video|image)>\n?", "", user))
+    answer = strip_tag(assistant, "answer")
     return {
         **row,
         "problem": question,
         "options": options,
         "solution": answer,
-        "process": told if "<think>" in told else "",
+        "process": assistant if "<think>" in assistant else "",
         "problem_type": answer_type(answer),
         "data_type": media_type,
         "path": path,
@@ -200,193 +334,134 @@ def from_video_r2(row):
 
 
 def to_video_r1(row):
-    """A row of any supported format -> the same in Video-R1's fields; what is not known stays in the row."""
-    if "conversations" in row:
-        return from_video_r2(row)
-    if "task_progress_metadata" in row:
-        return from_seed_bench(row)
-    return from_tw_grpo(row) if "video" in row and "path" not in row else row
+    """Convert a row of any supported format to Video-R1's; its other fields stay in it."""
+    try:
+        if "conversations" in row:
+            return from_video_r2(row)
+        if "task_progress_metadata" in row:
+            return from_seed_bench(row)
+        if "video" in row and "path" not in row:
+            return from_tw_grpo(row)
+        return row
+    except DataError:
+        raise
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        cause = f"{type(error).__name__}: {error}"
+        raise DataError(
+            f"lacks a field of its format, or has it in another shape ({cause})"
+        ) from error
 
 
-LETTER = r"\(?([A-Za-z])(?:[.:]|\)[.:]?)?"  # B, b, (B), B., (B).
-
-LETTERED = re.compile(
-    r"\(?([A-Z])(?:[.:]|\)[.:]?)(?![A-Z]\.)\s*(.*)", re.DOTALL
-)  # "A. x", "(A) x", "A) x", "A: x", not "U.S. flag"
-
-
-def option_texts(options):
-    """Options as they come, "A. x", "(A) x" or bare -> {letter: text}; a bare one has the letter of its place."""
-    texts = {}
-    for index, option in enumerate(options):
-        match = LETTERED.fullmatch(option.strip())
-        letter, text = match.groups() if match else (chr(ord("A") + index), option)
-        texts[letter] = text.strip()
-    return texts
-
-
-def with_letters(options):
-    """Options of which none has a letter get one by their place, for the prompt asks for a letter: ["x", "y"] -> ["A. x", "B. y"]."""
-    if any(LETTERED.fullmatch(option.strip()) for option in options):
-        return options
-    return [f"{letter}. {text}" for letter, text in option_texts(options).items()]
-
-
-def plain_text(text):
-    """An option's text without what people write differently: case, white space, full stops at the end."""
-    return " ".join(text.split()).rstrip(". ").lower()
-
-
-def read_choice(answer, options=()):
-    """The letter that an answer names, "" for none: "B", "b", "(B)", "B.", "B. car", or an option's text. "a dog" is no letter."""
-    letter, lettered = re.fullmatch(LETTER, answer.strip()), LETTERED.fullmatch(answer.strip())
-    if letter:
-        return letter[1].upper()
-    told = plain_text(lettered[2] if lettered else answer)
-    named = [name for name, text in option_texts(options).items() if plain_text(text) == told]
-    if lettered:
-        return (
-            "" if named and lettered[1] not in named else lettered[1]
-        )  # "": the letter of one option with the text of another
-    return named[0] if len(named) == 1 else ""
-
-
-def solution_letters(solution, options):
-    """A solution as people write it -> the letter of the option that it names, several letters joined by commas: "A", "A,C".
-
-    "(A)", "A.", "a", "A. red", "(A) red" and "red" are A where A. red is an option; "A, C" and "(A), (C)" are A,C. None for what names no
-    option, or more than one. Without options (their letters may stand in the question) every letter names one.
-    """
-    texts = option_texts(options or [f"{letter}." for letter in string.ascii_uppercase])
-    # "A" is the letter where options have letters; without them it may be the text of another option
-    if solution in texts and with_letters(options) == options:
-        return solution
-    parts = [part.strip() for part in solution.split(",")]
-    if not all(re.fullmatch(LETTER, part) for part in parts):
-        parts = [solution]  # a comma of the option's text
-    letters = list(
-        dict.fromkeys(read_choice(part, options) for part in parts)
-    )  # each once, in their order
-    by_text = [letter for letter, text in texts.items() if plain_text(text) == plain_text(solution)]
-    if by_text not in ([], letters) or not set(letters) <= texts.keys():
-        return None
-    return ",".join(letters)
+# ------------------------------------------------------------------------- rows -> examples
 
 
 def row_id(row, index):
-    """What a row is known by everywhere: its problem_id (SEED-Bench-R1: sample_id), else its position in the file."""
-    found = next(
-        (row[name] for name in ("problem_id", "sample_id") if row.get(name) is not None), index
-    )
-    return (
-        str(found).encode(errors="backslashreplace").decode()
-    )  # a lone surrogate could not be printed
+    """Name of a row in every output: problem_id (SEED-Bench-R1: sample_id), else its index."""
+    for name in ("sample_id", "problem_id"):
+        if row.get(name) is not None:
+            index = row[name]
+    # A lone surrogate cannot be printed.
+    return str(index).encode(errors="backslashreplace").decode()
 
 
-def is_unicode(text):
-    """False for a text with lone surrogates, which JSON can hold and no tokenizer and no file takes."""
-    return text.encode(errors="replace").decode() == text
+def resolve_media(path, media_root, owner):
+    """Absolute path of a medium.
+
+    Args:
+        path: as the data set writes it.
+        media_root: folder that it starts from.
+        owner: subject of the error message.
+    Raises:
+        DataError: the path leaves media_root (by "..", an absolute path or a link).
+    """
+    root = os.path.realpath(media_root)
+    full = os.path.realpath(os.path.join(root, path))
+    if os.path.commonpath([root, full]) != root:
+        raise DataError(f"{owner} points outside the media root {root}: {path}")
+    return full
 
 
-def read_solution(row, options, where):
-    """The bare truth of a row as the rewards compare it; of a multiple-choice question the letters. DataError when there is none."""
+def read_media(row, media_root):
+    """Absolute path of a row's medium, "" for a text-only row."""
+    if row["data_type"] == "text":
+        return ""
+    path = row.get("path")
+    if not path:
+        raise DataError(f"has no {row['data_type']}: its path is empty")
+    if not isinstance(path, str) or "\0" in path:
+        raise DataError(f"has {path!r}, which is not a path")
+    return resolve_media(path, media_root, "has a path that")
+
+
+def read_solution(row, options):
+    """The solution of a row as the rewards compare it: letters for a multiple-choice question."""
     solution = row["solution"]
-    if not isinstance(solution, str | int | float) or (
-        isinstance(solution, float) and not math.isfinite(solution)
-    ):
-        raise DataError(f"{where} has a solution that is neither text nor number: {solution!r}")
+    # JSON can hold NaN and Infinity.
+    finite = not isinstance(solution, float) or math.isfinite(solution)
+    if not isinstance(solution, str | int | float) or not finite:
+        raise DataError(f"has a solution that is neither text nor number: {solution!r}")
     answer = strip_tag(str(solution), "answer")
     if not answer:
-        raise DataError(f"{where} has an empty solution")
+        raise DataError("has an empty solution")
     if row["problem_type"] != "multiple choice":
         return answer
-    if len(options) > len(string.ascii_uppercase):
-        raise DataError(f"{where} has {len(options)} options, more than there are letters")
+    if len(options) > len(ascii_uppercase):
+        raise DataError(f"has {len(options)} options, more than there are letters")
     letters = solution_letters(answer, options)
     if options and letters is None:
-        letters_there = ", ".join(option_texts(options))
+        known = ", ".join(option_texts(options))
         raise DataError(
-            f"{where} solution {answer[:60]!r} names none of the options {letters_there}, or more than one"
+            f"solution {answer[:60]!r} names none of the options {known}, or more than one"
         )
+    # Without options, an answer other than a letter stays as it is.
     return letters or answer
 
 
-def parse_example(row, index, media_root):
-    """One row of a data set -> Example. Raises DataError that names the row and what is wrong with it."""
-    if not isinstance(row, dict):
-        raise DataError(f"row {index} is not an object")
-    where = f"row {index} (problem_id {row_id(row, 'missing')})"
-    try:
-        row = to_video_r1(row)
-    except DataError as error:
-        raise DataError(f"{where} {error}") from error
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise DataError(
-            f"{where} lacks a field of its format, or has it in another shape ({type(error).__name__}: {error})"
-        ) from error
-    missing = [
-        key
-        for key in ("problem", "problem_type", "solution", "data_type")
-        if row.get(key) in (None, "")
-    ]
+def read_times(row):
+    """Grounding [(start s, end s, sentence), ...] and evidence [(start s, end s), ...] of a row."""
+    grounding = []
+    for span, sentence in (row.get("grounding") or {}).items():
+        start, _, end = span.partition("-")
+        grounding.append((parse_time(start), parse_time(end or start), sentence))
+    evidence = [(float(start), float(end)) for start, end in row.get("evidence") or []]
+    return grounding, evidence
+
+
+def read_example(row, index, media_root):
+    """A row in Video-R1's format -> Example. DataError says what is wrong, not in which row."""
+    needed = ("problem", "problem_type", "solution", "data_type")
+    missing = [name for name in needed if row.get(name) in (None, "")]
     if missing:
-        raise DataError(f"{where} has no {', '.join(missing)}")
-    if row["problem_type"] not in PROBLEM_TYPES:
-        raise DataError(
-            f"{where} has problem_type {row['problem_type']!r}; known are {', '.join(PROBLEM_TYPES)}"
-        )
-    if row["data_type"] not in ("video", "image", "text"):
-        raise DataError(f"{where} has data_type {row['data_type']!r}; known are video, image, text")
-    media = ""
-    if row["data_type"] != "text":
-        if not row.get("path"):
-            raise DataError(f"{where} has no {row['data_type']}: its path is empty")
-        if not isinstance(row["path"], str) or "\0" in row["path"] or not is_unicode(row["path"]):
-            raise DataError(f"{where} has a path that is none: {row['path']!r}")
-        media = resolve_media(row["path"], media_root, where)
-    options, process = row.get("options") or [], row.get("process") or ""
-    if not isinstance(options, list) or not isinstance(process, str):
-        raise DataError(f"{where}: options must be a list and process a text")
-    options = [str(option) for option in options]
-    texts = {
-        "problem": str(row["problem"]),
-        "options": "".join(options),
-        "process": process,
-        "solution": str(row["solution"]),
-    }
-    broken = [name for name, text in texts.items() if not is_unicode(text)]
+        raise DataError(f"has no {', '.join(missing)}")
+    for name, known in (("problem_type", PROBLEM_TYPES), ("data_type", DATA_TYPES)):
+        if row[name] not in known:
+            raise DataError(f"has {name} {row[name]!r}; known are {', '.join(known)}")
+    broken = []
+    for name in ("problem", "options", "process", "solution", "path"):
+        if SURROGATE.search(json.dumps(row.get(name), ensure_ascii=False)):
+            broken.append(name)
     if broken:
-        raise DataError(f"{where} has no valid Unicode in {', '.join(broken)} (a lone surrogate)")
-    answer = read_solution(row, options, where)
+        raise DataError(f"has no valid Unicode in {', '.join(broken)} (a lone surrogate)")
+
+    options = row.get("options") or []
+    process = row.get("process") or ""
+    if not isinstance(options, list) or not isinstance(process, str):
+        raise DataError("options must be a list and process a text")
+    options = [str(option) for option in options]
+    media = read_media(row, media_root)
+    answer = read_solution(row, options)
+    if row["problem_type"] == "multiple choice":
+        options = with_letters(options)
     try:
-        spans = [
-            (*span.partition("-"), sentence)
-            for span, sentence in (row.get("grounding") or {}).items()
-        ]
-        grounding = [
-            (parse_time(start), parse_time(end or start), sentence)
-            for start, _, end, sentence in spans
-        ]
-        evidence = [(float(start), float(end)) for start, end in row.get("evidence") or []]
+        grounding, evidence = read_times(row)
     except (AttributeError, TypeError, ValueError) as error:
         raise DataError(
-            f'{where}: grounding must be {{"MM:SS-MM:SS": sentence}}, evidence [[start, end], ...] ({error})'
+            f'grounding must be {{"MM:SS-MM:SS": sentence}}, evidence [[start, end], ...] ({error})'
         ) from error
-    known = {
-        "problem_id",
-        "problem",
-        "options",
-        "problem_type",
-        "solution",
-        "data_type",
-        "process",
-        "grounding",
-        "evidence",
-    }
     return Example(
         id=row_id(row, index),
         question=str(row["problem"]),
-        options=with_letters(options) if row["problem_type"] == "multiple choice" else options,
+        options=options,
         problem_type=row["problem_type"],
         answer=answer,
         media=media,
@@ -394,31 +469,46 @@ def parse_example(row, index, media_root):
         reasoning=strip_tag(process, "think"),
         grounding=grounding,
         evidence=evidence,
-        extra={key: value for key, value in row.items() if key not in known},
+        extra={name: value for name, value in row.items() if name not in FIELDS},
     )
 
 
-def resolve_media(path, media_root, where=""):
-    """A row's path joined to the media root; a path that leaves the root is refused (rule 6 of the project)."""
-    root = os.path.realpath(media_root)
-    full = os.path.realpath(os.path.join(root, path))
-    if os.path.commonpath([root, full]) != root:
-        raise DataError(f"{where} points outside the media root {root}: {path}")
-    return full
+def parse_example(row, index, media_root):
+    """Read one row of a data set, in any of the supported formats.
+
+    Args:
+        row: what the file has at this position.
+        index: the position, which names a row without problem_id.
+        media_root: folder that its path starts from.
+    Returns:
+        Example.
+    Raises:
+        DataError: names the row and what is wrong with it.
+    """
+    if not isinstance(row, dict):
+        raise DataError(f"row {index} is not an object")
+    try:
+        return read_example(to_video_r1(row), index, media_root)
+    except DataError as error:
+        raise DataError(f"row {index} (problem_id {row_id(row, 'missing')}) {error}") from error
 
 
 def read_rows(dataset_name):
-    """A data set file (JSON array, or JSON lines named .jsonl) -> its rows as they are. DataError (one sentence) when it is malformed."""
+    """Rows of a data set file (a JSON array, or JSON lines named .jsonl) as they are.
+
+    Raises:
+        DataError: the file is missing, malformed or empty.
+    """
     file = Path(dataset_name)
     if not file.is_file():
         raise DataError(f"data set {file} not found (a JSON array or JSON lines file is expected)")
     try:
         text = file.read_text(encoding="utf-8")
-        rows = (
-            [json.loads(line) for line in text.split("\n") if line.strip()]
-            if file.suffix == ".jsonl"
-            else json.loads(text)
-        )
+        if file.suffix == ".jsonl":
+            # str.splitlines would also split at U+2028, which a JSON string may hold.
+            rows = [json.loads(line) for line in text.split("\n") if line.strip()]
+        else:
+            rows = json.loads(text)
     except ValueError as error:  # not JSON, or not UTF-8
         raise DataError(f"data set {file} is not valid JSON: {error}") from error
     if not isinstance(rows, list) or not rows:
@@ -427,184 +517,220 @@ def read_rows(dataset_name):
 
 
 def load_examples(dataset_name, media_root=None, errors=None):
-    """A data set file -> list of Example, in file order.
+    """Read a data set file.
 
-    media_root: folder that the rows' paths start from; default: the data set file's folder.
-    errors: a list, to which {"problem_id", "media", "cause"} of every unusable row is added (malformed, outside the media root, a
-    problem_id that an earlier row has); without it the first such row is a DataError, as a malformed file always is.
+    Args:
+        dataset_name: path of the file.
+        media_root: folder that the rows' paths start from; default: the folder of the file.
+        errors: list that collects {"problem_id", "media", "cause"} of every unusable row: one that
+            is malformed, leaves the media root, or repeats the problem_id of an earlier row.
+    Returns:
+        List of Example, in the order of the file.
+    Raises:
+        DataError: the file is malformed, or a row is unusable and `errors` is None.
     """
-    examples, seen = [], {}
+    examples = []
+    first_rows = {}  # id -> index of the row that has it
     for index, row in enumerate(read_rows(dataset_name)):
         try:
             example = parse_example(row, index, media_root or Path(dataset_name).parent)
-            if example.id in seen:
+            first = first_rows.setdefault(example.id, index)
+            if first != index:
                 raise DataError(
-                    f"row {index} repeats the problem_id {example.id} of row {seen[example.id]}; results are joined by it"
+                    f"row {index} repeats the problem_id {example.id} of row {first}; "
+                    "results are joined by it"
                 )
+            examples.append(example)
         except DataError as error:
             if errors is None:
                 raise DataError(f"data set {dataset_name}: {error}") from error
             fields = row if isinstance(row, dict) else {}
+            medium = fields.get("path") or fields.get("video")
             errors.append(
-                {
-                    "problem_id": row_id(fields, index),
-                    "media": fields.get("path") or fields.get("video"),
-                    "cause": str(error),
-                }
+                {"problem_id": row_id(fields, index), "media": medium, "cause": str(error)}
             )
-            continue
-        seen[example.id] = index
-        examples.append(example)
+
+    # If one question of the file has several right options, the prompts of all others ask for
+    # "all right options" too, since the wording must not give away how many are right.
     choices = [example for example in examples if example.problem_type == "multiple choice"]
     if any(re.fullmatch(r"[A-Z](,[A-Z])+", example.answer) for example in choices):
-        for (
-            example
-        ) in choices:  # those with a single letter too: the prompt must not tell how many are right
+        for example in choices:
             example.extra["multi_answer"] = True
     return examples
 
 
+# -------------------------------------------------------------- question-answer inversion
+
 ASK_FOR_WRONG = "Which of these is not a right answer to this question: "
 
 NEGATIVE = re.compile(
-    r"\b(not|cannot|never|no|none|neither|nor|nobody|nothing|except|false|wrong|incorrect|unlikely)\b|n['’]t\b",
+    r"\b(not|cannot|never|no|none|neither|nor|nobody|nothing|except|false|wrong|incorrect|unlikely)"
+    r"\b|n['’]t\b",
     re.I,
 )
 
+# A question word with its auxiliary: "Which ball will", "Who is". The lookaheads exclude full
+# verbs: "Which person does a handstand", "Who did the dishes".
 AUXILIARY = re.compile(
     r"(?:^|[,.:;?!]\s+)(?:"
-    r"(?:(?:what|which)(?: of (?:the following|these)(?: \w+)?| \w+(?<!s)(?<!ed))?|who|where|when) "  # "Which ball will", "Who is"
+    r"(?:(?:what|which)(?: of (?:the following|these)(?: \w+)?| \w+(?<!s)(?<!ed))?"
+    r"|who|where|when) "
     r"(is|are|was|were|will|would)(?! (?:do|does|did|is|are|was|were)\b)"
-    r"|(?:what|which|where|when) (do|does|did)(?= (?:the|an?|this|that|these|those|his|her|their|its|he|she|it|they|people)\b)) ",
+    r"|(?:what|which|where|when) (do|does|did)"
+    r"(?= (?:the|an?|this|that|these|those|his|her|their|its|he|she|it|they|people)\b)) ",
     re.I,
-)  # "Which person does a handstand", "Who did the dishes": a full verb
+)
 
-# options that stand or fall with others, or that name others by a letter that inversion gives to another one
+# A further clause, which might get the negation instead.
+CLAUSE = re.compile(
+    r"[,.:;?!].|\b(and|or|but) "
+    r"(what|which|who|where|when|why|how|is|are|was|were|will|do|does|did)\b",
+    re.I,
+)
+
+# Options that depend on other options, or name them by a letter, which inversion changes.
 ABOUT_OPTIONS = re.compile(
-    r"\b(all|both|neither|none|either|any|each|every\w*|nothing|nobody|above|following|only|options?|choices?|least|most|more|less|fewer)\b"
-    r"|\b[A-H] ?(and|or|,|&|/) ?[A-H]\b|^[A-H]$|\b(cannot|can['’]t|not) |insufficient|unknown|unclear|undetermined|uncertain",
+    r"\b(all|both|neither|none|either|any|each|every\w*|nothing|nobody|above|following|only"
+    r"|options?|choices?|least|most|more|less|fewer)\b"
+    r"|\b[A-H] ?(and|or|,|&|/) ?[A-H]\b|^[A-H]$"
+    r"|\b(cannot|can['’]t|not) |insufficient|unknown|unclear|undetermined|uncertain",
     re.I,
 )
 
 
 def negate_question(question):
-    """A question -> one that its wrong answers answer; None when it has a negation already, so that another would be no clear one.
+    """Turn a question into one that its wrong options answer.
 
-    "Which ball will fall?" -> "Which ball won't fall?": what, which, who, where or when and the auxiliary after it, in a question of one
-    clause. Every other question is put after "Which of these is not a right answer to this question:": how and why (negated, they ask
-    something else), a leading auxiliary ("Isn't he tall?" negates nothing), a full verb ("What falls first?", "Who did the dishes?"), must,
-    should, can and could (they turn into a ban or an impossibility), and whatever has more clauses, any of which might get the negation.
+    A question of one clause that starts with what, which, who, where or when and an auxiliary gets
+    a negated auxiliary: "Which ball will fall?" -> "Which ball won't fall?". All others follow
+    "Which of these is not a right answer to this question:", since a negation would be wrong or
+    ambiguous: how and why (they would ask something else), a leading auxiliary ("Isn't he tall?"
+    negates nothing), a full verb ("What falls first?"), must, should, can and could (they would
+    become a ban or an impossibility), and questions of several clauses.
+
+    Returns:
+        The new question; None when the question has a negation already.
     """
     if NEGATIVE.search(question):
         return None
-    found = AUXILIARY.search(question)
-    more = r"[,.:;?!].|\b(and|or|but) (what|which|who|where|when|why|how|is|are|was|were|will|do|does|did)\b"  # other clauses
-    if found is None or re.search(more, question[found.end() :], re.I):
+    match = AUXILIARY.search(question)
+    if match is None or CLAUSE.search(question, match.end()):
         return ASK_FOR_WRONG + question
-    auxiliary = found[1] or found[2]
+    auxiliary = match[1] or match[2]
     negated = "won't" if auxiliary.lower() == "will" else f"{auxiliary}n't"
-    return question[: found.end() - len(auxiliary) - 1] + negated + question[found.end() - 1 :]
+    end = match.end() - 1  # the match ends with a space
+    return question[: end - len(auxiliary)] + negated + question[end:]
 
 
 def invert_question(example, rng):
-    """Question-answer inversion of TW-GRPO (arXiv 2505.24718): a multiple-choice Example -> a new one, or None if it cannot be inverted.
+    """Question-answer inversion of TW-GRPO (arXiv 2505.24718) for a multiple-choice question.
 
-    The question is negated, the right option becomes the wrong one, a random number (at least 1) of the wrong ones become the right
-    ones, the others are dropped; shuffled and lettered anew. `answer` is the letters joined by commas. The id stays: the medium, its
-    prior and its evidence are the same. The reasoning argued for the old answer and is dropped. rng: random.Random.
+    The question is negated, the right option becomes the wrong one, a random number (at least 1)
+    of the wrong options become the right ones, and the others are dropped. The options are shuffled
+    and lettered anew. The reasoning argued for the old answer and is dropped. The id stays, since
+    medium, prior and evidence are the same.
+
+    Args:
+        example: Example.
+        rng: random.Random.
+    Returns:
+        A new Example; None if this one cannot be inverted.
     """
     question = negate_question(example.question)
-    options = [
-        re.fullmatch(r"\(?([A-Z])[.):]\s*(.+)", option, re.DOTALL) for option in example.options
-    ]
-    if (
-        example.problem_type != "multiple choice"
-        or question is None
-        or None in options
-        or re.search(r"\b[A-H][.)]\s", example.question)
-    ):
+    # Letters of options inside the question would name the wrong options afterwards.
+    lettered_inside = re.search(r"\b[A-H][.)]\s", example.question)
+    if example.problem_type != "multiple choice" or question is None or lettered_inside:
         return None
-    texts = {option[1]: option[2].strip() for option in options}
-    if (
-        example.answer not in texts
-        or len({text.lower() for text in texts.values()}) < len(options)
-        or len(options) < 2
-        or any(ABOUT_OPTIONS.search(text) for text in texts.values())
-    ):
+    texts = {}
+    for option in example.options:
+        match = re.fullmatch(r"\(?([A-Z])[.):]\s*(.+)", option, re.DOTALL)
+        if match is None or ABOUT_OPTIONS.search(match[2].strip()):
+            return None
+        texts[match[1]] = match[2].strip()
+    # One right option, at least one wrong one, no two alike.
+    distinct = {text.lower() for text in texts.values()}
+    if example.answer not in texts or not 2 <= len(example.options) == len(distinct):
         return None
     wrong = texts.pop(example.answer)
     right = rng.sample(list(texts.values()), rng.randint(1, len(texts)))
     shuffled = rng.sample([wrong, *right], 1 + len(right))
-    letters = [chr(ord("A") + place) for place in range(len(shuffled))]
+    letters = list(ascii_uppercase[: len(shuffled)])
+    del letters[shuffled.index(wrong)]
     return replace(
         example,
         question=question,
         reasoning="",
         extra={**example.extra, "multi_answer": True, "inverted_from": example.question},
-        options=[f"{letter}. {text}" for letter, text in zip(letters, shuffled, strict=True)],
-        answer=",".join(
-            letter for letter, text in zip(letters, shuffled, strict=True) if text != wrong
-        ),
+        options=add_letters(shuffled),
+        answer=",".join(letters),
     )
 
 
+# ---------------------------------------------------------------------------------- prompts
+
+
 def read_template(path):
-    """--prompt_template's text, or our own wording."""
+    """Text of the file of --prompt_template; our own wording when `path` is None."""
     if path is None:
         return PROMPT_TEMPLATE
     if not Path(path).is_file():
         raise DataError(f"prompt template {path} not found")
     template = Path(path).read_text(encoding="utf-8")
-    if (
-        set(re.findall(r"{(.*?)}", template)) - {"question", "instruction"}
-        or "{question}" not in template
-    ):
+    names = set(re.findall(r"{(.*?)}", template))
+    if "question" not in names or names - {"question", "instruction"}:
         raise DataError(
-            f"prompt template {path}: {{question}} must be in it, {{instruction}} may, no other braces"
+            f"prompt template {path}: {{question}} must be in it, {{instruction}} may, "
+            "no other braces"
         )
     return template
 
 
 def build_prompt(example, template=PROMPT_TEMPLATE):
-    """The user turn's text, as Video-R1 writes it: question, 'Options:' and one option a line, then the instruction."""
+    """Text of the user's turn: question, "Options:" with one option a line, instruction."""
     question = example.question
     if example.options:
         question += "\nOptions:\n" + "\n".join(example.options)
-    several = example.problem_type == "multiple choice" and example.extra.get("multi_answer")
-    return template.format(
-        question=question,
-        instruction=INSTRUCTIONS["several letters" if several else example.problem_type],
-    )
+    kind = example.problem_type
+    if kind == "multiple choice" and example.extra.get("multi_answer"):
+        kind = "several letters"
+    return template.format(question=question, instruction=INSTRUCTIONS[kind])
 
 
-MARK = "\ue000"  # stands for the user's words while the chat template is rendered
+MARK = "\ue000"  # stands for the user's text while the chat template is rendered
 
 
 def chat_parts(processor, example, template=PROMPT_TEMPLATE, system_prompt=None):
-    """The chat-templated prompt, cut around the user's words -> (before, words, after).
+    """Render the chat template and cut it around the user's text.
 
-    `before` ends with the media placeholder, `after` where the assistant begins. The words stand apart because they are tokenized as plain
-    text: a question about "<|im_end|>" neither ends a turn nor asks for a picture. DataError if the template does not show them once.
+    The text stands apart because its special tokens are tokenized as plain text: a question about
+    "<|im_end|>" must not end the turn.
+
+    Returns:
+        (before, text, after): `before` ends with the placeholder of the medium, `after` where the
+        assistant's turn begins.
+    Raises:
+        DataError: the template does not show the user's text exactly once.
     """
-    content = [{"type": example.media_type}] if example.media_type != "text" else []
-    content.append({"type": "text", "text": MARK})
+    content = [{"type": "text", "text": MARK}]
+    if example.media_type != "text":
+        content.insert(0, {"type": example.media_type})
     messages = [{"role": "user", "content": content}]
     if system_prompt:
         messages.insert(0, {"role": "system", "content": [{"type": "text", "text": system_prompt}]})
     rendered = processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    if rendered.count(MARK) != 1:
+    parts = rendered.split(MARK)
+    if len(parts) != 2:
         raise DataError(
-            f"the checkpoint's chat template shows the user's text {rendered.count(MARK)} times, not once"
+            f"the checkpoint's chat template shows the user's text {len(parts) - 1} times, not once"
         )
-    before, after = rendered.split(MARK)
-    return before, build_prompt(example, template), after
+    return parts[0], build_prompt(example, template), parts[1]
 
 
 def plain_ids(tokenizer, text):
-    """Token ids of a text in which special tokens are ordinary characters."""
+    """Token ids of a text, with special tokens read as ordinary characters."""
     return tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids
 
 
 def target_text(example):
-    """What SFT teaches: think block, answer block."""
+    """Demonstration for SFT: think block, answer block."""
     return f"<think>{example.reasoning}</think><answer>{example.answer}</answer>"

@@ -1,8 +1,13 @@
-"""Videos and pictures: frames and their times, and what the checkpoint's processor makes of them (model inputs)."""
+"""Videos and pictures: frames, their times, and model inputs.
+
+frames, times = decode_frames("a.mp4", [0, 12, 24])  # (K, H, W, 3) uint8 RGB, (K,) seconds
+encoder = Encoder(processor, min_pixels=3136, max_pixels=100352, frames=16)
+inputs = encoder.encode(example)  # ModelInputs
+"""
 
 import os
 from collections import OrderedDict
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import cv2
 import decord
@@ -10,28 +15,28 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from transformers import ProcessorMixin
 from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
 
 from common.data import PROMPT_TEMPLATE, DataError, MediaError, chat_parts, first_words, plain_ids
 
-decord.logging.set_level(
-    decord.logging.QUIET
-)  # what is wrong with a video is in the exception; the rest is noise between the lines
+# The exception says what is wrong with a video; decord's own messages would break the progress bar.
+decord.logging.set_level(decord.logging.QUIET)
+
+# What decord raises depends on the kind of damage.
+VIDEO_ERRORS = (decord.DECORDError, RuntimeError, MemoryError)
 
 
 def open_video(path):
-    """decord reader of a video file; MediaError with the cause when it is missing, empty or not a video."""
+    """Open a video file with decord. MediaError if it is missing, empty or not a video."""
     if not os.path.isfile(path):
         raise MediaError(f"{path}: no such file")
     if os.path.getsize(path) == 0:
         raise MediaError(f"{path}: empty file")
     try:
         reader = decord.VideoReader(path, num_threads=1)
-    except (
-        decord.DECORDError,
-        RuntimeError,
-    ) as error:  # decord raises either, by the kind of damage
-        if is_image(path):
+    except VIDEO_ERRORS as error:
+        if cv2.haveImageReader(path):
             raise MediaError(f"{path}: an image where a video was promised") from error
         raise MediaError(f"{path}: not a readable video ({first_words(error)})") from error
     if len(reader) == 0:
@@ -39,94 +44,104 @@ def open_video(path):
     return reader
 
 
-def is_image(path):
-    try:
-        Image.open(path).close()
-    except (Image.DecompressionBombError, OSError, SyntaxError, ValueError):
-        return False
-    return True
-
-
 def uniform_frames(total, k):
-    """Indices of k frames spread evenly over a video of `total`: round(linspace(0, total - 1, k)); all of them when there are fewer."""
+    """Indices of k evenly spread frames: round(linspace(0, total - 1, k)), or all if fewer."""
     return np.linspace(0, total - 1, min(k, total)).round().astype(int).tolist()
 
 
 def read_frames(reader, path, indices):
-    """Frames of an open video: indices (K,) -> uint8 array (K, H, W, 3) RGB and their times (K,) in seconds (presentation start)."""
+    """Decode frames of an open video.
+
+    Args:
+        reader: decord.VideoReader.
+        path: of the video, for error messages.
+        indices: (K,) frame numbers.
+    Returns:
+        uint8 array (K, H, W, 3), RGB, and the presentation times of the frames, (K,) in seconds.
+    Raises:
+        MediaError: an index outside the video, or a damaged video.
+    """
     if min(indices) < 0 or max(indices) >= len(reader):
         raise MediaError(
-            f"{path}: frames {min(indices)} to {max(indices)} asked for, the video has 0 to {len(reader) - 1}"
+            f"{path}: frames {min(indices)} to {max(indices)} asked for, "
+            f"the video has 0 to {len(reader) - 1}"
         )
     try:
-        return reader.get_batch(list(indices)).asnumpy(), reader.get_frame_timestamp(list(indices))[
-            :, 0
-        ]
-    except (decord.DECORDError, RuntimeError, MemoryError) as error:
+        frames = reader.get_batch(list(indices)).asnumpy()
+        times = reader.get_frame_timestamp(list(indices))[:, 0]  # start of (start, end)
+    except VIDEO_ERRORS as error:
         raise MediaError(f"{path}: damaged video ({first_words(error)})") from error
+    return frames, times
 
 
 def decode_frames(path, indices):
-    """Frames of a video file, as read_frames has them."""
+    """Decode frames of a video file; see read_frames."""
     return read_frames(open_video(path), path, indices)
 
 
 def load_image(path):
-    """An image as one frame: uint8 array (1, H, W, 3) RGB."""
+    """Read an image as one frame: uint8 array (1, H, W, 3), RGB."""
     if not os.path.isfile(path):
         raise MediaError(f"{path}: no such file")
     try:
         with Image.open(path) as image:
             return np.asarray(image.convert("RGB"))[None]
-    except (
-        Image.DecompressionBombError,
-        OSError,
-        SyntaxError,
-        ValueError,
-    ) as error:  # Pillow raises all of them, by the damage
+    except (Image.DecompressionBombError, OSError, SyntaxError, ValueError) as error:
         raise MediaError(f"{path}: not a readable image ({error})") from error
 
 
 def resize_frames(frames, min_pixels, max_pixels, factor=28):
-    """(K, H, W, 3) -> (K, 3, h, w): sides multiples of `factor`, min_pixels <= h*w <= max_pixels, aspect kept, bicubic."""
+    """Resize frames as Qwen-VL's processors do: bicubic, aspect ratio kept.
+
+    Args:
+        frames: (K, H, W, 3) uint8.
+        min_pixels, max_pixels: bounds of h * w.
+        factor: h and w are multiples of it.
+    Returns:
+        (K, 3, h, w) uint8.
+    """
     height, width = smart_resize(
         *frames.shape[1:3], factor=factor, min_pixels=min_pixels, max_pixels=max_pixels
     )
     resized = torch.empty(len(frames), 3, height, width, dtype=torch.uint8)
-    for frame, own in zip(
-        frames, resized, strict=True
-    ):  # one at a time: as float32 they take four times the memory
+    # One frame at a time: as float32 they take four times the memory.
+    for index, frame in enumerate(frames):
         pixels = torch.tensor(frame).permute(2, 0, 1)[None].float()  # (1, 3, H, W)
-        own.copy_(
-            F.interpolate(pixels, (height, width), mode="bicubic", antialias=True)[0]
-            .round()
-            .clamp(0, 255)
-        )
+        pixels = F.interpolate(pixels, (height, width), mode="bicubic", antialias=True)
+        resized[index] = pixels[0].round().clamp(0, 255)
     return resized
 
 
 def clock(seconds):
-    """75.4 -> "01:15", as traces cite times."""
+    """75.4 -> "01:15", as reasoning traces cite times."""
     return f"{int(seconds) // 60:02d}:{int(seconds) % 60:02d}"
 
 
 def draw_times(frames, times):
-    """Each frame's time in its upper left corner, white on a black box: frames (K, 3, H, W) uint8 -> the same shape."""
-    drawn, font = [], cv2.FONT_HERSHEY_SIMPLEX
+    """Draw each frame's time into its upper left corner, white on black.
+
+    Args:
+        frames: (K, 3, H, W) uint8.
+        times: (K,) seconds.
+    Returns:
+        (K, 3, H, W) uint8, a copy.
+    """
+    font = cv2.FONT_HERSHEY_SIMPLEX
+    drawn = []
     for frame, time in zip(frames.permute(0, 2, 3, 1).numpy(), times, strict=True):
-        picture, scale = np.ascontiguousarray(frame), frame.shape[0] / 250
-        (width, height), below = cv2.getTextSize(clock(time), font, scale, 2)
+        picture = np.ascontiguousarray(frame)  # (H, W, 3)
+        text = clock(time)
+        scale = len(picture) / 250
+        (width, height), below = cv2.getTextSize(text, font, scale, 2)
         cv2.rectangle(picture, (0, 0), (width + 4, height + below + 2), (0, 0, 0), -1)
-        cv2.putText(
-            picture, clock(time), (2, height + 2), font, scale, (255, 255, 255), 2, cv2.LINE_AA
-        )
+        cv2.putText(picture, text, (2, height + 2), font, scale, (255, 255, 255), 2, cv2.LINE_AA)
         drawn.append(torch.from_numpy(picture).permute(2, 0, 1))
     return torch.stack(drawn)
 
 
 @dataclass
 class ModelInputs:
-    """What the checkpoint's processor made of one example."""
+    """Output of the checkpoint's processor for one example."""
 
     input_ids: torch.Tensor  # (P,)
     pixel_values: torch.Tensor | None  # (patches, C), None for text
@@ -144,133 +159,144 @@ class ModelInputs:
         return vars(self).keys()
 
 
-class Encoder:
-    """Examples -> model inputs through the checkpoint's own processor. Decoded media are kept up to `cache_gb`; the oldest leave first.
+@dataclass
+class CachedMedium:
+    """Decoded video or image in the cache of an Encoder."""
 
-    frame_times: how a video's frames say when they were taken: text (a line before the question), drawn (on the frames), none.
-    system_prompt: text of a system turn before the question; None: whatever the chat template does by itself.
+    frames: torch.Tensor  # (K, 3, h, w) uint8, resized
+    times: list[float]  # (K,) seconds
+    fps: float  # mean frame rate of the K frames
+    inputs: ModelInputs | None = None  # prompt up to the end of the medium, once it was encoded
+
+    @property
+    def nbytes(self):
+        """Memory of the frames and their float32 patches, in which an image stands twice."""
+        patches = 4 if len(self.frames) > 1 else 8
+        return (1 + patches) * self.frames.numel()
+
+
+@dataclass
+class Encoder:
+    """Converts examples to model inputs with the checkpoint's own processor.
+
+    Decoded media are kept up to `cache_gb`; those used longest ago are dropped first.
     """
 
-    def __init__(
-        self,
-        processor,
-        min_pixels,
-        max_pixels,
-        frames=16,
-        template=PROMPT_TEMPLATE,
-        cache_gb=1.0,
-        frame_times="none",
-        system_prompt=None,
-    ):
-        self.processor, self.template, self.frames, self.frame_times = (
-            processor,
-            template,
-            frames,
-            frame_times,
-        )
-        self.system_prompt = system_prompt
-        self.min_pixels, self.max_pixels = min_pixels, max_pixels
-        self.factor = processor.image_processor.patch_size * processor.image_processor.merge_size
-        self.media, self.media_bytes, self.limit = (
-            OrderedDict(),
-            0,
-            int(cache_gb * 1e9),
-        )  # (path, frame indices) -> frames, patches
+    processor: ProcessorMixin
+    min_pixels: int  # of a resized frame
+    max_pixels: int
+    frames: int = 16  # uniform frames of a video without a prior
+    template: str = PROMPT_TEMPLATE
+    cache_gb: float = 1.0
+    frame_times: str = "none"  # show a video's times as "text" before the question, or "drawn"
+    system_prompt: str | None = None  # None: what the chat template does by itself
+
+    media: OrderedDict = field(default_factory=OrderedDict, init=False)  # key -> CachedMedium
+    media_bytes: int = field(default=0, init=False)
 
     def encode(self, example, row=None, shuffle=None, black=False):
-        """-> dict: input_ids (P,), pixel_values (patches, C), grid_thw (3,), second_per_grid, times (K,) of the frames in seconds.
+        """Encode one example.
 
-        row: the example's row of a priors file, which says the frames; without one they are `frames` uniform ones.
-        shuffle: a permutation of the frames (the temporal reward's control); times and prompt stay as they are.
-        black: the frames are black (a control of the evaluation).
+        Args:
+            example: Example.
+            row: its Prior, whose frames are shown; None shows `frames` uniform ones.
+            shuffle: (K,) new order of the frames (control of the temporal reward). Times and
+                prompt do not change.
+            black: show black frames (control of the evaluation).
+        Returns:
+            ModelInputs.
+        Raises:
+            MediaError: the medium cannot be decoded.
+            DataError: the prior was made for other frames.
         """
-        if example.media_type == "text":
-            before, words, after = chat_parts(
-                self.processor, example, self.template, self.system_prompt
-            )
-            ids = torch.tensor(self.processor.tokenizer(before).input_ids)
-            seen = {
-                "input_ids": ids,
-                "pixel_values": None,
-                "grid_thw": None,
-                "second_per_grid": 1.0,
-                "times": [],
-            }
-        else:
-            entry = self.load(example, row)
-            if self.frame_times == "text" and example.media_type == "video":
-                times = f"The frames were taken at {', '.join(map(clock, entry['times']))}.\n"
-                example = replace(example, question=times + example.question)
-            before, words, after = chat_parts(
-                self.processor, example, self.template, self.system_prompt
-            )
-            if black:
-                seen = self.process(example, before, torch.zeros_like(entry["frames"]), entry)
-            elif shuffle is not None:
-                seen = self.process(example, before, entry["frames"][list(shuffle)], entry)
-            else:
-                # the medium and what stands before it are the same for all questions about it
-                if "seen" not in entry:
-                    entry["seen"] = self.process(example, before, entry["frames"], entry)
-                seen = entry["seen"]
+        medium = None
+        if example.media_type != "text":
+            medium = self.load(example, row)
+        if self.frame_times == "text" and example.media_type == "video":
+            times = ", ".join(map(clock, medium.times))
+            question = f"The frames were taken at {times}.\n{example.question}"
+            example = replace(example, question=question)
+        before, text, after = chat_parts(self.processor, example, self.template, self.system_prompt)
+
         tokenizer = self.processor.tokenizer
-        question = (
-            plain_ids(tokenizer, words) + tokenizer(after, add_special_tokens=False).input_ids
-        )
-        return ModelInputs(
-            **{**seen, "input_ids": torch.cat([seen["input_ids"], torch.tensor(question)])}
-        )
+        if medium is None:
+            before_ids = torch.tensor(tokenizer(before).input_ids)
+            inputs = ModelInputs(before_ids, None, None, second_per_grid=1.0, times=[])
+        elif black:
+            inputs = self.process(example, before, torch.zeros_like(medium.frames), medium)
+        elif shuffle is not None:
+            inputs = self.process(example, before, medium.frames[list(shuffle)], medium)
+        else:
+            # All questions about a medium share the prompt up to its end.
+            if medium.inputs is None:
+                medium.inputs = self.process(example, before, medium.frames, medium)
+            inputs = medium.inputs
+        ids = plain_ids(tokenizer, text) + tokenizer(after, add_special_tokens=False).input_ids
+        return replace(inputs, input_ids=torch.cat([inputs.input_ids, torch.tensor(ids)]))
 
     def load(self, example, row):
-        """Decoded, resized frames of the example's medium, from the cache if they are there."""
-        key = (example.media, tuple(row["frames"]) if row else None)
+        """Decode and resize an example's medium unless the cache has it -> CachedMedium."""
+        path = example.media
+        key = (path, tuple(row["frames"]) if row else None)
         if key not in self.media:
             if example.media_type == "image":
-                frames, times = load_image(example.media), [0.0]
+                frames = load_image(path)
+                times = [0.0]
             else:
-                frames, times = decode_frames(
-                    example.media,
-                    key[1] or uniform_frames(len(open_video(example.media)), self.frames),
-                )
+                reader = open_video(path)
+                indices = key[1] or uniform_frames(len(reader), self.frames)
+                frames, times = read_frames(reader, path, indices)
             try:
                 frames = resize_frames(frames, self.min_pixels, self.max_pixels, self.factor)
-            except ValueError as error:  # one side over 200 times the other
-                raise MediaError(f"{example.media}: cannot be resized ({error})") from error
-            fps = (len(times) - 1) / (times[-1] - times[0]) if len(times) > 1 else 1.0
-            size = (
-                (5 if len(times) > 1 else 9) * frames.numel()
-            )  # the frames and their float32 patches, in which an image stands twice
-            self.media[key] = {
-                "frames": frames,
-                "times": [float(t) for t in times],
-                "fps": float(fps),
-                "bytes": size,
-            }
-            self.media_bytes += size
-            while self.media_bytes > self.limit and len(self.media) > 1:
-                self.media_bytes -= self.media.popitem(last=False)[1]["bytes"]
+            except ValueError as error:  # one side is over 200 times the other
+                raise MediaError(f"{path}: cannot be resized ({error})") from error
+            fps = 1.0
+            if len(times) > 1:
+                fps = float((len(times) - 1) / (times[-1] - times[0]))
+            self.media[key] = CachedMedium(frames, [float(time) for time in times], fps)
+            self.media_bytes += self.media[key].nbytes
+            while self.media_bytes > self.cache_gb * 1e9 and len(self.media) > 1:
+                _, oldest = self.media.popitem(last=False)
+                self.media_bytes -= oldest.nbytes
         self.media.move_to_end(key)
-        entry = self.media[key]
-        if row and not np.allclose(entry["times"], row["times"], atol=0.02):
+        medium = self.media[key]
+        if row and not np.allclose(medium.times, row["times"], atol=0.02):
             raise DataError(
-                f"{example.media}: its prior was made for other frames (the times differ); build the priors again"
+                f"{path}: its prior was made for other frames (the times differ); "
+                "build the priors again"
             )
-        return entry
+        return medium
 
-    def process(self, example, text, frames, entry):
-        """The processor's view of prompt and frames; the size was settled by resize_frames."""
+    @property
+    def factor(self):
+        """Sides of a frame are multiples of it: pixels of a merged patch."""
+        image_processor = self.processor.image_processor
+        return image_processor.patch_size * image_processor.merge_size
+
+    def process(self, example, text, frames, medium):
+        """Run the processor on a prompt and frames of settled size.
+
+        Args:
+            example: Example of an image or a video.
+            text: the prompt up to the end of the medium.
+            frames: (K, 3, h, w) uint8, those of `medium` or a control's.
+            medium: CachedMedium.
+        Returns:
+            ModelInputs.
+        """
         if example.media_type == "image":
             output = self.processor(
                 text=[text], images=[frames[0]], do_resize=False, return_tensors="pt"
             )
-            pixels, grid, seconds = output["pixel_values"], output["image_grid_thw"][0], 1.0
+            pixels = output["pixel_values"]
+            grid = output["image_grid_thw"][0]
+            seconds = 1.0
         else:
+            # Drawn after a control has shuffled the frames: the times stay in order.
             if self.frame_times == "drawn":
-                frames = draw_times(
-                    frames, entry["times"]
-                )  # after a control's shuffling: its times stay in order
+                frames = draw_times(frames, medium.times)
             metadata = {
-                "fps": entry["fps"],
+                "fps": medium.fps,
                 "total_num_frames": len(frames),
                 "frames_indices": list(range(len(frames))),
             }
@@ -282,12 +308,7 @@ class Encoder:
                 do_resize=False,
                 return_tensors="pt",
             )
-            pixels, grid = output["pixel_values_videos"], output["video_grid_thw"][0]
-            seconds = self.processor.video_processor.temporal_patch_size / entry["fps"]
-        return {
-            "input_ids": output["input_ids"][0],
-            "pixel_values": pixels,
-            "grid_thw": grid,
-            "second_per_grid": seconds,
-            "times": entry["times"],
-        }
+            pixels = output["pixel_values_videos"]
+            grid = output["video_grid_thw"][0]
+            seconds = self.processor.video_processor.temporal_patch_size / medium.fps
+        return ModelInputs(output["input_ids"][0], pixels, grid, seconds, medium.times)

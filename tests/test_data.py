@@ -1,27 +1,18 @@
-"""data.py: data set files and their errors, real videos and images written here, and the encoder with the toy's processor."""
+"""common/data.py: data set files and their errors, rows of other projects, prompts, inversion."""
 
 import json
 import random
-import re
 from dataclasses import replace
-from pathlib import Path
 
-import cv2
-import numpy as np
 import pytest
-import torch
-from PIL import Image
 
 import reward
-import train
-from common import media
 from common.data import (
     ASK_FOR_WRONG,
     INSTRUCTIONS,
     PROBLEM_TYPES,
     DataError,
     Example,
-    MediaError,
     answer_type,
     build_prompt,
     chat_parts,
@@ -33,14 +24,6 @@ from common.data import (
     split_options,
     strip_tag,
     target_text,
-)
-from common.media import (
-    Encoder,
-    decode_frames,
-    load_image,
-    open_video,
-    resize_frames,
-    uniform_frames,
 )
 
 ROW = {
@@ -64,16 +47,7 @@ def write_dataset(folder, rows, name="data.json"):
     return file
 
 
-def write_video(path, count=20, fps=5, size=(64, 48), step=10):
-    """Grey frames whose brightness says their index: 10, 20, 30, ..."""
-    writer = cv2.VideoWriter(str(path), cv2.VideoWriter_fourcc(*"mp4v"), fps, size)
-    for index in range(count):
-        writer.write(np.full((size[1], size[0], 3), 10 + step * index, np.uint8))
-    writer.release()
-    return str(path)
-
-
-# ------------------------------------------------------------------------------------------------------ data set files
+# ------------------------------------------------------------ data set files
 
 
 def test_a_row_becomes_an_example(tmp_path):
@@ -105,7 +79,7 @@ def test_json_lines_and_media_root(tmp_path):
 
 
 def test_json_lines_may_hold_unicode_line_separators(tmp_path):
-    # U+2028, U+0085 and form feed are characters inside a JSON string; only a newline ends a JSON line
+    # U+2028 and U+0085 are characters inside a JSON string; only a newline ends a JSON line
     file = tmp_path / "data.jsonl"
     file.write_text(
         json.dumps({**ROW, "problem": "What\u2028moves\u0085here?"}, ensure_ascii=False) + "\n",
@@ -139,7 +113,7 @@ BARE = ["red", "dark blue", "C"]
 @pytest.mark.parametrize(
     ("solution", "options", "letters"),
     [
-        # one option of "A. red": its letter as people write it, with or without its text, or the text alone
+        # one option of "A. red": its letter as people write it, with its text, or the text alone
         ("B", OPTIONS, "B"),
         ("b", OPTIONS, "B"),
         ("B.", OPTIONS, "B"),
@@ -194,7 +168,7 @@ BARE = ["red", "dark blue", "C"]
         ("A", ["K", "A"], None),
         ("B", ["K", "B"], "B"),
         ("12", [10, 12], "B"),
-        # without options the letters may stand in the question; what else an answer can repeat stays
+        # without options the letters may stand in the question; any other answer stays
         ("B", [], "B"),
         ("(b)", None, "B"),
         ("A, C", [], "A,C"),
@@ -288,12 +262,10 @@ def test_rows_without_optional_fields(tmp_path):
         ({"path": "../secret.mp4"}, "outside the media root"),
         ({"path": "videos/../../secret.mp4"}, "outside the media root"),
         ({"path": "/etc/passwd"}, "outside the media root"),
-        ({"path": ["a.mp4"]}, "a path that is none"),
-        ({"path": "a\0.mp4"}, "a path that is none"),
-        (
-            {"path": "a\ud800.mp4"},
-            "a path that is none",
-        ),  # a lone surrogate, which no file system has
+        ({"path": ["a.mp4"]}, "which is not a path"),
+        ({"path": "a\0.mp4"}, "which is not a path"),
+        # a lone surrogate, which no file system has
+        ({"path": "a\ud800.mp4"}, "has no valid Unicode in path"),
         (
             {"solution": float("nan")},
             "has a solution that is neither text nor number: nan",
@@ -419,7 +391,7 @@ def test_unusable_rows_are_listed_when_asked_for(tmp_path):
     assert all(cause in error["cause"] for cause, error in zip(causes, errors, strict=True))
 
 
-# ----------------------------------------------------------------------------------- rows of other projects (shared/evaluation.md, 2)
+# ------------------------------------------------------------ rows of other projects
 
 
 def one(folder, row):
@@ -451,7 +423,8 @@ def test_a_row_of_tw_grpo(tmp_path):
     example, path = one(
         tmp_path,
         {
-            "problem": "Which will not happen?\nA. The sphere hits\nB. The balls collide\nC. The cone exits",
+            "problem": "Which will not happen?\n"
+            "A. The sphere hits\nB. The balls collide\nC. The cone exits",
             "solution": "<answer>A,C</answer>",
             "video": "/CLEVRER/validation/v1.mp4",
             "glue": [[1.5, 4]],
@@ -598,157 +571,30 @@ def test_tags_and_times():
     ]
 
 
-# --------------------------------------------------------------------------------------------------------------- media
+# ------------------------------------------------------------ prompts
 
 
-def test_uniform_frames_by_hand():
-    # linspace(0, 9, 4) = 0 3 6 9; linspace(0, 10, 4) = 0 3.33 6.67 10
-    assert uniform_frames(10, 4) == [0, 3, 6, 9]
-    assert uniform_frames(11, 4) == [0, 3, 7, 10]
-    assert uniform_frames(3, 8) == [0, 1, 2]
-    assert uniform_frames(5, 1) == [0]
-    assert uniform_frames(64, 16)[-1] == 63
-
-
-def test_decoded_frames_are_the_asked_ones(tmp_path):
-    path = write_video(tmp_path / "a.mp4", count=20, fps=5)
-    assert len(open_video(path)) == 20
-    for indices in ([0, 7, 13, 19], [19, 3], [5]):
-        frames, times = decode_frames(path, indices)
-        assert frames.shape == (len(indices), 48, 64, 3) and frames.dtype == np.uint8
-        assert np.abs(frames.mean((1, 2, 3)) - (10 + 10 * np.array(indices))).max() < 4
-        np.testing.assert_allclose(times, np.array(indices) / 5, atol=1e-3)
-
-
-def test_colours_are_rgb(tmp_path):
-    writer = cv2.VideoWriter(
-        str(tmp_path / "red.mp4"), cv2.VideoWriter_fourcc(*"mp4v"), 5, (64, 48)
-    )
-    for _ in range(3):
-        writer.write(np.full((48, 64, 3), (30, 60, 200), np.uint8))  # BGR
-    writer.release()
-    frame = decode_frames(str(tmp_path / "red.mp4"), [1])[0][0]
-    assert np.abs(frame.mean((0, 1)) - (200, 60, 30)).max() < 8
-
-
-@pytest.mark.parametrize("damage", ["missing", "empty", "text", "truncated", "holed", "folder"])
-def test_an_undecodable_video_is_named(tmp_path, damage):
-    path = tmp_path / f"{damage}.mp4"
-    rng = np.random.default_rng(0)
-    writer = cv2.VideoWriter(
-        str(tmp_path / "noise.mp4"), cv2.VideoWriter_fourcc(*"mp4v"), 5, (64, 48)
-    )
-    for _ in range(20):
-        writer.write(rng.integers(0, 255, (48, 64, 3), np.uint8))
-    writer.release()
-    good = (tmp_path / "noise.mp4").read_bytes()
-    third = len(good) // 3
-    content = {
-        "empty": b"",
-        "text": b"this is no video\n" * 50,
-        "truncated": good[: len(good) // 2],
-        "holed": good[:third] + bytes(third) + good[2 * third :],
-    }
-    if damage == "folder":
-        path.mkdir()
-    elif damage != "missing":
-        path.write_bytes(content[damage])
-    with pytest.raises(MediaError, match=f"{damage}.mp4") as caught:
-        decode_frames(str(path), [0, 5, 10, 15, 19])
-    assert "\n" not in str(caught.value) and ".cc:" not in str(caught.value), (
-        "one clear sentence, no C++ source path"
-    )
-
-
-def test_an_index_beyond_the_video_is_named(tmp_path):
-    path = write_video(tmp_path / "a.mp4", count=6)
-    with pytest.raises(MediaError, match="a.mp4.*frames 0 to 6 asked for, the video has 0 to 5"):
-        decode_frames(path, [0, 6])
-
-
-@pytest.mark.parametrize("mode", ["RGB", "L", "RGBA", "P"])
-def test_load_image(tmp_path, mode):
-    Image.new("RGB", (30, 20), (200, 60, 20)).convert(mode).save(tmp_path / "a.png")
-    image = load_image(str(tmp_path / "a.png"))
-    assert image.shape == (1, 20, 30, 3) and image.dtype == np.uint8
-    if mode in ("RGB", "RGBA"):
-        assert (image == (200, 60, 20)).all()
-
-
-@pytest.mark.parametrize("damage", ["missing", "empty", "text", "truncated"])
-def test_an_undecodable_image_is_named(tmp_path, damage):
-    path = tmp_path / f"{damage}.png"
-    Image.fromarray(np.random.default_rng(0).integers(0, 255, (40, 40, 3), np.uint8)).save(
-        tmp_path / "good.png"
-    )
-    good = (tmp_path / "good.png").read_bytes()
-    if damage != "missing":
-        path.write_bytes(
-            {"empty": b"", "text": b"no image", "truncated": good[: len(good) // 2]}[damage]
-        )
-    with pytest.raises(MediaError, match=f"{damage}.png"):
-        load_image(str(path))
-
-
-def test_resize_frames_by_hand():
-    frames = np.full((2, 100, 200, 3), 77, np.uint8)
-    # 100x200 -> multiples of 28: 112x196 = 21952 px, within the limits
-    assert resize_frames(frames, 28 * 28, 10**6).shape == (2, 3, 112, 196)
-    # at most 10 * 784 px = 7840: shrink by sqrt(20000 / 7840) = 1.597 -> 62.6 x 125.2, floored to 56 x 112
-    assert resize_frames(frames, 28 * 28, 10 * 784).shape == (2, 3, 56, 112)
-    # at least 60 * 784 px = 47040: grow by sqrt(47040 / 20000) = 1.534 -> 153.4 x 306.7, ceiled to 168 x 308
-    assert resize_frames(frames, 60 * 784, 10**6).shape == (2, 3, 168, 308)
-    resized = resize_frames(frames, 28 * 28, 10**6)
-    assert resized.dtype == torch.uint8 and (resized == 77).all()
-
-
-def test_resize_frames_keeps_places_and_channels():
-    frames = np.zeros((1, 56, 56, 3), np.uint8)
-    frames[0, :28, :, 0] = 255  # the upper half is red
-    pixels = resize_frames(frames, 112 * 112, 112 * 112)[0].float()
-    assert pixels.shape == (3, 112, 112)
-    assert pixels[0, :50].min() > 240 and pixels[0, 62:].max() < 15 and pixels[1:].max() == 0
-
-
-def test_an_image_that_cannot_be_resized_is_a_media_error(tmp_path, toy_processor):
-    Image.new("RGB", (4000, 10)).save(
-        tmp_path / "strip.png"
-    )  # aspect 400; Qwen's smart_resize refuses over 200
-    example = Example("1", "What?", [], "free-form", "x", str(tmp_path / "strip.png"), "image")
-    with pytest.raises(MediaError, match="strip.png"):
-        Encoder(toy_processor, 784, 4 * 784).encode(example)
-
-
-# ------------------------------------------------------------------------------------------------------------- prompts
-
-
-def example_of(**change):
-    return Example(
-        **{
-            **dict(
-                id="1",
-                question="What moves?",
-                options=["A. a ball", "B. a car"],
-                problem_type="multiple choice",
-                answer="A",
-                media="",
-                media_type="text",
-                reasoning="It rolls.",
-            ),
-            **change,
-        }
-    )
+EXAMPLE = Example(
+    id="1",
+    question="What moves?",
+    options=["A. a ball", "B. a car"],
+    problem_type="multiple choice",
+    answer="A",
+    media="",
+    media_type="text",
+    reasoning="It rolls.",
+)
 
 
 def test_prompt_has_question_options_each_on_a_line_and_instruction():
-    assert build_prompt(example_of()).split("\n") == [
+    assert build_prompt(EXAMPLE).split("\n") == [
         "What moves?",
         "Options:",
         "A. a ball",
         "B. a car",
         INSTRUCTIONS["multiple choice"],
     ]
-    assert build_prompt(example_of(options=[], problem_type="OCR")).split("\n") == [
+    assert build_prompt(replace(EXAMPLE, options=[], problem_type="OCR")).split("\n") == [
         "What moves?",
         INSTRUCTIONS["OCR"],
     ]
@@ -757,264 +603,33 @@ def test_prompt_has_question_options_each_on_a_line_and_instruction():
 
 def test_prompt_template_replaces_the_wording():
     assert (
-        build_prompt(example_of(options=[]), "Q: {question} [{instruction}]")
+        build_prompt(replace(EXAMPLE, options=[]), "Q: {question} [{instruction}]")
         == f"Q: What moves? [{INSTRUCTIONS['multiple choice']}]"
     )
-    braces = example_of(question="What is {x} in {0}?", options=[])
+    braces = replace(EXAMPLE, question="What is {x} in {0}?", options=[])
     assert build_prompt(braces, "{question}") == "What is {x} in {0}?"
 
 
 def test_chat_parts(toy_processor):
-    text = "".join(chat_parts(toy_processor, example_of(media_type="video")))
+    text = "".join(chat_parts(toy_processor, replace(EXAMPLE, media_type="video")))
     assert text == (
         "<|im_start|>user\n<|vision_start|><|video_pad|><|vision_end|>"
-        + build_prompt(example_of())
+        + build_prompt(EXAMPLE)
         + "<|im_end|>\n<|im_start|>assistant\n"
     )
     assert "\nA. a ball\nB. a car\n" in text
-    assert "<|image_pad|>" in chat_parts(toy_processor, example_of(media_type="image"))[0]
-    assert "<|vision_start|>" not in chat_parts(toy_processor, example_of())[0]
-    assert "".join(chat_parts(toy_processor, example_of(), "<{question}>")).startswith(
+    assert "<|image_pad|>" in chat_parts(toy_processor, replace(EXAMPLE, media_type="image"))[0]
+    assert "<|vision_start|>" not in chat_parts(toy_processor, EXAMPLE)[0]
+    assert "".join(chat_parts(toy_processor, EXAMPLE, "<{question}>")).startswith(
         "<|im_start|>user\n<What moves?"
     )
 
 
 def test_target_text():
-    assert target_text(example_of()) == "<think>It rolls.</think><answer>A</answer>"
+    assert target_text(EXAMPLE) == "<think>It rolls.</think><answer>A</answer>"
 
 
-# ------------------------------------------------------------------------------------------------------------- encoder
-
-
-def encoder_of(processor, **change):
-    return Encoder(
-        processor, **{**dict(min_pixels=56 * 56, max_pixels=56 * 56, frames=4), **change}
-    )
-
-
-def brightness(item, processor):
-    """(frames,) 0-255 from the processor's normalised patches; a row of pixel_values is (channel 3, time 2, 14, 14)."""
-    slots = int(item["grid_thw"][0])
-    settings = processor.video_processor
-    mean, std = (
-        torch.tensor(values).view(1, 1, 3, 1)
-        for values in (settings.image_mean, settings.image_std)
-    )
-    values = (
-        item["pixel_values"].view(slots, -1, 3, 2, 14 * 14).mean(-1) * std + mean
-    )  # (slots, patches, 3, 2)
-    return (255 * values.mean((1, 2))).flatten()
-
-
-@pytest.fixture
-def video_example(tmp_path):
-    return example_of(
-        id="v",
-        media=write_video(tmp_path / "v.mp4", count=20, fps=5, size=(56, 56)),
-        media_type="video",
-    )
-
-
-@pytest.fixture
-def image_example(tmp_path):
-    Image.new("RGB", (56, 56), (200, 60, 20)).save(tmp_path / "i.png")
-    return example_of(id="i", media=str(tmp_path / "i.png"), media_type="image")
-
-
-def test_encode_video(video_example, toy_processor):
-    item = encoder_of(toy_processor).encode(video_example)
-    # frames 0 6 13 19 (linspace 0..19), brightness 10 + 10 i, 5 frames a second
-    np.testing.assert_allclose(brightness(item, toy_processor), [10, 70, 140, 200], atol=4)
-    np.testing.assert_allclose(item["times"], [0, 1.2, 2.6, 3.8], atol=1e-3)
-    assert item["grid_thw"].tolist() == [2, 4, 4] and item["pixel_values"].shape == (
-        32,
-        3 * 2 * 14 * 14,
-    )
-    assert item["second_per_grid"] == pytest.approx(
-        2 * 3.8 / 3
-    )  # two frames a slot, 3 steps in 3.8 s
-    ids = item["input_ids"].tolist()
-    assert ids.count(toy_processor.tokenizer.convert_tokens_to_ids("<|video_pad|>")) == 2 * 2 * 2
-    text = "".join(chat_parts(toy_processor, video_example)).replace(
-        "<|video_pad|>", "<|video_pad|>" * 8
-    )
-    assert ids == toy_processor.tokenizer(text).input_ids
-
-
-def test_encode_uses_the_priors_frames(video_example, toy_processor):
-    item = encoder_of(toy_processor).encode(
-        video_example, {"frames": [2, 4, 10], "times": [0.4, 0.8, 2.0]}
-    )
-    np.testing.assert_allclose(
-        brightness(item, toy_processor), [30, 50, 110, 110], atol=4
-    )  # the last frame fills its slot
-    assert len(item["times"]) == 3
-
-
-def test_encode_image_and_text(image_example, toy_processor):
-    encoder = encoder_of(toy_processor)
-    item = encoder.encode(image_example)
-    assert item["grid_thw"].tolist() == [1, 4, 4] and item["times"] == [0.0]
-    assert (
-        item["input_ids"]
-        .tolist()
-        .count(toy_processor.tokenizer.convert_tokens_to_ids("<|image_pad|>"))
-        == 4
-    )
-    np.testing.assert_allclose(brightness(item, toy_processor), [(200 + 60 + 20) / 3] * 2, atol=2)
-    text = encoder.encode(example_of())
-    assert text["pixel_values"] is None and text["grid_thw"] is None and text["times"] == []
-    assert (
-        text["input_ids"].tolist()
-        == toy_processor.tokenizer("".join(chat_parts(toy_processor, example_of()))).input_ids
-    )
-
-
-def test_cache_gives_the_same_and_reads_the_file_once(
-    video_example, image_example, toy_processor, monkeypatch
-):
-    from common import media
-
-    decoded = []
-    original = media.decode_frames
-    monkeypatch.setattr(
-        media,
-        "decode_frames",
-        lambda path, indices: decoded.append(path) or original(path, indices),
-    )
-    encoder = encoder_of(toy_processor)
-    for example in (video_example, image_example):
-        first, second, fresh = (
-            encoder.encode(example),
-            encoder.encode(example),
-            encoder_of(toy_processor).encode(example),
-        )
-        for name in ("input_ids", "pixel_values", "grid_thw"):
-            assert torch.equal(first[name], second[name]) and torch.equal(first[name], fresh[name])
-        assert first["times"] == second["times"] == fresh["times"]
-        assert first["second_per_grid"] == second["second_per_grid"] == fresh["second_per_grid"]
-    assert len(decoded) == 2  # one for the cache, one for the fresh encoder
-
-
-def test_questions_of_one_video_share_its_frames_not_its_prompt(video_example, toy_processor):
-    encoder, other = (
-        encoder_of(toy_processor),
-        example_of(**{**vars(video_example), "id": "w", "question": "What stands still?"}),
-    )
-    for _ in range(2):
-        for example in (video_example, other):
-            item = encoder.encode(example)
-            assert (
-                item["input_ids"].tolist()
-                == encoder_of(toy_processor).encode(example)["input_ids"].tolist()
-            )
-
-
-def test_examples_of_two_files_may_share_an_id(video_example, toy_processor, tmp_path):
-    """train.py encodes training and held-out questions with one encoder; rows without problem_id are '0', '1', ... in every file."""
-    encoder = encoder_of(toy_processor)
-    other = example_of(
-        **{
-            **vars(video_example),
-            "question": "What stands still?",
-            "media": write_video(tmp_path / "w.mp4", size=(56, 56)),
-        }
-    )
-    for example, word in ((video_example, "moves"), (other, "still"), (video_example, "moves")):
-        assert word in toy_processor.tokenizer.decode(encoder.encode(example)["input_ids"])
-
-
-def bytes_held(entry):
-    tensors = [
-        value
-        for value in [*entry.values(), *entry.get("seen", {}).values()]
-        if torch.is_tensor(value)
-    ]
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-
-
-def test_eviction_keeps_within_the_limit_and_stays_right(tmp_path, toy_processor):
-    paths = [write_video(tmp_path / f"{i}.mp4", step=i + 1, size=(56, 56)) for i in range(3)]
-    examples = [example_of(id=path, media=path, media_type="video") for path in paths]
-    # a video: 4 frames of 3 x 56 x 56 = 37,632 bytes, and as float32 patches four times that: 188,160; two fit into 400 kB
-    encoder = encoder_of(toy_processor, cache_gb=400e3 / 1e9)
-    expected = [encoder_of(toy_processor).encode(example)["pixel_values"] for example in examples]
-    for index in (0, 1, 2, 0, 2, 1):
-        assert torch.equal(encoder.encode(examples[index])["pixel_values"], expected[index])
-    assert len(encoder.media) == 2 and sum(map(bytes_held, encoder.media.values())) <= 400e3
-    assert [path for path, _ in encoder.media] == [
-        examples[2].media,
-        examples[1].media,
-    ]  # the one used longest ago left first
-
-
-@pytest.mark.parametrize("kind", ["video", "image"])
-def test_cache_counts_what_it_holds(video_example, image_example, toy_processor, kind):
-    encoder = encoder_of(toy_processor)
-    encoder.encode(video_example if kind == "video" else image_example)
-    (entry,) = encoder.media.values()
-    assert 0.99 * bytes_held(entry) <= encoder.media_bytes <= 1.5 * bytes_held(entry)
-
-
-def test_shuffle_permutes_frames_and_leaves_the_rest(video_example, toy_processor):
-    encoder, permutation = encoder_of(toy_processor), [2, 0, 3, 1]
-    plain = encoder.encode(video_example)
-    shuffled = encoder.encode(video_example, shuffle=permutation)
-    np.testing.assert_allclose(brightness(shuffled, toy_processor), [140, 10, 200, 70], atol=4)
-    assert (
-        torch.equal(shuffled["input_ids"], plain["input_ids"])
-        and shuffled["times"] == plain["times"]
-    )
-    assert (
-        torch.equal(shuffled["grid_thw"], plain["grid_thw"])
-        and shuffled["second_per_grid"] == plain["second_per_grid"]
-    )
-    np.testing.assert_allclose(
-        brightness(encoder.encode(video_example), toy_processor), [10, 70, 140, 200], atol=4
-    )  # cache untouched
-    cold = encoder_of(toy_processor).encode(video_example, shuffle=permutation)
-    assert torch.equal(cold["pixel_values"], shuffled["pixel_values"])
-
-
-@pytest.mark.parametrize("warm", [False, True])
-def test_a_prior_made_for_other_frames_is_an_error(video_example, toy_processor, warm):
-    encoder = encoder_of(toy_processor)
-    right = {"frames": [0, 6, 13, 19], "times": [0.0, 1.2, 2.6, 3.8]}
-    wrong = {
-        "frames": [0, 6, 13, 19],
-        "times": [0.0, 2.4, 5.2, 7.6],
-    }  # the same indices of a video with half the rate
-    if warm:
-        encoder.encode(video_example, right)
-    with pytest.raises(DataError, match="v.mp4.*prior"):
-        encoder.encode(video_example, wrong)
-
-
-def test_a_prior_of_other_frames_than_the_cached_ones_is_an_error_or_decoded(
-    video_example, toy_processor
-):
-    """The frames of a prior and the frames the model sees are the same by construction, in whatever order they are asked for."""
-    encoder = encoder_of(toy_processor)
-    encoder.encode(video_example)  # SFT encodes without priors: 0 6 13 19
-    try:
-        item = encoder.encode(
-            video_example, {"frames": [1, 3, 5, 7], "times": [0.2, 0.6, 1.0, 1.4]}
-        )
-    except DataError:
-        return
-    np.testing.assert_allclose(item["times"], [0.2, 0.6, 1.0, 1.4], atol=1e-3)
-
-
-def test_a_broken_video_is_not_cached(tmp_path, toy_processor):
-    encoder = encoder_of(toy_processor)
-    example = example_of(media=str(tmp_path / "late.mp4"), media_type="video")
-    with pytest.raises(MediaError, match="late.mp4"):
-        encoder.encode(example)
-    write_video(tmp_path / "late.mp4")
-    assert encoder.encode(example)["grid_thw"] is not None
-
-
-# ------------------------------------------------------------------------------------------------- question-answer inversion
+# ------------------------------------------------------------ question-answer inversion
 
 
 @pytest.mark.parametrize(
@@ -1252,75 +867,3 @@ def test_a_file_of_several_answers_says_so_in_every_prompt(tmp_path):
         "multi_answer" in example.extra
         for example in load_examples(write_dataset(tmp_path, [ROW, words]), tmp_path)
     )
-
-
-def test_frame_times_are_told_as_text_or_drawn(toy_folder, toy_processor):
-    example = next(
-        example
-        for example in load_examples(toy_folder / "train.json")
-        if example.media_type == "video"
-    )
-    row = {"frames": [0, 30, 50], "times": [0.0, 7.5, 12.5]}
-    none, text, drawn = (
-        Encoder(toy_processor, 112 * 112, 112 * 112, frame_times=name)
-        for name in ("none", "text", "drawn")
-    )
-    plain, told, seen = (encoder.encode(example, row) for encoder in (none, text, drawn))
-    words = toy_processor.tokenizer.decode(told["input_ids"])
-    assert "The frames were taken at 00:00, 00:07, 00:12.\n" + example.question in words
-    assert torch.equal(told["pixel_values"], plain["pixel_values"]) and torch.equal(
-        seen["input_ids"], plain["input_ids"]
-    )
-    assert not torch.equal(seen["pixel_values"], plain["pixel_values"])
-    # a control's frames change places, the times on them do not
-    entry = drawn.load(example, row)
-    shuffled = drawn.encode(example, row, shuffle=[2, 0, 1])["pixel_values"]
-    frames = media.draw_times(entry["frames"][[2, 0, 1]], row["times"])
-    expected = none.process(example, "x<|vision_start|><|video_pad|><|vision_end|>", frames, entry)[
-        "pixel_values"
-    ]
-    assert torch.equal(shuffled, expected)
-
-
-def test_drawn_times_stand_in_the_corner_of_their_own_frame():
-    frames = torch.full((2, 3, 200, 300), 90, dtype=torch.uint8)
-    one, two = media.draw_times(frames, [5.0, 65.9])
-    assert (
-        media.clock(65.9) == "01:05"
-        and media.clock(3599.9) == "59:59"
-        and media.clock(6000) == "100:00"
-    )
-    assert (frames == 90).all() and not torch.equal(one, two)  # the input stays as it is
-    for frame in (one, two):
-        assert (
-            frame[:, :40, :110].max() > 250
-            and frame[:, :40, :110].min() == 0
-            and (frame[:, :2, :2] == 0).all()
-        )
-        assert (frame[:, 40:] == 90).all() and (frame[:, :, 110:] == 90).all()
-
-
-# ------------------------------------------------------------------------------------------------------- docs/own_data.md
-
-
-def test_the_rows_of_the_page_are_a_data_set(tmp_path, toy_processor):
-    page = (Path(__file__).parent.parent / "docs" / "own_data.md").read_text(encoding="utf-8")
-    (block,) = re.findall(r"```json\n(.*?)```", page, re.DOTALL)
-    (tmp_path / "data.json").write_text(block, encoding="utf-8")
-    (tmp_path / "clips").mkdir()
-    (tmp_path / "pictures").mkdir()
-    write_video(tmp_path / "clips/kitchen.mp4")
-    Image.new("RGB", (64, 48), "red").save(tmp_path / "pictures/sign.png")
-    examples = load_examples(tmp_path / "data.json")
-    assert {example.problem_type for example in examples} == set(PROBLEM_TYPES)
-    assert {example.media_type for example in examples} == {"video", "image", "text"}
-    answers = {example.id: example.answer for example in examples}
-    assert (
-        answers["choice"] == "B"
-        and answers["bare options"] == "A"
-        and answers["several letters"] == "A,B"
-    )
-    encoder = Encoder(toy_processor, 56 * 56, 56 * 56)
-    for example in examples:
-        assert train.unearnable(example) is None
-        assert len(encoder.encode(example)["input_ids"])

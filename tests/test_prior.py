@@ -1278,7 +1278,7 @@ def test_every_fault_is_one_line_with_its_cause(clip_folder, media, tmp_path):
     }
     assert (
         "has 2 videos; one is supported" in odd["two"]
-        and "a path that is none" in odd["list"]
+        and "which is not a path" in odd["list"]
         and "has no problem" in odd["none"]
     )
     causes = {
