@@ -62,9 +62,9 @@ from common.data import DataError, Example
 from common.engine import start_engine
 from common.flags import Help
 from common.media import Encoder
-from common.policy import FAMILIES, PACKED_FAMILIES, Policy, collate
+from common.policy import FAMILIES, PACKED_FAMILIES, Policy, collate, vision_tokens
 from common.ranks import start_ranks
-from common.rollout import replay, rollout, sampling, special_tokens
+from common.rollout import Sampling, replay, rollout, sampling, stop_tokens
 from grpo import group_advantages, policy_loss
 
 GPU = torch.cuda.is_available()
@@ -297,7 +297,7 @@ def phase(found, name, base, count=False):
     """found[name] <- [seconds, MB at the peak, FLOPs if they are counted] of the block."""
     counter = FlopCounterMode(display=False, custom_mapping=ATTENTION_FLOPS)
     launch = patch(
-        "grpo.replay", lambda *work: replay(*work[:-1], torch.device("cpu"))
+        "common.rollout.replay", lambda *work: replay(*work[:-1], torch.device("cpu"))
     )  # no CUDA graph, whose replays nothing counts
     reset_peak()
     begin = time.perf_counter()
@@ -331,7 +331,8 @@ def our_steps(arguments, side, base):
         model, optimizer = policy.model, torch.optim.AdamW(policy.parameters(), lr=1e-6)
     processor = big_pictures(AutoProcessor.from_pretrained(arguments.folder))
     encoder = Encoder(processor, 0, 1 << 40, arguments.frames)
-    eos, banned = special_tokens(model, processor)
+    eos = stop_tokens(model, processor)
+    banned = vision_tokens(model.config) + eos
     packed = side != "repeated"
     example = Example(
         "0",
@@ -353,16 +354,8 @@ def our_steps(arguments, side, base):
                 rows, numbers = (
                     (prompts, [group]) if packed else (prompts.repeat([group]), [1] * group)
                 )
-                tokens, mask = rollout(
-                    bare,
-                    rows,
-                    numbers,
-                    range(group),
-                    length,
-                    eos,
-                    banned + eos,
-                    graph=side == "graph",
-                )
+                settings = Sampling(length, graph=side == "graph", eos_ids=eos, banned_ids=banned)
+                tokens, mask, *_ = rollout(bare, rows, numbers, range(group), settings)
                 read = weight_bytes(bare)
         model.train()
         completions, mask = tokens[None], mask[None]

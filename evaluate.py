@@ -63,7 +63,7 @@ from common.media import (
     uniform_frames,
 )
 from common.policy import Policy, collate, load_model
-from common.rollout import read_turn, sample_texts
+from common.rollout import Sampling, read_turn, sample_texts
 from common.workers import append_lines, join_shards, write_whole
 from grpo import rollout_frame_use, slot_shares, token_frame_use
 from prior import read_priors
@@ -636,16 +636,14 @@ def answer_here(arguments, examples, done, rank, world):
         if items:
             prompts = collate([*items.values()], model).to(model.device)
             seeds = [arguments.seed * 1_000_003 + position for position in items]
-            tokens, mask, texts = sample_texts(
-                model,
-                processor,
-                prompts,
-                [1] * len(items),
-                seeds,
+            settings = Sampling(
                 arguments.max_completion_length,
                 arguments.temperature,
                 arguments.top_p,
                 arguments.top_k,
+            )
+            tokens, mask, _, texts = sample_texts(
+                model, processor, prompts, [1] * len(items), seeds, settings
             )
             uses = (
                 [None] * len(items)

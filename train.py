@@ -68,7 +68,7 @@ from common.ranks import (
     say,
     start_ranks,
 )
-from common.rollout import read_turn, sample_texts, sampling, stop_tokens
+from common.rollout import Sampling, read_turn, sample_texts, sampling, stop_tokens
 from common.run_page import run_report
 from common.workers import append_lines, write_lines
 from grpo import (
@@ -722,18 +722,8 @@ def sample(run, model, ready):
     if args.freeze_vision:
         with torch.no_grad():
             prompts.features = Policy(model).encode(prompts)
-    tokens, mask, texts, logp = sample_texts(
-        model,
-        run.processor,
-        prompts,
-        counts,
-        seeds,
-        args.max_completion_length,
-        args.temperature,
-        args.top_p,
-        args.top_k,
-        True,
-        args.cuda_graph,
+    tokens, mask, logp, texts = sample_texts(
+        model, run.processor, prompts, counts, seeds, sampling_settings(args)
     )
 
     # The group's own rows come first; they are cut to their longest completion.
@@ -762,12 +752,19 @@ def sample(run, model, ready):
     )
 
 
+def sampling_settings(args):
+    """How the run samples its rollouts."""
+    return Sampling(
+        args.max_completion_length, args.temperature, args.top_p, args.top_k, args.cuda_graph
+    )
+
+
 def own_features(prompts, count):
     """The frozen vision tower's features of the first `count` prompts, without the controls'."""
     visual = int(prompts.visual[:count].sum())
     if visual == 0:  # text alone: the features are of a blank image
         return prompts.features
-    return tuple(feature[:visual] for feature in prompts.features)
+    return [feature[:visual] for feature in prompts.features]
 
 
 def asked_layers(args):
@@ -1121,17 +1118,9 @@ def score_heldout(run, engine, heldout):
             prompts = collate(inputs, model).to(engine.device)
             seeds = [run_seed(args, place) for place in places]
             for decoding, temperature in (("greedy", 0.0), ("sampled", args.temperature)):
-                tokens, mask, texts = sample_texts(
-                    model,
-                    run.processor,
-                    prompts,
-                    [1] * len(examples),
-                    seeds,
-                    args.max_completion_length,
-                    temperature,
-                    args.top_p,
-                    args.top_k,
-                    graph=args.cuda_graph,
+                settings = replace(sampling_settings(args), temperature=temperature)
+                tokens, mask, _, texts = sample_texts(
+                    model, run.processor, prompts, [1] * len(examples), seeds, settings
                 )
                 log_answers(log, decoding, examples, texts)
             log.add("length", mask.sum(-1))

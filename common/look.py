@@ -40,7 +40,7 @@ from common.plots import (
     thumbnail,
 )
 from common.policy import FAMILIES, Policy, collate
-from common.rollout import sample_texts
+from common.rollout import Sampling, sample_texts
 from grpo import rollout_frame_use, token_frame_use
 from prior import PriorSettings, load_clip, make_prior
 
@@ -149,14 +149,9 @@ def look(arguments, name, path, example, row):
         raise DataError(
             f"{example.media}: {len(row['frames'])} sampled frames make one slot of the model, with nothing to choose from"
         )
-    tokens, mask, (text,) = sample_texts(
-        model,
-        processor,
-        prompts,
-        [1],
-        [arguments.seed],
-        arguments.max_completion_length,
-        arguments.temperature,
+    settings = Sampling(arguments.max_completion_length, arguments.temperature)
+    tokens, mask, _, (text,) = sample_texts(
+        model, processor, prompts, [1], [arguments.seed], settings
     )
     _, _, hidden, attention, _ = policy(
         prompts,

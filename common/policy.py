@@ -1,7 +1,16 @@
-"""A Qwen-VL checkpoint behind one forward: the packed group, the scoring head, where a response looks."""
+"""A Qwen-VL checkpoint behind one forward: the packed group, the scoring head, checkpoint loading.
 
+    policy = Policy(model)
+    prompts = collate([encoder.encode(example)], model)
+    scored = policy(prompts, completions, completion_mask)  # (B, G, T) each -> Scored
+
+Letters in shapes: B prompts, G completions of each, P prompt tokens (left-padded), T completion
+tokens (right-padded), S = P + G*T, D hidden size, V vocabulary.
+"""
+
+import inspect
 import os
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import NamedTuple
 
@@ -21,82 +30,83 @@ from grpo import group_divergence, weights_of_divergence
 
 logger = logging.get_logger(__name__)
 
+# ------------------------------------------------------------------ one seam per model family
+#
+# All that differs between families and versions of transformers stands in this section. To add a
+# family: add its config's model_type to one of the two tuples. If its placeholders, vision tower or
+# positions work otherwise, change the function below that deals with them. Then add a tiny model of
+# it to other_family in tests/conftest.py: the tests compare it with its plain forward.
 
-@dataclass
-class Prompts:
-    """A batch of encoded prompts, left-padded; what travels between the stages of a step."""
+# A group can be one row: all layers are plain attention, without recurrence or routed experts.
+PACKED_FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
+# These repeat the prompt for every completion.
+FAMILIES = (*PACKED_FAMILIES, "qwen3_vl_moe", "qwen3_5", "qwen3_5_moe")
 
-    input_ids: torch.Tensor  # (B, P)
-    mask: torch.Tensor  # (B, P) bool, False on padding
-    position_ids: torch.Tensor  # (3, B, P) rotary positions in time, height, width
-    visual: torch.Tensor  # (B, P) bool, True on visual tokens
-    pixel_values: (
-        torch.Tensor | None
-    )  # (patches, C) of all media, in batch order; None when the whole batch is text
-    grid_thw: torch.Tensor | None  # (media, 3) patches in time, height, width
-    slots: list[int]  # temporal slots of each row's medium, 0 for text
-    features: tuple | None = (
-        None  # Policy.encode's, when the vision tower is frozen and has seen these media
+
+def vision_tokens(config):
+    """Ids of the vision placeholders, which no completion may contain."""
+    return [
+        config.image_token_id,
+        config.video_token_id,
+        config.vision_start_token_id,
+        config.vision_end_token_id,
+    ]
+
+
+def encode_media(model, pixels, grid):
+    """Run the vision tower: pixels (patches, C), grid (media, 3) -> list of (visual tokens, D).
+
+    The first are its output; with DeepStack (Qwen3-VL), one more for each language layer it feeds.
+    """
+    output = model.model.visual(pixels, grid_thw=grid)
+    deeper = getattr(output, "deepstack_features", None) or []
+    return [output.pooler_output, *deeper]
+
+
+def blank_image(config, device):
+    """Pixels (patches, C) and grid (1, 3) of the smallest image, all black."""
+    vision = config.vision_config
+    side = vision.spatial_merge_size
+    channels = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
+    pixels = torch.zeros(side * side, channels, device=device)
+    return pixels, torch.tensor([[1, side, side]], device=device)
+
+
+def rotary_positions(model, input_ids, mask, kinds, grids, seconds):
+    """Rotary positions (3, B, P) in time, height and width, as the families were trained.
+
+    Args:
+        input_ids, mask: (B, P).
+        kinds: (B, P) 0 text, 1 image, 2 video.
+        grids: (B, 3) patches of each row's medium, zeros for text.
+        seconds: (B,) of a temporal slot, which Qwen2.5-VL's time axis counts.
+    """
+    kind = kinds.amax(dim=1)  # (B,)
+    position_ids, _ = model.model.get_rope_index(
+        input_ids,
+        mm_token_type_ids=kinds.int(),
+        attention_mask=mask.long(),
+        image_grid_thw=grids[kind == 1],
+        video_grid_thw=grids[kind == 2],
+        second_per_grid_ts=seconds[kind == 2],
     )
-
-    def to(self, device):
-        moved = {
-            f.name: getattr(self, f.name) for f in fields(self)
-        }  # features are made on the device
-        return Prompts(
-            **{
-                name: value.to(device) if torch.is_tensor(value) else value
-                for name, value in moved.items()
-            }
-        )
-
-    def padding(self):
-        """(B,) columns of padding before each prompt."""
-        return (~self.mask).sum(1).tolist()
-
-    def repeat(self, times):
-        """Row b times[b] times in a row, its medium too: what the releases do."""
-        again = lambda tensor, dim: tensor.repeat_interleave(
-            torch.tensor(times, device=tensor.device), dim
-        )  # noqa: E731
-        pixels, grid, features = self.pixel_values, self.grid_thw, self.features
-        if pixels is not None:
-            media = [count for count, slots in zip(times, self.slots, strict=True) if slots]
-
-            def copies(tensor, sizes):
-                return torch.cat(
-                    [
-                        part
-                        for part, count in zip(tensor.split(sizes), media, strict=True)
-                        for _ in range(count)
-                    ]
-                )
-
-            patches, tokens = (
-                grid.prod(1).tolist(),
-                [count for count in self.visual.sum(1).tolist() if count],
-            )
-            pixels, grid = copies(pixels, patches), copies(grid, 1)
-            features = features and tuple(copies(feature, tokens) for feature in features)
-        return replace(
-            self,
-            input_ids=again(self.input_ids, 0),
-            mask=again(self.mask, 0),
-            position_ids=again(self.position_ids, 1),
-            visual=again(self.visual, 0),
-            pixel_values=pixels,
-            grid_thw=grid,
-            features=features,
-            slots=[
-                slots for slots, count in zip(self.slots, times, strict=True) for _ in range(count)
-            ],
-        )
+    return continue_positions(position_ids, kinds, mask)
 
 
 def continue_positions(position_ids, kinds, mask):
-    """Rotary positions (3, B, P) in which every run of one kind (text, image, video) begins one behind the largest position before it, as
-    the Qwen-VL models were trained. transformers from 5.3 on puts the words behind a video at its start plus max(height, width), which is
-    inside the video where its time axis is the longest (huggingface/transformers issue 45381)."""
+    """Move each run of one kind of token to one behind the largest position before it.
+
+    The Qwen-VL models were trained so. transformers from 5.3 on puts the words behind a video at
+    its start plus max(height, width), which is inside the video where its time axis is the longest
+    (huggingface/transformers issue 45381).
+
+    Args:
+        position_ids: (3, B, P).
+        kinds: (B, P) 0 text, 1 image, 2 video.
+        mask: (B, P) bool, False on padding.
+    Returns:
+        New position_ids (3, B, P).
+    """
     position_ids = position_ids.clone()
     for row in range(len(kinds)):
         columns = mask[row].nonzero().squeeze(1)
@@ -108,209 +118,280 @@ def continue_positions(position_ids, kinds, mask):
     return position_ids
 
 
+def cache_argument(language, cache):
+    """{name: cache} for a language model's forward: transformers 5.24 renames past_key_values."""
+    names = inspect.signature(language.forward).parameters
+    return {"cache" if "cache" in names else "past_key_values": cache}
+
+
+def checkpoint_activations(model, on=True):
+    """Recompute activations in the backward pass, or stop; transformers 6 drops the older names."""
+    kind = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"
+    getattr(model, f"{kind}_checkpointing_{'enable' if on else 'disable'}")()
+
+
+# -------------------------------------------------------------------------------------- prompts
+
+
+@dataclass
+class Prompts:
+    """A batch of encoded prompts, left-padded; what travels between the stages of a step."""
+
+    input_ids: torch.Tensor  # (B, P)
+    mask: torch.Tensor  # (B, P) bool, False on padding
+    position_ids: torch.Tensor  # (3, B, P) rotary positions in time, height, width
+    visual: torch.Tensor  # (B, P) bool, True on visual tokens
+    pixel_values: torch.Tensor | None  # (patches, C) of all media in batch order, None: all text
+    grid_thw: torch.Tensor | None  # (media, 3) patches in time, height, width
+    slots: list[int]  # temporal slots of each row's medium, 0 for text
+    features: list | None = None  # Policy.encode's, where a frozen tower has seen these media
+
+    def to(self, device):
+        """Move all tensors but the features, which are made on their device."""
+        tensors = {name: value for name, value in vars(self).items() if torch.is_tensor(value)}
+        return replace(self, **{name: value.to(device) for name, value in tensors.items()})
+
+    def padding(self):
+        """(B,) columns of padding before each prompt."""
+        return (~self.mask).sum(1).tolist()
+
+    def repeat(self, times):
+        """Repeat row b times[b] times, with its medium, as trainers that do not pack a group do.
+
+        Args:
+            times: list of B ints.
+        Returns:
+            Prompts of sum(times) rows.
+        """
+        rows = torch.arange(len(times)).repeat_interleave(torch.tensor(times))  # source rows
+        repeated = replace(
+            self,
+            input_ids=self.input_ids[rows],
+            mask=self.mask[rows],
+            position_ids=self.position_ids[:, rows],
+            visual=self.visual[rows],
+            slots=[self.slots[row] for row in rows],
+        )
+        if self.pixel_values is None:
+            return repeated
+        has_medium = torch.tensor(self.slots) > 0
+        number = has_medium.cumsum(0) - 1  # (B,) place of a row's medium among all media
+        media = number[rows[has_medium[rows]]].tolist()
+
+        def select(tensor, sizes):
+            """The parts of a tensor that belong to `media`."""
+            parts = tensor.split(sizes)
+            return torch.cat([parts[medium] for medium in media])
+
+        repeated.pixel_values = select(self.pixel_values, self.grid_thw.prod(1).tolist())
+        repeated.grid_thw = self.grid_thw[media]
+        if self.features is not None:
+            tokens = self.visual[has_medium].sum(1).tolist()
+            repeated.features = [select(feature, tokens) for feature in self.features]
+        return repeated
+
+
 def collate(items, model):
-    """Encoded examples (data.Encoder.encode) -> Prompts. `model` gives token ids and the family's own rotary positions."""
-    config, core = model.config, model.model
-    lengths = [len(item["input_ids"]) for item in items]
-    padded = max(lengths)
+    """Batch encoded examples (list of media.ModelInputs) into Prompts for the model."""
+    config = model.config
+    padded = max(len(item.input_ids) for item in items)
     input_ids = torch.full((len(items), padded), config.text_config.pad_token_id or 0)
     mask = torch.zeros(len(items), padded, dtype=torch.bool)
+    grids = torch.zeros(len(items), 3, dtype=torch.long)
+    pixels = []
     for row, item in enumerate(items):
-        input_ids[row, padded - lengths[row] :] = item["input_ids"]
-        mask[row, padded - lengths[row] :] = True
-    kinds = (input_ids == config.image_token_id).long() + 2 * (
-        input_ids == config.video_token_id
-    ).long()
-    kinds = kinds * mask  # (B, P): 0 text, 1 image, 2 video
-    media = [item for item in items if item["grid_thw"] is not None]
-    is_video = [bool((item["input_ids"] == config.video_token_id).any()) for item in media]
-    grid = torch.stack([item["grid_thw"] for item in media]) if media else None
-    grids = {
-        name: grid[[v is video for v in is_video]] if media and video in is_video else None
-        for name, video in (("image_grid_thw", False), ("video_grid_thw", True))
-    }
-    seconds = torch.tensor(
-        [item["second_per_grid"] for item, video in zip(media, is_video, strict=True) if video]
-    )
-    position_ids, _ = core.get_rope_index(
-        input_ids,
-        mm_token_type_ids=kinds.int(),
-        attention_mask=mask.long(),
-        **grids,
-        second_per_grid_ts=seconds if len(seconds) else None,
-    )
-    position_ids = continue_positions(position_ids, kinds, mask)
+        begin = padded - len(item.input_ids)
+        input_ids[row, begin:] = item.input_ids
+        mask[row, begin:] = True
+        if item.grid_thw is not None:
+            grids[row] = item.grid_thw
+            pixels.append(item.pixel_values)
+    # (B, P) 0 text, 1 image, 2 video
+    kinds = (input_ids == config.image_token_id) + 2 * (input_ids == config.video_token_id)
+    kinds *= mask
+    seconds = torch.tensor([item.second_per_grid for item in items])
     return Prompts(
         input_ids=input_ids,
         mask=mask,
-        position_ids=position_ids,
+        position_ids=rotary_positions(model, input_ids, mask, kinds, grids, seconds),
         visual=kinds > 0,
-        pixel_values=torch.cat([item["pixel_values"] for item in media]) if media else None,
-        grid_thw=grid,
-        slots=[int(item["grid_thw"][0]) if item["grid_thw"] is not None else 0 for item in items],
+        pixel_values=torch.cat(pixels) if pixels else None,
+        grid_thw=grids[grids[:, 0] > 0] if pixels else None,
+        slots=grids[:, 0].tolist(),
     )
+
+
+# ------------------------------------------------------------------------------ the packed group
 
 
 @dataclass
 class Layout:
-    """What group_attention has to know of its rows, [padding | prompt | c_1 | ... | c_G]; the language model hands it through."""
+    """Where things are in rows [padding | prompt | c_1 | ... | c_G]; read by group_attention."""
 
     padding: list[int]  # (B,) columns before each prompt
     group: int = 0  # G, 0: prompts alone
     length: int = 0  # T
     layer: int | None = None  # whose attention is recorded, 1 is the first
-    recorded: torch.Tensor | None = (
-        None  # (B, G, T, P) of completion tokens to prompt tokens, mean over heads, no gradient
-    )
     checkpointed: bool = False  # whole layers are, so that nothing inside needs to be
+    # for each row (G, T, P) attention of completion to prompt tokens, mean over heads, no gradient
+    recorded: list = field(default_factory=list)
 
 
 def group_attention(
     module, query, key, value, attention_mask, layout=None, scaling=None, dropout=0.0, **kwargs
 ):
-    """transformers' attention function "group": a completion sees its prompt and itself. query (B, heads, S, d), key and value
-    (B, key heads, S, d) -> (B, S, heads, d), None. There is no (S, S) mask: the prompt attends to itself and then every completion to
-    [prompt | itself], both causal by position alone, so that padding on the right is never seen; padding on the left is cut off.
+    """Attention in which a completion sees its prompt and itself: transformers' function "group".
 
-    Without a layout it is sdpa, but where there is a mask, the query heads of a key head become rows: sdpa would repeat the keys.
+    There is no (S, S) mask: the prompt attends to itself, then every completion to
+    [prompt | itself], both causal by position alone. So padding on the right is never seen; on the
+    left it is cut off. Without a layout (a cached step, or generate) it is sdpa.
+
+    Args:
+        query: (B, heads, S, d).
+        key, value: (B, key heads, S, d).
+    Returns:
+        (B, S, heads, d), and None, as transformers expects.
     """
+    if layout is None and attention_mask is None:
+        return sdpa_attention_forward(module, query, key, value, None, dropout, scaling, **kwargs)
     if layout is None:
-        shared = query.shape[1] // key.shape[1]
-        if attention_mask is None or shared == 1:
-            return sdpa_attention_forward(
-                module,
-                query,
-                key,
-                value,
-                attention_mask,
-                dropout=dropout,
-                scaling=scaling,
-                **kwargs,
-            )
-        rows = query.unflatten(1, (-1, shared)).flatten(2, 3)  # (B, key heads, shared * S, d)
-        attended = scaled_dot_product_attention(
-            rows, key, value, attention_mask.repeat(1, 1, shared, 1), dropout, scale=scaling
-        )
-        return attended.unflatten(2, (shared, -1)).flatten(1, 2).transpose(1, 2), None
+        return step_attention(query, key, value, attention_mask, dropout, scaling), None
     attend = partial(
         scaled_dot_product_attention, dropout_p=dropout, scale=scaling, enable_gqa=True
     )
-    ends, rows, recorded = layout.group * layout.length, [], []
-    for padding, *row in zip(layout.padding, query, key, value, strict=True):
-        prompt, tail = zip(
-            *(
-                states[None, :, padding:].split([states.shape[1] - padding - ends, ends], 2)
-                for states in row
-            ),
-            strict=True,
-        )
-        parts = [attend(*prompt, is_causal=True)]  # (1, heads, prompt, d)
+    attend_completions = attend_to_both
+    if not layout.checkpointed:
+        # the G copies of the prompt's keys and values are not kept for the backward
+        attend_completions = partial(checkpoint, attend_to_both, use_reentrant=False)
+    rows = []
+    for row, padding in enumerate(layout.padding):
+        begin = query.shape[2] - layout.group * layout.length  # of the completions
+        # (1, heads, prompt, d) each
+        prompt = [states[row, None, :, padding:begin] for states in (query, key, value)]
+        attended = [attend(*prompt, is_causal=True)]
         if layout.group:
-            own = [
-                states[0].unflatten(1, (layout.group, layout.length)).transpose(0, 1)
-                for states in tail
-            ]  # (G, heads, T, d)
-            both = (
-                attend_to_both
-                if layout.checkpointed
-                else partial(checkpoint, attend_to_both, use_reentrant=False)
-            )  # keeps no G copies
-            parts.append(both(attend, *own, *prompt[1:]).transpose(0, 1).flatten(1, 2)[None])
+            tails = [states[row, :, begin:] for states in (query, key, value)]
+            shape = (layout.group, layout.length)
+            own = [tail.unflatten(1, shape).transpose(0, 1) for tail in tails]  # (G, heads, T, d)
+            completions = attend_completions(attend, *own, *prompt[1:])  # (G, heads, T, d)
+            attended.append(completions.transpose(0, 1).flatten(1, 2)[None])
             if layout.layer == module.layer_idx + 1:
-                recorded.append(
-                    pad(prompt_weights(own[0], own[1], prompt[1], scaling), (padding, 0))
-                )
-        rows.append(pad(torch.cat(parts, 2), (0, 0, padding, 0)))  # (1, heads, S, d)
-    if recorded:
-        layout.recorded = torch.stack(recorded)
+                weights = prompt_weights(own[0], own[1], prompt[1], scaling)
+                layout.recorded.append(pad(weights, (padding, 0)))
+        rows.append(pad(torch.cat(attended, 2), (0, 0, padding, 0)))  # (1, heads, S, d)
     return torch.cat(rows).transpose(1, 2), None
 
 
-LOWER_RIGHT = causal_lower_right(
-    1, 2
-)  # made here, for its class cannot be made within a dispatch mode such as a FLOP counter
+def step_attention(query, key, value, mask, dropout, scaling):
+    """sdpa with a mask, where the query heads of a key head become rows.
+
+    transformers' would repeat the keys and values for every query head.
+    """
+    shared = query.shape[1] // key.shape[1]
+    rows = query.unflatten(1, (-1, shared)).flatten(2, 3)  # (B, key heads, shared * S, d)
+    mask = mask.repeat(1, 1, shared, 1)
+    attended = scaled_dot_product_attention(rows, key, value, mask, dropout, scale=scaling)
+    return attended.unflatten(2, (shared, -1)).flatten(1, 2).transpose(1, 2)
+
+
+# made here because its class cannot be made within a dispatch mode such as a FLOP counter
+LOWER_RIGHT = causal_lower_right(1, 2)
 
 
 def attend_to_both(attend, query, key, value, prompt_key, prompt_value):
-    """Completions (G, heads, T, d) to [prompt (1, heads, P, d) | themselves] -> (G, heads, T, d)."""
-    keys, values = (
-        torch.cat([prompt.expand(len(own), -1, -1, -1), own], 2)
-        for prompt, own in ((prompt_key, key), (prompt_value, value))
-    )
-    length, columns = query.shape[2], keys.shape[2]
-    if not query.is_cuda:
-        return attend(
-            query,
-            keys,
-            values,
-            torch.ones(length, columns, dtype=torch.bool).tril(columns - length),
-        )
-    LOWER_RIGHT.seq_len_q, LOWER_RIGHT.seq_len_kv = length, columns
-    return attend(query, keys, values, LOWER_RIGHT)  # a mask would rule out the flash kernel
+    """Attention of completions to [prompt | themselves].
+
+    Args:
+        query, key, value: (G, heads, T, d).
+        prompt_key, prompt_value: (1, heads, P, d).
+    Returns:
+        (G, heads, T, d).
+    """
+    group, _, length, _ = query.shape
+    keys = torch.cat([prompt_key.expand(group, -1, -1, -1), key], 2)  # (G, heads, P + T, d)
+    values = torch.cat([prompt_value.expand(group, -1, -1, -1), value], 2)
+    columns = keys.shape[2]
+    if query.is_cuda:
+        # a mask would rule out the flash kernel
+        LOWER_RIGHT.seq_len_q = length
+        LOWER_RIGHT.seq_len_kv = columns
+        return attend(query, keys, values, LOWER_RIGHT)
+    mask = torch.ones(length, columns, dtype=torch.bool).tril(columns - length)
+    return attend(query, keys, values, mask)
 
 
 @torch.no_grad()
 def prompt_weights(query, key, prompt_key, scaling):
-    """Attention of completions (G, heads, T, d) to their prompt (1, key heads, P, d) -> (G, T, P), mean over heads."""
-    shared, rows = query.shape[1] // key.shape[1], []
-    for queries, keys in zip(query, key, strict=True):  # one completion's scores at a time
-        keys = (
-            torch.cat([prompt_key[0], keys], 1).repeat_interleave(shared, 0).float()
-        )  # (heads, P + T, d)
-        scores = queries.float() @ keys.transpose(1, 2) * scaling
-        own = torch.ones(scores.shape[1:], dtype=torch.bool, device=scores.device).tril(
-            prompt_key.shape[2]
-        )
-        rows.append(
-            scores.masked_fill(~own, float("-inf")).softmax(-1)[..., : prompt_key.shape[2]].mean(0)
-        )
+    """Attention of completions to their prompt, mean over heads.
+
+    Args:
+        query, key: (G, heads, T, d).
+        prompt_key: (1, key heads, P, d).
+    Returns:
+        (G, T, P).
+    """
+    shared = query.shape[1] // key.shape[1]
+    prompt = prompt_key.shape[2]
+    rows = []
+    # one completion's scores at a time
+    for queries, keys in zip(query, key, strict=True):
+        keys = torch.cat([prompt_key[0], keys], 1).repeat_interleave(shared, 0)
+        scores = queries.float() @ keys.float().transpose(1, 2) * scaling  # (heads, T, P + T)
+        seen = torch.ones(scores.shape[1:], dtype=torch.bool, device=scores.device).tril(prompt)
+        weights = scores.masked_fill(~seen, float("-inf")).softmax(-1)
+        rows.append(weights[..., :prompt].mean(0))
     return torch.stack(rows)
 
 
 ALL_ATTENTION_FUNCTIONS.register("group", group_attention)
-
 ALL_MASK_ATTENTION_FUNCTIONS.register("group", sdpa_mask)
+
+# ------------------------------------------------------------------------------------ the policy
 
 CHUNK_LOGITS = 1 << 25  # float32 values of (tokens, vocabulary) that exist at a time: 128 MiB
 
 
 class ScoringHead(torch.nn.Linear):
-    """The model's lm_head, which can also score tokens without all their logits. One module call, so that ZeRO-3 gathers its weight once,
-    whatever the number of chunks: ranks differ in it."""
+    """The model's lm_head, which can also score tokens without all their logits.
+
+    One module call, so that ZeRO-3 gathers its weight once, whatever the number of chunks, in which
+    ranks differ.
+    """
 
     def forward(self, hidden, targets=None, mask=None, divergence=False):
-        """hidden (..., D) -> logits; with targets, mask (B, G, T): hidden (B, G, T, D) -> logp, entropy (B, G, T), and if asked for the
-        group_divergence (B, T); in chunks of T under activation checkpointing, if there are several."""
+        """hidden (..., D) -> logits (..., V); with targets, score them in chunks of T.
+
+        Several chunks run under activation checkpointing.
+
+        Args:
+            hidden: (B, G, T, D) states before each target.
+            targets, mask: (B, G, T).
+            divergence: whether to compute grpo.group_divergence.
+        Returns:
+            log-probs (B, G, T), entropy (B, G, T), divergence (B, T) or None.
+        """
         if targets is None:
             return super().forward(hidden)
-        size = max(1, CHUNK_LOGITS // (targets.shape[0] * targets.shape[1] * self.out_features))
-        chunks = list(
-            zip(hidden.split(size, 2), targets.split(size, 2), mask.split(size, 2), strict=True)
+        batch, group, length = targets.shape
+        size = max(1, CHUNK_LOGITS // (batch * group * self.out_features))
+        score = self.score
+        if length > size:
+            score = partial(checkpoint, self.score, use_reentrant=False)
+        chunks = zip(
+            hidden.split(size, 2), targets.split(size, 2), mask.split(size, 2), strict=True
         )
-        parts = [
-            checkpoint(self.score, *chunk, divergence, use_reentrant=False)
-            if len(chunks) > 1
-            else self.score(*chunk, divergence)
-            for chunk in chunks
-        ]
+        parts = [score(*chunk, divergence) for chunk in chunks]
         logp, entropy, differences = zip(*parts, strict=True)
-        return (
-            torch.cat(logp, 2),
-            torch.cat(entropy, 2),
-            torch.cat(differences, 1) if divergence else None,
-        )
+        differences = torch.cat(differences, 1) if divergence else None
+        return torch.cat(logp, 2), torch.cat(entropy, 2), differences
 
     def score(self, hidden, targets, mask, divergence):
         normalised = torch.log_softmax(super().forward(hidden).float(), dim=-1)  # (B, G, t, V)
         logp = normalised.gather(-1, targets[..., None]).squeeze(-1)
         with torch.no_grad():
             entropy = -torch.linalg.vecdot(normalised.exp(), normalised)
-            return logp, entropy, group_divergence(normalised, mask) if divergence else None
-
-
-PACKED_FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
-
-FAMILIES = (*PACKED_FAMILIES, "qwen3_vl_moe", "qwen3_5", "qwen3_5_moe")
+            differences = group_divergence(normalised, mask) if divergence else None
+        return logp, entropy, differences
 
 
 class Scored(NamedTuple):
@@ -324,67 +405,66 @@ class Scored(NamedTuple):
 
 
 class Policy(torch.nn.Module):
-    """A Qwen2-VL, Qwen2.5-VL or Qwen3-VL checkpoint behind one forward, so that ZeRO-3 sees one entry and image and video rows run the
-    vision tower once, in the same order on every rank."""
+    """A checkpoint of one of FAMILIES behind one forward.
+
+    ZeRO-3 sees one entry, and image and video rows run the vision tower once, in the same order on
+    every rank.
+    """
 
     def __init__(self, model):
         super().__init__()
         if type(model.lm_head) is torch.nn.Linear:
             model.lm_head.__class__ = ScoringHead
         if not isinstance(model.lm_head, ScoringHead):
-            raise ValueError(
-                f"the head must be a plain Linear layer, not {type(model.lm_head).__name__}"
-            )
+            head = type(model.lm_head).__name__
+            raise ValueError(f"the head must be a plain Linear layer, not {head}")
+        family = model.config.model_type
         text = model.model.language_model.config
+        kernel = text._attn_implementation
         self.packs = (
-            model.config.model_type in PACKED_FAMILIES
-            and text._attn_implementation in ("sdpa", "group")
+            family in PACKED_FAMILIES
+            and kernel in ("sdpa", "group")
             and not getattr(text, "use_sliding_window", False)
         )
         if self.packs:
-            text._attn_implementation = "group"  # the language model's alone, and in memory alone
+            text._attn_implementation = "group"  # of the language model alone, not saved
         else:
             logger.warning_once(
-                f"{model.config.model_type} with {text._attn_implementation} attention: groups are not packed, every "
-                f"completion repeats its prompt (packed: {', '.join(PACKED_FAMILIES)} with sdpa)"
+                f"{family} with {kernel} attention: groups are not packed, every completion "
+                f"repeats its prompt (packed: {', '.join(PACKED_FAMILIES)} with sdpa)"
             )
         self.model = model
 
     def encode(self, prompts):
-        """The vision tower's features of all media, (visual tokens, D) each: its output, and for Qwen3-VL those of its DeepStack layers."""
-        pixels, grid = prompts.pixel_values, prompts.grid_thw
-        if (
-            pixels is None
-        ):  # text alone: a blank image keeps this rank's ZeRO-3 gathers in step with the ranks that have videos
-            vision = self.model.config.vision_config
-            side, device = vision.spatial_merge_size, prompts.input_ids.device
-            pixels = torch.zeros(
-                side * side,
-                vision.in_channels * vision.temporal_patch_size * vision.patch_size**2,
-                device=device,
-            )
-            grid = torch.tensor([[1, side, side]], device=device)
-        output = self.model.model.visual(pixels, grid_thw=grid)
-        features = (output.pooler_output, *(getattr(output, "deepstack_features", None) or ()))
-        if prompts.pixel_values is not None and len(features[0]) != int(prompts.visual.sum()):
+        """The vision tower's features of all media: list of (visual tokens, D), see encode_media.
+
+        Raises:
+            ValueError: their number is not that of the prompts' visual tokens.
+        """
+        if prompts.pixel_values is None:
+            # keeps this rank's ZeRO-3 gathers in step with the ranks that have media
+            pixels, grid = blank_image(self.model.config, prompts.input_ids.device)
+            return encode_media(self.model, pixels, grid)
+        features = encode_media(self.model, prompts.pixel_values, prompts.grid_thw)
+        visual = int(prompts.visual.sum())
+        if len(features[0]) != visual:
             raise ValueError(
-                f"{int(prompts.visual.sum())} visual tokens in the prompts, {len(features[0])} features from the vision tower"
+                f"{visual} visual tokens in the prompts, {len(features[0])} features from the "
+                "vision tower"
             )
         return features
 
     def embed(self, prompts):
-        """-> (B, P, D) token embeddings with the vision tower's features on the visual tokens, and what else the language model needs."""
+        """Token embeddings (B, P, D) with features on visual tokens, and DeepStack's inputs."""
         embeds = self.model.get_input_embeddings()(prompts.input_ids)
         features = self.encode(prompts) if prompts.features is None else prompts.features
         features = [feature.to(embeds.dtype) for feature in features]
         if prompts.pixel_values is None:
             return embeds + 0 * sum(feature.sum() for feature in features), {}
-        deeper = (
-            {"visual_pos_masks": prompts.visual, "deepstack_visual_embeds": features[1:]}
-            if features[1:]
-            else {}
-        )
-        return embeds.masked_scatter(prompts.visual[..., None], features[0]), deeper
+        embeds = embeds.masked_scatter(prompts.visual[..., None], features[0])
+        if len(features) == 1:
+            return embeds, {}
+        return embeds, dict(visual_pos_masks=prompts.visual, deepstack_visual_embeds=features[1:])
 
     def forward(
         self,
@@ -396,103 +476,105 @@ class Policy(torch.nn.Module):
         attention_layer=None,
         weight_alpha=None,
     ):
-        """completions, completion_mask (B, G, T) -> logp (B, G, T) of the completion tokens, entropy (B, G, T),
-        hidden {layer: (B, S, D)} of `hidden_layers` (0 embeddings ... -1 after the last norm), without gradient,
-        attention (B, G, T, P) of completion tokens to prompt tokens in `attention_layer` (1 is the first), mean over heads, or None,
-        weights (B, G, T): TW-GRPO's token_weights with alpha `weight_alpha`, or None.
+        """Score groups of completions.
 
-        packed: a group is one row; otherwise a row [prompt | completion] each, the oracle and the way of models that cannot pack. Shapes
-        and numbers are the same.
+        Args:
+            prompts: Prompts of B rows.
+            completions, completion_mask: (B, G, T).
+            packed: a group is one row. Otherwise every completion repeats its prompt, as families
+                that cannot pack do: the same shapes and numbers.
+            hidden_layers: whose states are returned, 0 embeddings ... -1 after the last norm.
+            attention_layer: layer whose attention is returned, 1 is the first; packing models only.
+            weight_alpha: alpha of TW-GRPO's token weights, None for no weights.
+        Returns:
+            Scored.
+        Raises:
+            ValueError: the model cannot return the attention of that layer.
         """
-        (batch, group, length), prompt_length = completions.shape, prompts.input_ids.shape[1]
-        packed = packed and self.packs
-        rows, share = (
-            (prompts, group) if packed else (prompts.repeat([group] * batch), 1)
-        )  # share: completions in a row
-        tail, valid = (
-            tensor.reshape(-1, share * length) for tensor in (completions, completion_mask)
-        )
-        embeds, more = self.embed(rows)
-        embeds = torch.cat([embeds, self.model.get_input_embeddings()(tail)], dim=1)  # (B, S, D)
-        if more:
-            more["visual_pos_masks"] = pad(rows.visual, (0, share * length))  # (B, S)
-        start = (
-            rows.position_ids.amax(dim=(0, 2)) + 1
-        )  # (B,) every completion restarts right after the prompt
-        steps = torch.arange(length, device=tail.device).repeat(share)  # (G*T,)
-        positions = torch.cat(
-            [rows.position_ids, (start[:, None] + steps)[None].expand(3, -1, -1)], dim=2
-        )  # (3, B, S)
+        batch, group, length = completions.shape
+        prompt_length = prompts.input_ids.shape[1]
         layers = self.model.config.text_config.num_hidden_layers
         if attention_layer is not None and not (self.packs and 1 <= attention_layer <= layers):
             raise ValueError(
-                f"no attention of layer {attention_layer}: the model has layers 1 to {layers}, and packs: {self.packs}"
+                f"no attention of layer {attention_layer}: the model has layers 1 to {layers}, "
+                f"and packs: {self.packs}"
             )
-        checkpointed = (
-            self.model.training and self.model.model.language_model.layers[0].gradient_checkpointing
-        )
-        layout = Layout(rows.padding(), share, length, attention_layer, checkpointed=checkpointed)
-        more |= (
-            {"layout": layout}
-            if self.packs
-            else {"attention_mask": torch.cat([rows.mask, valid], dim=1).long()}
-        )
-        output = self.model.model.language_model(
-            inputs_embeds=embeds,
-            position_ids=positions,
-            use_cache=False,
+        # 1. rows: a whole group in each, or one completion
+        packed = packed and self.packs
+        share = group if packed else 1  # completions in a row
+        rows = prompts if packed else prompts.repeat([group] * batch)
+        layout = Layout(rows.padding(), share, length, attention_layer)
+        # 2. the language model
+        output = self.run(
+            rows,
+            completions.reshape(len(rows.slots), -1),
+            completion_mask.reshape(len(rows.slots), -1),
+            layout,
             output_hidden_states=any(layer != -1 for layer in hidden_layers),
-            **more,
         )
-        hidden = output.last_hidden_state  # (B, S, D)
-        index = torch.arange(share * length, device=tail.device)
-        source = torch.where(
-            index % length == 0, prompt_length - 1, prompt_length + index - 1
-        )  # the token before; t=0: the prompt's last
-        scored = hidden[:, source].view(*completions.shape, -1)
+        hidden = output.last_hidden_state  # (rows, S, D)
+        # 3. a token's score is in the state before it; before the first is the prompt's last
+        index = torch.arange(share * length, device=hidden.device)
+        first = index % length == 0
+        source = torch.where(first, prompt_length - 1, prompt_length + index - 1)  # (share*T,)
+        before = hidden[:, source].view(batch, group, length, -1)
         logp, entropy, divergence = self.model.lm_head(
-            scored, completions, completion_mask, weight_alpha is not None
+            before, completions, completion_mask, weight_alpha is not None
         )
+        # 4. what else was asked for
+        states = {}
+        for layer in hidden_layers:
+            values = (hidden if layer == -1 else output.hidden_states[layer]).detach()
+            if not packed:
+                # the prompt's states are the same in every copy
+                values = values.unflatten(0, (batch, group))
+                tails = values[:, :, prompt_length:].flatten(1, 2)  # (B, G*T, D)
+                values = torch.cat([values[:, 0, :prompt_length], tails], dim=1)
+            states[layer] = values  # (B, S, D)
+        attention = None
+        if layout.recorded:
+            attention = torch.stack(layout.recorded).view(batch, group, length, prompt_length)
         weights = None
         if weight_alpha is not None:
-            weights = torch.stack(
-                [
-                    weights_of_divergence(*one, weight_alpha)
-                    for one in zip(divergence, completion_mask, strict=True)
-                ]
-            )
-        states = {
-            layer: (hidden if layer == -1 else output.hidden_states[layer]).detach()
-            for layer in hidden_layers
-        }
-        if not packed:  # the prompt's states are the same in every copy
-            apart = {
-                layer: values.view(batch, group, prompt_length + length, -1)
-                for layer, values in states.items()
-            }
-            states = {
-                layer: torch.cat(
-                    [values[:, 0, :prompt_length], values[:, :, prompt_length:].flatten(1, 2)],
-                    dim=1,
-                )
-                for layer, values in apart.items()
-            }
-        attention = (
-            None
-            if layout.recorded is None
-            else layout.recorded.view(batch, group, length, prompt_length)
-        )
+            groups = zip(divergence, completion_mask, strict=True)
+            weights = torch.stack([weights_of_divergence(*one, weight_alpha) for one in groups])
         return Scored(logp, entropy, states, attention, weights)
 
+    def run(self, rows, tail, tail_mask, layout, **options):
+        """The language model's output of [prompt | completions].
 
-def checkpoint_activations(model, on=True):
-    """Recompute activations in the backward pass, or no longer; the methods whose name has gradient end with transformers 6."""
-    kind = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"
-    getattr(model, f"{kind}_checkpointing_{'enable' if on else 'disable'}")()
+        Args:
+            rows: Prompts.
+            tail, tail_mask: (rows, share*T) tokens of each row's completions.
+            layout: Layout.
+        """
+        embeds, inputs = self.embed(rows)
+        embeds = torch.cat([embeds, self.model.get_input_embeddings()(tail)], dim=1)  # (rows, S, D)
+        if "visual_pos_masks" in inputs:
+            inputs["visual_pos_masks"] = pad(rows.visual, (0, tail.shape[1]))  # (rows, S)
+        # every completion starts right behind the prompt
+        start = rows.position_ids.amax(dim=(0, 2)) + 1  # (rows,)
+        steps = torch.arange(layout.length, device=tail.device).repeat(layout.group)  # (share*T,)
+        later = (start[:, None] + steps)[None].expand(3, -1, -1)
+        language = self.model.model.language_model
+        if self.packs:
+            layout.checkpointed = self.model.training and language.layers[0].gradient_checkpointing
+            inputs["layout"] = layout
+        else:
+            inputs["attention_mask"] = torch.cat([rows.mask, tail_mask], dim=1).long()
+        return language(
+            inputs_embeds=embeds,
+            position_ids=torch.cat([rows.position_ids, later], dim=2),  # (3, rows, S)
+            use_cache=False,
+            **inputs,
+            **options,
+        )
 
 
-# Names that transformers up to 5.24 gave the weights of a Qwen that ZeRO-3 had partitioned, and what
-# they should be.
+# ------------------------------------------------------------------------------------- loading
+
+# Names that transformers up to 5.24 gave the weights of a Qwen that ZeRO-3 had partitioned, and
+# what they should be.
 MISNAMED = {
     r"^model\.model\.": "model.",
     r"^model\.language_model\.model\.": "model.language_model.",

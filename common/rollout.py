@@ -1,11 +1,17 @@
-"""Sampling: a group of completions from one KV cache."""
+"""Sampling: a group of completions from one KV cache.
 
-import inspect
+    settings = Sampling(max_new_tokens=256, eos_ids=[tokenizer.eos_token_id])
+    samples = rollout(model, prompts, counts=[8], seeds=range(8), settings=settings)
+
+Letters in shapes: B prompts of P tokens, N completions in all, at most W of one prompt and at most
+T tokens long, D hidden size, V vocabulary.
+"""
+
 import re
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
-from itertools import accumulate
+from typing import NamedTuple
 
 import deepspeed
 import torch
@@ -13,415 +19,400 @@ from torch.nn.functional import pad
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
-from common.policy import Layout, Policy
+from common.policy import Layout, Policy, cache_argument, vision_tokens
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How completions are drawn."""
+
+    max_new_tokens: int
+    temperature: float = 1.0  # 0: always the likeliest token
+    top_p: float = 0.95  # nucleus of the distribution that top_k leaves
+    top_k: int = 0  # 0: all tokens
+    graph: bool = False  # fixed shapes, on a GPU as one CUDA graph; families that pack only
+    eos_ids: tuple = ()  # end a completion; sample_texts takes the checkpoint's
+    banned_ids: tuple = ()  # never sampled; sample_texts bans the vision placeholders
+
+
+class Samples(NamedTuple):
+    """Completions of all prompts, in order."""
+
+    tokens: torch.Tensor  # (N, T), right-padded with the first of eos_ids
+    mask: torch.Tensor  # (N, T) bool, False on padding
+    # (N, T) the model's log-probabilities of the tokens, before temperature, top-k, top-p and bans;
+    # 0 where masked
+    logp: torch.Tensor
+    texts: list | None = None  # N decoded completions, by sample_texts alone
 
 
 def sample_tokens(logits, uniform, temperature=1.0, top_p=1.0, top_k=0):
-    """Inverse-CDF sampling: logits (N, V), uniform (N,) in [0, 1) -> (N,). temperature 0 is greedy; top_k keeps the k likeliest (0: all),
-    top_p then the nucleus of their distribution, as in transformers."""
+    """Sample by inverting the cumulative distribution, with top-k and top-p as in transformers.
+
+    Args:
+        logits: (N, V).
+        uniform: (N,) in [0, 1).
+        temperature: 0 is greedy.
+        top_p: the smallest nucleus that reaches it, of the distribution that top_k leaves.
+        top_k: the likeliest tokens; 0 keeps all.
+    Returns:
+        Token ids (N,).
+    """
     if temperature == 0:
         return logits.argmax(dim=-1)
-    probs, order = torch.softmax(logits.float() / temperature, dim=-1).sort(dim=-1, descending=True)
+    probs = torch.softmax(logits.float() / temperature, dim=-1)
+    probs, order = probs.sort(dim=-1, descending=True)
     if top_k:
-        probs, order = (
-            probs[:, :top_k] / probs[:, :top_k].sum(dim=-1, keepdim=True),
-            order[:, :top_k],
-        )
+        probs = probs[:, :top_k] / probs[:, :top_k].sum(dim=-1, keepdim=True)
+        order = order[:, :top_k]
+    # the token that crosses top_p stays
+    before = probs.cumsum(dim=-1) - probs
+    probs = probs.masked_fill(before >= top_p, 0.0)
     cumulative = probs.cumsum(dim=-1)
-    probs = probs.masked_fill(
-        cumulative - probs >= top_p, 0.0
-    )  # the token that crosses top_p stays
-    cumulative = probs.cumsum(dim=-1)
-    chosen = (
-        (cumulative <= uniform[:, None] * cumulative[:, -1:])
-        .sum(dim=-1)
-        .clamp(max=probs.shape[-1] - 1)
-    )
+    below = cumulative <= uniform[:, None] * cumulative[:, -1:]
+    chosen = below.sum(dim=-1).clamp(max=probs.shape[-1] - 1)
     return order.gather(-1, chosen[:, None]).squeeze(-1)
 
 
 def row_uniforms(seeds, length):
-    """One stream of random numbers per row, from its own seed: (N, length). A row's sample does not depend on its neighbours or rank."""
-    return torch.stack(
-        [torch.rand(length, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
-    )
+    """Uniform numbers (N, length), each row from its own seed, whatever its neighbours and rank."""
+    generators = map(torch.Generator().manual_seed, seeds)
+    return torch.stack([torch.rand(length, generator=generator) for generator in generators])
 
 
 class RoomyLayer(DynamicLayer):
-    """A layer of the KV cache with room for tokens to come: transformers' copies the whole cache for every one of them."""
+    """A layer of the KV cache with room for more: transformers' is copied whole for every token."""
+
+    def __init__(self, prompt, more):
+        super().__init__()
+        self.is_initialized = True
+        # (B, key heads, P + more, d) each
+        self.room = [pad(states, (0, 0, 0, more)) for states in (prompt.keys, prompt.values)]
+        self.show(prompt.keys.shape[2])
+
+    def show(self, columns):
+        self.keys, self.values = (states[:, :, :columns] for states in self.room)
+        return self.keys, self.values
 
     def update(self, key_states, value_states, *args, **kwargs):
-        """Appends (B, key heads, n, d) each -> all keys, all values."""
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-            self.room = [states[:, :, :0] for states in (key_states, value_states)]
-        before = self.get_seq_length()
+        """Append keys and values (B, key heads, n, d) -> all keys, all values."""
+        before = self.keys.shape[2]
         after = before + key_states.shape[2]
-        if after > self.room[0].shape[2]:
-            self.room = [
-                pad(states[:, :, :before], (0, 0, 0, after - before + 1024)) for states in self.room
-            ]
         for room, states in zip(self.room, (key_states, value_states), strict=True):
             room[:, :, before:after] = states
-        self.keys, self.values = (room[:, :, :after] for room in self.room)
-        return self.keys, self.values
+        return self.show(after)
 
     def reorder_cache(self, beam_idx):
         self.room = [states[beam_idx] for states in self.room]
 
 
-class FixedLayer(DynamicLayer):
-    """A layer of the KV cache as large as it will ever be, written at the columns that a tensor names: a CUDA graph can replay it."""
+class FixedLayer(RoomyLayer):
+    """A RoomyLayer read whole, written at columns that a tensor names: a graph can replay it."""
 
-    def __init__(self, prompt, room, columns):
-        super().__init__()
-        self.keys, self.values = (
-            pad(states, (0, 0, 0, room)) for states in (prompt.keys, prompt.values)
-        )
-        self.columns, self.is_initialized = columns, True
+    columns = None  # (n,)
 
     def update(self, key_states, value_states, *args, **kwargs):
-        for room, states in ((self.keys, key_states), (self.values, value_states)):
+        for room, states in zip(self.room, (key_states, value_states), strict=True):
             room.index_copy_(2, self.columns, states)
-        return self.keys, self.values
+        return self.room
+
+
+class Decoder:
+    """Prompts in a KV cache, and the steps behind them."""
+
+    def __init__(self, policy, prompts, settings):
+        self.policy = policy
+        self.settings = settings
+        device = prompts.input_ids.device
+        self.eos = torch.tensor(settings.eos_ids, dtype=torch.long, device=device)
+        self.banned = torch.tensor(settings.banned_ids, dtype=torch.long, device=device)
+        self.cache = DynamicCache(config=policy.model.model.language_model.config)
+        # encode and prefill
+        embeds, inputs = policy.embed(prompts)
+        if policy.packs:
+            inputs["layout"] = Layout(prompts.padding())
+        else:
+            inputs["attention_mask"] = prompts.mask.long()
+        hidden = self.forward(embeds, prompts.position_ids, **inputs)
+        self.hidden = hidden[:, -1:]  # (B, 1, D)
+        self.mask = prompts.mask  # (B, P)
+        self.position = prompts.position_ids.amax(dim=(0, 2)) + 1  # (B,) of the first new token
+
+    def make_room(self, layer_class, more):
+        """Give every layer of the cache room for more columns; recurrent layers need none."""
+        # one by one, so that no two whole caches exist
+        for index, layer in enumerate(self.cache.layers):
+            if type(layer) is DynamicLayer:
+                self.cache.layers[index] = layer_class(layer, more)
+
+    def forward(self, embeds, position_ids, **inputs):
+        """embeds (B, W, D), position_ids (3, B, W) -> hidden (B, W, D), behind what is cached."""
+        language = self.policy.model.model.language_model
+        inputs |= cache_argument(language, self.cache)
+        output = language(inputs_embeds=embeds, position_ids=position_ids, use_cache=True, **inputs)
+        return output.last_hidden_state
+
+    def step(self, tokens, seen, number):
+        """tokens (B, W), seen (B, W, columns) bool, number of the step -> hidden (B, W, D)."""
+        positions = (self.position + number)[None, :, None].expand(3, -1, tokens.shape[1])
+        seen = seen[:, None] if self.policy.packs else seen[:, 0].long()
+        embeds = self.policy.model.get_input_embeddings()(tokens)
+        return self.forward(embeds, positions, attention_mask=seen)
+
+    def choose(self, hidden, uniform):
+        """hidden (n, D), uniform (n,) -> tokens (n,), their log-probs (n,)."""
+        logits = self.policy.model.lm_head(hidden)  # (n, V)
+        allowed = logits.index_fill(-1, self.banned, float("-inf"))
+        how = self.settings
+        token = sample_tokens(allowed, uniform, how.temperature, how.top_p, how.top_k)
+        logp = torch.log_softmax(logits.float(), dim=-1)
+        return token, logp.gather(-1, token[:, None]).squeeze(-1)
+
+
+@torch.no_grad()
+def rollout(model, prompts, counts, seeds, settings):
+    """Sample completions: encode and prefill a prompt once; its completions share one KV cache.
+
+    A step appends one column per completion to its prompt's cache, [prompt | first tokens |
+    second tokens | ...], and a completion sees the prompt and its own columns. So the prompt's keys
+    and values exist once, whatever the number of completions.
+
+    Args:
+        model: the bare model (see sampling()).
+        prompts: Prompts of B rows.
+        counts: completions of each prompt, B ints.
+        seeds: one int per completion, sum(counts) of them.
+        settings: Sampling.
+    Returns:
+        Samples with N = sum(counts) rows.
+    """
+    policy = Policy(model)
+    if not policy.packs:
+        prompts = prompts.repeat(counts)
+        counts = [1] * sum(counts)
+    device = prompts.input_ids.device
+    decoder = Decoder(policy, prompts, settings)
+    uniforms = row_uniforms(seeds, settings.max_new_tokens).to(device)
+    # W places a prompt, the largest count
+    places = torch.arange(max(counts), device=device)
+    there = places < torch.tensor(counts, device=device)[:, None]  # (B, W) holds a completion
+    decode = sample_fixed if settings.graph and policy.packs else sample_shrinking
+    tokens, logp, lengths = decode(decoder, there, uniforms)
+    longest = int(lengths.max())
+    mask = torch.arange(longest, device=device) < lengths[:, None]  # (N, T)
+    padding = settings.eos_ids[0] if settings.eos_ids else 0
+    tokens = tokens[:, :longest].masked_fill(~mask, padding)
+    return Samples(tokens, mask, logp[:, :longest].masked_fill(~mask, 0.0))
+
+
+def sample_shrinking(decoder, there, uniforms):
+    """Sample step by step in a batch that shrinks with every completion that ends.
+
+    Args:
+        decoder: Decoder of B prompts.
+        there: (B, W) bool, places that hold a completion.
+        uniforms: (N, steps) random numbers.
+    Returns:
+        tokens (N, steps), log-probs (N, steps), lengths (N,); anything behind the end.
+    """
+    total, steps = uniforms.shape
+    device = uniforms.device
+    tokens = torch.zeros(total, steps, dtype=torch.long, device=device)
+    logps = torch.zeros_like(uniforms)
+    lengths = torch.zeros_like(tokens[:, 0])
+    decoder.make_room(RoomyLayer, there.shape[1] * (steps - 1))
+    # (B, W) the completion that a query belongs to, -1: none
+    active = torch.full(there.shape, -1, device=device)
+    active = active.masked_scatter(there, torch.arange(total, device=device))
+    # (B, columns) the completion that a cached column belongs to, -1: none, -2: the prompt of all
+    owners = torch.where(decoder.mask, -2, -1)
+    hidden = decoder.hidden.expand(-1, there.shape[1], -1)  # (B, W, D)
+    for step in range(steps):
+        alive = active >= 0
+        rows = active[alive]  # (n,) completions
+        token, logp = decoder.choose(hidden[alive], uniforms[rows, step])
+        tokens[rows, step] = token
+        logps[rows, step] = logp
+        lengths[rows] = step + 1
+        rows = rows.masked_fill(torch.isin(token, decoder.eos), -1)
+        if step + 1 == steps or bool((rows < 0).all()):
+            break
+        inputs = torch.zeros_like(active)
+        inputs[alive] = token
+        active[alive] = rows
+        # ended completions go to the end of their row and are cut off
+        ended = active < 0
+        width = int((~ended).sum(1).max())
+        order = ended.int().argsort(dim=1, stable=True)[:, :width]
+        active = active.gather(1, order)
+        inputs = inputs.gather(1, order)
+        # prompts whose completions have all ended leave the batch, once they are half of it
+        keep = (active >= 0).any(1).nonzero().squeeze(1)
+        if len(keep) * 2 <= len(active):
+            decoder.cache.reorder_cache(keep)  # every kind of layer has it
+            decoder.position = decoder.position[keep]
+            active = active[keep]
+            inputs = inputs[keep]
+            owners = owners[keep]
+        owners = torch.cat([owners, active], dim=1)
+        own = (owners[:, None] == active[..., None]) & (active >= 0)[..., None]  # (B, W, columns)
+        hidden = decoder.step(inputs, own | (owners == -2)[:, None], step)
+    return tokens, logps, lengths
+
+
+def sample_fixed(decoder, there, uniforms):
+    """Sample as sample_shrinking, in shapes that never change, so that a CUDA graph can replay it.
+
+    A completion that has ended goes on until all have; what it writes then is not read.
+    """
+    device = uniforms.device
+    batch, width = there.shape
+    steps = uniforms.shape[1]
+    prompt = decoder.mask.shape[1]
+    later = width * (steps - 1)
+    spread = torch.zeros(batch, width, steps, device=device)
+    spread = spread.masked_scatter(there[..., None], uniforms)  # (B, W, steps)
+    # what a step reads and writes, in place
+    tokens = torch.zeros(spread.shape, dtype=torch.long, device=device)
+    logps = torch.zeros_like(spread)
+    lengths = torch.zeros_like(there, dtype=torch.long)
+    alive = there.clone()
+    at = torch.zeros(1, dtype=torch.long, device=device)  # number of the step
+    places = torch.arange(width, device=device)
+    columns = places + prompt  # (W,) of the cache
+    seen = pad(decoder.mask[:, None].expand(-1, width, -1), (0, later))  # (B, W, P + later)
+    decoder.make_room(FixedLayer, later)
+    for layer in decoder.cache.layers:
+        layer.columns = columns
+
+    def pick(hidden):
+        uniform = spread.index_select(2, at).flatten()
+        token, logp = decoder.choose(hidden.flatten(0, 1), uniform)
+        tokens.index_copy_(2, at, token.view(batch, width, 1))
+        logps.index_copy_(2, at, logp.view(batch, width, 1))
+        lengths.add_(alive)
+        # not isin: with many eos ids it sorts, which a graph cannot capture
+        goes_on = (token[:, None] != decoder.eos).all(1)
+        alive.logical_and_(goes_on.view(batch, width))
+
+    def step():
+        columns.copy_(prompt + at * width + places)
+        seen.scatter_(2, columns.expand(batch, -1)[..., None], True)
+        hidden = decoder.step(tokens.index_select(2, at).squeeze(2), seen, at)
+        at.add_(1)
+        pick(hidden)
+
+    pick(decoder.hidden.expand(-1, width, -1))
+    replay(step, steps - 1, lambda: bool(alive.any()), device)
+    return tokens[there], logps[there], lengths[there]
 
 
 def replay(step, steps, going, device):
-    """Calls step() `steps` times, or until going() is false, which is asked every 16 steps. On a GPU from the fourth time on as one CUDA
-    graph: no kernel is launched by itself then, and nothing waited for between two questions. RuntimeError if it cannot be captured."""
+    """Call step() `steps` times, or until going() is false, which is asked every 16 steps.
+
+    On a GPU the fourth and later calls are one captured CUDA graph: nothing is launched kernel by
+    kernel, and the host waits for the device only where it asks.
+
+    Raises:
+        RuntimeError: the step cannot be captured.
+    """
     for done in range(steps):
         if done % 16 == 0 and not going():
             return
         if done == 3 and device.type == "cuda":
             graph = torch.cuda.CUDAGraph()
             try:
-                with torch.cuda.graph(
-                    graph, capture_error_mode="thread_local"
-                ):  # records the step; other threads, NCCL's, may go on
+                # thread_local: other threads, such as NCCL's, may go on
+                with torch.cuda.graph(graph, capture_error_mode="thread_local"):
                     step()
             except torch.OutOfMemoryError:
                 raise
             except RuntimeError as error:
                 raise RuntimeError(
-                    "the decode step cannot be captured as a CUDA graph; --cuda_graph false samples without one"
+                    "the decode step cannot be captured as a CUDA graph; "
+                    "--cuda_graph false samples without one"
                 ) from error
             step = graph.replay
         step()
 
 
-def sample_fixed(model, cache, hidden, prompt_mask, position, counts, uniforms, choose, eos):
-    """What rollout() does after the prompt, in shapes that never change: what has ended goes on until all have. hidden (B, 1, D),
-    prompt_mask (B, P), position (B,), uniforms (N, steps), choose as rollout()'s -> tokens (N, steps), log-probs, lengths (N,)."""
-    device, (batch, prompt), width, steps = (
-        hidden.device,
-        prompt_mask.shape,
-        max(counts),
-        uniforms.shape[1],
-    )
-    there = (
-        torch.arange(width, device=device) < torch.tensor(counts, device=device)[:, None]
-    )  # (B, W)
-    spread = torch.zeros(batch, width, steps, device=device).masked_scatter(
-        there[..., None], uniforms
-    )
-    tokens, logps = torch.full(spread.shape, eos[0].item(), device=device), torch.zeros_like(spread)
-    alive, lengths = there.clone(), torch.zeros_like(there, dtype=torch.long)
-    at, own = torch.zeros(1, dtype=torch.long, device=device), torch.arange(width, device=device)
-    columns = own + prompt
-    for index, layer in enumerate(cache.layers):  # one by one, so that the old ones go
-        cache.layers[index] = FixedLayer(layer, width * (steps - 1), columns)
-    seen = pad(
-        prompt_mask[:, None, None].expand(-1, 1, width, -1), (0, width * (steps - 1))
-    )  # (B, 1, W, all columns)
-    cached = cache_argument(model.model.language_model, cache)
-
-    def pick(hidden):
-        logits = model.lm_head(hidden).flatten(0, 1)  # (B*W, V)
-        token, logp = choose(logits, spread.index_select(2, at).flatten())
-        tokens.index_copy_(2, at, token.view(batch, width, 1))
-        logps.index_copy_(2, at, logp.view(batch, width, 1))
-        lengths.add_(alive)
-        alive.logical_and_(
-            (token[:, None] != eos).all(1).view(batch, width)
-        )  # isin sorts where there are many, and waits
-
-    def step():
-        columns.copy_(prompt + at * width + own)
-        seen.scatter_(3, columns.expand(batch, 1, -1)[..., None], True)
-        embeds = model.get_input_embeddings()(tokens.index_select(2, at).squeeze(2))
-        output = model.model.language_model(
-            inputs_embeds=embeds,
-            attention_mask=seen,
-            use_cache=True,
-            **cached,
-            position_ids=(position + at)[None, :, None].expand(3, -1, width),
-        )
-        at.add_(1)
-        pick(output.last_hidden_state)
-
-    pick(hidden.expand(-1, width, -1))
-    replay(step, steps - 1, lambda: bool(alive.any()), device)
-    ended = torch.arange(steps, device=device) >= lengths[..., None]
-    return (
-        tokens.masked_fill(ended, eos[0])[there],
-        logps.masked_fill(ended, 0.0)[there],
-        lengths[there],
-    )
-
-
-def cache_argument(language, cache):
-    """{name: cache} of a language model's forward: past_key_values, which transformers 5.24 calls cache and 5.40 ends."""
-    return {
-        "cache"
-        if "cache" in inspect.signature(language.forward).parameters
-        else "past_key_values": cache
-    }
-
-
-@torch.no_grad()
-def rollout(
-    model,
-    prompts,
-    counts,
-    seeds,
-    max_new_tokens,
-    eos_ids,
-    banned_ids=(),
-    temperature=1.0,
-    top_p=0.95,
-    top_k=0,
-    return_logp=False,
-    graph=False,
-):
-    """Sample `counts[b]` completions of prompt b: encode and prefill once; all completions of a prompt then read the one KV cache.
-
-    A step appends one column a completion to its prompt's cache, [prompt | first tokens | second tokens | ...], and a completion sees the
-    prompt and its own columns. So the prompt's keys and values exist once, not once a completion, and what has ended just leaves.
-    seeds: one int per completion (sum of counts). banned_ids are never sampled (vision placeholders break the next forward). graph: the
-    same in shapes that never change, on a GPU as one CUDA graph, if the family packs; False shrinks with what has ended, kernel by kernel.
-    Returns completions (N, T) right-padded with eos, mask (N, T), and with return_logp the model's log-probabilities (N, T) of the tokens
-    (0 where masked): before temperature, top-k, top-p and bans, as a forward on the completions gives them.
-    """
-    policy = Policy(model)
-    if not policy.packs:
-        prompts, counts = prompts.repeat(counts), [1] * sum(counts)
-    language, device = model.model.language_model, prompts.input_ids.device
-    cache = DynamicCache(config=language.config)
-    cache.layers = [
-        RoomyLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers
-    ]
-    embeds, more = policy.embed(prompts)
-    more |= (
-        {"layout": Layout(prompts.padding())}
-        if policy.packs
-        else {"attention_mask": prompts.mask.long()}
-    )
-    cached = cache_argument(language, cache)
-    output = language(
-        inputs_embeds=embeds, position_ids=prompts.position_ids, use_cache=True, **cached, **more
-    )
-    position, mask, uniforms = (
-        prompts.position_ids.amax(dim=(0, 2)) + 1,
-        prompts.mask,
-        row_uniforms(seeds, max_new_tokens).to(device),
-    )
-    eos, banned = (
-        torch.tensor(eos_ids, device=device),
-        torch.tensor(list(banned_ids), dtype=torch.long, device=device),
-    )
-
-    def choose(logits, uniform):  # (n, V), (n,) -> tokens, their log-probs (n,)
-        token = sample_tokens(
-            logits.index_fill(-1, banned, float("-inf")), uniform, temperature, top_p, top_k
-        )
-        return token, torch.log_softmax(logits.float(), dim=-1).gather(-1, token[:, None]).squeeze(
-            -1
-        )
-
-    def finish(tokens, logps, lengths):
-        longest = int(lengths.max())
-        valid = torch.arange(longest, device=device)[None] < lengths[:, None]
-        return (
-            (tokens[:, :longest], valid, logps[:, :longest])
-            if return_logp
-            else (tokens[:, :longest], valid)
-        )
-
-    if graph and policy.packs:
-        return finish(
-            *sample_fixed(
-                model,
-                cache,
-                output.last_hidden_state[:, -1:],
-                mask,
-                position,
-                counts,
-                uniforms,
-                choose,
-                eos,
-            )
-        )
-    active = torch.full(
-        (len(counts), max(counts)), -1, device=device
-    )  # (B, W): the completion that a query belongs to, -1: none
-    for row, (count, before) in enumerate(zip(counts, accumulate(counts, initial=0), strict=False)):
-        active[row, :count] = torch.arange(before, before + count, device=device)
-    hidden = output.last_hidden_state[:, -1:].expand(-1, active.shape[1], -1)  # (B, W, D)
-    owners = active[:, :0]  # (B, cached columns)
-    tokens = torch.full((sum(counts), max_new_tokens), eos_ids[0], device=device)
-    lengths, logps = (
-        torch.zeros(sum(counts), dtype=torch.long, device=device),
-        torch.zeros(sum(counts), max_new_tokens, device=device),
-    )
-    for step in range(max_new_tokens):
-        alive = active >= 0
-        rows = active[alive]  # (n,) completions
-        logits = model.lm_head(hidden[alive])  # (n, V)
-        token, logps[rows, step] = choose(logits, uniforms[rows, step])
-        tokens[rows, step], lengths[rows] = token, step + 1
-        rows = rows.masked_fill(torch.isin(token, eos), -1)
-        if step + 1 == max_new_tokens or bool((rows < 0).all()):
-            break
-        inputs = torch.zeros_like(active)
-        inputs[alive], active[alive] = token, rows
-        order = (
-            (active < 0).int().argsort(dim=1, stable=True)[:, : int((active >= 0).sum(1).max())]
-        )  # what has ended goes to the end
-        active, inputs = active.gather(1, order), inputs.gather(1, order)
-        going = (active >= 0).any(1)
-        if int(going.sum()) * 2 <= len(
-            going
-        ):  # prompts whose completions have all ended leave the batch
-            keep = going.nonzero().squeeze(1)
-            cache.reorder_cache(keep)  # which every kind of layer has
-            active, inputs, position, mask, owners = (
-                tensor[keep] for tensor in (active, inputs, position, mask, owners)
-            )
-        owners = torch.cat([owners, active], dim=1)
-        own = (owners[:, None] == active[..., None]) & (active >= 0)[..., None]  # (B, W, columns)
-        seen = torch.cat(
-            [mask[:, None].expand(-1, active.shape[1], -1), own], dim=2
-        )  # (B, W, P + columns)
-        seen = seen[:, None] if policy.packs else seen[:, 0].long()
-        output = language(
-            inputs_embeds=model.get_input_embeddings()(inputs),
-            attention_mask=seen,
-            **cached,
-            position_ids=(position + step)[None, :, None].expand(3, -1, active.shape[1]),
-            use_cache=True,
-        )
-        hidden = output.last_hidden_state
-    return finish(tokens, logps, lengths)
-
-
 @dataclass(frozen=True)
 class Turn:
-    """How a checkpoint's chat template frames what the assistant says."""
+    """How a checkpoint's chat template frames the assistant's turn."""
 
-    opening: (
-        str  # what the prompt says already: "<think>\n" for templates that think first, else ""
-    )
-    end: int  # id of the token that ends the turn: the template's, else the tokenizer's end of sequence
+    opening: str  # what the prompt already ends with: "<think>\n" or ""
+    end: int  # id of the token that ends the turn
 
 
 @cache
 def read_turn(processor):
-    """The assistant's turn of a checkpoint, read off its chat template once -> Turn."""
+    """Read the assistant's Turn from the checkpoint's chat template, once per processor."""
     tokenizer = processor.tokenizer
     user = {"role": "user", "content": [{"type": "text", "text": "question"}]}
     prompt = processor.apply_chat_template([user], tokenize=False, add_generation_prompt=True)
-    opening = re.search(r"<think>\s*$", prompt)
-    # what the template writes behind an answer; its first token, if it is a special one, ends the turn
+    opening = re.search(r"(<think>\s*)?\Z", prompt).group()
+    # a special token that the template writes right behind an answer ends the turn
     assistant = {"role": "assistant", "content": [{"type": "text", "text": "an answer"}]}
     dialogue = processor.apply_chat_template([user, assistant], tokenize=False)
     behind = tokenizer(dialogue.rpartition("an answer")[2], add_special_tokens=False).input_ids
+    end = tokenizer.eos_token_id
     added = tokenizer.added_tokens_decoder
-    ends = bool(behind) and behind[0] in added and added[behind[0]].special
-    return Turn(opening.group() if opening else "", behind[0] if ends else tokenizer.eos_token_id)
+    if behind and behind[0] in added and added[behind[0]].special:
+        end = behind[0]
+    return Turn(opening, end)
 
 
 def stop_tokens(model, processor):
-    """Ids that end a completion: those of the generation config, the tokenizer's and the end of the template's turn, without repeats."""
-    told = model.generation_config.eos_token_id
-    told = told if isinstance(told, list) else [told]
-    wanted = [*told, processor.tokenizer.eos_token_id, read_turn(processor).end]
-    return list(dict.fromkeys(token for token in wanted if token is not None))
+    """Ids that end a completion: generation config, tokenizer and chat template, each once."""
+    stops = model.generation_config.eos_token_id
+    if not isinstance(stops, list):
+        stops = [stops]
+    stops = [*stops, processor.tokenizer.eos_token_id, read_turn(processor).end]
+    return list(dict.fromkeys(token for token in stops if token is not None))
 
 
-def special_tokens(model, processor):
-    """-> ids that end a completion, and the vision placeholders that none may contain."""
-    config = model.config
-    banned = [
-        config.image_token_id,
-        config.video_token_id,
-        config.vision_start_token_id,
-        config.vision_end_token_id,
-    ]
-    return stop_tokens(model, processor), banned
+def sample_texts(model, processor, prompts, counts, seeds, settings):
+    """rollout() with the checkpoint's stop tokens and without vision tokens -> Samples with texts.
 
-
-def sample_texts(
-    model,
-    processor,
-    prompts,
-    counts,
-    seeds,
-    max_new_tokens,
-    temperature=1.0,
-    top_p=0.95,
-    top_k=0,
-    return_logp=False,
-    graph=False,
-):
-    """rollout() with the checkpoint's own stop and vision tokens -> completions (N, T), mask (N, T), texts[, log-probs (N, T)].
-
-    The texts begin with what the prompt says in the assistant's place (Turn.opening), so that a think block is whole.
+    A text begins with what the prompt already says in the assistant's place (Turn.opening), so that
+    a think block is whole. Vision placeholders are banned because they break the next forward.
     """
-    stop_and_banned = special_tokens(model, processor)
-    tokens, mask, *logp = rollout(
-        model,
-        prompts,
-        counts,
-        seeds,
-        max_new_tokens,
-        *stop_and_banned,
-        temperature,
-        top_p,
-        top_k,
-        return_logp,
-        graph,
+    settings = replace(
+        settings, eos_ids=stop_tokens(model, processor), banned_ids=vision_tokens(model.config)
     )
+    samples = rollout(model, prompts, counts, seeds, settings)
     opening = read_turn(processor).opening
-    texts = [
-        opening + processor.tokenizer.decode(row[valid], skip_special_tokens=True)
-        for row, valid in zip(tokens, mask, strict=True)
-    ]
-    return tokens, mask, texts, *logp
+    texts = []
+    for row, valid in zip(samples.tokens, samples.mask, strict=True):
+        texts.append(opening + processor.tokenizer.decode(row[valid], skip_special_tokens=True))
+    return samples._replace(texts=texts)
 
 
 @contextmanager
 def sampling(engine):
-    """The bare model for a rollout phase: ZeRO-3 parameters gathered once, its hooks and its torch.nn.functional.linear (an autograd
-    function that binds a signature on every call) off; all put back on leaving."""
-    offload = getattr(
-        engine.optimizer, "parameter_offload", engine.optimizer
-    )  # an engine for inference has it in the optimizer's place
+    """The bare model of a DeepSpeed engine, in eval mode, for a rollout phase.
+
+    ZeRO-3 parameters are gathered once. Its hooks are off, and so is its
+    torch.nn.functional.linear, an autograd function that binds a signature on every call. All is
+    put back on leaving.
+    """
+    # an engine for inference has the offload in the optimizer's place
+    offload = getattr(engine.optimizer, "parameter_offload", engine.optimizer)
+    zero3 = hasattr(offload, "setup_zero_stage3_hooks")
+    linear = torch.nn.functional.linear
     model = engine.module.model
     training = model.training
     model.eval()
-    try:
-        if not hasattr(offload, "setup_zero_stage3_hooks"):  # not ZeRO-3
+    with deepspeed.zero.GatheredParameters(list(model.parameters()), enabled=zero3):
+        if zero3:
+            offload._remove_module_hooks()
+            offload.forward_hooks.clear()
+            offload.backward_hooks.clear()
+            torch.nn.functional.linear = torch._C._nn.linear
+        try:
             yield model
-        else:
-            with deepspeed.zero.GatheredParameters(list(model.parameters())):
-                offload._remove_module_hooks()
-                offload.forward_hooks.clear()
-                offload.backward_hooks.clear()
-                linear, torch.nn.functional.linear = torch.nn.functional.linear, torch._C._nn.linear
-                try:
-                    yield model
-                finally:
-                    torch.nn.functional.linear = linear
-                    offload.setup_zero_stage3_hooks()
-    finally:
-        model.train(training)
+        finally:
+            torch.nn.functional.linear = linear
+            if zero3:
+                offload.setup_zero_stage3_hooks()
+            model.train(training)

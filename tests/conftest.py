@@ -27,7 +27,7 @@ def pytest_sessionfinish():
 
 def as_trained(get_rope_index):
     """transformers' positions, each run of one kind continued behind the largest position so far, as transformers 4 and the released
-    models have it: a second implementation of grpo.continue_positions, for the plain forwards that the tests compare with."""
+    models have it: a second implementation of policy.continue_positions, for the plain forwards that the tests compare with."""
 
     def wrapper(model, input_ids, mm_token_type_ids, *arguments, attention_mask=None, **keywords):
         positions, _ = get_rope_index(
@@ -147,6 +147,28 @@ def banned_ids(model):
     ]
 
 
+def hf_inputs(item, model, completion=None):
+    """What a user of transformers alone would pass to the model for one unpadded row."""
+    ids = item.input_ids if completion is None else torch.cat([item.input_ids, completion])
+    is_image, is_video = ids == model.config.image_token_id, ids == model.config.video_token_id
+    inputs = {"input_ids": ids[None], "attention_mask": torch.ones_like(ids)[None]}
+    if item.grid_thw is None:
+        return inputs
+    inputs["mm_token_type_ids"] = (is_image.int() + 2 * is_video.int())[None]
+    if is_image.any():
+        return {
+            **inputs,
+            "pixel_values": item.pixel_values,
+            "image_grid_thw": item.grid_thw[None],
+        }
+    return {
+        **inputs,
+        "pixel_values_videos": item.pixel_values,
+        "video_grid_thw": item.grid_thw[None],
+        "second_per_grid_ts": torch.tensor([item.second_per_grid]),
+    }
+
+
 NO_EOS = 10**9
 
 
@@ -209,13 +231,13 @@ def other_family(request, items, toy_model):
             vision_end_token_id=config.vision_end_token_id,
         )
     ).eval()
-    video, image, words = dict(items[0]), items[1], items[3]
+    video, image, words = replace(items[0]), items[1], items[3]
     if name != "Qwen2VL":  # one run of video tokens becomes a run for every slot
-        ids, token = video["input_ids"].tolist(), config.video_token_id
-        first, count = ids.index(token), ids.count(token) // int(video["grid_thw"][0])
+        ids, token = video.input_ids.tolist(), config.video_token_id
+        first, count = ids.index(token), ids.count(token) // int(video.grid_thw[0])
         run = [config.vision_start_token_id, *[token] * count, config.vision_end_token_id]
-        slots = [[65 + slot, 66, *run] for slot in range(int(video["grid_thw"][0]))]
-        video["input_ids"] = torch.tensor(
+        slots = [[65 + slot, 66, *run] for slot in range(int(video.grid_thw[0]))]
+        video.input_ids = torch.tensor(
             ids[: first - 1] + sum(slots, []) + ids[first + ids.count(token) + 1 :]
         )
     return model, [video, image, words]

@@ -1,8 +1,9 @@
-"""A GPU for tests on machines that have none: tensors that say they are on cuda:0 and are computed on the CPU.
+"""A pretended GPU for tests: tensors that say they are on cuda:0 and are computed on the CPU.
 
-It finds what a run on a CPU cannot: tensors of two devices in one operation, the waits of the host for the device that an operation's
-meaning implies (not those within kernels), and what the capture of a CUDA graph forbids. A replay repeats the recorded operations on
-the recorded memory with the recorded numbers, as a GPU does. Of kernels, their speed and their rounding it knows nothing.
+It finds what a run on a CPU cannot: tensors of two devices in one operation, the waits of the host
+for the device that an operation's meaning implies (not those within kernels), and what the capture
+of a CUDA graph forbids. A replay repeats the recorded operations on the recorded memory with the
+recorded numbers, as a GPU does. It knows nothing of kernels, their speed and their rounding.
 
     with PretendGpu() as gpu:
         policy = Policy(model.to("cuda"))
@@ -40,7 +41,9 @@ COPIES = {aten.copy_.default, aten._to_copy.default}
 
 
 class GpuTensor(torch.Tensor):
-    """`inner`, said to be on cuda:0. For torch's own C++ code it is on the meta device, which needs no driver."""
+    """`inner`, said to be on cuda:0. For torch's own C++ code it is on the meta device, which needs
+    no driver.
+    """
 
     __torch_function__ = torch._C._disabled_torch_function_impl
     device = property(lambda self: DEVICE)
@@ -100,7 +103,9 @@ class Graph:
         self.launches, self.replays = [], 0
 
     def record(self, func, args, kwargs):
-        """Notes a launch and does not run it: memory in use stays as it was, new memory holds nothing. Returns the outputs."""
+        """Notes a launch and does not run it: memory in use stays as it was, new memory holds
+        nothing. Returns the outputs.
+        """
         aliases = [
             argument.alias_info
             for argument in func._schema.arguments
@@ -174,7 +179,9 @@ class Operations(TorchDispatchMode):
 
 
 class Devices(TorchFunctionMode):
-    """Every call from Python: cuda becomes meta, which Operations takes for the GPU; attention is computed from its definition."""
+    """Every call from Python: cuda becomes meta, which Operations takes for the GPU; attention is
+    computed from its definition.
+    """
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -186,7 +193,8 @@ class Devices(TorchFunctionMode):
             return args[0].cpu().tolist()
         if func in (torch.Tensor.numpy, torch.Tensor.__array__) and isinstance(args[0], GpuTensor):
             raise TypeError(
-                "can't convert cuda:0 device type tensor to numpy. Use Tensor.cpu() to copy the tensor to host memory first."
+                "can't convert cuda:0 device type tensor to numpy. Use Tensor.cpu() to copy the "
+                "tensor to host memory first."
             )
         if func in (torch.tensor, torch.as_tensor) and on_gpu(kwargs.get("device")):
             return func(*args, **{**kwargs, "device": "cpu"}).to("meta")
@@ -240,7 +248,9 @@ def attention(
 
 
 def run_within(engine):
-    """autograd's engine runs Python too, where checkpoints are computed again; Tensor.backward calls it with Devices off."""
+    """autograd's engine runs Python too, where checkpoints are computed again; Tensor.backward
+    calls it with Devices off.
+    """
 
     def run(*args, **kwargs):
         with Devices():

@@ -1,4 +1,6 @@
-"""reward.py's adapters: hand numbers, plain padded forwards of tiny Qwen2-VL, Qwen2.5-VL and Qwen3-VL models, a run of TRL's trainer."""
+"""reward.py's adapters: hand numbers, plain padded forwards of tiny Qwen2-VL, Qwen2.5-VL and
+Qwen3-VL models, a run of TRL's trainer.
+"""
 
 import copy
 import functools
@@ -31,7 +33,7 @@ def chat(text):
     return [{"role": "assistant", "content": text}]
 
 
-# ------------------------------------------------------------------------------------------------- text: TRL and verl
+# ---------------------------------------------------------------------------- text: TRL and verl
 
 
 @pytest.mark.parametrize(
@@ -91,7 +93,7 @@ def test_verl_score_is_accuracy_plus_format():
         ) == pytest.approx(expected)
 
 
-# ------------------------------------------------------------------------------- a plain forward of each model family
+# ---------------------------------------------------------- a plain forward of each model family
 
 PAD, START, END, VIDEO, IMAGE, TIMES = (
     0,
@@ -167,8 +169,9 @@ def make_model(family, attention):
 
 
 def make_batch(family):
-    """input_ids (3, T) with prompts padded on the left and responses on the right, completion_mask (3, T), and by row: the positions of
-    each slot's video tokens, and those of the response."""
+    """input_ids (3, T) with prompts padded on the left and responses on the right, completion_mask
+    (3, T), and by row: the positions of each slot's video tokens, and those of the response.
+    """
     media = {0: (3, 4), 2: (2, 3)}  # row -> slots, tokens of a slot
     prompts, lengths = [], [4, 6, 5]
     for row, words in enumerate(([5, 6, 7], [8, 9, 10, 11], [12])):
@@ -268,7 +271,9 @@ def attention_by_hand(weights, positions, merged):
 
 
 def assert_rewards(rewards, expected):
-    """The three rows against two numbers by hand, which must not be those of a use that is equal on all slots."""
+    """The three rows against two numbers by hand, which must not be those of a use that is equal on
+    all slots.
+    """
     assert rewards.dtype == torch.float32 and rewards.shape == (3,) and rewards[1] == 0
     for row, value in zip((0, 2), expected, strict=True):
         assert abs(value - 1 / len(MERGED[row])) > 1e-3  # equal use: (sum of the prior) / slots
@@ -310,7 +315,8 @@ def test_cfr_from_attentions_by_hand(family, layer):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_cfr_reads_nothing_but_video_and_response(family):
-    # NaN in everything that is not read changes nothing; NaN in one response token or video token cannot stay unseen
+    # NaN in everything that is not read changes nothing; NaN in one response token or video token
+    # cannot stay unseen
     output, ids, mask, positions = forward(family, "eager")
     states, weights = output.hidden_states[-1].clone(), output.attentions[0].clone()
     rest = (ids, VIDEO, GRIDS, 2, mask, PRIORS)
@@ -370,7 +376,8 @@ def test_cfr_without_grids():
 
 
 def test_cfr_hand_numbers():
-    # merged by 1: slots of 2 tokens, max over channels (1, 0) and (0, 1); the response (3, 0) has cosines 1 and 0, with tau 1 e / (e + 1)
+    # merged by 1: slots of 2 tokens, max over channels (1, 0) and (0, 1); the response (3, 0) has
+    # cosines 1 and 0, with tau 1 e / (e + 1)
     ids = torch.tensor([[9, 9, 9, 9, 1, 2], [9, 9, 3, 1, 2, 2]])  # 9: video
     states = torch.tensor([[[1.0, 0], [1, 0], [0, 0], [0, 1], [7, 7], [3, 0]]] * 2)
     mask, prior = (
@@ -396,7 +403,7 @@ def test_cfr_hand_numbers():
     torch.testing.assert_close(rewards, torch.tensor([0.75 * 0.4 + 0.25 * 0.6, 0]))
 
 
-# ------------------------------------------------------------------------------------------- against train.py's own path
+# ------------------------------------------------------------------- against train.py's own path
 
 
 def test_cfr_from_forward_is_what_the_packed_path_gives(toy_folder, toy_processor, toy_model):
@@ -426,7 +433,7 @@ def test_cfr_from_forward_is_what_the_packed_path_gives(toy_folder, toy_processo
     completions = torch.randint(0, 256, (3, group, 5), generator=torch.Generator().manual_seed(3))
     mask = torch.arange(5) < torch.tensor([[5, 2], [4, 5], [3, 5]])[..., None]
     with torch.no_grad():
-        hidden = Policy(toy_model)(prompts, completions, mask, hidden_layers=(-1,))[2][-1]
+        hidden = Policy(toy_model)(prompts, completions, mask, hidden_layers=(-1,)).hidden[-1]
     uses = rollout_frame_use(prompts, mask, hidden)
     expected = torch.tensor(
         [
@@ -447,7 +454,7 @@ def test_cfr_from_forward_is_what_the_packed_path_gives(toy_folder, toy_processo
         dim=1,
     )
     seconds = torch.tensor(
-        [item["second_per_grid"] for item in (items[0], items[2]) for _ in range(group)]
+        [item.second_per_grid for item in (items[0], items[2]) for _ in range(group)]
     )
     with torch.no_grad():
         output = toy_model(
@@ -476,13 +483,15 @@ def test_cfr_from_forward_is_what_the_packed_path_gives(toy_folder, toy_processo
     torch.testing.assert_close(rewards, expected, atol=1e-4, rtol=0)
 
 
-# ------------------------------------------------------------------------------------------------------------- TRL's run
+# ------------------------------------------------------------------------------------- TRL's run
 
 
 def test_trl_trains_with_a_copy_of_the_file(toy_folder, toy_processor, toy_model, tmp_path):
     """Three steps of GRPOTrainer on the toy's questions, each asked about a picture."""
-    # Not about its video: TRL 1.16 generates with the prompt's video but scores without it (_get_per_token_logps_and_entropies takes no
-    # pixel_values_videos). And no row of text alone: in a batch with pictures TRL's processor call fails on its None.
+    # Not about its video: TRL 1.16 generates with the prompt's video but scores without it
+    # (_get_per_token_logps_and_entropies takes no
+    # pixel_values_videos). And no row of text alone: in a batch with pictures TRL's processor call
+    # fails on its None.
     pytest.importorskip("trl")
     from datasets import Dataset
     from datasets import Image as ImageColumn
@@ -515,7 +524,8 @@ def test_trl_trains_with_a_copy_of_the_file(toy_folder, toy_processor, toy_model
             for row, example in zip(rows, examples, strict=True)
         ]
     )
-    # an untrained model writes no tags, so its sampling is led to <think></think><answer>A or B</answer>
+    # an untrained model writes no tags, so its sampling is led to <think></think><answer>A or
+    # B</answer>
     token = toy_processor.tokenizer.convert_tokens_to_ids
     start = toy_processor.tokenizer("assistant\n")["input_ids"][-1]
     path = [start, token("<think>"), token("</think>"), token("<answer>")]

@@ -22,7 +22,7 @@ import bench
 from common.data import DataError, Example
 from common.media import Encoder
 from common.policy import Policy, collate
-from common.rollout import replay, rollout
+from common.rollout import Sampling, replay, rollout
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -274,7 +274,8 @@ def test_counting_changes_neither_tokens_nor_log_probs(tmp_path):
         )
         prompts = collate([item], policy.model)
         with bench.phase(found, "all", 0, count):
-            tokens, mask = rollout(policy.model, prompts, [2], [0, 1], 3, [0])
+            settings = Sampling(3, eos_ids=[0])
+            tokens, mask, *_ = rollout(policy.model, prompts, [2], [0, 1], settings)
             logp = policy(prompts, tokens[None], mask[None])[0]
             logp.sum().backward()
         assert (found["all"][2] > 0) is count

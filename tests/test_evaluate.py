@@ -828,14 +828,15 @@ def test_answers_are_those_of_the_rollout_code(
     from common.data import load_examples
     from common.media import Encoder
     from common.policy import collate
-    from common.rollout import sample_texts
+    from common.rollout import Sampling, sample_texts
 
     report = local([*flags, "--temperature", 0], tmp_path / "report.json", monkeypatch, capsys)
     encoder = Encoder(toy_processor, 3136, 3136, 4)
     answers = {record["problem_id"]: record for record in report["results"]}
     for example in load_examples(bench, errors=[])[:3]:
         prompts = collate([encoder.encode(example)], toy_model)
-        (text,) = sample_texts(toy_model, toy_processor, prompts, [1], [0], 12, 0.0)[2]
+        settings = Sampling(12, temperature=0)
+        (text,) = sample_texts(toy_model, toy_processor, prompts, [1], [0], settings).texts
         assert answers[example.id]["output"] == text
         assert answers[example.id]["reward"] == reward.accuracy_reward(
             text, example.answer, example.problem_type

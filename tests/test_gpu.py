@@ -1,5 +1,7 @@
-"""What runs on a GPU, on a pretended one (pretend_gpu.py): the same numbers as on the CPU, no tensor on the wrong device, and a decode step
-that a CUDA graph can capture. Kernels, speed and bfloat16's rounding there are not tested by anything here."""
+"""What runs on a GPU, on a pretended one (pretend_gpu.py): the same numbers as on the CPU, no
+tensor on the wrong device, and a decode step that a CUDA graph can capture. Kernels, speed and
+bfloat16's rounding there are not tested by anything here.
+"""
 
 import argparse
 import copy
@@ -12,7 +14,7 @@ from unittest import mock
 
 import pytest
 import torch
-from conftest import NO_EOS, banned_ids
+from conftest import banned_ids
 from pretend_gpu import GpuTensor, PretendGpu
 
 import bench
@@ -24,10 +26,10 @@ from common import look, ranks
 from common.data import Prior, load_examples
 from common.media import Encoder
 from common.policy import Policy, checkpoint_activations, collate
-from common.rollout import replay, rollout
+from common.rollout import Sampling, replay, rollout
 from grpo import policy_loss, rollout_frame_use, token_frame_use
 
-# ------------------------------------------------------------------------------------------------- the pretended GPU itself
+# ---------------------------------------------------------------------- the pretended GPU itself
 
 
 def test_tensors_of_two_devices_do_not_meet():
@@ -108,56 +110,55 @@ def test_gradients_are_those_of_the_cpu():
             torch.testing.assert_close(two.grad.cpu(), one.grad)
 
 
-# --------------------------------------------------------------------------------------------------------------- grpo.py
+# ---------------------------------------------------------------------- rollout.py and policy.py
 
 
 @pytest.mark.parametrize("graph", [False, True])
 def test_rollouts(items, talker, graph):
-    ends = list(
-        range(0, talker.config.text_config.vocab_size, 12)
-    )  # rows end at different steps and leave the batch
-    rows = [3, 1, 2, 2], range(8), 20, ends, banned_ids(talker), 0.7, 0.9, 50, True
+    # rows end at different steps and leave the batch
+    ends = range(0, talker.config.text_config.vocab_size, 12)
+    options = dict(eos_ids=ends, banned_ids=banned_ids(talker))
+    settings = Sampling(20, 0.7, 0.9, 50, **options)
+    there_settings = Sampling(20, 0.7, 0.9, 50, graph=graph, **options)
+    rows = [3, 1, 2, 2], range(8)
     prompts = collate(items, talker)
-    tokens, mask, logp = rollout(talker, prompts, *rows)
+    here = rollout(talker, prompts, *rows, settings)
     with PretendGpu() as gpu:
-        there = rollout(copy.deepcopy(talker).to("cuda"), prompts.to("cuda"), *rows, graph=graph)
+        model = copy.deepcopy(talker).to("cuda")
+        there = rollout(model, prompts.to("cuda"), *rows, there_settings)[:3]
         assert all(isinstance(tensor, GpuTensor) for tensor in there)
-        there = [tensor.cpu() for tensor in there]
+        tokens, mask, logp = (tensor.cpu() for tensor in there)
     assert len(gpu.graphs) == graph
-    assert torch.equal(there[0], tokens) and torch.equal(there[1], mask)
-    torch.testing.assert_close(there[2], logp, atol=1e-4, rtol=0)
+    assert torch.equal(tokens, here.tokens) and torch.equal(mask, here.mask)
+    torch.testing.assert_close(logp, here.logp, atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize("other_family", ["Qwen2VL", "Qwen3VL"], indirect=True)
 def test_other_families_sample_by_a_graph(other_family):
     model, family_items = other_family
-    rows = collate(family_items, model), [2, 1, 2], range(5), 9, [NO_EOS], banned_ids(model)
-    tokens = rollout(model, *rows)[0]
+    prompts = collate(family_items, model)
+    rows = [2, 1, 2], range(5), Sampling(9, graph=True, banned_ids=banned_ids(model))
+    here = rollout(model, prompts, *rows).tokens
     with PretendGpu() as gpu:
-        there = rollout(copy.deepcopy(model).to("cuda"), rows[0].to("cuda"), *rows[1:], graph=True)[
-            0
-        ].cpu()
-    assert torch.equal(there, tokens)
-    assert [graph.replays for graph in gpu.graphs] == [
-        5
-    ]  # 9 tokens: one of the prompt, three steps, five replays
+        there = rollout(copy.deepcopy(model).to("cuda"), prompts.to("cuda"), *rows).tokens.cpu()
+    assert torch.equal(there, here)
+    # 9 tokens: one of the prompt, three steps, five replays
+    assert [graph.replays for graph in gpu.graphs] == [5]
 
 
 def test_a_graph_waits_once_in_16_steps(items, talker):
-    prompts, waits = collate(items, talker), {}
+    prompts = collate(items, talker)
+    waits = {}
     with PretendGpu() as gpu:
         model, prompts = copy.deepcopy(talker).to("cuda"), prompts.to("cuda")
         for steps in (20, 84):
             gpu.waits.clear()
-            rollout(
-                model, prompts, [2] * 4, range(8), steps, [NO_EOS], banned_ids(talker), graph=True
-            )
+            settings = Sampling(steps, graph=True, banned_ids=banned_ids(talker))
+            rollout(model, prompts, [2] * 4, range(8), settings)
             waits[steps] = len(gpu.waits)
         assert waits[84] - waits[20] == 4  # 64 more steps
-        assert [graph.replays for graph in gpu.graphs] == [
-            16,
-            80,
-        ]  # one token is the prompt's, three steps are run one by one
+        # one token is the prompt's, three steps are run one by one
+        assert [graph.replays for graph in gpu.graphs] == [16, 80]
 
 
 def test_a_step_that_cannot_be_captured_says_what_to_do():
@@ -200,10 +201,9 @@ def test_forward_and_backward(items, talker, packed, checkpointed):
         policy.train()
         rows, tokens, valid = prompts.to(device), completions.to(device), mask.to(device)
         rows.features = policy.encode(rows) if checkpointed else None
-        outputs = policy(
+        logp, entropy, hidden, attention, weights = policy(
             rows, tokens, valid, packed, hidden_layers=(1, -1), attention_layer=2, weight_alpha=1.7
         )
-        logp, entropy, hidden, attention, weights = outputs
         loss, stats = policy_loss(
             logp.flatten(0, 1),
             logp.detach().flatten(0, 1) - 0.1,
@@ -237,7 +237,7 @@ def test_forward_and_backward(items, talker, packed, checkpointed):
         torch.testing.assert_close(found[2][name], gradient, atol=2e-5, rtol=1e-3)
 
 
-# ----------------------------------------------------------------------------------------------------- train.py and the others
+# ----------------------------------------------------------------------- train.py and the others
 
 
 def test_a_rank_takes_its_own_gpu_before_the_first_collective(monkeypatch):
@@ -447,7 +447,9 @@ def test_prior(small_toy):
 
 
 def test_bench(tmp_path, monkeypatch):
-    """Two steps, the first of them within torch's FLOP counter; a graph is captured in the second alone."""
+    """Two steps, the first of them within torch's FLOP counter; a graph is captured in the second
+    alone.
+    """
     arguments = argparse.Namespace(
         hidden=128,
         layers=2,

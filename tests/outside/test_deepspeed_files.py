@@ -139,9 +139,10 @@ def batch(model, device):
     """One text prompt and a completion of eight tokens of it."""
     import torch
 
+    from common.media import ModelInputs
     from common.policy import collate
 
-    item = {"input_ids": torch.arange(40, 60), "grid_thw": None, "times": None}
+    item = ModelInputs(torch.arange(40, 60), None, None, 1.0, [])
     completions = torch.arange(61, 69)[None, None]
     return (
         collate([item], model).to(device),

@@ -1,31 +1,22 @@
-"""Names that transformers is about to remove are not used where it has new ones, and the old ones are where it has not."""
+"""Names that transformers is about to remove are used only where it has no new ones."""
 
 import copy
 import warnings
 from types import SimpleNamespace
 
 import pytest
-from conftest import NO_EOS, banned_ids
 
-from common.policy import Policy, checkpoint_activations, collate
-from common.rollout import cache_argument, rollout
+from common.policy import Policy, cache_argument, checkpoint_activations, collate
+from common.rollout import Sampling, rollout
 
 
 @pytest.mark.parametrize("graph", [False, True])
 def test_sampling_calls_nothing_that_is_deprecated(talker, items, graph):
     with warnings.catch_warnings():
         warnings.simplefilter("error", FutureWarning)
-        tokens, _ = rollout(
-            talker,
-            collate(items[:1], talker),
-            [2],
-            [0, 1],
-            3,
-            [NO_EOS],
-            banned_ids(talker),
-            graph=graph,
-        )
-    assert tokens.shape == (2, 3)
+        prompts = collate(items[:1], talker)
+        samples = rollout(talker, prompts, [2], [0, 1], Sampling(3, graph=graph))
+    assert samples.tokens.shape == (2, 3)
 
 
 def test_checkpointing_calls_nothing_that_is_deprecated(talker):

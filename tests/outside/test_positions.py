@@ -1,9 +1,12 @@
-"""Rotary positions against numbers that others published: huggingface/transformers issue 45381, as transformers 5.2 and vLLM print them."""
+"""Rotary positions against published numbers: huggingface/transformers issue 45381, as transformers
+5.2 and vLLM print them.
+"""
 
 import pytest
 import torch
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen2_5_VLModel
 
+from common.media import ModelInputs
 from common.policy import collate
 
 
@@ -31,18 +34,13 @@ def small():
 
 def test_words_stand_behind_the_video_as_in_transformers_5_2(small, monkeypatch):
     """15 words, a video of grid (84, 24, 32) at 2 s a slot, 10 words: 84 * 12 * 16 video tokens."""
-    monkeypatch.setattr(
-        Qwen2_5_VLModel, "get_rope_index", Qwen2_5_VLModel.get_rope_index.unchanged
-    )  # conftest.py mends it for others
+    # conftest.py mends it for the other tests
+    unchanged = Qwen2_5_VLModel.get_rope_index.unchanged
+    monkeypatch.setattr(Qwen2_5_VLModel, "get_rope_index", unchanged)
     video = small.config.video_token_id
     ids = torch.tensor([7] * 15 + [video] * (84 * 12 * 16) + [7] * 10)
-    item = {
-        "input_ids": ids,
-        "grid_thw": torch.tensor([84, 24, 32]),
-        "second_per_grid": 2.0,
-        "pixel_values": torch.zeros(1, 4),
-    }
-    text = {"input_ids": torch.tensor([7] * 40), "grid_thw": None, "pixel_values": None}
+    item = ModelInputs(ids, torch.zeros(1, 4), torch.tensor([84, 24, 32]), 2.0, [])
+    text = ModelInputs(torch.tensor([7] * 40), None, None, 1.0, [])
     positions = collate([text, item], small).position_ids  # (3, 2, P)
     assert positions[:, 1, :15].tolist() == [list(range(15))] * 3
     inside = positions[:, 1, 15:-10]
