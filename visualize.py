@@ -1,36 +1,39 @@
-"""Stage 6: pictures of runs, priors and of what a model looks at. Each command writes one HTML report that opens from disk, without
-network, on a phone, light or dark, and its figures as PNG and SVG beside it.
+"""Stage 6: pictures of runs, priors and of what a model looks at.
 
-    python visualize.py run output                                        # -> output/report.html, .png, .svg
-    python visualize.py run a0 a1 b0 b1 --label "λ = 0" --label "λ = 0" --label "λ = 3" --label "λ = 3" --output compare.html
-    python visualize.py sample --model_name_or_path output/grpo --compare output/sft --video clip.mp4 --question "Who falls first?"
-    python visualize.py enrichment --predictions sft.predictions.jsonl grpo.predictions.jsonl     # -> enrichment.html, .png, .svg
-    python visualize.py prior --priors priors.jsonl --media_root DATA                             # -> priors.html, priors-sheet.png, ...
+    python visualize.py run output                   # -> output/report.html, .png, .svg
+    python visualize.py run a0 a1 b0 b1 --label "λ = 0" --label "λ = 0" --label "λ = 3" \\
+        --label "λ = 3" --output compare.html
+    python visualize.py sample --model_name_or_path output/grpo --compare output/sft \\
+        --video clip.mp4 --question "Who falls first?"
+    python visualize.py enrichment --predictions sft.predictions.jsonl grpo.predictions.jsonl
+    python visualize.py prior --priors priors.jsonl --media_root DATA
 
-`run` draws the training dynamics that train.py wrote to metrics.jsonl, and the before/after table of result.json. Directories are overlaid;
-those with the same label (seeds of one arm) become one line, their mean, in a band from the lowest to the highest run.
-`sample` answers one question and draws where the answer looks: over frames, within them, and token by token.
-`enrichment` draws the paper's figure 9 (arXiv 2606.18441): are the strongest 5 % of token-slot pairs, which `evaluate.py --frame_use ...
---priors ...` stores as events, about the slots that the prior speaks for, where in the answer, and more so in right answers?
-`prior` draws what a priors file says: where the mass of P lies, how concentrated it is, whether its two cues agree, and some of its rows.
+Each command writes one HTML page that opens from disk, without network, on a phone, light or dark,
+and its figures as PNG and SVG beside it. `run` draws the metrics.jsonl and result.json of train.py;
+runs with the same label (seeds of one arm) become one line, their mean, in a band from the lowest
+to the highest run. `sample` answers one question and draws where the answer looks: over frames,
+within them, and token by token. `enrichment` draws figure 9 of the paper (arXiv 2606.18441) from
+what `evaluate.py --frame_use ... --priors ...` stores: do answers look where the prior points?
+`prior` draws a priors file: where the mass of P lies, how concentrated it is, whether its two cues
+agree, and some of its rows.
 """
 
 import argparse
-import functools
 import os
 import re
 import shlex
 import sys
 from dataclasses import dataclass, field, fields
 
-from transformers import HfArgumentParser
-
-from common.data import PROBLEM_TYPES, DataError
-from common.figures import run_enrichment, run_prior
-from common.flags import Help
+from common.data import PROBLEM_TYPES, DataError, Example, Prior
+from common.enrichment_page import enrichment_report
+from common.flags import Help, Parser, flag
+from common.media import open_video
 from common.pages import check_output
+from common.plots import short_names
+from common.prior_page import prior_report
 from common.run_page import run_report
-from prior import PriorSettings
+from prior import PriorSettings, load_clip, make_prior
 
 
 @dataclass
@@ -38,114 +41,123 @@ class SampleArguments:
     """One question about one video, and the models that answer it."""
 
     model_name_or_path: str = field(
-        metadata={"help": "Qwen2-VL, Qwen2.5-VL or Qwen3-VL checkpoint, folder or hub id"}
+        metadata={
+            "help": "Qwen2-VL, Qwen2.5-VL or Qwen3-VL checkpoint, folder or hub id",
+            "group": "question and models",
+        }
     )
     video: str = field(metadata={"help": "video file"})
     question: str = field(metadata={"help": "the question about it"})
-    compare: str | None = field(
-        default=None, metadata={"help": "a second checkpoint, drawn beside the first"}
-    )
+    compare: str | None = flag(None, "a second checkpoint, drawn beside the first")
     options: list[str] = field(
         default_factory=list,
-        metadata={"help": "the options of a multiple-choice question: 'A. red' 'B. blue'"},
+        metadata={"help": "options of a multiple-choice question: 'A. red' 'B. blue'"},
     )
-    answer: str | None = field(
-        default=None,
-        metadata={
-            "help": "the right answer (a letter, with --options); None: no accuracy, no total"
-        },
+    answer: str | None = flag(
+        None, "the right answer (a letter, with --options); None: no accuracy, no total"
     )
-    problem_type: str | None = field(
-        default=None,
-        metadata={
-            "help": "how it is asked and scored; None: multiple choice with --options, else free-form",
-            "choices": list(PROBLEM_TYPES),
-        },
+    problem_type: str | None = flag(
+        None,
+        "how it is asked and scored; None: multiple choice with --options, else free-form",
+        choices=list(PROBLEM_TYPES),
     )
-    min_pixels: int = field(default=4 * 28 * 28, metadata={"help": "fewest pixels a frame"})
-    max_pixels: int = field(default=256 * 28 * 28, metadata={"help": "most pixels a frame"})
-    prompt_template: str | None = field(
-        default=None, metadata={"help": "text file with {question} and {instruction}"}
+    min_pixels: int = flag(4 * 28 * 28, "fewest pixels a frame", group="prompt, as in training")
+    max_pixels: int = flag(256 * 28 * 28, "most pixels a frame")
+    prompt_template: str | None = flag(None, "text file with {question} and {instruction}")
+    system_prompt: str | None = flag(None, "text of a system turn before the question")
+    frame_times: str = flag(
+        "none", "how frames say when they were taken", choices=["none", "text", "drawn"]
     )
-    system_prompt: str | None = field(
-        default=None, metadata={"help": "text of a system turn before the question, as in training"}
+    hidden_layer: int = flag(
+        -1,
+        "hidden states that the paper's score reads: 0 embeddings ... -1 last layer (the paper's)",
+        group="answer and page",
     )
-    frame_times: str = field(
-        default="none",
-        metadata={
-            "help": "how frames say when they were taken, as in training",
-            "choices": ["none", "text", "drawn"],
-        },
-    )
-    hidden_layer: int = field(
-        default=-1,
-        metadata={
-            "help": "layer of the hidden states that the paper's score reads: 0 embeddings ... -1 last (the paper's)"
-        },
-    )
-    attention_layer: int = field(
-        default=1, metadata={"help": "layer whose attention is drawn, 1 is the first"}
-    )
-    cfr_weight: float = field(
-        default=3.0, metadata={"help": "lambda of the consensus frame reward, Eq. 7"}
-    )
-    max_completion_length: int = field(default=1024, metadata={"help": "most tokens of the answer"})
-    temperature: float = field(default=0.0, metadata={"help": "0 is greedy"})
-    seed: int = field(default=0, metadata={"help": "of the sampling"})
-    output: str = field(
-        default="sample.html",
-        metadata={"help": "report to write; FILE.png, FILE-maps.png and both as SVG go beside it"},
+    attention_layer: int = flag(1, "layer whose attention is drawn, 1 is the first")
+    cfr_weight: float = flag(3.0, "lambda of the consensus frame reward, Eq. 7")
+    max_completion_length: int = flag(1024, "most tokens of the answer")
+    temperature: float = flag(0.0, "0 is greedy")
+    seed: int = flag(0, "random seed of the sampling")
+    output: str = flag(
+        "sample.html", "report to write; FILE.png, FILE-maps.png and their SVG go beside it"
     )
 
     def __post_init__(self):
         check_output(self.output)
-        if (
-            not 0 < self.min_pixels <= self.max_pixels
-            or self.max_completion_length < 1
-            or self.temperature < 0
-        ):
-            raise DataError(
-                "--min_pixels above 0 and at most --max_pixels, --max_completion_length above 0, --temperature at least 0"
-            )
-        self.problem_type = self.problem_type or (
-            "multiple choice" if self.options else "free-form"
-        )
+        if not 0 < self.min_pixels <= self.max_pixels:
+            raise DataError("--min_pixels must be above 0 and at most --max_pixels")
+        if self.max_completion_length < 1 or self.temperature < 0:
+            raise DataError("--max_completion_length must be above 0, --temperature at least 0")
+        # Options make a multiple-choice question, and the other way round.
+        if self.problem_type is None:
+            self.problem_type = "multiple choice" if self.options else "free-form"
         if (self.problem_type == "multiple choice") != bool(self.options):
             raise DataError(
                 "--options 'A. ...' 'B. ...' and --problem_type multiple choice go together"
             )
+        # Each option begins with another letter.
         letters = {option[0] for option in self.options if re.match(r"[A-Z]\. ", option)}
-        if self.options and (
-            len(letters) < len(self.options)
-            or self.answer
-            and set(self.answer.split(",")) - letters
-        ):
-            raise DataError(
-                "--options are 'A. ...' 'B. ...' with a letter each, and --answer is one of the letters (or several: A,C)"
-            )
-        if self.compare and os.path.realpath(self.compare) == os.path.realpath(
-            self.model_name_or_path
-        ):
+        if len(letters) < len(self.options):
+            raise DataError("--options are 'A. ...' 'B. ...' with a letter each")
+        if self.options and self.answer and set(self.answer.split(",")) - letters:
+            raise DataError("--answer is one of the letters of --options (or several: A,C)")
+        # Two names of one folder are the same model.
+        path = os.path.realpath(self.model_name_or_path)
+        if self.compare and os.path.realpath(self.compare) == path:
             raise DataError("--compare names the model itself; give another one")
         if not self.question.strip():
             raise DataError("--question is empty")
 
 
-# ------------------------------------------------------------------------------------------------------------ command line
+def sample(arguments, settings, command):
+    """Compute the prior of the question, and write the report of what the models look at."""
+    # These imports take seconds, which the other commands need not wait.
+    from transformers.utils import logging
 
+    from common.sample_page import check_model, sample_report
 
-def main():
-    parser = argparse.ArgumentParser(allow_abbrev=False, description=__doc__, formatter_class=Help)
-    commands = parser.add_subparsers(dest="command", required=True, parser_class=HfArgumentParser)
-    add = functools.partial(
-        commands.add_parser, dataclass_types=(), allow_abbrev=False, formatter_class=Help
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    example = Example(
+        "0",
+        arguments.question,
+        arguments.options,
+        arguments.problem_type,
+        arguments.answer or "",
+        os.path.abspath(arguments.video),
+        "video",
     )
-    run = add("run", help="training dynamics of one or several runs")
+    # Everything that can be wrong is named before anything slow begins.
+    paths = [arguments.model_name_or_path]
+    if arguments.compare:
+        paths.append(arguments.compare)
+    notes = []
+    for path in paths:
+        notes += check_model(arguments, settings, path)
+    # A video that cannot be read is named before CLIP is loaded.
+    open_video(example.media)
+    for note in notes:
+        print(f"visualize.py: warning: {note}", file=sys.stderr)
+    # The prior's ablations without the semantic cue need no CLIP.
+    clip = None
+    if settings.has_semantic:
+        clip = load_clip(settings.clip, settings.clip_pretrained)
+    prior = make_prior(example, clip, settings)
+    prior = prior if isinstance(prior, Prior) else Prior(**prior)  # SHIM
+    # The page calls the models by the ends of their paths.
+    models = dict(zip(short_names(paths), paths, strict=True))
+    return sample_report(arguments, example, prior, models, notes, command)
+
+
+def make_parser():
+    """Parser of the four commands."""
+    parser = argparse.ArgumentParser(allow_abbrev=False, description=__doc__, formatter_class=Help)
+    commands = parser.add_subparsers(dest="command", required=True, parser_class=Parser)
+
+    # Only `sample` has so many settings that they are a dataclass.
+    run = commands.add_parser("run", help="training dynamics of one or several runs")
     run.add_argument(
-        "output_dirs",
-        nargs="+",
-        metavar="OUTPUT_DIR",
-        help="what train.py wrote (its --output_dir)",
+        "output_dirs", nargs="+", metavar="OUTPUT_DIR", help="--output_dir of a run of train.py"
     )
     run.add_argument(
         "--label",
@@ -158,12 +170,14 @@ def main():
         metavar="FILE.html",
         help="default: report.html in the directory, of several ./report.html",
     )
-    add(
+
+    commands.add_parser(
         "sample",
         dataclass_types=(SampleArguments, PriorSettings),
         help="where a model looks when it answers a question about a video",
     )
-    enrichment = add(
+
+    enrichment = commands.add_parser(
         "enrichment", help="the strongest token-slot pairs of answers (the paper's figure 9)"
     )
     enrichment.add_argument(
@@ -171,7 +185,7 @@ def main():
         nargs="+",
         required=True,
         metavar="FILE",
-        help=("what evaluate.py --frame_use ... --priors ... wrote: NAME.predictions.jsonl"),
+        help="NAME.predictions.jsonl of evaluate.py --frame_use ... --priors ...",
     )
     enrichment.add_argument(
         "--label",
@@ -179,53 +193,45 @@ def main():
         metavar="NAME",
         help="once a file, in their order; default: the files' names",
     )
-    enrichment.add_argument(
-        "--output", default="enrichment.html", metavar="FILE.html", help="report to write"
-    )
-    prior = add("prior", help="what a priors file says, and some of its rows")
-    prior.add_argument("--priors", required=True, metavar="FILE", help="what prior.py wrote")
+    output = {"metavar": "FILE.html", "help": "report to write"}
+    enrichment.add_argument("--output", default="enrichment.html", **output)
+
+    prior = commands.add_parser("prior", help="what a priors file says, and some of its rows")
+    prior.add_argument("--priors", required=True, metavar="FILE", help="output of prior.py")
     prior.add_argument(
         "--media_root",
         metavar="DIR",
         help="folder that the rows' media paths start from; default: the priors file's",
     )
     prior.add_argument(
-        "--items",
-        type=int,
-        default=6,
-        metavar="N",
-        help="rows whose frames are shown, drawn at random",
+        "--items", type=int, default=6, metavar="N", help="rows drawn at random, with their frames"
     )
-    prior.add_argument("--seed", type=int, default=0, help="of that choice")
-    prior.add_argument(
-        "--output", default="priors.html", metavar="FILE.html", help="report to write"
-    )
-    arguments = parser.parse_args()
+    prior.add_argument("--seed", type=int, default=0, help="random seed of that choice")
+    prior.add_argument("--output", default="priors.html", **output)
+    return parser
+
+
+def settings_of(kind, arguments):
+    """Parsed arguments -> settings object of a dataclass."""
+    return kind(**{setting.name: getattr(arguments, setting.name) for setting in fields(kind)})
+
+
+def main():
+    arguments = make_parser().parse_args()
     command = f"python {shlex.join(sys.argv)}"
     try:
         if arguments.command == "run":
-            print(run_report(arguments.output_dirs, arguments.label, arguments.output, command))
+            page = run_report(arguments.output_dirs, arguments.label, arguments.output, command)
         elif arguments.command == "enrichment":
-            print(run_enrichment(arguments.predictions, arguments.label, arguments.output, command))
-        elif arguments.command == "prior":
-            print(
-                run_prior(
-                    arguments.priors,
-                    arguments.media_root,
-                    arguments.items,
-                    arguments.seed,
-                    arguments.output,
-                    command,
-                )
+            page = enrichment_report(
+                arguments.predictions, arguments.label, arguments.output, command
             )
+        elif arguments.command == "prior":
+            page = prior_report(arguments, command)
         else:
-            from look import sample_report  # imports DeepSpeed, for which the others need not wait
-
-            parts = [
-                kind(**{setting.name: getattr(arguments, setting.name) for setting in fields(kind)})
-                for kind in (SampleArguments, PriorSettings)
-            ]
-            print(sample_report(*parts, command))
+            settings = settings_of(PriorSettings, arguments)
+            page = sample(settings_of(SampleArguments, arguments), settings, command)
+        print(page)
     except (DataError, OSError) as error:
         print(f"visualize.py: error: {error}", file=sys.stderr)
         sys.exit(2)

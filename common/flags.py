@@ -27,10 +27,14 @@ class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFo
 class Parser(HfArgumentParser):
     """HfArgumentParser with headings, without abbreviations of flags."""
 
-    def __init__(self, dataclass_types, description):
+    def __init__(self, dataclass_types=(), description=None, **more):
         self.group = None
         super().__init__(
-            dataclass_types, allow_abbrev=False, formatter_class=Help, description=description
+            dataclass_types,
+            allow_abbrev=False,
+            formatter_class=Help,
+            description=description,
+            **more,
         )
 
     def _parse_dataclass_field(self, parser, field):

@@ -1,6 +1,7 @@
-"""The report of a training run."""
+"""The report of training runs: `visualize.py run`, and the report.html that train.py writes."""
 
 import json
+import math
 import shlex
 from dataclasses import dataclass
 from html import escape
@@ -11,131 +12,77 @@ from matplotlib.ticker import MaxNLocator
 
 from common.data import DataError
 from common.pages import check_output, panels_html, table_html, write_report
-from common.plots import DASHES, SHEETS, Panel, draw, short_names, shorten
+from common.plots import Key, Panel, draw_panels, line_key, short_names, shorten
 
-# One panel each, in this order: stage, metric, title, unit, y axis (panels that name the same one share it), what it is.
-METRICS = [
-    (
-        "grpo",
-        "reward/accuracy",
-        "Accuracy of rollouts",
-        "share correct",
-        "0 to 1",
-        "Mean accuracy reward of the sampled completions.",
+
+@dataclass
+class Metric:
+    """How the report shows one number of metrics.jsonl."""
+
+    title: str
+    unit: str
+    caption: str = ""
+    axis: str = ""  # panels that name the same axis share their y limits
+    stage: str = "grpo"
+
+
+# Panels in this order; every other reward/NAME of a file follows under its name.
+METRICS = {
+    "reward/accuracy": Metric(
+        "Accuracy of rollouts", "share correct", "Mean accuracy reward of sampled completions."
     ),
-    (
-        "grpo",
-        "consensus/score",
-        "Consensus, the run's score",
-        "score",
-        "consensus",
-        "Eq. 6 with the run's own frame use; videos only.",
+    "consensus/score": Metric(
+        "Consensus, the run's score", "score", "Eq. 6 with the run's frame use; videos only.", "cfr"
     ),
-    (
-        "grpo",
-        "consensus/paper_score",
-        "Consensus, the paper's score",
-        "score",
-        "consensus",
-        "Last layer, max pool, τ = 0.1.",
+    "consensus/paper_score": Metric(
+        "Consensus, the paper's score", "score", "Last layer, max pool, τ = 0.1.", "cfr"
     ),
-    ("grpo", "rollout/length", "Completion length", "tokens", "", "Mean tokens of a completion."),
-    (
-        "grpo",
-        "consensus/evidence_use",
+    "rollout/length": Metric("Completion length", "tokens", "Mean tokens of a completion."),
+    "consensus/evidence_use": Metric(
         "Evidence use, the run's score",
         "share of use",
-        "evidence",
         "Frame use on the frames that hold the answer.",
-    ),
-    (
-        "grpo",
-        "consensus/paper_evidence_use",
-        "Evidence use, the paper's",
-        "share of use",
         "evidence",
-        "The same by the paper's frame use.",
     ),
-    ("grpo", "loss/kl", "KL to the reference", "nats per token", "", "k3 estimate, Eq. 10."),
-    (
-        "grpo",
-        "loss/zero_variance_groups",
-        "Zero-variance groups",
-        "share of groups",
-        "0 to 1",
-        "All rollouts earn the same: no signal.",
+    "consensus/paper_evidence_use": Metric(
+        "Evidence use, the paper's", "share of use", "The same by the paper's score.", "evidence"
     ),
-    (
-        "grpo",
-        "rollout/entropy",
-        "Entropy",
-        "nats per token",
-        "",
-        "Of the policy's next-token distribution on its completions.",
+    "loss/kl": Metric("KL to the reference", "nats per token", "k3 estimate, Eq. 10."),
+    "loss/zero_variance_groups": Metric(
+        "Zero-variance groups", "share of groups", "All rollouts earn the same: no signal."
     ),
-    (
-        "grpo",
-        "reward/total",
-        "Reward, total",
-        "reward",
-        "",
-        "Sum of the terms: accuracy and those that follow.",
+    "rollout/entropy": Metric(
+        "Entropy", "nats per token", "Of the policy's next-token distributions on completions."
     ),
-    (
-        "grpo",
-        "reward/consensus",
-        "Reward term: consensus",
-        "reward",
-        "",
-        "λ × gate × consensus score, Eq. 7.",
+    "reward/total": Metric("Reward, total", "reward", "Sum of the terms."),
+    "reward/consensus": Metric(
+        "Reward term: consensus", "reward", "λ × gate × consensus score, Eq. 7."
     ),
-    (
-        "grpo",
-        "reward/temporal",
-        "Reward term: temporal",
-        "reward",
-        "",
-        "For correct completions where frame order helps.",
+    "reward/temporal": Metric(
+        "Reward term: temporal", "reward", "For correct completions where frame order helps."
     ),
-    (
-        "grpo",
-        "reward/alignment",
-        "Reward term: alignment",
-        "reward",
-        "",
-        "Share of timed claims that match, if correct.",
+    "reward/alignment": Metric(
+        "Reward term: alignment", "reward", "Share of timed claims that match, if correct."
     ),
-    (
-        "grpo",
-        "reward/consistency",
+    "reward/consistency": Metric(
         "Reward term: consistency",
         "reward",
-        "",
         "For correct answers that the reference finds likely too.",
     ),
-    (
-        "grpo",
-        "reward/format",
-        "Reward term: format",
-        "reward",
-        "0 to 1",
-        "1 for a think block followed by an answer block.",
+    "reward/format": Metric(
+        "Reward term: format", "reward", "1 for a think block followed by an answer block."
     ),
-    (
-        "grpo",
-        "reward/length",
-        "Reward term: length",
-        "reward",
-        "",
-        "Bonus of correct completions within the length band.",
+    "reward/length": Metric(
+        "Reward term: length", "reward", "Bonus of correct completions within the length band."
     ),
-    ("grpo", "time/step", "Time per GRPO step", "seconds", "", "Wall clock, rollouts included."),
-    ("sft", "loss/sft", "SFT loss", "nats per token", "", "Cold start, mean over target tokens."),
-]
+    "time/step": Metric("Time per GRPO step", "seconds", "Wall clock, rollouts included."),
+    "loss/sft": Metric(
+        "SFT loss", "nats per token", "Cold start, mean over target tokens.", stage="sft"
+    ),
+}
 
-STAGES = ("rollout", "reference", "policy", "update")  # of a GRPO step, in seconds under time/
-
-MEASURES = {  # of result.json, in the table's order; parts of the question set follow theirs: greedy/conflict, greedy/KIND
+# Words for the names of result.json; others are shown as they are.
+MEASURES = {
     "greedy": "Held-out accuracy, greedy",
     "sampled": "Held-out accuracy, sampled",
     "consensus": "Consensus, the run's score",
@@ -150,358 +97,287 @@ MEASURES = {  # of result.json, in the table's order; parts of the question set 
 
 @dataclass
 class Run:
+    """What train.py wrote to an output folder."""
+
     folder: str
     records: dict  # stage -> {step: record}
-    result: dict | None  # result.json: before, after
+    result: dict | None  # result.json; None while the run goes on
 
 
 def read_run(folder):
-    """A directory that train.py wrote. A last line without its line break is one that train.py is still writing, and is left out."""
-    file, result = Path(folder) / "metrics.jsonl", Path(folder) / "result.json"
+    """Read metrics.jsonl and result.json of a run. Raises DataError where they are malformed."""
+    file = Path(folder) / "metrics.jsonl"
     if not Path(folder).is_dir():
         raise DataError(f"{folder} is not a folder (the --output_dir of a run is expected)")
     if not file.is_file():
         raise DataError(f"{folder} has no metrics.jsonl; train.py writes it once training starts")
     records = {}
-    for number, line in enumerate(
-        file.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True), 1
-    ):
+    lines = file.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
+    for number, line in enumerate(lines, 1):
         try:
             record = json.loads(line)
             records.setdefault(record["stage"], {})[int(record["step"])] = record
         except (ValueError, KeyError, TypeError) as error:
+            # Without its line break, the last line is one that train.py is still writing.
             if line.endswith("\n"):
                 raise DataError(
                     f"{file} line {number} is not a JSON record with stage and step"
                 ) from error
     if not records:
         raise DataError(f"{file} holds no step yet; try again once training has made one")
+    return Run(str(folder), records, read_result(Path(folder) / "result.json"))
+
+
+def read_result(file):
+    """result.json of a run -> dict; None where there is none yet."""
+    if not file.is_file():
+        return None
     try:
-        read = json.loads(result.read_text(encoding="utf-8")) if result.is_file() else None
-        numbers = (
-            []
-            if read is None
-            else [
-                *read["before"].values(),
-                *read["after"].values(),
-                *read.get("seconds", {}).values(),
-            ]
-        )
-        if not all(type(number) in (int, float) for number in numbers):
-            raise ValueError("not numbers")
+        result = json.loads(file.read_text(encoding="utf-8"))
+        for number in [*result["before"].values(), *result["after"].values()]:
+            if type(number) not in (int, float):
+                raise ValueError("not numbers")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise DataError(
-            f"{result} is not the result of a run (JSON with numbers before and after)"
+            f"{file} is not the result of a run (JSON with numbers before and after)"
         ) from error
-    return Run(str(folder), records, read)
+    return result
+
+
+def metrics_of(runs):
+    """{name: Metric} that the report shows: the known ones and every reward term of the runs."""
+    # A new reward term needs no entry in METRICS.
+    metrics = dict(METRICS)
+    for run in runs:
+        for record in run.records.get("grpo", {}).values():
+            for name in record:
+                if name.startswith("reward/"):
+                    title = f"Reward term: {name.removeprefix('reward/')}"
+                    metrics.setdefault(name, Metric(title, "reward"))
+    return metrics
+
+
+def series(runs, stage, name):
+    """One metric of several runs.
+
+    Returns:
+        (S,) all steps that have it, (R, S) values, NaN where a run has none or it is not a finite
+        number, and the list of the steps of the latter.
+    """
+    records = [run.records.get(stage, {}) for run in runs]
+    steps = set()
+    for own in records:
+        steps.update(step for step, record in own.items() if name in record)
+    steps = sorted(steps)
+    # NaN stands for "no number"; `broken` tells missing values from bad ones.
+    values = np.full((len(runs), len(steps)), np.nan)
+    broken = []
+    for row, own in enumerate(records):
+        for column, step in enumerate(steps):
+            value = own.get(step, {}).get(name, np.nan)
+            if isinstance(value, int | float) and math.isfinite(value):
+                values[row, column] = value
+            elif name in own.get(step, {}):
+                broken.append(step)
+    return np.array(steps), values, broken
 
 
 def running_mean(values):
-    """(S,) -> (S,): centred mean over about sqrt(S) steps, fewer at the ends, of what is not NaN; NaN where the value itself is."""
+    """(S,) -> (S,): centred mean over about sqrt(S) steps without NaN; NaN stays NaN."""
     half = int(len(values) ** 0.5 / 2)
-    windows = [values[max(0, index - half) : index + half + 1] for index in range(len(values))]
-    return np.array(
-        [
-            np.nan if np.isnan(value) else np.nanmean(window)
-            for value, window in zip(values, windows, strict=True)
-        ]
-    )
+    means = np.full(len(values), np.nan)
+    for index in np.flatnonzero(~np.isnan(values)):
+        means[index] = np.nanmean(values[max(0, index - half) : index + half + 1])
+    return means
 
 
-def curves(runs, stage, name):
-    """-> all their steps (S,), values (R, S) and running means (R, S) with NaN where a run has none, steps whose value is not a number."""
-    records = [run.records.get(stage, {}) for run in runs]
-    steps = sorted({step for own in records for step, record in own.items() if name in record})
-    values, means, broken = (
-        np.full((len(runs), len(steps)), np.nan),
-        np.full((len(runs), len(steps)), np.nan),
-        [],
-    )
-    for row, own in enumerate(records):
-        here = [index for index, step in enumerate(steps) if name in own.get(step, {})]
-        numbers = [own[steps[index]][name] for index in here]
-        numbers = np.array(
-            [
-                number if isinstance(number, (int, float)) and np.isfinite(number) else np.nan
-                for number in numbers
-            ],
-            float,
-        )
-        values[row, here], means[row, here] = numbers, running_mean(numbers)
-        broken += [
-            steps[index] for index, number in zip(here, numbers, strict=True) if np.isnan(number)
-        ]
-    return np.array(steps), values, means, broken
+def plot_metric(axes, name, metric, groups, chance):
+    """Draw one metric of every group of runs.
 
-
-def plot_metric(axes, sheet, metric, groups, chance):
-    """One metric of every group of runs; chance: where uniform use would lie, None where that means nothing. Returns its alt text."""
-    stage, name, _, unit, axis, _ = metric
-    told = []
+    Args:
+        groups: {label: list of Run}.
+        chance: height of a dotted line, or None.
+    Returns:
+        Alt text.
+    """
+    words = []
     for index, (label, runs) in enumerate(groups.items()):
-        steps, values, means, broken = curves(runs, stage, name)
-        colour, everywhere = (
-            sheet.lines[index % 6],
-            np.isfinite(values).all(0),
-        )  # a mean of fewer runs would jump where one ends
-        values, means = (
-            np.ma.masked_where(~np.broadcast_to(everywhere, rows.shape), rows)
-            for rows in (values, means)
-        )
+        key = line_key(label, index)
+        steps, values, broken = series(runs, metric.stage, name)
+        # A value that is not a number is marked at the bottom of its step.
         if broken:
-            axes.plot(
-                broken,
-                [0.03] * len(broken),
-                "x",
-                color=colour,
-                transform=axes.get_xaxis_transform(),
-                clip_on=False,
-            )
-        if not values.count():
-            continue
+            place = axes.get_xaxis_transform()  # y from 0 at the bottom to 1 at the top
+            heights = [0.03] * len(broken)
+            axes.plot(broken, heights, "x", color=key.colour, transform=place, clip_on=False)
+        means = np.array([running_mean(row) for row in values])  # (R, S)
+        # NaN where any run has none: a mean of fewer runs would jump where one ends.
         middle = means.mean(0)  # (S,)
-        there = np.pad(~np.ma.getmaskarray(middle), 1)
-        known, alone = (
-            np.flatnonzero(there[1:-1]),
-            np.flatnonzero(there[1:-1] & ~there[:-2] & ~there[2:]),
-        )  # alone: a dot, not a line
-        axes.plot(steps, values.mean(0), color=colour, alpha=0.3, linewidth=0.9)
+        # The alt text names the first and the last value.
+        known = np.flatnonzero(np.isfinite(middle))
+        if not len(known):
+            continue
+        axes.plot(steps, values.mean(0), ".", color=key.colour, alpha=0.5, markersize=6, mew=0)
         if len(runs) > 1:
-            axes.fill_between(
-                steps, means.min(0), means.max(0), color=colour, alpha=0.18, linewidth=0
-            )
-        axes.plot(
-            steps,
-            middle,
-            color=colour,
-            linewidth=2,
-            dashes=DASHES[index % 4],
-            marker="o",
-            markersize=5,
-            markevery=alone.tolist(),
-        )
-        told.append(
-            f"{label}: {middle[known[0]]:.3g} at step {steps[known[0]]}, {middle[known[-1]]:.3g} at step {steps[known[-1]]}"
-        )
-    axes.set(xlabel=f"{stage.upper()} step", ylabel=unit)
-    if np.ptp(axes.dataLim.intervalx) == 0:  # one step only
-        axes.set_xlim(axes.dataLim.x0 - 1, axes.dataLim.x0 + 1)
+            low, high = means.min(0), means.max(0)
+            axes.fill_between(steps, low, high, color=key.colour, alpha=0.18, linewidth=0)
+        axes.plot(steps, middle, color=key.colour, linewidth=2, linestyle=key.style)
+        ends = [f"{middle[place]:.3g} at step {steps[place]}" for place in known[[0, -1]]]
+        words.append(f"{label}: {', '.join(ends)}")
+    axes.set(xlabel=f"{metric.stage.upper()} step", ylabel=metric.unit)
     axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
     axes.yaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]))
-    if axis == "0 to 1":
+    # Shares that stand alone are shown on their whole scale.
+    if metric.unit.startswith("share") and not metric.axis:
         axes.set_ylim(-0.03, 1.03)
     if chance is not None:
-        axes.axhline(chance, color=sheet.text, linestyle=":", linewidth=1.2)
-    return f"{unit}, running mean. {'; '.join(told) or 'No number in any step'}."
+        axes.axhline(chance, color="black", linestyle="dotted", linewidth=1.2)
+    return f"{metric.unit}, running mean. {'; '.join(words) or 'No number in any step'}."
 
 
-def stage_seconds(runs):
-    """Median seconds of each of STAGES over the GRPO steps of these runs; 0 where there are none."""
-    found = []
-    for stage in STAGES:
-        values = curves(runs, "grpo", f"time/{stage}")[1]
-        found.append(float(np.nanmedian(values)) if np.isfinite(values).any() else 0.0)
-    return found
-
-
-def plot_stages(axes, sheet, groups):
-    told = []
-    for row, (label, runs) in enumerate(groups.items()):
-        begin, found = 0.0, stage_seconds(runs)
-        for index, (stage, seconds) in enumerate(zip(STAGES, found, strict=True)):
-            axes.barh(
-                row,
-                seconds,
-                left=begin,
-                height=0.6,
-                color=sheet.lines[index],
-                hatch=["", "//", "..", "xx"][index],
-                label=stage if row == 0 else None,
-            )
-            begin += seconds
-        told.append(
-            f"{label}: "
-            + ", ".join(
-                f"{stage} {seconds:.3g}" for stage, seconds in zip(STAGES, found, strict=True)
-            )
-        )
-    axes.set(xlabel="seconds, median over steps", ylim=(len(groups) - 0.4, -1.1))
-    names = (
-        [shorten(label, 10) for label in groups] if len(groups) > 1 else []
-    )  # of one, the page's heading says which
-    axes.set_yticks(range(len(names)), names, fontsize=9)
-    axes.grid(axis="y", visible=False)
-    axes.legend(
-        ncols=4,
-        fontsize=8,
-        frameon=False,
-        loc="upper left",
-        borderpad=0,
-        handlelength=1,
-        columnspacing=0.8,
-        handletextpad=0.4,
-    )
-    return f"Seconds, median over steps. {'; '.join(told)}."
-
-
-def legend_text(label, runs):
-    return label if len(runs) == 1 else f"{label} ({len(runs)} runs)"
+def mean_cell(values):
+    """One number of several runs (None where a run lacks it) -> mean (lowest to highest)."""
+    values = [value for value in values if value is not None]
+    if not values:
+        return "–"
+    cell = f"{np.mean(values):.3f}"
+    if len(values) > 1:
+        cell += f" ({min(values):.3f} to {max(values):.3f})"
+    return cell
 
 
 def result_table(groups):
-    """result.json as HTML, before → after: mean over a label's runs and, of several, the lowest and highest. '' without any."""
-    done = {
-        label: [
-            run.result
-            for run in runs
-            if run.result and run.result["after"] and "grpo" in run.records
-        ]
-        for label, runs in groups.items()
-    }
-    done = {label: results for label, results in done.items() if results}
-
-    def cell(results, part, name):
-        values = [
-            result[part][name]
-            for result in results
-            if isinstance(result[part].get(name), (int, float))
-        ]
-        several = (
-            f" <small>({min(values):.3f} to {max(values):.3f})</small>" if len(values) > 1 else ""
-        )
-        return f"{np.mean(values):.3f}{several}" if values else "–"
-
-    order, rows = {name: index for index, name in enumerate(MEASURES)}, []
-    names = {
-        name: name.partition("/")
-        for results in done.values()
-        for result in results
-        for name in result["after"]
-    }
-    for name, (family, _, part) in sorted(
-        names.items(), key=lambda pair: (order.get(pair[1][0], 99), pair[1])
-    ):
-        words = MEASURES.get(family, family) + (f": {MEASURES.get(part, part)}" if part else "")
-        rows.append(
-            (
-                words,
-                *(
-                    f"{cell(results, 'before', name)} → <b>{cell(results, 'after', name)}</b>"
-                    for results in done.values()
-                ),
-            )
-        )
-    head = ["measure", *(legend_text(label, results) for label, results in done.items())]
+    """result.json of finished runs, before → after training, as HTML; '' where there is none."""
+    columns = {}
+    names = {}
+    for label, runs in groups.items():
+        # Runs without held-out questions have no numbers.
+        done = [run.result for run in runs if run.result and run.result["after"]]
+        if done:
+            columns[legend_name(label, done)] = done
+        for result in done:
+            names |= result["after"]
+    rows = []
+    for name in names:
+        # greedy/colour: a measure on one kind of question.
+        family, _, kind = name.partition("/")
+        row = [MEASURES.get(family, family)]
+        if kind:
+            row[0] += f": {MEASURES.get(kind, kind)}"
+        for results in columns.values():
+            before = mean_cell([result["before"].get(name) for result in results])
+            after = mean_cell([result["after"].get(name) for result in results])
+            row.append(f"{before} → <b>{after}</b>")
+        rows.append(row)
+    if not rows:
+        return ""
     return (
-        f"""<h2>Held-out questions, before → after GRPO</h2>
-<p>From result.json; of several runs the mean and (lowest to highest).</p>
-{table_html(head, rows)}"""
-        if rows
-        else ""
+        "<h2>Held-out questions, before → after GRPO</h2>"
+        "<p>From result.json; of several runs the mean (lowest to highest).</p>"
+        f"{table_html(['measure', *columns], rows)}"
     )
 
 
-def seconds_table(groups):
-    """Wall clock of a run's stages as HTML, from result.json: mean over a label's runs. '' without any."""
-    done = {
-        label: [run.result["seconds"] for run in runs if run.result and "seconds" in run.result]
-        for label, runs in groups.items()
-    }
-    done = {label: results for label, results in done.items() if results}
-    rows = [
-        (
-            name,
-            *(
-                f"{np.mean([result.get(name, 0.0) for result in results]):.0f}"
-                for results in done.values()
-            ),
-        )
-        for name in {name: 0 for results in done.values() for result in results for name in result}
-    ]
-    of = ", mean of the runs" if any(len(results) > 1 for results in done.values()) else ""
-    return f"<h2>Seconds of each stage{of}</h2>{table_html(['stage', *done], rows)}" if rows else ""
+def legend_name(label, runs):
+    return label if len(runs) == 1 else f"{label} ({len(runs)} runs)"
 
 
-def run_report(folders, labels=None, output=None, command=""):
-    """The report of `visualize.py run`. labels: one a folder, or None. Returns the path of the HTML file; PNG and SVG lie beside it."""
-    folders = [str(folder) for folder in folders]
-    output = Path(
-        output or (Path(folders[0]) / "report.html" if len(folders) == 1 else "report.html")
-    )
+def group_runs(folders, labels):
+    """Read the runs -> {label: list of Run}; without labels the folders' names, shortened."""
     if labels and len(labels) != len(folders):
         raise DataError(
-            f"{len(labels)} --label for {len(folders)} directories; give none, or one a directory in their order"
+            f"{len(labels)} --label for {len(folders)} directories; "
+            "give none, or one a directory in their order"
         )
     if len({Path(folder).resolve() for folder in folders}) < len(folders):
         raise DataError("a directory is given twice")
-    check_output(output)
+    # Seeds of one arm share a label.
     groups = {}
     for folder, label in zip(folders, labels or short_names(folders), strict=True):
         groups.setdefault(label, []).append(read_run(folder))
-    runs = [run for members in groups.values() for run in members]
-    chances = [
-        run.result["after"]["evidence_chance"]
-        for run in runs
-        if run.result and "evidence_chance" in run.result["after"]
-    ]
-    chance, panels, zero, gaps = float(np.mean(chances)) if chances else None, [], [], False
-    for metric in METRICS:
-        steps, values, _, broken = curves(runs, *metric[:2])
-        gaps = gaps or bool(broken)
+    return groups
+
+
+def metric_panels(groups, chance):
+    """A panel for every metric that is not zero throughout.
+
+    Args:
+        chance: evidence use by chance, or None.
+    Returns:
+        list of Panel, and what the reader should know about the values.
+    """
+    runs = sum(groups.values(), [])
+    panels = []
+    zeros = []
+    note = ""
+    for name, metric in metrics_of(runs).items():
+        steps, values, broken = series(runs, metric.stage, name)
+        if broken:
+            note = " A cross at the bottom: the value is not a number."
+        # Terms that are switched off are zero throughout.
         if broken or np.nan_to_num(values).any():
-            own = chance if metric[4] == "evidence" else None
-            panels.append(
-                Panel(
-                    metric[2],
-                    metric[5],
-                    lambda axes, sheet, metric=metric, own=own: plot_metric(
-                        axes, sheet, metric, groups, own
-                    ),
-                    metric[4] if metric[4] != "0 to 1" else "",
-                )
-            )
+            level = chance if metric.axis == "evidence" else None
+
+            def plot(axes, name=name, metric=metric, level=level):
+                return plot_metric(axes, name, metric, groups, level)
+
+            panels.append(Panel(metric.title, metric.caption, plot, metric.axis))
         elif len(steps):
-            zero.append(metric[2])
-        if metric[1] == "time/step" and any(stage_seconds(runs)):
-            panels.append(
-                Panel(
-                    "Time by stage",
-                    "What a GRPO step spends its time on.",
-                    lambda axes, sheet: plot_stages(axes, sheet, groups),
-                )
-            )
+            zeros.append(metric.title)
+    if zeros:
+        note += f" Zero throughout, so not drawn: {', '.join(zeros)}."
+    return panels, note
+
+
+def run_report(folders, labels=None, output=None, command=""):
+    """Write the report of training runs.
+
+    Args:
+        folders: output folders of train.py.
+        labels: one a folder; runs of the same label become one line and a band. None: their names.
+        output: the page; None: report.html in the only folder, or here for several.
+        command: shown at the end of the page.
+    Returns:
+        Path of the page; PNG and SVG lie beside it.
+    """
+    folders = [str(folder) for folder in folders]
+    # The page of one run stands with the run.
+    if output is None:
+        output = Path(folders[0] if len(folders) == 1 else "") / "report.html"
+    check_output(output)
+    groups = group_runs(folders, labels)
+    runs = sum(groups.values(), [])
+    # Evidence use by chance is a number of the held-out questions.
+    results = [run.result for run in runs if run.result]
+    chances = [result["after"].get("evidence_chance") for result in results]
+    chances = [chance for chance in chances if chance is not None]
+    panels, found = metric_panels(groups, float(np.mean(chances)) if chances else None)
     if not panels:
         raise DataError(
             "metrics.jsonl has none of the metrics that this report draws, or all of them are zero"
         )
-    unfinished = [run.folder for run in runs if run.result is None]
-    heading = f"Training dynamics of {runs[0].folder if len(runs) == 1 else f'{len(runs)} runs'}"
-    note = "Line: running mean over about √n of n steps, centred. Faint: value of each step."
+    note = "Line: running mean over about √n of n steps, centred. Dots: value of each step."
     if len(groups) < len(runs):
-        note += " Band: lowest to highest running mean of the runs; their mean is the line, where all of them have a value."
-    note += " Dotted: use if spread evenly over the held-out questions' frames." if chances else ""
-    note += " A cross at the bottom: the value is not a number." if gaps else ""
-    note += f" Zero throughout, so not drawn: {', '.join(zero)}." if zero else ""
-    note += f" Without result.json yet: {', '.join(unfinished)}." if unfinished else ""
-    legend = [
-        (legend_text(shorten(label, 40), members), index, DASHES[index % 4])
-        for index, (label, members) in enumerate(groups.items())
-    ]
-    legend += (
-        [("uniform use (chance, held-out)", None, (1, 1))]
-        if chances and any(panel.shared == "evidence" for panel in panels)
-        else []
-    )
-    parts = [
-        result_table(groups),
-        f"<h2>Step by step</h2><p>{escape(note)}</p>",
-        panels_html(panels, legend),
-        seconds_table(groups),
-    ]
-    trained = [
-        f"# {run.folder}: {shlex.join(word for word in run.result['command'] if 'local_rank' not in word)}"  # the launcher's
-        for run in runs
-        if run.result and "command" in run.result
-    ]
-    figures = {"": draw(panels, SHEETS["light"], heading, legend, note=note)[0]}
-    return write_report(output, heading, "\n".join(parts), "\n".join([command, *trained]), figures)
+        note += (
+            " Band: lowest to highest running mean of the runs; "
+            "their mean is the line, where all of them have a value."
+        )
+    note += found
+    unfinished = [run.folder for run in runs if run.result is None]
+    if unfinished:
+        note += f" Without result.json yet: {', '.join(unfinished)}."
+    keys = []
+    for index, (label, members) in enumerate(groups.items()):
+        keys.append(line_key(legend_name(shorten(label, 40), members), index))
+    if any(panel.shared == "evidence" for panel in panels) and chances:
+        keys.append(Key("uniform use (chance, held-out)", "black", "dotted"))
+    heading = f"Training dynamics of {folders[0] if len(runs) == 1 else f'{len(runs)} runs'}"
+    figure = draw_panels(panels, heading, keys, note)
+    body = [result_table(groups), f"<h2>Step by step</h2><p>{escape(note)}</p>"]
+    body.append(panels_html(panels, keys))
+    # The launcher adds --local_rank to what the user typed.
+    commands = [command]
+    for run in runs:
+        if run.result and "command" in run.result:
+            words = [word for word in run.result["command"] if "local_rank" not in word]
+            commands.append(f"# {run.folder}: {shlex.join(words)}")
+    return write_report(output, heading, "\n".join(body), "\n".join(commands), {"": figure})

@@ -22,7 +22,7 @@ import evaluate
 import prior
 import train
 import visualize
-from common import look, ranks
+from common import ranks, sample_page
 from common.data import Prior, load_examples
 from common.media import Encoder
 from common.policy import Policy, checkpoint_activations, collate
@@ -423,9 +423,9 @@ def test_look(checkpoint, toy_folder, as_if):
         max_pixels=3136,
         max_completion_length=12,
     )
-    row = {"frames": [0, 10, 20, 30], "times": [0.0, 2.5, 5.0, 7.5]}
-    found = look.look(arguments, "talker", str(checkpoint), video, row)
-    assert len(found.uses) == 5 and all(
+    row = Prior("0", frames=[0, 10, 20, 30], times=[0.0, 2.5, 5.0, 7.5], prior=[0.25] * 4)
+    found = sample_page.answer_question(arguments, "talker", str(checkpoint), video, row)
+    assert len(found.uses) == 2 and all(
         not use.is_cuda and use.sum() == pytest.approx(1, abs=1e-2) for use in found.uses.values()
     )
 

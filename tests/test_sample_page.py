@@ -1,0 +1,327 @@
+"""visualize.py sample: its numbers, recomputed with transformers alone; the page; bad input."""
+
+import base64
+import html
+import io
+import json
+import os
+import re
+import resource
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from conftest import banned_ids
+from PIL import Image
+from transformers import AutoModelForImageTextToText
+
+import reward
+import visualize
+from common import sample_page
+from common.data import Example, Prior, load_examples
+from common.media import Encoder
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def arguments(checkpoint, **more):
+    settings = {"model_name_or_path": str(checkpoint), "video": "v.mp4", "question": "q"}
+    sizes = {"min_pixels": 3136, "max_pixels": 3136, "max_completion_length": 12}
+    return visualize.SampleArguments(**{**settings, **sizes, **more})
+
+
+def command(monkeypatch, **flags):
+    """visualize.py sample in this process."""
+    words = []
+    for name, values in flags.items():
+        values = values if isinstance(values, list) else [values]
+        words += [f"--{name}", *map(str, values)]
+    monkeypatch.setattr(sys, "argv", ["visualize.py", "sample", *words])
+    visualize.main()
+
+
+def test_patch_contributions():
+    """Two channels, one slot of two patches, one response direction (0.6, 0.8)."""
+    response = torch.tensor([[3.0, 4.0]])
+    patches = torch.tensor([[[4.0, -1.0], [0.0, 3.0]]])
+    # f = (4, 3), |f| = 5; patch 0 owns channel 0: 0.6 * 4 / 5, patch 1 channel 1: 0.8 * 3 / 5
+    contributions = sample_page.patch_contributions(response, patches)
+    torch.testing.assert_close(contributions, torch.tensor([[0.48, 0.48]]))
+    generator = torch.Generator().manual_seed(0)
+    response = torch.randn(7, 16, generator=generator)
+    patches = torch.randn(3, 5, 16, generator=generator)
+    frames = reward.pool_frames(patches)
+    cosines = torch.cosine_similarity(response[:, None], frames[None], dim=-1)  # (L, t)
+    contributions = sample_page.patch_contributions(response, patches)
+    torch.testing.assert_close(contributions.sum(1), cosines.mean(0))
+
+
+def test_token_pieces_keep_whole_characters(toy_processor):
+    text = "é→ red 你好 <answer>A"
+    ids = toy_processor.tokenizer(text)["input_ids"]
+    pieces = sample_page.token_pieces(ids, toy_processor.tokenizer)
+    assert len(pieces) == len(ids) and "".join(pieces) == text
+    assert "\ufffd" not in text and "" in pieces  # é is two byte tokens
+    # Cut within a character: shown, not swallowed.
+    assert "".join(sample_page.token_pieces(ids[:1], toy_processor.tokenizer)) == "\ufffd"
+
+
+def test_answer_equals_plain_transformers(checkpoint, toy_folder, toy_processor):
+    examples = load_examples(toy_folder / "train_cot.json")
+    video = next(example for example in examples if example.media_type == "video")
+    example = Example("0", "q", [], "free-form", "", video.media, "video")
+    frames = [0, 9, 20, 31, 42, 53, 60]  # 7 frames, 4 slots
+    times = [index / 4 for index in frames]
+    row = Prior("0", frames=frames, times=times, prior=[1 / 7] * 7)
+    asked = arguments(checkpoint, hidden_layer=3, attention_layer=2)
+    one = sample_page.answer_question(asked, "m", str(checkpoint), example, row)
+
+    model = AutoModelForImageTextToText.from_pretrained(checkpoint, attn_implementation="eager")
+    model.eval()
+    item = Encoder(toy_processor, 3136, 3136).encode(example, row)
+    ids = item.input_ids
+    banned = torch.tensor(banned_ids(model))
+    inputs = {
+        "pixel_values_videos": item.pixel_values,
+        "video_grid_thw": item.grid_thw[None],
+        "second_per_grid_ts": torch.tensor([item.second_per_grid]),
+    }
+
+    def kinds(ids):
+        return 2 * (ids == model.config.video_token_id).int()[None]
+
+    with torch.no_grad():
+        for _ in range(12):
+            output = model(input_ids=ids[None], mm_token_type_ids=kinds(ids), **inputs)
+            logits = output.logits[0, -1].index_fill(0, banned, -torch.inf)
+            ids = torch.cat([ids, logits.argmax()[None]])
+        output = model(
+            input_ids=ids[None],
+            mm_token_type_ids=kinds(ids),
+            output_hidden_states=True,
+            output_attentions=True,
+            **inputs,
+        )
+    text = toy_processor.tokenizer.decode(ids[-12:], skip_special_tokens=True)
+    assert one.text == text == "".join(one.pieces)
+    visual = (ids == model.config.video_token_id).nonzero()[:, 0]
+    states = output.hidden_states[3][0]
+    assert len(visual) == 4 * 4
+    frames = reward.pool_frames(states[visual].view(4, 4, -1))
+    cosines = torch.cosine_similarity(states[-12:][:, None], frames[None], dim=-1)  # (L, t)
+    mean = cosines.mean(0)
+    torch.testing.assert_close(one.tokens["hidden"], cosines, atol=1e-5, rtol=0)
+    torch.testing.assert_close(one.maps["hidden"].sum((1, 2)), mean, atol=1e-5, rtol=0)
+    torch.testing.assert_close(one.uses["hidden"], (mean / 0.1).softmax(0), atol=1e-5, rtol=0)
+    weights = output.attentions[1][0].mean(0)[-12:][:, visual].view(12, 4, 2, 2)  # (L, t, h, w)
+    torch.testing.assert_close(one.maps["attention"], weights.mean(0), atol=1e-6, rtol=0)
+    torch.testing.assert_close(one.tokens["attention"], weights.sum((2, 3)), atol=1e-6, rtol=0)
+    share = weights.sum((0, 2, 3)) / weights.sum()
+    torch.testing.assert_close(one.uses["attention"], share, atol=1e-5, rtol=0)
+
+
+def made_answer(name, text, use, pieces=("a", "b")):
+    each = torch.tensor([[0.9, 0.1], [0.2, 0.8]])
+    maps = {"hidden": torch.tensor([[[0.0, 1.0]], [[0.5, 0.25]]])}
+    uses = {"hidden": torch.tensor(use)}
+    return sample_page.Answer(name, text, list(pieces), uses, {"hidden": each}, maps)
+
+
+def test_reward_rows_by_hand():
+    """P is (0.2, 0.8) over 2 slots; use (0.25, 0.75): R_cf = 0.05 + 0.6 = 0.65."""
+    prior = [0.1, 0.1, 0.6, 0.2]
+    row = Prior("0", frames=[0, 1, 2, 3], times=[0.0, 1.0, 2.0, 3.0], prior=prior)
+    example = Example("0", "q", ["A. x", "B. y"], "multiple choice", "B", "", "video")
+    flags = {"hidden_layer": -1, "attention_layer": 1, "cfr_weight": 3.0}
+    flags = SimpleNamespace(**flags, max_completion_length=9)
+    right = made_answer("r", "<think>x</think><answer>B</answer>", [0.25, 0.75])
+    rows = sample_page.reward_rows(flags, example, row, right)
+    assert rows["answer"] == "B" and rows["tokens"] == "2"
+    assert rows["R_cf, the paper's score"] == "0.650" and rows["R_cf of even use"] == "0.500"
+    assert rows["R_cf, attention, layer 1"] == "–"
+    assert rows["reward: accuracy"] == rows["reward: format"] == "1.000"
+    assert rows["reward: consensus, 3 × accuracy × first R_cf"] == "1.950"
+    assert rows["reward: total, without the temporal term"] == "3.950"
+    # R_cf = 0.15 + 0.2 by the paper's score, 0.8 by attention; no think block: no format reward
+    wrong = made_answer("w", "<answer>A</answer>", [0.75, 0.25])
+    wrong.uses["attention"] = torch.tensor([0.0, 1.0])
+    flags.max_completion_length = 2
+    rows = sample_page.reward_rows(flags, example, row, wrong)
+    assert rows["tokens"] == "2, cut" and rows["R_cf, the paper's score"] == "0.350"
+    assert rows["R_cf, attention, layer 1"] == "0.800"
+    assert rows["reward: total, without the temporal term"] == "0.000"
+    unknown = Example("0", "q", [], "free-form", "", "", "video")
+    rows = sample_page.reward_rows(flags, unknown, row, right)
+    assert not any("accuracy" in name or "total" in name for name in rows)
+
+
+def test_text_is_coloured_by_the_slot_of_each_token():
+    colours = sample_page.slot_colours(2)
+    text = sample_page.text_html(made_answer("m", "<x>y", [0.5, 0.5], ["<x>", "y"]), "hidden")
+    pattern = r'<span style="background:(#\w+);color:(#\w+)" title="(.*?)">(.*?)<sub>(\d)</sub>'
+    assert re.findall(pattern, text) == [
+        (*colours[0], "slot 1", "&lt;x&gt;", "1"),
+        (*colours[1], "slot 2", "y", "2"),
+    ]
+
+
+def test_sample_of_two_models(checkpoint, small_toy, tmp_path, monkeypatch, capsys, chromium):
+    (tmp_path / "a clip").mkdir()
+    video = tmp_path / "a clip" / "my <video>.mp4"
+    video.write_bytes(next((small_toy / "videos").glob("heldout_*.mp4")).read_bytes())
+    other = tmp_path / "output" / "other"
+    shutil.copytree(checkpoint, other)
+    command(
+        monkeypatch,
+        model_name_or_path=checkpoint,
+        compare=other,
+        video=video,
+        question="What colour are the balls?",
+        options=["A. red", "B. <b>blue & 'x'"],
+        answer="A",
+        min_pixels=3136,
+        max_pixels=3136,
+        clip=f"local-dir:{small_toy / 'clip'}",
+        max_completion_length=16,
+        output=tmp_path / "out/s.html",
+    )
+    printed = capsys.readouterr()
+    assert printed.out.endswith("out/s.html\n") and "warning" not in printed.err
+    page = (tmp_path / "out/s.html").read_text()
+    pictures = re.findall(r'<img src="data:image/(\w+);base64,(.*?)"', page)
+    assert [kind for kind, _ in pictures] == ["jpeg", "jpeg"]
+    for _, content in pictures:
+        picture = Image.open(io.BytesIO(base64.b64decode(content)))
+        assert picture.width > 1000 and len(np.unique(np.asarray(picture))) > 20
+    # R_cf from the page's own numbers
+    alt = re.search(r'alt="Frames: (.*?)"', page).group(1)
+    prior = np.array(re.findall(r" P (\d\.\d+)", alt), float)
+    merged = prior.reshape(8, 2).sum(1)
+    uses = re.search(r"Use by the paper&#x27;s score: (.*?)\. Use by attention", alt).group(1)
+    rows = {}
+    for name, cells in re.findall(r"<th scope=row>(.*?)</th>(.*)", page):
+        rows[html.unescape(name)] = re.findall(r">([\d.]+)</td>", cells)
+    for use, consensus in zip(uses.split("; "), rows["R_cf, the paper's score"], strict=True):
+        shares = np.array(use.split(": ")[1].split(", "), float)
+        assert abs(shares.sum() - 1) < 0.005
+        assert abs(merged @ shares - float(consensus)) < 0.005
+    for name in ("s.png", "s-maps.png"):
+        file = tmp_path / "out" / name
+        assert Image.open(file).width > 1000
+        assert file.with_suffix(".svg").read_text().lstrip().startswith("<?xml")
+    words = chromium(tmp_path / "out/s.html")
+    for word in ("B. <b>blue & 'x'", "my <video>.mp4", "talker", "other", "--compare"):
+        assert word in words
+
+
+def test_settings_of_the_training_run_are_compared(tmp_path, checkpoint):
+    """A model that saw small frames answers large ones badly; the reader should know why."""
+    path = tmp_path / "run" / "grpo"
+    shutil.copytree(checkpoint, path)
+    settings = SimpleNamespace(frames=16)
+    assert sample_page.check_model(arguments(path), settings, str(path)) == []
+    trained = {"frames": 8, "max_pixels": 3136, "min_pixels": 100, "seed": 3}
+    (tmp_path / "run/run.json").write_text(json.dumps(trained))
+    assert sample_page.check_model(arguments(path), settings, str(path)) == [
+        f"{path} was trained with --frames 8, here it is 16",
+        f"{path} was trained with --min_pixels 100, here it is 3136",
+    ]
+
+
+def test_64_large_frames_fit_in_memory(checkpoint, tmp_path):
+    file = str(tmp_path / "hd.mp4")
+    writer = cv2.VideoWriter(file, cv2.VideoWriter_fourcc(*"mp4v"), 8, (1280, 720))
+    for index in range(64):
+        writer.write(np.full((720, 1280, 3), 3 * index, np.uint8))
+    writer.release()
+    words = ["--model_name_or_path", checkpoint, "--video", file, "--question", "q"]
+    words += ["--frames", "64", "--prior", "no_semantic", "--output", tmp_path / "x.html"]
+    program = [sys.executable, ROOT / "visualize.py", "sample", *words]
+    done = subprocess.run(program, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0 and (tmp_path / "x.html").is_file(), done.stderr
+    # KiB: the largest child so far
+    assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss < 3 * 1024**2
+
+
+def test_other_family_without_attention(tmp_path, toy_folder, monkeypatch):
+    """A model that cannot pack gives no attention: its score is left out, the rest is drawn."""
+
+    def made(asked, name, path, example, row):
+        uses = {"hidden": torch.full((8,), 0.125)}
+        maps = {"hidden": torch.rand(8, 2, 2)}
+        tokens = {"hidden": torch.rand(1, 8)}
+        return sample_page.Answer(name, "<answer>A</answer>", ["A"], uses, tokens, maps)
+
+    monkeypatch.setattr(sample_page, "check_model", lambda *_: ["a note"])
+    monkeypatch.setattr(sample_page, "answer_question", made)
+    video = next((toy_folder / "videos").glob("*_0*.mp4"))
+    output = tmp_path / "x.html"
+    flags = {"model_name_or_path": "m", "video": video, "question": "q", "prior": "no_semantic"}
+    command(monkeypatch, **flags, output=output)
+    page = output.read_text()
+    assert page.count("<img") == 2 and "<p>a note.</p>" in page
+    assert "Use by the paper&#x27;s score: m: 0.125" in page and "Use by attention" not in page
+
+
+def test_bad_input_is_one_sentence(tmp_path, toy_folder, checkpoint, capsys, monkeypatch):
+    video = next((toy_folder / "videos").glob("*_0*.mp4"))
+    (tmp_path / "llava").mkdir()
+    (tmp_path / "llava/config.json").write_text('{"model_type": "llava"}')
+    (tmp_path / "empty.mp4").write_bytes(b"")
+    (tmp_path / "torn.mp4").write_bytes(video.read_bytes()[:2000])
+    file = str(tmp_path / "still.mp4")
+    still = cv2.VideoWriter(file, cv2.VideoWriter_fourcc(*"mp4v"), 4, (64, 64))
+    still.write(np.zeros((64, 64, 3), np.uint8))
+    still.release()
+    shutil.copytree(checkpoint, tmp_path / "nan")
+    model = AutoModelForImageTextToText.from_pretrained(checkpoint)
+    torch.nn.init.constant_(model.model.language_model.norm.weight, float("nan"))
+    model.save_pretrained(tmp_path / "nan")
+    shutil.copytree(checkpoint, tmp_path / "half")
+    os.truncate(tmp_path / "half/model.safetensors", 10_000)
+    good = {
+        "model_name_or_path": checkpoint,
+        "video": video,
+        "question": "q",
+        "prior": "no_semantic",
+        "min_pixels": 3136,
+        "max_pixels": 3136,
+        "max_completion_length": 4,
+        "output": tmp_path / "x.html",
+    }
+    model_cases = {
+        "llava": "is a llava checkpoint; frame use is known for qwen2_vl",
+        "nowhere": "nowhere is not a checkpoint",
+        "nan": "hidden states of this video are not finite numbers",
+        "half": "half",
+    }
+    cases = [({"model_name_or_path": tmp_path / name}, text) for name, text in model_cases.items()]
+    cases += [
+        ({"compare": checkpoint}, "--compare names the model itself"),
+        ({"video": tmp_path / "no.mp4"}, "no.mp4: no such file"),
+        ({"video": tmp_path / "empty.mp4"}, "empty.mp4: empty file"),
+        ({"video": tmp_path / "torn.mp4"}, "torn.mp4: not a readable video"),
+        ({"video": tmp_path / "still.mp4"}, "still.mp4: 1 sampled frames make one slot"),
+        ({"options": "x"}, "a letter each"),
+        ({"options": "A. x", "answer": "x"}, "--answer is one of the letters"),
+        ({"attention_layer": 5}, "has layers 1 to 4 (--attention_layer)"),
+        ({"hidden_layer": -2}, "hidden states 0 to 4 or -1"),
+        ({"options": "A. x", "problem_type": "OCR"}, "--problem_type multiple choice go together"),
+        ({"min_pixels": 5000}, "at most --max_pixels"),
+        ({"frames": 0}, "--frames and --semantic_k must be at least 1"),
+        ({"prior": "full", "clip": f"local-dir:{tmp_path}"}, "needs its weights as"),
+        ({"output": "x.png"}, "must end in .html"),
+    ]
+    for change, words in cases:
+        with pytest.raises(SystemExit) as stop:
+            command(monkeypatch, **{**good, **change})
+        printed = capsys.readouterr().err.strip().splitlines()
+        assert stop.value.code == 2 and words in printed[-1], (change, printed)
+        assert printed[-1].startswith("visualize.py: error: ")
+    assert not (tmp_path / "x.html").exists()
