@@ -654,11 +654,11 @@ def sft_step(run, engine, forwards, log):
 
 
 def log_norm(engine, log):
-    """Norm of the step's gradient before clipping; ZeRO stage 0 computes none."""
+    """Logs and returns the norm of the step's gradient before clipping; 0 under ZeRO stage 0."""
     norm = float(engine.get_global_grad_norm() or 0)
-    check_finite(norm, "norm of the gradient")
     if norm:
         log.values["loss/grad_norm"] = [norm]
+    return norm
 
 
 def finish_stage(run, engine, stage):
@@ -839,7 +839,7 @@ def grpo_step(run, engine, reference, forwards, log):
                 learn(run, engine, reference, rollouts, log)
                 with log.seconds("update"):
                     engine.step()
-                log_norm(engine, log)
+                check_finite(log_norm(engine, log), "norm of the gradient")
 
 
 def learn(run, engine, reference, rollouts, log):
@@ -1072,14 +1072,16 @@ def score_checkpoint(run, model_path, heldout):
 HELDOUT_BATCH = 32  # questions answered at a time: the cache of the toy's answers stays small
 
 
-def unusable_heldout(args, encoder, heldout):
-    """{problem_id: cause} of held-out questions with a broken medium or too long a prompt.
+def drop_unusable_heldout(args, encoder, heldout, resume):
+    """Leaves out held-out questions with a broken medium or too long a prompt.
 
     Asked once, before the first scoring, so that all scorings of a run are of the same questions.
+
+    Errors: DataError if no question is left, or if one that was scored before can no longer be.
     """
     inputs = Inputs(encoder, args.decode_workers, args.decode_timeout)
-    skipped = {}
     world = dist.get_world_size()
+    unusable = {}
     requests = []
     for place, example in enumerate(heldout.examples):
         requests.append((place, example, heldout.priors.get(example.id), None))
@@ -1087,9 +1089,20 @@ def unusable_heldout(args, encoder, heldout):
     for start in tqdm(starts, desc="held-out", unit="batch", disable=not is_main(), leave=False):
         mine = requests[start : start + HELDOUT_BATCH * world][dist.get_rank() :: world]
         inputs.ahead(mine)
-        inputs.usable(mine, args.max_prompt_length, skipped)
+        inputs.usable(mine, args.max_prompt_length, unusable)
     inputs.stop()
-    return skipped
+
+    if unusable and resume.get("stage") == "grpo" and "heldout_skipped" in resume:
+        raise DataError(
+            f"{len(unusable)} held-out question(s) scored before GRPO can no longer be; the "
+            f"first: {next(iter(unusable.values()))}"
+        )
+    heldout.examples = [e for e in heldout.examples if e.id not in unusable]
+    heldout.skipped.update(unusable)
+    if not heldout.examples:
+        first = next(iter(heldout.skipped.values()))
+        raise DataError(f"no question of {heldout.source} can be used; the first: {first}")
+    say(f"held-out: {len(heldout.examples)} question(s); unusable: {len(heldout.skipped)}")
 
 
 @torch.no_grad()
@@ -1575,25 +1588,6 @@ def read_training_priors(args, settings, plan, resume, count):
         )
     plan.steps = len(training.examples) // questions_per_step(args)
     say(grpo_plan(args, count, training.examples, training.skipped))
-
-
-def drop_unusable_heldout(args, encoder, heldout, resume):
-    """Leaves out held-out questions that cannot be encoded.
-
-    Errors: DataError if none is left, or if one that was scored before can no longer be.
-    """
-    unusable = unusable_heldout(args, encoder, heldout)
-    if unusable and resume.get("stage") == "grpo" and "heldout_skipped" in resume:
-        raise DataError(
-            f"{len(unusable)} held-out question(s) scored before GRPO can no longer be; the "
-            f"first: {next(iter(unusable.values()))}"
-        )
-    heldout.examples = [e for e in heldout.examples if e.id not in unusable]
-    heldout.skipped.update(unusable)
-    if not heldout.examples:
-        first = next(iter(heldout.skipped.values()))
-        raise DataError(f"no question of {heldout.source} can be used; the first: {first}")
-    say(f"held-out: {len(heldout.examples)} question(s); unusable: {len(heldout.skipped)}")
 
 
 def finish_run(args, result, skipped, heldout):
