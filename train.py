@@ -1512,11 +1512,11 @@ def read_inputs(args, settings, resume, laps):
         processor,
         args.min_pixels,
         args.max_pixels,
-        settings.frames,
-        read_template(args.prompt_template),
-        args.media_cache_gb,
-        args.frame_times,
-        args.system_prompt,
+        frames=settings.frames,
+        template=read_template(args.prompt_template),
+        cache_gb=args.media_cache_gb,
+        frame_times=args.frame_times,
+        system_prompt=args.system_prompt,
     )
     heldout = Questions([])
     if heldout_data:
