@@ -894,7 +894,12 @@ def reward_rollouts(run, rollouts, scored, log):
 
     for name, values in terms.items():
         log.add(f"reward/{name}", values)
-    log_frame_use(rollouts, uses, paper_uses, log)
+    rows = rollouts.priors
+    # The paper's frame use is logged beside the run's own.
+    names = ("consensus/score", "consensus/evidence_use")
+    log_frame_use(log, names, rollouts.examples, rows, uses)
+    names = ("consensus/paper_score", "consensus/paper_evidence_use")
+    log_frame_use(log, names, rollouts.examples, rows, paper_uses)
     for example, texts in zip(rollouts.examples, rollouts.control_texts, strict=True):
         if texts:
             log.add("rollout/shuffled_accuracy", accuracies(example, texts))
@@ -911,16 +916,21 @@ def per_token(values, rollouts):
     return (values * rollouts.mask).sum(-1) / rollouts.lengths
 
 
-def log_frame_use(rollouts, uses, paper_uses, log):
-    """Consensus (Eq. 6) by the run's frame use and by the paper's, and mass on known evidence."""
-    for prefix, group_uses in (("consensus/", uses), ("consensus/paper_", paper_uses)):
-        for example, row, use in zip(rollouts.examples, rollouts.priors, group_uses, strict=True):
-            if use[0] is None:
-                continue
-            log.add(f"{prefix}score", overlaps(row, use))
-            if example.evidence:
-                # The data set knows where the answer is: how much of the looking was there?
-                log.add(f"{prefix}evidence_use", evidence_shares(example, row, use))
+def log_frame_use(log, names, examples, rows, uses):
+    """Logs the consensus (Eq. 6) and the mass on known evidence of every rollout's frame use.
+
+    Args:
+        names: metrics of the two.
+        uses: of rollout_frame_use.
+    """
+    score_name, evidence_name = names
+    for example, row, use in zip(examples, rows, uses, strict=True):
+        if use[0] is None:
+            continue
+        log.add(score_name, overlaps(row, use))
+        if example.evidence:
+            # The data set knows where the answer is: how much of the looking was there?
+            log.add(evidence_name, evidence_shares(example, row, use))
 
 
 def rollouts_loss(args, rollouts, scored, log):
@@ -1140,7 +1150,13 @@ def score_heldout(run, engine, heldout):
             mask = mask[:, None]  # (B, 1, T)
             scored = Policy(model)(prompts, tokens[:, None], mask, **asked_layers(args))
             uses, paper_uses = frame_uses(args, prompts, mask, scored)
-            log_heldout_use(log, examples, rows, uses, paper_uses)
+            log_frame_use(log, ("consensus", "evidence_use"), examples, rows, uses)
+            names = ("paper_consensus", "paper_evidence_use")
+            log_frame_use(log, names, examples, rows, paper_uses)
+            for example, row, use in zip(examples, rows, uses, strict=True):
+                if example.evidence and use[0] is not None:
+                    shares = slot_shares(row.times, example.evidence, len(use[0]))
+                    log.add("evidence_chance", [float(shares.mean())])  # uniform use's mass
     return average(log.values, engine.device)
 
 
@@ -1152,20 +1168,6 @@ def log_answers(log, decoding, examples, texts):
         log.add(f"{decoding}/{kind(example)}", accuracy)
         if example.extra.get("salient_is_asked") is False:
             log.add(f"{decoding}/conflict", accuracy)
-
-
-def log_heldout_use(log, examples, rows, uses, paper_uses):
-    """Consensus and mass on the known evidence of the answers' frame use; chance: uniform use's."""
-    for example, row, use, paper_use in zip(examples, rows, uses, paper_uses, strict=True):
-        if use[0] is None:
-            continue
-        log.add("consensus", overlaps(row, use))
-        log.add("paper_consensus", overlaps(row, paper_use))
-        if example.evidence:
-            log.add("evidence_use", evidence_shares(example, row, use))
-            log.add("paper_evidence_use", evidence_shares(example, row, paper_use))
-            shares = slot_shares(row.times, example.evidence, len(use[0]))
-            log.add("evidence_chance", [float(shares.mean())])
 
 
 def kind(example):
