@@ -404,10 +404,6 @@ def rewards(rollouts, uses, tokenizer, args):
         rollouts, lambda b, g: reward.length_reward(lengths[b][g], right[b][g], *band)
     )
     terms["temporal"] = temporal_term(rollouts, right, args)
-    if args.alignment_weight:
-        terms["alignment"] = alignment_term(rollouts, right, args)
-    if args.consistency_coef:
-        terms["consistency"] = consistency_term(rollouts, accuracy, tokenizer, args)
 
     # Eq. 6: an image is one frame, nothing to choose, so it earns no consensus reward.
     scores = torch.zeros_like(accuracy)  # (B, G)
@@ -415,7 +411,7 @@ def rewards(rollouts, uses, tokenizer, args):
         if uses[b][0] is not None:
             scores[b] = torch.tensor(overlaps(prior, uses[b]), dtype=torch.float64)
 
-    # Eq. 7. The terms of the siblings come on top of the paper's sum.
+    # Eq. 7, the paper's sum.
     structure = terms["format"] + terms["length"]
     total = per_completion(
         rollouts,
@@ -429,11 +425,16 @@ def rewards(rollouts, uses, tokenizer, args):
         ),
     )
     terms["consensus"] = total - (accuracy + structure + terms["temporal"])
-    for name in ("alignment", "consistency"):
-        if name in terms:
-            total = total + terms[name]
-    terms["total"] = total
-    return terms
+
+    # The terms of the siblings, and yours, come on top of the paper's sum.
+    more = {}
+    if args.alignment_weight:
+        more["alignment"] = alignment_term(rollouts, right, args)
+    if args.consistency_coef:
+        more["consistency"] = consistency_term(rollouts, accuracy, tokenizer, args)
+    for values in more.values():
+        total = total + values
+    return {**terms, **more, "total": total}
 
 
 def temporal_term(rollouts, right, args):

@@ -86,6 +86,55 @@ from grpo import (
 )
 
 
+# Accuracy and format alone; no prior is needed.
+PLAIN = dict(cfr_weight=0.0, temporal=False, length_bonus=0.0, prior="uniform")
+# What each recipe changes in the defaults above.
+RECIPES = {
+    "cfgrpo": {},
+    "grpo": PLAIN,
+    "tgrpo": dict(cfr_weight=0.0, prior="uniform", learning_rate=1e-6, top_k=50),
+    "care": dict(
+        PLAIN, consistency_coef=0.5, ema_decay=0.995, beta=0.0, learning_rate=1e-6, top_k=50
+    ),
+    "tw": dict(
+        PLAIN,
+        token_weight_alpha=1.7,
+        reduction="token",
+        clip_high=0.28,
+        invert_questions=0.5,
+        beta=0.0,
+        learning_rate=1e-6,
+        top_p=1.0,
+        top_k=50,
+        freeze_vision=True,
+        max_completion_length=4096,
+    ),
+    "video_r2": dict(
+        PLAIN,
+        alignment_weight=1.0,
+        learning_rate=1e-6,
+        temperature=0.9,
+        top_p=1.0,
+        top_k=50,
+        freeze_vision=True,
+        frames=32,
+        fps=2.0,
+        max_completion_length=1024,
+    ),
+    "release": dict(
+        cfr_weight=5.0,
+        gate="hard",
+        frame_use="hidden",
+        frame_use_layer=-1,
+        tau=0.5,
+        use_order="softmax_mean",
+        temporal_ratio=0.8,
+        learning_rate=1e-6,
+        top_k=50,
+    ),
+}
+
+
 @dataclass
 class TrainArguments:
     """Settings of a run; run.json in its output folder has their values."""
@@ -115,7 +164,7 @@ class TrainArguments:
         "cfgrpo",
         "System whose terms and constants are the defaults; any other flag on the command line "
         "wins over it (docs/training.md has a table).",
-        choices=["cfgrpo", "grpo", "tgrpo", "care", "tw", "video_r2", "release"],
+        choices=list(RECIPES),
     )
     eval_priors: str | None = flag(
         None,
@@ -315,53 +364,6 @@ class TrainArguments:
     local_rank: int = flag(-1, "Set by the deepspeed launcher.")
 
 
-# Accuracy and format alone; no prior is needed.
-PLAIN = dict(cfr_weight=0.0, temporal=False, length_bonus=0.0, prior="uniform")
-# What each recipe changes in the defaults above.
-RECIPES = {
-    "cfgrpo": {},
-    "grpo": PLAIN,
-    "tgrpo": dict(cfr_weight=0.0, prior="uniform", learning_rate=1e-6, top_k=50),
-    "care": dict(
-        PLAIN, consistency_coef=0.5, ema_decay=0.995, beta=0.0, learning_rate=1e-6, top_k=50
-    ),
-    "tw": dict(
-        PLAIN,
-        token_weight_alpha=1.7,
-        reduction="token",
-        clip_high=0.28,
-        invert_questions=0.5,
-        beta=0.0,
-        learning_rate=1e-6,
-        top_p=1.0,
-        top_k=50,
-        freeze_vision=True,
-        max_completion_length=4096,
-    ),
-    "video_r2": dict(
-        PLAIN,
-        alignment_weight=1.0,
-        learning_rate=1e-6,
-        temperature=0.9,
-        top_p=1.0,
-        top_k=50,
-        freeze_vision=True,
-        frames=32,
-        fps=2.0,
-        max_completion_length=1024,
-    ),
-    "release": dict(
-        cfr_weight=5.0,
-        gate="hard",
-        frame_use="hidden",
-        frame_use_layer=-1,
-        tau=0.5,
-        use_order="softmax_mean",
-        temporal_ratio=0.8,
-        learning_rate=1e-6,
-        top_k=50,
-    ),
-}
 # Settings of a recipe that are meant for billions of parameters; the toy keeps its own.
 NOT_FOR_THE_TOY = ("learning_rate", "frames", "fps", "max_completion_length", "prior")
 
