@@ -85,7 +85,6 @@ from grpo import (
     virtual_anchors,
 )
 
-
 # Accuracy and format alone; no prior is needed.
 PLAIN = dict(cfr_weight=0.0, temporal=False, length_bonus=0.0, prior="uniform")
 # What each recipe changes in the defaults above.
