@@ -463,12 +463,14 @@ class Batches:
         if step >= self.steps:
             return forwards
         for micro in range(self.accumulation):
+            # Ranks take turns, so that the order does not depend on their number.
             number = (step * self.accumulation + micro) * dist.get_world_size() + dist.get_rank()
             begin = number * self.batch
             part = []
             for place in range(begin, begin + self.batch):
                 example = self.questions.examples[place]
                 row = self.questions.priors.get(example.id)
+                # The control's order of frames depends on the question's place alone.
                 order = None
                 if self.shuffle and example.media_type == "video":
                     frames = range(len(row.frames))
@@ -486,12 +488,14 @@ class Batches:
 
     def take(self, step, device):
         """Lists of Ready, one a forward; one in which a rank has nothing is left out on all."""
+        # Workers decode the next step while this one trains.
         self.ahead(step + 1)
         forwards = []
         for part in self.requests(step):
             usable = self.inputs.usable(
                 part, self.run.args.max_prompt_length, self.questions.skipped
             )
+            # Collectives must match: a forward that one rank cannot fill is left out on all.
             fewest, everywhere = agree(len(usable), device)
             self.lost += self.batch * dist.get_world_size() - everywhere
             if fewest > 0:
@@ -519,6 +523,7 @@ class StepLog:
 
     def add(self, name, values):
         """Adds a list or tensor of values to a metric."""
+        # One transfer from the device for the whole tensor.
         if torch.is_tensor(values):
             values = values.flatten().tolist()
         self.values[name] += values
@@ -556,6 +561,7 @@ def batch_targets(examples, processor):
     for example in examples:
         text = target_text(example).removeprefix(turn.opening.strip())
         targets.append([*plain_ids(processor.tokenizer, text), turn.end])
+    # Right-padded with the end of the turn, which the mask leaves out.
     length = max(len(ids) for ids in targets)
     completions = torch.full((len(targets), 1, length), turn.end)
     mask = torch.zeros(len(targets), 1, length, dtype=torch.bool)
@@ -584,6 +590,7 @@ def in_epochs(examples, count, seed):
 
     A longer run begins with the examples of a shorter one.
     """
+    # The whole order is drawn at once, so that a resumed run finds its place by the step alone.
     rng = random.Random(seed)
     order = []
     while examples and len(order) < count:
@@ -602,6 +609,8 @@ def train_sft(run, model_path, demonstrations):
     steps, per_step = sft_steps(args, len(demonstrations.examples))
     engine = start_engine(args, model_path, batch, accumulation, args.sft_learning_rate)
     done, state = run.checkpoint.load(engine, "sft")
+
+    # The order of all steps, and what an interrupted run had counted.
     order = in_epochs(demonstrations.examples, steps * per_step, args.seed)
     demonstrations = replace(demonstrations, examples=order)
     batches = Batches(run, demonstrations, steps, batch, accumulation)
@@ -630,6 +639,7 @@ def train_sft(run, model_path, demonstrations):
 def sft_step(run, engine, forwards, log):
     """One optimizer step of SFT: the mean over the tokens of all its forwards and ranks."""
     world = dist.get_world_size()
+    # The tokens of the whole step on all ranks: every token weighs the same, however it is split.
     targets = []
     tokens = torch.zeros((), device=engine.device)
     for ready in forwards:
@@ -638,6 +648,7 @@ def sft_step(run, engine, forwards, log):
         tokens += mask.sum()
     dist.all_reduce(tokens)
 
+    # One forward and backward each; the optimizer steps at the last.
     total = 0.0
     for number, (ready, (completions, mask)) in enumerate(zip(forwards, targets, strict=True)):
         engine.set_gradient_accumulation_boundary(number == len(forwards) - 1)
@@ -718,9 +729,11 @@ def sample(run, model, ready):
         first = run_seed(args, ready[b].place) * 1_009
         seeds += range(first, first + count)
 
+    # One batch for rollouts and controls: the weights are read once for both.
     device = model.get_input_embeddings().weight.device
     prompts = collate([*inputs, *(ready[b].control for b in controls)], model).to(device)
     if args.freeze_vision:
+        # A frozen tower gives the same features in sampling, reference and policy: run it once.
         with torch.no_grad():
             prompts.features = Policy(model).encode(prompts)
     tokens, mask, logp, texts = sample_texts(
@@ -732,11 +745,13 @@ def sample(run, model, ready):
     mask = mask[:rows]  # (B * G, T)
     longest = int(mask.sum(-1).max())
     shape = (len(ready), group, longest)
+    # A completion without a stop token was cut at the limit.
     stop = torch.tensor(stop_tokens(model, run.processor), device=device)
     ended = torch.isin(tokens[:rows], stop) & mask
     own_prompts = collate(inputs, model)
     if prompts.features is not None:
         own_prompts.features = own_features(prompts, len(ready))
+    # Behind the group's rows come the controls', half a group each.
     control_texts = [None] * len(ready)
     for number, b in enumerate(controls):
         control_texts[b] = texts[rows + number * half : rows + (number + 1) * half]
@@ -881,18 +896,21 @@ def reward_rollouts(run, rollouts, scored, log):
     uses, paper_uses = frame_uses(args, rollouts.prompts, rollouts.mask, scored)
     terms = rewards(rollouts, uses, run.processor.tokenizer, args)
 
+    # Eq. 9, in float32 on the device as the loss.
     total = terms["total"].float().to(logp.device)  # (B, G)
     anchors = None
     if args.degenerate == "virtual_anchor":
         anchors = virtual_anchors(terms).float().to(logp.device)  # (B,)
     rollouts.rewards = terms
     rollouts.advantages = group_advantages(total, scale=args.scale_rewards, anchors=anchors)
+    # The policy has not moved since it sampled, so its own forward gives the old log-probabilities.
     rollouts.old_logp = logp
     degenerate = all_equal(total)  # (B,)
     rollouts.dropped = torch.zeros_like(degenerate)  # (B,)
     if args.degenerate == "drop":
         rollouts.dropped = degenerate
 
+    # Metrics are named after the terms: a new term needs no second list.
     for name, values in terms.items():
         log.add(f"reward/{name}", values)
     rows = rollouts.priors
@@ -936,6 +954,7 @@ def log_frame_use(log, names, examples, rows, uses):
 
 def rollouts_loss(args, rollouts, scored, log):
     """Eq. 10 of one forward: a scalar, logged."""
+    # --degenerate drop: groups without a signal weigh 0, their KL too.
     weights = scored.weights
     if rollouts.dropped.any():
         if weights is None:
@@ -958,6 +977,7 @@ def rollouts_loss(args, rollouts, scored, log):
         flat(weights),
     )
     check_finite(loss.item(), "loss")
+    # Counted once a question, so that the means over forwards of different sizes are right.
     count = len(rollouts.examples)
     for name, value in {**stats, "policy": loss.item()}.items():
         log.add(f"loss/{name}", [value] * count)
@@ -1000,6 +1020,7 @@ def train_grpo(run, model_path, questions, heldout):
     accumulation = args.gradient_accumulation_steps
     steps = len(questions.examples) // (batch * accumulation * dist.get_world_size())
     engine = start_engine(args, model_path, batch, accumulation, args.learning_rate)
+    # The reference is loaded only if a term asks it.
     reference = None
     if args.beta > 0 or args.consistency_coef:
         reference = start_engine(args, model_path)
@@ -1090,6 +1111,7 @@ def drop_unusable_heldout(args, encoder, heldout, resume):
 
     Errors: DataError if no question is left, or if one that was scored before can no longer be.
     """
+    # Every rank decodes its share; all of them learn what the others could not use.
     inputs = Inputs(encoder, args.decode_workers, args.decode_timeout)
     world = dist.get_world_size()
     unusable = {}
@@ -1103,6 +1125,7 @@ def drop_unusable_heldout(args, encoder, heldout, resume):
         inputs.usable(mine, args.max_prompt_length, unusable)
     inputs.stop()
 
+    # The score before GRPO is not repeated: the one after must be of the same questions.
     if unusable and resume.get("stage") == "grpo" and "heldout_skipped" in resume:
         raise DataError(
             f"{len(unusable)} held-out question(s) scored before GRPO can no longer be; the "
@@ -1139,6 +1162,7 @@ def score_heldout(run, engine, heldout):
                 run.encoder.encode(example, row)
                 for example, row in zip(examples, rows, strict=True)
             ]
+            # The same prompts answered greedily and sampled; frame use is read on the latter.
             prompts = collate(inputs, model).to(engine.device)
             seeds = [run_seed(args, place) for place in places]
             for decoding, temperature in (("greedy", 0.0), ("sampled", args.temperature)):
@@ -1178,6 +1202,7 @@ def kind(example):
 
 def print_table(args, before, after, seconds):
     """The end of a run, for people; result.json holds the same numbers."""
+    # Rows in the order in which a reader wants them: accuracy, its parts, where it looked.
     use = f"{args.frame_use}, layer {args.frame_use_layer}"
     lines = {"greedy": "held-out accuracy, greedy"}
     lines["greedy/conflict"] = "  asked and salient evidence differ"
@@ -1261,8 +1286,8 @@ def check_stream(args, questions):
     stream = questions.examples
     if len(stream) < per_step:
         raise DataError(
-            f"{len(stream)} usable questions ({len(questions.skipped)} skipped) are fewer than one step's "
-            f"{per_step}"
+            f"{len(stream)} usable questions ({len(questions.skipped)} skipped) are fewer than one "
+            f"step's {per_step}"
         )
     if args.alignment_weight and not any(example.grounding for example in stream):
         raise DataError(
@@ -1329,6 +1354,7 @@ def priors_for(args, settings, questions, name, resume, file=None, shared=None):
     def collect():
         return collect_priors(made, settings, asked, name, resume, shared)
 
+    # Rank 0 reads and writes, the others are told; then every rank reads the file.
     errors = on_main_first(look_for_missing if file else collect)
     for error in errors:
         questions.skipped[error["problem_id"]] = error["cause"]
@@ -1355,20 +1381,24 @@ def collect_priors(made, settings, examples, name, resume, shared):
     Returns:
         error lines of examples whose medium cannot be read.
     """
+    # 1.
     old = list(prior.read_priors(made)) if made.is_file() else []
     done = prior.load_priors(made, examples, settings) if resume and old else {}
     left = [e for e in examples if e.media_type != "text" and e.id not in done]
     new = []
 
+    # 2.
     if shared is not None:
         rows = prior.rows_for(shared, left)
         new += prior.load_priors(shared, [e for e in left if e.id in rows], settings).values()
         left = [e for e in left if e.id not in rows]
 
+    # 3.
     rows, errors = prior.frame_set_rows([e for e in left if "frame_sets" in e.extra], settings)
     new += rows
     left = [e for e in left if "frame_sets" not in e.extra]
 
+    # 4.
     if old and not resume:
         rows = prior.rows_for(made, left)
         for problem, row in list(rows.items()):
@@ -1377,6 +1407,7 @@ def collect_priors(made, settings, examples, name, resume, shared):
         new += rows.values()
         left = [e for e in left if e.id not in rows]
 
+    # 5.
     if left:
         say(
             f"computing the priors of {len(left)} {name} questions (prior.py does this ahead, "
@@ -1451,6 +1482,7 @@ def run(args, settings):
     if plan.heldout.examples:
         drop_unusable_heldout(args, encoder, plan.heldout, resume)
 
+    # From here on the output folder is written.
     on_main_first(lambda: prepare_output(output, args, settings, resume))
     files = {}
     if is_main():
@@ -1494,6 +1526,7 @@ def read_inputs(args, settings, resume, laps):
     Returns:
         Plan, processor, Encoder.
     """
+    # Your data, or the toy's, which is made on first use.
     data = args.dataset_name
     sft_data = data
     heldout_data = args.eval_dataset_name
@@ -1510,6 +1543,7 @@ def read_inputs(args, settings, resume, laps):
         laps.end("toy")
     if args.eval_priors and not heldout_data:
         raise DataError("--eval_priors without held-out questions; give --eval_dataset_name")
+    # The checkpoint's own processor makes the model inputs.
     processor = load_processor(args, model_path)
     encoder = Encoder(
         processor,
@@ -1521,6 +1555,7 @@ def read_inputs(args, settings, resume, laps):
         frame_times=args.frame_times,
         system_prompt=args.system_prompt,
     )
+    # Questions of every stage, before the slow part.
     heldout = Questions([])
     if heldout_data:
         heldout = load_questions(args, heldout_data)
@@ -1535,6 +1570,7 @@ def read_inputs(args, settings, resume, laps):
         count = len(plan.training.examples) + len(plan.training.skipped)
         plan.training.examples = question_stream(args, plan.training.examples)
         check_stream(args, plan.training)
+    # Priors, the slow part where they are not given.
     if heldout_data:
         heldout.skipped.update(resume.get("heldout_skipped", {}))
         priors_for(args, settings, heldout, "held-out", resume, args.eval_priors, args.priors)
@@ -1596,6 +1632,7 @@ def read_training_priors(args, settings, plan, resume, count):
 def finish_run(args, result, skipped, heldout):
     """Writes result.json and the report, prints the table; counts what was skipped on all ranks."""
     output = Path(args.output_dir)
+    # A rank knows only what it came across itself.
     everyone = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, skipped)
     result["skipped"] = {}
@@ -1651,12 +1688,14 @@ def find_start(output, args):
             f"{output} holds an earlier run; remove it, choose another --output_dir, or "
             "--resume_from_checkpoint auto"
         )
+    # The first parent that exists must be a folder that can be written to.
     candidates = (output.resolve(), *output.resolve().parents)
     existing = next(folder for folder in candidates if folder.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK):
         raise DataError(
             f"--output_dir {output}: {existing} is no folder that this program can write to"
         )
+    # A finished run goes on only if it was made longer.
     if finished and resume_from == "auto":
         settings = json.loads((output / "run.json").read_text(encoding="utf-8"))
         if all(settings.get(name) == getattr(args, name) for name in LENGTHS):
@@ -1675,6 +1714,7 @@ def prepare_output(output, args, settings, resume):
     """Makes the output folder with run.json, its files as they were at the checkpoint (resume)."""
     output.mkdir(parents=True, exist_ok=True)
     (output / "result.json").unlink(missing_ok=True)  # from here on the run is not finished
+    # Checkpoints of after the one to continue from belong to a run that will not have been.
     names = [path.name for path in checkpoints(output)]
     later = []
     if resume:
@@ -1682,9 +1722,11 @@ def prepare_output(output, args, settings, resume):
     for old in (*(output / name for name in later), *output.glob("*.unfinished")):
         say(f"removing {old}, of after the checkpoint that this run goes on from")
         shutil.rmtree(old)
+    # The logs are cut to their length at the checkpoint.
     for name in ("metrics.jsonl", "rollouts.jsonl"):
         with open(output / name, "ab") as file:
             file.truncate(min(file.tell(), resume.get("sizes", {}).get(name, 0)))
+    # Every setting, and what the numbers may depend on beside them.
     packages = ("torch", "transformers", "deepspeed", "open_clip_torch", "decord")
     facts = {
         **asdict(args),
@@ -1797,6 +1839,7 @@ def parse_arguments():
         f"{__doc__}\nThe defaults are those for a checkpoint; --recipe changes some, and so does "
         "the toy. run.json has what a run used.",
     )
+    # A first look: which defaults are right depends on the model, the data and the recipe.
     first, unknown = parser.parse_known_args()
     for word in unknown:
         name = word.partition("=")[0]
@@ -1806,6 +1849,7 @@ def parse_arguments():
         words = " ".join(unknown)
         raise DataError(f"unknown: {words} (python train.py --help lists the flags)")
 
+    # Without data: the toy.
     recipe = dict(RECIPES[first.recipe])
     if first.dataset_name is None:
         if first.model_name_or_path is None and first.stage == "grpo":
