@@ -1,4 +1,4 @@
-"""README.md and docs/*.md: links, anchors, flags and metric names are those of the code."""
+"""README.md and docs/*.md: links, anchors, files, flags and metrics exist in the code."""
 
 import re
 
@@ -45,6 +45,12 @@ def test_metrics_are_explained():
     for source in SOURCES:
         for metric in re.findall(name, source.read_text(encoding="utf-8")):
             assert f"`{metric}`" in glossary, metric
+
+
+def test_readme_names_every_file():
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    for source in SOURCES:
+        assert f"{source.name}`" in readme or source.name == "__init__.py", source.name
 
 
 def test_pictures_are_used():
