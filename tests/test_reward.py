@@ -1,4 +1,4 @@
-"""Every number below is derived by hand in the comment beside it. Run: pytest tests/test_reward.py"""
+"""reward.py: every number below is derived by hand in the comment beside it."""
 
 import doctest
 import math
@@ -47,16 +47,20 @@ def test_doctests():
 
 def test_copied_alone_it_imports_with_torch_only(tmp_path):
     shutil.copy(ROOT / "reward.py", tmp_path)
-    code = (
-        f"import sys, torch; before = set(sys.modules); sys.path.insert(0, {str(tmp_path)!r}); import reward; "
-        "new = {m.split('.')[0] for m in set(sys.modules) - before} - set(sys.stdlib_module_names); "
-        "assert new == {'reward'}, new; "
-        f"assert reward.__file__.startswith({str(tmp_path)!r}); "
-        "ours = {'data', 'prior', 'grpo', 'train', 'toy', 'rouge_score', 'nltk', 'transformers'} & set(sys.modules); "
-        "assert not ours, ours; "
-        "assert reward.accuracy_reward('<answer>B</answer>', 'B', 'multiple choice') == 1.0; "
-        "import doctest; found = doctest.testmod(reward); assert found.attempted >= 7 and not found.failed, found"
-    )
+    code = f"""
+import doctest, sys, torch
+sys.path.insert(0, {str(tmp_path)!r})
+before = set(sys.modules)
+import reward
+new = {{name.split(".")[0] for name in set(sys.modules) - before}}
+assert new - set(sys.stdlib_module_names) == {{"reward"}}, new
+assert reward.__file__.startswith({str(tmp_path)!r})
+others = {{"common", "prior", "grpo", "train", "toy", "rouge_score", "nltk", "transformers"}}
+assert not others & set(sys.modules)
+assert reward.accuracy_reward("<answer>B</answer>", "B", "multiple choice") == 1.0
+result = doctest.testmod(reward)
+assert result.attempted >= 7 and not result.failed, result
+"""
     subprocess.run([sys.executable, "-I", "-B", "-c", code], cwd=tmp_path, check=True, timeout=120)
 
 
@@ -215,13 +219,15 @@ def test_edit_distance_equals_the_textbook_table(reference, hypothesis):
 def test_free_form():
     assert accuracy("a cat sat on mats", "a cat sat on mats", "free-form") == pytest.approx(1.0)
     assert accuracy("dog", "a cat sat", "free-form") == 0.0
-    # truth "the cat sat", answer "the cat ran". Unigrams 2 of 3: F1 2/3. Bigrams 1 of 2: 1/2. LCS 2 of 3: 2/3.
+    # truth "the cat sat", answer "the cat ran".
+    # Unigrams 2 of 3: F1 2/3. Bigrams 1 of 2: 1/2. LCS 2 of 3: 2/3.
     assert accuracy("the cat ran", "the cat sat", "free-form") == pytest.approx(
         (2 / 3 + 1 / 2 + 2 / 3) / 3
     )
     # stemmer: "jumping" and "jumps" both become "jump", so every n-gram agrees
     assert accuracy("dog jumping", "dog jumps", "free-form") == pytest.approx(1.0)
-    # precision and recall differ: words P = 1, R = 1/2, F1 2/3; bigrams P = 1, R = 1/3, F1 1/2; LCS as words
+    # precision and recall differ: words P = 1, R = 1/2, F1 2/3;
+    # bigrams P = 1, R = 1/3, F1 1/2; LCS as words
     assert accuracy("a b", "a b c d", "free-form") == pytest.approx((2 / 3 + 1 / 2 + 2 / 3) / 3)
     assert accuracy("one", "one", "free-form") == pytest.approx(2 / 3)  # no bigram in one word
 
@@ -336,7 +342,8 @@ def test_pool_frames():
         reward.pool_frames(states, "median")
 
 
-# Two response tokens along x and y, two frames along x and (x + y) / sqrt(2); the lengths must not matter.
+# Two response tokens along x and y, two frames along x and (x + y) / sqrt(2).
+# The lengths must not matter.
 RESPONSE = torch.tensor([[2.0, 0.0], [0.0, 5.0]])
 FRAMES = torch.tensor([[7.0, 0.0], [3.0, 3.0]])
 
@@ -357,7 +364,8 @@ def test_frame_use_mean_then_softmax():
 
 
 def test_frame_use_softmax_then_mean():
-    # token x: sigmoid(-0.29289 / 0.5) = 0.35761 on frame 2; token y: sigmoid(0.70711 / 0.5) = 0.80441; mean 0.58101
+    # token x: sigmoid(-0.29289 / 0.5) = 0.35761 on frame 2; token y: sigmoid(0.70711 / 0.5) =
+    # 0.80441; mean 0.58101
     use = reward.frame_use(RESPONSE, FRAMES, tau=0.5, order="softmax_mean")
     assert use.tolist() == pytest.approx([0.41899, 0.58101], abs=1e-5)
 
@@ -372,8 +380,9 @@ def test_frame_use_reads_states_and_differentiates_nothing():
 
 
 def test_attention_use():
-    # 1 head, 2 tokens, K = 2 frames of M = 2 visual tokens. Frame masses: token 1 (0.3, 0.1), token 2 (0.0, 0.2).
-    # Sum (0.3, 0.3), so (0.5, 0.5); normalising each token first would give ((0.75 + 0) / 2, ...) = (0.375, 0.625).
+    # 1 head, 2 tokens, K = 2 frames of M = 2 visual tokens. Frame masses: token 1 (0.3, 0.1),
+    # token 2 (0.0, 0.2). Sum (0.3, 0.3), so (0.5, 0.5); normalising each token first would give
+    # ((0.75 + 0) / 2, ...) = (0.375, 0.625).
     weights = torch.tensor([[[0.1, 0.2, 0.05, 0.05], [0.0, 0.0, 0.2, 0.0]]])
     assert reward.attention_use(weights, num_frames=2).tolist() == pytest.approx([0.5, 0.5])
     assert reward.attention_use(weights.view(1, 2, 2, 2)).tolist() == pytest.approx([0.5, 0.5])
@@ -446,10 +455,15 @@ def test_gate():
     assert reward.gate(0.0, "none") == 1.0
     with pytest.raises(ValueError, match="gate"):
         reward.gate(1.0, "firm")
+    group = torch.tensor([-1.0, 0.0, 0.4, 1.0, 2.0], dtype=torch.float64)
+    for how in ("soft", "hard"):
+        floats = [reward.gate(a, how) for a in group.tolist()]
+        assert reward.gate(group, how).tolist() == floats
 
 
 def test_total_reward():
-    # 0.5 + 1.2 + 3 * 0.5 * 0.4 + 0.3 = 2.6; hard: 3 * 1 * 0.4 = 1.2 -> 3.2; weight 5: 5 * 0.5 * 0.4 = 1.0 -> 3.0
+    # 0.5 + 1.2 + 3 * 0.5 * 0.4 + 0.3 = 2.6; hard: 3 * 1 * 0.4 = 1.2 -> 3.2;
+    # weight 5: 5 * 0.5 * 0.4 = 1.0 -> 3.0
     assert reward.total_reward(0.5, 1.2, 0.4, 0.3) == pytest.approx(2.6)
     assert reward.total_reward(0.5, 1.2, 0.4, 0.3, how="hard") == pytest.approx(3.2)
     assert reward.total_reward(0.5, 1.2, 0.4, 0.3, weight=5.0) == pytest.approx(3.0)
@@ -457,6 +471,11 @@ def test_total_reward():
         reward.total_reward(0.0, 1.0, 0.4, 0.0) == 1.0
     )  # wrong: looking at the right frames earns nothing
     assert reward.total_reward(0.0, 1.0, 0.4, 0.0, how="none") == pytest.approx(2.2)
+    terms = [(0.5, 1.2, 0.4, 0.3), (0.0, 1.0, 0.4, 0.0)]
+    group = torch.tensor(terms, dtype=torch.float64).T  # (4, G)
+    for how in ("soft", "hard", "none"):
+        floats = [reward.total_reward(*rollout, how=how) for rollout in terms]
+        assert reward.total_reward(*group, how=how).tolist() == floats
 
 
 # ---- consistency bonus ----
@@ -469,9 +488,11 @@ def bonus(accuracies, likelihoods, **settings_):
 
 
 def test_consistency_bonus():
-    # group mean 0.75, selected: the first three; their mean likelihood 0.6, baseline 0.59; 0.9 and 0.6 reach it
+    # group mean 0.75, selected: the first three; their mean likelihood 0.6, baseline 0.59;
+    # 0.9 and 0.6 reach it
     assert bonus([1.0, 1.0, 1.0, 0.0], [0.9, 0.6, 0.3, 0.99]) == [0.5, 0.5, 0.0, 0.0]
-    # without margin the middle one sits exactly on the baseline and still counts; margin -0.01 puts it below
+    # without margin the middle one sits exactly on the baseline and still counts;
+    # margin -0.01 puts it below
     assert bonus([1.0, 1.0, 1.0, 0.0], [0.75, 0.5, 0.25, 0.99], margin=0.0) == [0.5, 0.5, 0.0, 0.0]
     assert bonus([1.0, 1.0, 1.0, 0.0], [0.75, 0.5, 0.25, 0.99], margin=-0.01) == [
         0.5,
@@ -484,7 +505,8 @@ def test_consistency_bonus():
 
 
 def test_consistency_bonus_clips_likelihood():
-    # clipped (0.95, 0.93), mean 0.94, baseline 0.93: both reach it; unclipped mean 0.965, baseline 0.955: one does
+    # clipped (0.95, 0.93), mean 0.94, baseline 0.93: both reach it;
+    # unclipped mean 0.965, baseline 0.955: one does
     assert bonus([1.0, 1.0], [1.0, 0.93]) == [0.5, 0.5]
     assert bonus([1.0, 1.0], [1.0, 0.93], cap=1.0) == [0.5, 0.0]
 
@@ -516,7 +538,8 @@ def test_consistency_bonus_of_equal_rollouts_survives_rounding():
 
 
 def test_consistency_bonus_dense():
-    # 0.5 * 1 * 0.95 (clipped), 0.5 * 0.5 * 0.4, wrong 0, no answer 0; no selection: 0.5 is below the mean and counts
+    # 0.5 * 1 * 0.95 (clipped), 0.5 * 0.5 * 0.4, wrong 0, no answer 0;
+    # no selection: 0.5 is below the mean and counts
     got = bonus([1.0, 0.5, 0.0, 1.0], [0.99, 0.4, 0.9, math.nan], dense=True)
     assert got == pytest.approx([0.475, 0.1, 0.0, 0.0])
 
@@ -635,7 +658,8 @@ def test_temporal_alignment_buffer_and_threshold():
 def test_temporal_alignment_is_greedy_in_time_order_best_first():
     table = {("p", "x"): 0.8, ("p", "y"): 0.9, ("q", "x"): 0.0, ("q", "y"): 0.8}
     reference = [(0, 0, "x"), (1, 1, "y")]
-    # p is first in time and takes y, its best; q finds only x left: 1 of 2 (an optimal assignment would give 2 of 2)
+    # p is first in time and takes y, its best; q finds only x left: 1 of 2
+    # (an optimal assignment would give 2 of 2)
     first_p = [(1, 1, "q"), (0, 0, "p")]
     assert reward.temporal_alignment_reward(first_p, reference, lambda a, b: table[a, b]) == 0.5
     # q first takes y, p falls back to x: 2 of 2

@@ -1,6 +1,7 @@
-"""reward.compute_score as verl 0.9.1 finds, loads and calls it: verl's own configuration file, loader and reward manager.
+"""reward.compute_score as verl 0.9.1 finds, loads and calls it.
 
-verl is installed without its dependencies, so the packages around these three are empty ones, and a batch is what the manager reads of it.
+The configuration file, the loader and the reward manager are verl's. verl is installed without its
+dependencies, so the packages around these three are empty, and a batch has what the manager reads.
 """
 
 import asyncio
@@ -24,7 +25,7 @@ ANSWERS = {
 
 @pytest.fixture
 def verl(monkeypatch):
-    """verl's folder; its packages can be imported without running their __init__, which needs Ray and tensordict."""
+    """verl's folder; its packages are imported without their __init__, which needs Ray."""
     found = importlib.util.find_spec("verl")
     if found is None:
         pytest.skip("needs verl: pip install --no-deps verl==0.9.1 (.ci/run does)")
@@ -58,20 +59,16 @@ class Batch(list):
         return self if isinstance(index, slice) else super().__getitem__(index)
 
 
-@pytest.mark.parametrize(
-    "router", [None, "localhost:8000"]
-)  # with a router, verl passes two more keyword arguments
-@pytest.mark.parametrize(
-    "reward_kwargs", [{}, {"scale": 2}]
-)  # and whatever the configuration holds
+# With a router, verl passes two more keyword arguments, and those of the configuration.
+@pytest.mark.parametrize("router", [None, "localhost:8000"])
+@pytest.mark.parametrize("reward_kwargs", [{}, {"scale": 2}])
 def test_verl_loads_and_calls_compute_score(router, reward_kwargs, verl):
     from verl.experimental.reward_loop.reward_manager.naive import NaiveRewardManager
     from verl.trainer.ppo.reward import get_custom_reward_fn
 
     settings = yaml.safe_load((verl / "trainer/config/reward/reward.yaml").read_text())
-    settings["custom_reward_function"]["path"] = str(
-        ROOT / "reward.py"
-    )  # reward.custom_reward_function.path=reward.py
+    # reward.custom_reward_function.path=reward.py
+    settings["custom_reward_function"]["path"] = str(ROOT / "reward.py")
     settings["custom_reward_function"]["reward_kwargs"] = reward_kwargs
     config = SimpleNamespace(reward=settings)
 
