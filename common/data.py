@@ -268,8 +268,7 @@ def from_seed_bench(row):
     """SEED-Bench-R1: its validation files list choice_a to choice_d, its training file does not.
 
     A training row gets its answer and three of its negative_answers as options, shuffled once.
-    The medium is the video of the task so far, else the picture of the current observation, whose
-    path is kept in `extra`.
+    The medium is the video of the task so far, else the picture of the current observation.
     """
     if "golden_choice_idx" in row:
         texts = [row[f"choice_{name}"] for name in "abcd"]
@@ -280,20 +279,18 @@ def from_seed_bench(row):
         texts = [row["answer"], *rng.sample(row["negative_answers"], 3)]
         rng.shuffle(texts)
         letter = ascii_uppercase[texts.index(row["answer"])]
-    picture = f"images/{row['video_source']}/{row['current_observation_basename']}"
     row = {
         **row,
         "problem": row["question"],
         "problem_type": "multiple choice",
         "solution": letter,
         "options": add_letters(texts),
-        "data_type": "image",
-        "path": picture,
-        "current_observation": picture,
+        "data_type": "video",
+        "path": f"videos/{row['video_source']}/{row['video_basename']}",
     }
-    if row["task_progress_metadata"]:
-        row["data_type"] = "video"
-        row["path"] = f"videos/{row['video_source']}/{row['video_basename']}"
+    if not row["task_progress_metadata"]:
+        row["data_type"] = "image"
+        row["path"] = f"images/{row['video_source']}/{row['current_observation_basename']}"
     return row
 
 
@@ -335,14 +332,19 @@ def from_video_r2(row):
 
 def to_video_r1(row):
     """Convert a row of any supported format to Video-R1's; its other fields stay in it."""
+    if "conversations" in row:
+        return from_video_r2(row)
+    if "task_progress_metadata" in row:
+        return from_seed_bench(row)
+    if "video" in row and "path" not in row:
+        return from_tw_grpo(row)
+    return row
+
+
+def convert_row(row):
+    """to_video_r1, with a DataError for a row that does not have the fields of its format."""
     try:
-        if "conversations" in row:
-            return from_video_r2(row)
-        if "task_progress_metadata" in row:
-            return from_seed_bench(row)
-        if "video" in row and "path" not in row:
-            return from_tw_grpo(row)
-        return row
+        return to_video_r1(row)
     except DataError:
         raise
     except (AttributeError, KeyError, TypeError, ValueError) as error:
@@ -488,7 +490,7 @@ def parse_example(row, index, media_root):
     if not isinstance(row, dict):
         raise DataError(f"row {index} is not an object")
     try:
-        return read_example(to_video_r1(row), index, media_root)
+        return read_example(convert_row(row), index, media_root)
     except DataError as error:
         raise DataError(f"row {index} (problem_id {row_id(row, 'missing')}) {error}") from error
 

@@ -1,31 +1,47 @@
-"""Command-line flags: one dataclass field each, grouped in --help."""
+"""Command-line flags: one field of a settings dataclass each, under headings in --help.
+
+    @dataclass
+    class Settings:
+        frames: int = flag(16, "Frames of a video.", group="Frames")
+
+    settings = Settings(**vars(Parser(Settings, __doc__).parse_args()))
+
+The help shows the docstring of the command and the default of every flag.
+"""
 
 import argparse
+import copy
 from dataclasses import field
 
 from transformers import HfArgumentParser
 
 
 def flag(default, text, **more):
-    """A field of a settings dataclass that is a flag of the command line.
+    """Field of a settings dataclass that is a flag of the command line.
 
     Args:
         default: value without the flag.
         text: its --help.
-        more: `choices`, `aliases`, and `group`, the heading in --help of this flag and of those after it.
+        more: `choices`, `aliases`, and `group`, the heading in --help above this flag and those
+            after it.
     """
     return field(default=default, metadata={"help": text, **more})
 
 
 class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """--help of every command: its docstring as it is, and each flag's default unless that is None."""
+    """--help of every command: its docstring unchanged, and each flag's default unless None."""
 
     def _get_help_string(self, action):
         return action.help if action.default is None else super()._get_help_string(action)
 
 
 class Parser(HfArgumentParser):
-    """HfArgumentParser with headings, without abbreviations of flags."""
+    """HfArgumentParser with headings, which accepts no abbreviated flags.
+
+    Args:
+        dataclass_types: one or more dataclasses whose fields are flags.
+        description: docstring of the command.
+    """
 
     def __init__(self, dataclass_types=(), description=None, **more):
         self.group = None
@@ -38,9 +54,10 @@ class Parser(HfArgumentParser):
         )
 
     def _parse_dataclass_field(self, parser, field):
-        metadata = dict(field.metadata)
-        heading = metadata.pop("group", None)
+        # HfArgumentParser passes all metadata on to argparse, which knows no "group".
+        field = copy.copy(field)
+        field.metadata = dict(field.metadata)
+        heading = field.metadata.pop("group", None)
         if heading is not None:
             self.group = self.add_argument_group(heading)
-        field.metadata = metadata
         super()._parse_dataclass_field(self.group or parser, field)

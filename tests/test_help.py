@@ -1,8 +1,8 @@
-"""--help of every command, as it is printed: it ends well and names every flag with its default."""
+"""--help of every command, as it is printed: it names every flag with its default."""
 
 import re
 import sys
-from dataclasses import fields
+from dataclasses import dataclass, fields
 
 import pytest
 
@@ -12,6 +12,7 @@ import prior
 import toy
 import train
 import visualize
+from common.flags import Parser, flag
 
 # command -> the settings whose flags it must name
 COMMANDS = {
@@ -52,13 +53,52 @@ def test_help(command, monkeypatch, capsys):
     monkeypatch.setenv("COLUMNS", "200")
     with pytest.raises(SystemExit) as ended:
         module.main()
-    told = capsys.readouterr().out
-    assert not ended.value.code and told.startswith(f"usage: {command}")
-    flags = told[told.index("\noptions:") :]
-    for setting in (setting for kind in settings for setting in fields(kind)):
-        assert f"--{setting.name}" in flags
-    assert "(default: None)" not in told and "%" not in re.sub(r"\d+ %", "", flags)
+    text = capsys.readouterr().out
+    assert not ended.value.code and text.startswith(f"usage: {command}")
+    flags = text[text.index("\noptions:") :]
+    for kind in settings:
+        for setting in fields(kind):
+            assert f"--{setting.name}" in flags
+            assert setting.metadata.get("help"), f"--{setting.name} has no help"
+    assert "(default: None)" not in text and "%" not in re.sub(r"\d+ %", "", flags)
     if command in DEFAULTS:
         name, value = DEFAULTS[command]
         (text,) = re.findall(rf"^  {name}\b.*?(?=^  -|\Z)", flags, re.DOTALL | re.MULTILINE)
         assert f"(default: {value})" in text
+
+
+@dataclass
+class Settings:
+    model: str = flag("x", "Checkpoint.", group="Model and data")
+    frames: int = flag(16, "Frames of a video.", choices=[8, 16])
+    seed: int = flag(0, "Random seed.", group="Run", aliases=["--random_seed"])
+
+
+def test_flags_stand_under_their_headings():
+    # twice: the first parser leaves the headings to the second
+    for _ in range(2):
+        parser = Parser(Settings, "Makes something.")
+        lines = [line.strip() for line in parser.format_help().splitlines()]
+        places = [lines.index("Model and data:"), lines.index("Run:")]
+        for name in ("--model", "--frames", "--seed"):
+            (place,) = [index for index, line in enumerate(lines) if line.startswith(name)]
+            places.append(place)
+        first, run, model, frames, seed = places
+        assert first < model < frames < run < seed
+    assert vars(parser.parse_args(["--random_seed", "3"])) == {
+        "model": "x",
+        "frames": 16,
+        "seed": 3,
+    }
+
+
+@pytest.mark.parametrize("arguments", [["--mod", "y"], ["--frames", "9"], ["--no_such", "1"]])
+def test_wrong_flags_are_refused(arguments, capsys):
+    with pytest.raises(SystemExit) as ended:
+        Parser(Settings, "Makes something.").parse_args(arguments)
+    assert ended.value.code == 2 and "error: " in capsys.readouterr().err
+
+
+def test_a_flag_needs_its_help():
+    with pytest.raises(TypeError):
+        flag(16)

@@ -1,4 +1,4 @@
-"""Qwen's real vocabulary (the file that the package dashscope ships) as the tokenizer of a processor, and chat templates like Qwen's."""
+"""Processors with the real Qwen vocabulary (in the package dashscope) and chat templates."""
 
 import importlib.resources
 from functools import cache
@@ -19,13 +19,14 @@ PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-# the ids of Qwen2.5-VL from 151643 on, in their order; the last two, not special, as Qwen3 has them
-SPECIAL = """<|endoftext|> <|im_start|> <|im_end|> <|object_ref_start|> <|object_ref_end|> <|box_start|>
-<|box_end|> <|quad_start|> <|quad_end|> <|vision_start|> <|vision_end|> <|vision_pad|> <|image_pad|>
-<|video_pad|>""".split()
+# the ids of Qwen2.5-VL from 151643 on, in their order
+SPECIAL = """<|endoftext|> <|im_start|> <|im_end|> <|object_ref_start|> <|object_ref_end|>
+<|box_start|> <|box_end|> <|quad_start|> <|quad_end|> <|vision_start|> <|vision_end|>
+<|vision_pad|> <|image_pad|> <|video_pad|>""".split()
+# not special, as Qwen3 has them
 THINK = ("<think>", "</think>")
 
-# Qwen2.5-VL's way: a system turn by itself, media and text in their order, a line break behind a turn.
+# As Qwen2.5-VL's: a system turn, media and text in their order, a line break behind a turn.
 TEMPLATE = (
     "{% if messages[0].role != 'system' %}"
     "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n{% endif %}"
@@ -46,8 +47,9 @@ def converted():
     return converter.converted().to_str()
 
 
+@cache
 def qwen_tokenizer(eos="<|im_end|>", think=True):
-    """Qwen2.5-VL's tokenizer; with `think` also Qwen3's two tags."""
+    """Qwen2.5-VL's tokenizer; with `think` also Qwen3's two tags. It takes seconds to load."""
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer.from_str(converted()),
         eos_token=eos,
@@ -61,11 +63,10 @@ def qwen_tokenizer(eos="<|im_end|>", think=True):
 
 
 @cache
-def qwen_processor(template=TEMPLATE, **options):
-    patches = {"patch_size": 14, "temporal_patch_size": 2, "merge_size": 2}
+def qwen_processor(template=TEMPLATE, eos="<|im_end|>"):
     return Qwen2_5_VLProcessor(
-        image_processor=Qwen2VLImageProcessor(**patches),
-        video_processor=Qwen2VLVideoProcessor(**patches),
-        tokenizer=qwen_tokenizer(**options),
+        image_processor=Qwen2VLImageProcessor(),
+        video_processor=Qwen2VLVideoProcessor(),
+        tokenizer=qwen_tokenizer(eos),
         chat_template=template,
     )
