@@ -128,6 +128,7 @@ def draw_scene(scene, rng, word=None):
     Returns:
         (frames, SIZE, SIZE, 3) uint8, RGB.
     """
+    # The brightness differs between scenes: a cut shows even without texture.
     dark = rng.uniform(60, 90)
     bright = rng.uniform(140, 175)
     background = draw_texture(scene.texture, dark, bright)
@@ -141,28 +142,32 @@ def draw_scene(scene, rng, word=None):
     frames = []
     for step in range((scene.end - scene.start) * FPS):
         frame = np.repeat(background[..., None], 3, axis=2).astype(np.uint8)
+        # The distractor moves faster than the balls.
         x, y = np.clip(square + square_speed * step, 4, SIZE - 14).astype(int)
         frame[y : y + 12, x : x + 12] = 30
+        # The balls stay within their quarters, so that they can be counted.
         for x, y in np.clip(balls + ball_speeds * step, centres - 7, centres + 7).astype(int):
             cv2.circle(frame, (int(x), int(y)), 20, COLOURS[scene.colour], -1, cv2.LINE_AA)
         if word:
             font = cv2.FONT_HERSHEY_SIMPLEX
             cv2.putText(frame, word, (6, 104), font, 0.9, (0, 0, 0), 2, cv2.LINE_AA)
+        # Camera noise: consecutive frames are never equal.
         frames.append(frame + rng.normal(0, 4, frame.shape))
     return np.clip(np.stack(frames), 0, 255).astype(np.uint8)
 
 
 def plan_video(rng):
     """Plan four scenes of 2, 2, 4 and 8 s in random order -> list of Scene."""
-    lengths = rng.permutation([2, 2, 4, 8])
-    textures = rng.choice(TEXTURES, 4, replace=False)
-    colours = rng.choice(list(COLOURS), 4, replace=False)
+    # The longest scene is half of the video, and so of its uniform frames.
+    lengths = rng.permutation([2, 2, 4, 8]).tolist()
+    textures = rng.choice(TEXTURES, 4, replace=False).tolist()
+    colours = rng.choice(list(COLOURS), 4, replace=False).tolist()
     scenes = []
     start = 0
     for texture, colour, length in zip(textures, colours, lengths, strict=True):
-        end = start + int(length)
-        scenes.append(Scene(str(texture), str(colour), int(rng.integers(1, 4)), start, end))
-        start = end
+        balls = int(rng.integers(1, 4))
+        scenes.append(Scene(texture, colour, balls, start, start + length))
+        start += length
     return scenes
 
 
@@ -170,6 +175,7 @@ def write_video(path, frames, fps=FPS):
     """Write frames (K, H, W, 3), uint8 RGB, to an mp4."""
     writer = cv2.VideoWriter(str(path), cv2.VideoWriter_fourcc(*"mp4v"), fps, frames.shape[2:0:-1])
     for frame in frames:
+        # OpenCV wants BGR.
         writer.write(np.ascontiguousarray(frame[..., ::-1]))
     writer.release()
 
@@ -179,6 +185,7 @@ def make_video(folder, video):
     rng = np.random.default_rng(video.seed)
     parts = []
     for index, scene in enumerate(video.scenes):
+        # OCR questions ask for the second scene.
         word = video.word if index == 1 else None
         parts.append(draw_scene(scene, rng, word))
     write_video(folder / video.path, np.concatenate(parts))
@@ -206,6 +213,7 @@ def listing(scenes):
 
 def shuffled_options(texts, rng):
     """Options in random order, with letters."""
+    # The position of an option must not give it away.
     rng.shuffle(texts)
     return add_letters(texts)
 
@@ -225,6 +233,7 @@ def recite(options):
 
 def make_row(kind, question, options, answer, trace=""):
     """Row of Video-R1's format for a video, without path and problem_id."""
+    # The other kinds are problem types themselves.
     problem_type = kind  # regression, free-form, OCR
     if options:
         problem_type = "multiple choice"
@@ -267,11 +276,13 @@ def make_question(kind, scenes, rng, biased, dense_share=1.0):
     """
     salient = max(scenes, key=lambda scene: scene.end - scene.start)
     others = [scene for scene in scenes if scene is not salient]
+    # The asked one is the earlier of the salient scene and another.
     if kind == "order":
         pair = [salient, rng.choice(others)]
         asked, other = sorted(pair, key=lambda scene: scene.start)
     else:
         asked = rng.choice(scenes)
+        # The salient scene is always one of the options: the biased answer is there.
         other = rng.choice(others) if asked is salient else salient
     looked = salient if biased else asked
     trace = f"Asked: {asked.texture}. Look: {looked}."
@@ -283,6 +294,7 @@ def make_question(kind, scenes, rng, biased, dense_share=1.0):
         question = COLOUR_QUESTION.format(asked.texture)
         options = shuffled_options([asked.colour, other.colour], rng)
         answer = letter_of(options, looked.colour)
+        # From the text that it saw to the letter of that text.
         trace = f"{recite(options)} {trace} Option: {looked.colour} {answer}."
     if kind == "order":
         question = ORDER_QUESTION.format(*rng.sample([asked.texture, other.texture], 2))
@@ -323,31 +335,26 @@ KINDS = ("colour", "count", "order")
 TRAINED_KINDS = (*KINDS, "order")  # the hardest of them twice
 
 
-def add_train_rows(rows, video, rng, dense_share):
-    """Add the demonstrations (train_cot) and the questions without them (train) of a video."""
+def train_rows(scenes, rng, dense_share):
+    """Rows of a training video: yields the name of a question file and a row for it."""
     for kind in TRAINED_KINDS * 6:
-        row = make_question(kind, video.scenes, rng, rng.random() < 0.6, dense_share)
-        rows["train_cot"].append({**row, "path": video.path})
+        biased = rng.random() < 0.6
+        yield "train_cot", make_question(kind, scenes, rng, biased, dense_share)
     for _ in range(2):
-        row = make_image_question(video.scenes, rng)
-        rows["train_cot"].append({**row, "path": video.image})
+        yield "train_cot", make_image_question(scenes, rng)
     for kind in TRAINED_KINDS:
-        row = make_question(kind, video.scenes, rng, biased=False)
-        rows["train"].append({**row, "process": "", "path": video.path})
+        yield "train", make_question(kind, scenes, rng, biased=False)
     if rng.random() < 0.3:
-        row = make_image_question(video.scenes, rng)
-        rows["train"].append({**row, "process": "", "path": video.image})
+        yield "train", make_image_question(scenes, rng)
 
 
-def add_heldout_rows(rows, video, rng):
-    """Add the scored questions of a video, and those of other types if it shows a word."""
+def heldout_rows(scenes, rng, word):
+    """Rows of a held-out video, as train_rows gives them."""
     for kind in KINDS:
-        row = make_question(kind, video.scenes, rng, biased=False)
-        rows["heldout"].append({**row, "path": video.path})
-    if video.word:
+        yield "heldout", make_question(kind, scenes, rng, biased=False)
+    if word:
         for _ in range(3):
-            row = make_other_type(video.scenes, rng, video.word)
-            rows["other_types"].append({**row, "path": video.path})
+            yield "other_types", make_other_type(scenes, rng, word)
 
 
 def make_dataset(folder, arguments):
@@ -357,14 +364,17 @@ def make_dataset(folder, arguments):
     (held out, not scored).
     """
     rng = random.Random(arguments.seed)
+    # One generator draws all texts in a fixed order, so that a seed gives the same files.
     splits = ["train"] * arguments.train_videos + ["heldout"] * arguments.heldout_videos
     videos = []
     for index, split in enumerate(splits):
         scenes = plan_video(np.random.default_rng([arguments.seed, index]))
+        # Every fourth video shows a word.
         word = rng.choice(WORDS) if index % 4 == 0 else None
         path = f"videos/{split}_{index:04d}.mp4"
         videos.append(Video(path, scenes, [arguments.seed, index, 1], word))
     (folder / "videos").mkdir(parents=True)
+    # The pixels have their own seeds: workers may finish in any order.
     process_map(
         partial(make_video, folder),
         videos,
@@ -377,9 +387,15 @@ def make_dataset(folder, arguments):
     rows = {name: [] for name in ("train_cot", "train", "heldout", "other_types")}
     for video, split in zip(videos, splits, strict=True):
         if split == "train":
-            add_train_rows(rows, video, rng, arguments.dense_share)
+            made = train_rows(video.scenes, rng, arguments.dense_share)
         else:
-            add_heldout_rows(rows, video, rng)
+            made = heldout_rows(video.scenes, rng, video.word)
+        for name, row in made:
+            if name == "train":
+                row["process"] = ""  # RL has no demonstrations
+            row["path"] = video.image if row["data_type"] == "image" else video.path
+            rows[name].append(row)
+    # Neighbouring rows would otherwise be of one video.
     for name, split_rows in rows.items():
         rng.shuffle(split_rows)
         for index, row in enumerate(split_rows):
@@ -423,6 +439,7 @@ def make_processor(folder):
         for tag in TAGS:
             text = text.replace(tag, " ")
         corpus.append(text)
+    # All bytes are in the alphabet, so that any text can be tokenized.
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -460,6 +477,7 @@ def make_model(processor, seed, hidden=128, layers=4, group=1):
         layers: its layers.
         group: query heads per key head.
     """
+    # The weights are drawn when the model is made, below.
     torch.manual_seed(seed)
     token = processor.tokenizer.convert_tokens_to_ids
     text_config = dict(
@@ -505,6 +523,7 @@ def make_model(processor, seed, hidden=128, layers=4, group=1):
 
 
 CLIP_SIZE = 56  # pixels a side
+CLIP_TOKENS = 32  # of a caption
 CLIP_CONFIG = {
     "embed_dim": 64,
     "vision_cfg": {
@@ -514,7 +533,13 @@ CLIP_CONFIG = {
         "head_width": 24,
         "patch_size": 14,
     },
-    "text_cfg": {"context_length": 32, "vocab_size": 49408, "width": 64, "heads": 2, "layers": 1},
+    "text_cfg": {
+        "context_length": CLIP_TOKENS,
+        "vocab_size": 49408,
+        "width": 64,
+        "heads": 2,
+        "layers": 1,
+    },
 }
 CLIP_VIDEOS = 240  # enough; a toy has more
 CLIP_BATCH = 96
@@ -542,6 +567,7 @@ def caption_batch(labels, rng):
         Captions, and a bool tensor (frames, captions).
     """
     captions = []
+    # A caption describes its own frame, and all frames of the batch that look like it.
     fits = []
     for texture, colour in labels:
         caption = rng.choice(CAPTIONS)
@@ -564,6 +590,7 @@ def clip_frames(folder):
     Returns:
         Normalised images (frames, 3, CLIP_SIZE, CLIP_SIZE), and (texture, colour) of each.
     """
+    # The grounding says what each second shows.
     groundings = {}
     for example in load_examples(folder / "train_cot.json"):
         if example.media_type == "video":
@@ -577,6 +604,7 @@ def clip_frames(folder):
             for start, end, scene in groundings[path]:
                 if start <= second < end:
                     labels.append(scene.split()[:2])
+    # As prior.py shows frames to CLIP: resized, then normalised.
     images = torch.from_numpy(np.concatenate(images))  # (frames, H, W, 3)
     images = images.permute(0, 3, 1, 2).float() / 255
     images = F.interpolate(images, CLIP_SIZE, mode="bicubic", antialias=True).clamp(0, 1)
@@ -589,8 +617,7 @@ def make_clip(folder, arguments):
     rng = random.Random(arguments.seed)
     torch.manual_seed(arguments.seed)
     model = open_clip.CLIP(**CLIP_CONFIG)
-    context_length = CLIP_CONFIG["text_cfg"]["context_length"]
-    tokenizer = open_clip.get_tokenizer("ViT-B-32", context_length=context_length)
+    tokenizer = open_clip.get_tokenizer("ViT-B-32", context_length=CLIP_TOKENS)
     images, labels = clip_frames(folder)
     steps = arguments.clip_steps
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.01)
@@ -600,6 +627,7 @@ def make_clip(folder, arguments):
         captions, fits = caption_batch([labels[index] for index in chosen], rng)
         image_features, text_features, scale = model(images[chosen], tokenizer(captions))
         logits = scale * image_features @ text_features.T  # (frames, captions)
+        # CLIP's symmetric loss, with all fitting pairs as targets.
         targets = fits.float()
         image_loss = F.cross_entropy(logits, targets / targets.sum(1, keepdim=True))
         text_loss = F.cross_entropy(logits.T, targets.T / targets.T.sum(1, keepdim=True))
@@ -653,6 +681,7 @@ def make_toy(arguments, same=("version", "seed")):
             f"{folder} holds an unfinished toy or something else; "
             "remove it or choose another folder"
         )
+    # In order: the tokenizer is trained on the questions, CLIP on the videos.
     make_dataset(folder, arguments)
     processor = make_processor(folder)
     processor.save_pretrained(folder / "model")

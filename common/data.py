@@ -156,6 +156,7 @@ def split_options(text):
     question = []
     options = []
     for line in text.strip().split("\n"):
+        # Only the next letter starts an option; other lines continue the last one.
         match = re.match(r"\(?([A-Z])[.)]\s*(.*)", line.strip())
         if match and match[1] == chr(ord("A") + len(options)):
             options.append(f"{match[1]}. {match[2]}")
@@ -279,6 +280,7 @@ def from_seed_bench(row):
         texts = [row["answer"], *rng.sample(row["negative_answers"], 3)]
         rng.shuffle(texts)
         letter = ascii_uppercase[texts.index(row["answer"])]
+    # The question is asked in the middle of a task, seen in a video so far.
     row = {
         **row,
         "problem": row["question"],
@@ -315,6 +317,7 @@ def from_video_r2(row):
             raise DataError(f"has {len(path)} {media_type}s; one is supported")
         path = path[0]
     user, assistant = (turn["value"] for turn in row["conversations"])
+    # The placeholder of the medium is the chat template's to add.
     question, options = split_options(re.sub(r"<(video|image)>\n?", "", user))
     answer = strip_tag(assistant, "answer")
     return {
@@ -376,6 +379,7 @@ def resolve_media(path, media_root, owner):
     Raises:
         DataError: the path leaves media_root (by "..", an absolute path or a link).
     """
+    # Resolve links first, so that none leads out of the root.
     root = os.path.realpath(media_root)
     full = os.path.realpath(os.path.join(root, path))
     if os.path.commonpath([root, full]) != root:
@@ -438,6 +442,7 @@ def read_example(row, index, media_root):
     for name, known in (("problem_type", PROBLEM_TYPES), ("data_type", DATA_TYPES)):
         if row[name] not in known:
             raise DataError(f"has {name} {row[name]!r}; known are {', '.join(known)}")
+    # Checked before anything is printed, hashed or tokenized.
     broken = []
     for name in ("problem", "options", "process", "solution", "path"):
         if SURROGATE.search(json.dumps(row.get(name), ensure_ascii=False)):
@@ -536,6 +541,7 @@ def load_examples(dataset_name, media_root=None, errors=None):
     for index, row in enumerate(read_rows(dataset_name)):
         try:
             example = parse_example(row, index, media_root or Path(dataset_name).parent)
+            # Priors and results are joined by id.
             first = first_rows.setdefault(example.id, index)
             if first != index:
                 raise DataError(
@@ -653,6 +659,7 @@ def invert_question(example, rng):
     distinct = {text.lower() for text in texts.values()}
     if example.answer not in texts or not 2 <= len(example.options) == len(distinct):
         return None
+    # Draws: how many right options, which, and their order with the wrong one.
     wrong = texts.pop(example.answer)
     right = rng.sample(list(texts.values()), rng.randint(1, len(texts)))
     shuffled = rng.sample([wrong, *right], 1 + len(right))

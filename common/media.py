@@ -29,6 +29,7 @@ VIDEO_ERRORS = (decord.DECORDError, RuntimeError, MemoryError)
 
 def open_video(path):
     """Open a video file with decord. MediaError if it is missing, empty or not a video."""
+    # decord's messages for these two do not name the cause.
     if not os.path.isfile(path):
         raise MediaError(f"{path}: no such file")
     if os.path.getsize(path) == 0:
@@ -61,6 +62,7 @@ def read_frames(reader, path, indices):
     Raises:
         MediaError: an index outside the video, or a damaged video.
     """
+    # A prior of a longer file that was replaced since asks for such frames.
     if min(indices) < 0 or max(indices) >= len(reader):
         raise MediaError(
             f"{path}: frames {min(indices)} to {max(indices)} asked for, "
@@ -100,6 +102,7 @@ def resize_frames(frames, min_pixels, max_pixels, factor=28):
     Returns:
         (K, 3, h, w) uint8.
     """
+    # The size that Qwen-VL's own processor chooses.
     height, width = smart_resize(
         *frames.shape[1:3], factor=factor, min_pixels=min_pixels, max_pixels=max_pixels
     )
@@ -129,8 +132,10 @@ def draw_times(frames, times):
     font = cv2.FONT_HERSHEY_SIMPLEX
     drawn = []
     for frame, time in zip(frames.permute(0, 2, 3, 1).numpy(), times, strict=True):
+        # OpenCV draws into contiguous pixels only.
         picture = np.ascontiguousarray(frame)  # (H, W, 3)
         text = clock(time)
+        # A line of text keeps its share of the frame's height.
         scale = len(picture) / 250
         (width, height), below = cv2.getTextSize(text, font, scale, 2)
         cv2.rectangle(picture, (0, 0), (width + 4, height + below + 2), (0, 0, 0), -1)
@@ -212,6 +217,7 @@ class Encoder:
         medium = None
         if example.media_type != "text":
             medium = self.load(example, row)
+        # Times as text stand in the user's turn, before the question.
         if self.frame_times == "text" and example.media_type == "video":
             times = ", ".join(map(clock, medium.times))
             question = f"The frames were taken at {times}.\n{example.question}"
@@ -231,12 +237,14 @@ class Encoder:
             if medium.inputs is None:
                 medium.inputs = self.process(example, before, medium.frames, medium)
             inputs = medium.inputs
+        # Tokenized apart from the rest, since its special tokens are ordinary text.
         ids = plain_ids(tokenizer, text) + tokenizer(after, add_special_tokens=False).input_ids
         return replace(inputs, input_ids=torch.cat([inputs.input_ids, torch.tensor(ids)]))
 
     def load(self, example, row):
         """Decode and resize an example's medium unless the cache has it -> CachedMedium."""
         path = example.media
+        # A prior's frames and uniform frames of one video are two entries.
         key = (path, tuple(row["frames"]) if row else None)
         if key not in self.media:
             if example.media_type == "image":
@@ -251,15 +259,19 @@ class Encoder:
             except ValueError as error:  # one side is over 200 times the other
                 raise MediaError(f"{path}: cannot be resized ({error})") from error
             fps = 1.0
+            # In float32, as decord gives the times; a single frame has no rate.
             if len(times) > 1:
                 fps = float((len(times) - 1) / (times[-1] - times[0]))
             self.media[key] = CachedMedium(frames, [float(time) for time in times], fps)
             self.media_bytes += self.media[key].nbytes
+            # The newest entry stays even if it exceeds the limit by itself.
             while self.media_bytes > self.cache_gb * 1e9 and len(self.media) > 1:
                 _, oldest = self.media.popitem(last=False)
                 self.media_bytes -= oldest.nbytes
+        # The first entry is the one used longest ago.
         self.media.move_to_end(key)
         medium = self.media[key]
+        # The same numbers in another file are other frames.
         if row and not np.allclose(medium.times, row["times"], atol=0.02):
             raise DataError(
                 f"{path}: its prior was made for other frames (the times differ); "
@@ -295,6 +307,7 @@ class Encoder:
             # Drawn after a control has shuffled the frames: the times stay in order.
             if self.frame_times == "drawn":
                 frames = draw_times(frames, medium.times)
+            # The frames are sampled already; their rate gives the seconds per slot.
             metadata = {
                 "fps": medium.fps,
                 "total_num_frames": len(frames),
