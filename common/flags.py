@@ -41,6 +41,7 @@ class Parser(HfArgumentParser):
     Args:
         dataclass_types: one or more dataclasses whose fields are flags.
         description: docstring of the command.
+        more: further arguments of argparse.ArgumentParser, as subparsers pass them.
     """
 
     def __init__(self, dataclass_types=(), description=None, **more):
