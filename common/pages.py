@@ -14,7 +14,8 @@ STYLE = """:root{color-scheme:light dark}
 body{margin:0 auto;padding:1rem;max-width:1280px;background:Canvas;color:CanvasText;
 font:16px/1.5 system-ui,sans-serif;overflow-wrap:anywhere}
 h1{font-size:1.5rem;line-height:1.25}h2{font-size:1.2rem;margin-top:2rem}
-ul{display:flex;flex-wrap:wrap;gap:.3rem 1.5rem;padding:0;list-style:none}
+ul{display:flex;flex-wrap:wrap;gap:.3rem 1.5rem;padding:.3rem .7rem;list-style:none;
+background:#fff;color:#000;border-radius:6px}
 li i{display:inline-block;width:40px;vertical-align:middle;border-top:3px solid}
 .panels{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,330px),1fr));
 gap:1.2rem .8rem}
@@ -51,7 +52,9 @@ def panels_html(panels, keys=()):
     for key in keys:
         line = f'<i style="border-top-style:{key.style};border-color:{key.colour}"></i>'
         parts.append(f"<li>{line} {escape(key.name)}</li>")
-    parts = ["<ul>", *parts, '</ul><div class="panels">']
+    if keys:
+        parts = ["<ul>", *parts, "</ul>"]
+    parts.append('<div class="panels">')
     parts += [picture_html(panel.picture, panel.alt, panel.caption) for panel in panels]
     return "\n".join([*parts, "</div>"])
 
