@@ -162,7 +162,7 @@ class TrainArguments:
     recipe: str = flag(
         "cfgrpo",
         "System whose terms and constants are the defaults; any other flag on the command line "
-        "wins over it (docs/training.md has a table).",
+        "wins over it (the README has a table).",
         choices=list(RECIPES),
     )
     eval_priors: str | None = flag(
