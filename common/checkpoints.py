@@ -1,4 +1,18 @@
-"""Checkpoints: complete or not there, named as their source, resumable."""
+"""Checkpoints of a run: whole or absent, named as their source names its weights, resumable.
+
+checkpoint = Checkpoints(arguments, processor, files, find_checkpoint(arguments))
+done, kept = checkpoint.load(engine, "grpo")          # 0, None at the beginning
+for step in range(done, steps):
+    ...
+    checkpoint.after_step(engine, "grpo", step + 1, steps, skipped=skipped)
+checkpoint.release()
+save_model(engine, processor, output / "grpo")
+
+A checkpoint is a folder checkpoint-{stage}-{steps done}: the model as from_pretrained and vLLM load
+it, deepspeed/ (parameters and optimizer), rank{r}.pt (random states and what a rank keeps) and
+state.json (settings, sizes of the logs, what all ranks share). It is written aside and renamed, so
+that a folder of this name is whole.
+"""
 
 import json
 import os
@@ -13,7 +27,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
-from transformers.core_model_loading import Transpose, WeightConverter
+from transformers.core_model_loading import Transpose
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 
 from common.data import DataError, first_words
@@ -23,20 +37,17 @@ from common.rollout import stop_tokens
 
 
 def weight_shapes(path):
-    """{name: [sizes]} of a checkpoint's weights, read from the heads of its files.
+    """Reads the shapes of a checkpoint's weights from the heads of its files.
 
     Args:
-        path: a folder, or the name of a model of the hub.
-    Raises:
-        DataError: it has no safetensors.
+        path: folder with safetensors, or model id of the hub.
+    Returns:
+        {name: list of sizes}
     """
-    files = [cached_file(path, SAFE_WEIGHTS_NAME, _raise_exceptions_for_missing_entries=False)]
-    if files == [None]:
-        index = cached_file(
-            path, SAFE_WEIGHTS_INDEX_NAME, _raise_exceptions_for_missing_entries=False
-        )
-        if index is None:
-            raise DataError(f"{path} has neither {SAFE_WEIGHTS_NAME} nor {SAFE_WEIGHTS_INDEX_NAME}")
+    file = cached_file(path, SAFE_WEIGHTS_NAME, _raise_exceptions_for_missing_entries=False)
+    files = [file]
+    if file is None:
+        index = cached_file(path, SAFE_WEIGHTS_INDEX_NAME)
         shards = json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"].values()
         files = [cached_file(path, shard) for shard in sorted(set(shards))]
     shapes = {}
@@ -48,117 +59,152 @@ def weight_shapes(path):
 
 
 def right_name(name):
+    """Name of a weight without the fault that MISNAMED mends."""
     for wrong, right in MISNAMED.items():
         name = re.sub(wrong, right, name)
     return name
 
 
 def is_transposition(conversion):
-    return isinstance(conversion, WeightConverter) and all(
-        isinstance(step, Transpose) for step in conversion.operations
-    )
+    steps = getattr(conversion, "operations", [])
+    return len(steps) > 0 and all(isinstance(step, Transpose) for step in steps)
 
 
 def keep_names(policy, path):
-    """Lets save_model() write a policy, just loaded from the checkpoint at path, with the names and shapes that its weights have there."""
-    # save_pretrained undoes the conversions that the model has. The loader for ZeRO-3 leaves all of the family, not those that matched;
-    # transposed experts are not always turned back, so in_layout() does it; names that were mended stay so.
-    conversions = [
-        one
-        for one in policy.model._weight_conversions
-        if one.was_used() and not is_transposition(one)
-    ]
-    policy.model._weight_conversions = [
-        one for one in conversions if one.target_patterns[0] not in MISNAMED.values()
-    ]
+    """Makes save_model() write the names and shapes of the checkpoint that a policy came from.
+
+    Args:
+        path: that checkpoint, just loaded.
+    """
+    # save_pretrained undoes the conversions that the model lists. Under ZeRO-3 the loader lists all
+    # of the family, not those that matched.
+    used = []
+    for conversion in policy.model._weight_conversions:
+        # Transposed experts are not always turned back, so in_layout() does it.
+        if not conversion.was_used() or is_transposition(conversion):
+            continue
+        # Mended names stay mended.
+        if conversion.target_patterns[0] not in MISNAMED.values():
+            used.append(conversion)
+    policy.model._weight_conversions = used
     shapes = weight_shapes(path)
-    policy.source, policy.shapes = path, {right_name(name): shape for name, shape in shapes.items()}
+    policy.source = path
+    policy.shapes = {right_name(name): shape for name, shape in shapes.items()}
     if policy.shapes.keys() != shapes.keys():
         say(
-            f"{path} has weights named model.model., as a fault of transformers made them; what this run saves has the right names"
+            f"{path} has weights named model.model., as a fault of transformers made them; "
+            "what this run saves has the right names"
         )
 
 
 def in_layout(tensor, shape):
-    """Qwen3-VL's experts are (experts, in, out) in its checkpoints and (experts, out, in) in transformers 5."""
-    turned = shape is not None and list(tensor.shape) != shape and list(tensor.mT.shape) == shape
-    return tensor.cpu().mT.contiguous() if turned else tensor
+    """A weight in the layout of the source checkpoint.
+
+    Qwen3-VL's experts are (experts, in, out) there and (experts, out, in) in transformers 5.
+
+    Args:
+        shape: list of sizes there; None for a weight that it has not.
+    """
+    if shape is None or list(tensor.shape) == shape or list(tensor.mT.shape) != shape:
+        return tensor
+    return tensor.cpu().mT.contiguous()
 
 
 def check_names(policy, folder):
-    """The weights just written against those of the checkpoint that the policy came from. DataError when they differ."""
-    written, expected = weight_shapes(folder), dict(policy.shapes)
+    """Compares the weights just written with those of the checkpoint that the policy came from.
+
+    Errors: DataError if a name or a shape differs.
+    """
+    written = weight_shapes(folder)
+    expected = dict(policy.shapes)
+    # A tied output layer is the embedding; loaders do not look for it.
     if policy.model.config.tie_word_embeddings:
-        expected.pop(
-            "lm_head.weight", None
-        )  # the embedding again; who loads a tied model does not look for it
+        expected.pop("lm_head.weight", None)
     wrong = sorted(name for name, shape in written.items() if expected.get(name) != shape)
     lost = sorted(expected.keys() - written.keys())
     if wrong:
+        first = wrong[0]
         raise DataError(
-            f"{len(wrong)} weights in {folder} are not those of {policy.source}: the first is {wrong[0]} {written[wrong[0]]}, "
-            f"there is {expected.get(wrong[0]) or ', '.join(lost[:1])}; report this with the version of transformers"
+            f"{len(wrong)} weights in {folder} are not those of {policy.source}: the first is "
+            f"{first} {written[first]}, there is {expected.get(first) or ', '.join(lost[:1])}; "
+            "report this with the version of transformers"
         )
     if lost:
         say(
-            f"{len(lost)} weights of {policy.source} are not part of the model and not saved, the first is {lost[0]}"
+            f"{len(lost)} weights of {policy.source} are not part of the model and not saved, "
+            f"the first is {lost[0]}"
         )
-        policy.shapes = written  # said once
+        # Log it once.
+        policy.shapes = written
 
 
 def save_model(engine, processor, folder):
-    """save_pretrained format, gathered; written aside and renamed, so that a folder of this name is always complete."""
-    state = (
-        engine._zero3_consolidated_16bit_state_dict()
-        if engine.zero_optimization_partition_weights()
-        else engine.module.state_dict()
-    )
+    """Writes a trained engine's model as save_pretrained does, gathered from all ranks.
+
+    The folder is written aside and renamed. All ranks call this.
+    """
+    if engine.zero_optimization_partition_weights():
+        state = engine._zero3_consolidated_16bit_state_dict()
+    else:
+        state = engine.module.state_dict()
     if is_main():
+        policy = engine.module
+        weights = {}
+        for name, value in state.items():
+            name = name.removeprefix("model.")  # Policy's attribute
+            weights[name] = in_layout(value, policy.shapes.get(name))
+        # What ended completions here ends them for every reader.
+        policy.model.generation_config.eos_token_id = stop_tokens(policy.model, processor)
         aside = Path(f"{folder}.unfinished")
-        state = {name.removeprefix("model."): value for name, value in state.items()}
-        state = {
-            name: in_layout(value, engine.module.shapes.get(name)) for name, value in state.items()
-        }
-        # what ended completions here ends them for every reader
-        model = engine.module.model
-        model.generation_config.eos_token_id = stop_tokens(model, processor)
-        model.save_pretrained(aside, state_dict=state)
+        policy.model.save_pretrained(aside, state_dict=weights)
         processor.save_pretrained(aside)
-        check_names(engine.module, aside)
-        write_for_version_4(aside, model.config.text_config.attribute_map)
+        check_names(policy, aside)
+        write_for_version_4(aside, policy.model.config.text_config.attribute_map)
         replace_folder(aside, folder)
     dist.barrier()
 
 
+def edit_json(file, edit):
+    """Calls edit(content) on the object in a JSON file and writes it back."""
+    content = json.loads(file.read_text(encoding="utf-8"))
+    edit(content)
+    text = json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False)
+    file.write_text(text + "\n", encoding="utf-8")
+
+
 def write_for_version_4(folder, attribute_map):
-    """Writes once more, where transformers 4 and servers built on it look, what transformers 5 writes elsewhere; 5 reads both."""
-    file = Path(folder) / "config.json"
-    config = json.loads(file.read_text(encoding="utf-8"))
-    text = config["text_config"]
-    rope = dict(text["rope_parameters"])  # rope_type, mrope_section, ..., rope_theta
-    text["rope_theta"] = rope.pop("rope_theta")
-    text["rope_scaling"] = rope
-    for old, new in attribute_map.items():  # of the text model: num_experts
-        text[old] = text[new]
-    text["tie_word_embeddings"] = config[
-        "tie_word_embeddings"
-    ]  # 4 looks here alone, with False as default
-    file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    file = Path(folder) / "tokenizer_config.json"
-    config = json.loads(file.read_text(encoding="utf-8"))
-    if config["tokenizer_class"] == "TokenizersBackend":
-        config["tokenizer_class"] = "PreTrainedTokenizerFast"  # its name in 4
-    special = config.get("extra_special_tokens")
-    if isinstance(special, list):
-        # 4 expects a dict under this name, and a list under another
-        config["additional_special_tokens"] = config.pop("extra_special_tokens")
-    file.write_text(
-        json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8"
-    )
+    """Repeats settings of transformers 5 where version 4, and servers built on it, look for them.
+
+    Args:
+        attribute_map: {old name: new name} of the text model's settings.
+    """
+
+    def edit_config(config):
+        text = config["text_config"]
+        rope = dict(text["rope_parameters"])  # rope_type, mrope_section, ..., rope_theta
+        text["rope_theta"] = rope.pop("rope_theta")
+        text["rope_scaling"] = rope
+        for old, new in attribute_map.items():
+            text[old] = text[new]
+        # Version 4 looks only here, with False as default.
+        text["tie_word_embeddings"] = config["tie_word_embeddings"]
+
+    def edit_tokenizer(config):
+        if config["tokenizer_class"] == "TokenizersBackend":
+            config["tokenizer_class"] = "PreTrainedTokenizerFast"
+        # Version 4 expects a dict under this name.
+        if isinstance(config.get("extra_special_tokens"), list):
+            config["additional_special_tokens"] = config.pop("extra_special_tokens")
+
+    edit_json(Path(folder) / "config.json", edit_config)
+    edit_json(Path(folder) / "tokenizer_config.json", edit_tokenizer)
 
 
 def replace_folder(aside, folder):
-    """aside -> folder. A folder on its way out is called *.unfinished as well: those of other names are whole at any moment."""
+    """Renames the folder `aside` to `folder`, whose former content is deleted; None only deletes.
+
+    A folder on its way out is named *.unfinished, too.
+    """
     old = Path(f"{folder}.old.unfinished")
     if Path(folder).exists():
         os.rename(folder, old)
@@ -167,61 +213,56 @@ def replace_folder(aside, folder):
     shutil.rmtree(old, ignore_errors=True)
 
 
-STAGES = ("sft", "grpo")
-
-
 def checkpoints(output):
-    """Whole checkpoints of a run, the oldest first: folders checkpoint-{stage}-{steps done}."""
-    found = [
-        (re.fullmatch(r"checkpoint-(sft|grpo)-(\d+)", path.name), path)
-        for path in Path(output).glob("checkpoint-*")
-    ]
-    return [
-        path
-        for _, _, path in sorted(
-            (STAGES.index(match[1]), int(match[2]), path) for match, path in found if match
-        )
-    ]
+    """Folders of a run's whole checkpoints, the oldest first."""
+    found = []
+    for path in Path(output).glob("checkpoint-*"):
+        match = re.fullmatch(r"checkpoint-(sft|grpo)-(\d+)", path.name)
+        if match:
+            found.append((match[1] == "grpo", int(match[2]), path))
+    return [path for _, _, path in sorted(found)]
 
 
 class Checkpoints:
-    """What a run needs to go on: writes it every --save_steps and on SIGTERM or SIGINT, and reads it.
+    """Writes what a run needs to go on, every --save_steps and on SIGTERM or SIGINT, and reads it.
 
-    A folder holds the model as from_pretrained and vLLM load it, deepspeed/ (parameters, optimizer), rank{r}.pt (random states and what
-    the stage keeps, of every rank) and state.json. It is written aside and renamed: one of this name is whole.
+    Args:
+        files: {name: open file that the run appends to} on rank 0.
+        resume: what find_checkpoint() returned.
+    Attributes:
+        shared: more values for state.json.
     """
 
     def __init__(self, arguments, processor, files, resume):
-        self.arguments, self.processor, self.files = (
-            arguments,
-            processor,
-            files,
-        )  # files: {name: file that the run writes to} on rank 0
-        self.resume = (
-            resume  # state.json and "folder" of the checkpoint that this run goes on from, or {}
-        )
-        self.shared, self.signals = {}, []  # shared: what else goes into state.json
+        self.arguments = arguments
+        self.processor = processor
+        self.files = files
+        self.resume = resume
+        self.shared = {}
+        self.signals = []
 
     def on_signal(self, number, _):
         self.signals.append(number)
-        signal.signal(
-            signal.SIGINT, signal.default_int_handler
-        )  # a second Ctrl-C does not wait; launchers send several SIGTERM
-        os.write(
-            2, f"\n{signal.Signals(number).name}: stopping after this step\n".encode()
-        )  # print() may be what it interrupts
+        # A second Ctrl-C does not wait. Launchers send several SIGTERM.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        # Not print(), which the signal may have interrupted.
+        os.write(2, f"\n{signal.Signals(number).name}: stopping after this step\n".encode())
 
     def release(self):
-        """Signals end the program again, as one that came after the last step does: no step follows."""
+        """Lets signals end the program again; one that came after the last step ends it now."""
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         signal.signal(signal.SIGINT, signal.default_int_handler)
         if self.signals:
             sys.exit(128 + self.signals[0])
 
     def load(self, engine, stage):
-        """-> steps of the stage that are done, and what each rank kept (None at the start of a stage). From here on signals wait."""
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self.on_signal)
+        """Restores an engine and the random states; from here on signals wait for after_step().
+
+        Returns:
+            steps of the stage that are done; what after_step() kept on this rank, None at 0 steps.
+        """
+        signal.signal(signal.SIGTERM, self.on_signal)
+        signal.signal(signal.SIGINT, self.on_signal)
         if self.resume.get("stage") != stage:
             return 0, None
         folder = self.resume["folder"]
@@ -234,22 +275,30 @@ class Checkpoints:
         return self.resume["step"], kept
 
     def after_step(self, engine, stage, step, last, **kept):
-        """Saves when it is time to after `step` steps of `last`; ends the run if a rank was told to stop."""
+        """Saves if it is time to, and ends the run if a rank received a signal.
+
+        Args:
+            step: steps of the stage that are done, of `last`.
+            kept: what load() returns to this rank.
+        """
         stop = torch.tensor(max(self.signals, default=0), device=engine.device)
         dist.all_reduce(stop, dist.ReduceOp.MAX)
         every = self.arguments.save_steps
-        if stop or every and (step % every == 0 or step == last):
+        due = every > 0 and (step % every == 0 or step == last)
+        if stop or due:
             self.save(engine, stage, step, kept)
         if stop:
+            name = signal.Signals(int(stop)).name
             say(
-                f"stopped by {signal.Signals(int(stop)).name} after step {step} of {last} of {stage}; "
+                f"stopped by {name} after step {step} of {last} of {stage}; "
                 "--resume_from_checkpoint auto goes on from there"
             )
             dist.barrier()
             sys.exit(128 + int(stop))
 
     def save(self, engine, stage, step, kept):
-        folder = Path(self.arguments.output_dir) / f"checkpoint-{stage}-{step}"
+        output = Path(self.arguments.output_dir)
+        folder = output / f"checkpoint-{stage}-{step}"
         aside = Path(f"{folder}.unfinished")
         try:
             save_model(engine, self.processor, aside)
@@ -259,98 +308,55 @@ class Checkpoints:
                 kept["cuda_rng"] = torch.cuda.get_rng_state()
             torch.save(kept, aside / f"rank{dist.get_rank()}.pt")
             if is_main():
-                sizes = {name: os.fstat(file.fileno()).st_size for name, file in self.files.items()}
-                state = {
-                    "stage": stage,
-                    "step": step,
-                    "ranks": dist.get_world_size(),
-                    "sizes": sizes,
-                    "settings": asdict(self.arguments),
-                    **self.shared,
-                }
-                (aside / "state.json").write_text(json.dumps(state, indent=1), encoding="utf-8")
+                self.write_state(aside / "state.json", stage, step)
         except (OSError, RuntimeError, SafetensorError) as error:
-            free = shutil.disk_usage(self.arguments.output_dir).free / 1e6
-            for leftover in (aside, f"{aside}.unfinished"):  # save_model's own
-                shutil.rmtree(leftover, ignore_errors=True)
+            free = shutil.disk_usage(output).free / 1e6
+            shutil.rmtree(aside, ignore_errors=True)
+            shutil.rmtree(f"{aside}.unfinished", ignore_errors=True)  # save_model's
             raise DataError(
-                f"checkpoint {folder} could not be written ({first_words(error)}; {free:,.0f} MB of disk were free); "
-                f"{self.last()}"
+                f"checkpoint {folder} could not be written ({first_words(error)}; "
+                f"{free:,.0f} MB of disk were free); {self.last()}"
             ) from error
         dist.barrier()
         if is_main():
             replace_folder(aside, folder)
-            for old in checkpoints(self.arguments.output_dir)[: -self.arguments.save_total_limit]:
+            for old in checkpoints(output)[: -self.arguments.save_total_limit]:
                 replace_folder(None, old)
+
+    def write_state(self, file, stage, step):
+        state = {
+            "stage": stage,
+            "step": step,
+            "ranks": dist.get_world_size(),
+            "sizes": {name: os.fstat(log.fileno()).st_size for name, log in self.files.items()},
+            "settings": asdict(self.arguments),
+            **self.shared,
+        }
+        file.write_text(json.dumps(state, indent=1), encoding="utf-8")
 
     @contextmanager
     def guard(self, stage, step, examples):
-        """Ends the run if a number inside is not finite (check_finite), before it reaches a checkpoint."""
+        """Ends the run if check_finite() fails inside, before the number reaches a checkpoint.
+
+        Errors: DataError with the step, the rank and the questions.
+        """
         try:
             yield
         except FloatingPointError as error:
             names = ", ".join(dict.fromkeys(example.id for example in examples))
-            raise DataError(
-                f"{error} in step {step} of {stage} (rank {dist.get_rank()}, questions {names}); {self.last()}"
-            ) from error
+            where = f"step {step} of {stage} (rank {dist.get_rank()}, questions {names})"
+            raise DataError(f"{error} in {where}; {self.last()}") from error
 
     def last(self):
-        """Words for messages that end a run."""
+        """The newest whole checkpoint, in words for a message that ends a run."""
         found = checkpoints(self.arguments.output_dir)
-        return (
-            f"the last whole checkpoint is {found[-1]}" if found else "there is no checkpoint yet"
-        )
+        if not found:
+            return "there is no checkpoint yet"
+        return f"the last whole checkpoint is {found[-1]}"
 
 
-def find_checkpoint(arguments):
-    """state.json of the checkpoint to go on from, with its folder; {} without one."""
-    wanted = arguments.resume_from_checkpoint
-    if wanted is None:
-        return {}
-    folder = (
-        next(iter(checkpoints(arguments.output_dir)[::-1]), None)
-        if wanted == "auto"
-        else Path(wanted)
-    )
-    if folder is None:
-        say(
-            f"--resume_from_checkpoint auto: no checkpoint in {arguments.output_dir} yet, starting from the beginning"
-        )
-        return {}
-    if not (folder / "state.json").is_file():
-        raise DataError(f"{folder} is not a checkpoint of this program (--resume_from_checkpoint)")
-    if folder.resolve().parent != Path(arguments.output_dir).resolve():
-        raise DataError(
-            f"{folder} belongs to the run in {folder.parent}; go on there (--output_dir {folder.parent})"
-        )
-    state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
-    if state["ranks"] != dist.get_world_size():
-        raise DataError(
-            f"{folder} was written by {state['ranks']} processes, this run has {dist.get_world_size()}: it must have as many"
-        )
-    changed = {
-        name: value
-        for name, value in asdict(arguments).items()
-        if state["settings"].get(name) != value
-    }
-    fixed = sorted(changed.keys() & WHERE_A_RUN_IS)
-    if fixed:
-        raise DataError(
-            f"{folder} was written with another "
-            + ", ".join(f"--{name} ({state['settings'].get(name)})" for name in fixed)
-        )
-    for name in sorted(changed.keys() - {"resume_from_checkpoint", "local_rank"}):
-        say(f"going on with --{name} {changed[name]}, before it was {state['settings'].get(name)}")
-        if name.startswith("sft_") and state["stage"] == "grpo":
-            say(f"--{name} changes nothing any more: SFT is over")
-        elif name in LENGTHS:
-            say(
-                "the learning rate's schedule is stretched over the new number of steps, from the next step on"
-            )
-    return {**state, "folder": str(folder)}
-
-
-# settings that say which questions come at which step, and of what the scores before and after are
+# Settings that a resumed run cannot change: they decide which questions come at which step, or what
+# the scores before and after training are of.
 WHERE_A_RUN_IS = {
     "stage",
     "seed",
@@ -364,5 +370,62 @@ WHERE_A_RUN_IS = {
     "invert_questions",
 }
 
-# settings that say how many steps there are: the order of the questions is the same for all of their values
+# Settings that say how many steps there are; the order of the questions does not depend on them.
 LENGTHS = ("max_steps", "num_train_epochs", "sft_max_steps", "sft_num_train_epochs")
+
+
+def find_checkpoint(arguments):
+    """Finds the checkpoint of --resume_from_checkpoint and compares its settings with this run's.
+
+    Returns:
+        its state.json with "folder"; {} to start from the beginning.
+    Errors: DataError if it is no checkpoint of this run, or a setting differs that must not.
+    """
+    wanted = arguments.resume_from_checkpoint
+    if wanted is None:
+        return {}
+    output = Path(arguments.output_dir)
+    if wanted == "auto":
+        found = checkpoints(output)
+        if not found:
+            where = f"no checkpoint in {output} yet"
+            say(f"--resume_from_checkpoint auto: {where}, starting from the beginning")
+            return {}
+        wanted = found[-1]
+    folder = Path(wanted)
+    if not (folder / "state.json").is_file():
+        raise DataError(f"{folder} is not a checkpoint of this program (--resume_from_checkpoint)")
+    if folder.resolve().parent != output.resolve():
+        remedy = f"go on there (--output_dir {folder.parent})"
+        raise DataError(f"{folder} belongs to the run in {folder.parent}; {remedy}")
+    state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+    if state["ranks"] != dist.get_world_size():
+        raise DataError(
+            f"{folder} was written by {state['ranks']} processes, "
+            f"this run has {dist.get_world_size()}: it must have as many"
+        )
+    compare_settings(folder, state, asdict(arguments))
+    return {**state, "folder": str(folder)}
+
+
+def compare_settings(folder, state, settings):
+    """Logs settings that changed since a checkpoint.
+
+    Errors: DataError if one of WHERE_A_RUN_IS did.
+    """
+    before = state["settings"]
+    changed = [name for name in sorted(settings) if before.get(name) != settings[name]]
+    fixed = [f"--{name} ({before.get(name)})" for name in changed if name in WHERE_A_RUN_IS]
+    if fixed:
+        raise DataError(f"{folder} was written with another {', '.join(fixed)}")
+    for name in changed:
+        if name in ("resume_from_checkpoint", "local_rank"):
+            continue
+        say(f"going on with --{name} {settings[name]}, before it was {before.get(name)}")
+        if name.startswith("sft_") and state["stage"] == "grpo":
+            say(f"--{name} changes nothing any more: SFT is over")
+        elif name in LENGTHS:
+            say(
+                "the learning rate's schedule is stretched over the new number of steps, "
+                "from the next step on"
+            )

@@ -1,16 +1,15 @@
-"""What keeps a run going around the algorithm in train.py: ranks, DeepSpeed engines, checkpoints, media decoded ahead.
+"""DeepSpeed engines, the learning rate, trackers, and media decoded ahead of their turn.
 
-A checkpoint is a folder checkpoint-{stage}-{steps}: the model as from_pretrained and vLLM load it, deepspeed/ (parameters and optimizer),
-rank{r}.pt and state.json. Runs under ZeRO-0 to 3, on one process or many.
+check_deepspeed_file(arguments)                                # before anything is loaded
+engine = start_engine(arguments, path, learning_rate=1e-6)     # ZeRO-0 to 3, one process or many
+inputs = Inputs(encoder, workers=2, timeout=300.0)
 """
 
-import copy
 import importlib.util
 import json
-import multiprocessing
 import os
 import uuid
-from collections import OrderedDict
+from dataclasses import replace
 from pathlib import Path
 
 import deepspeed
@@ -20,7 +19,6 @@ import torch.distributed as dist
 from deepspeed.monitor.config import get_monitor_config
 from deepspeed.monitor.monitor import MonitorMaster
 from deepspeed.runtime.config import DeepSpeedConfig, DeepSpeedConfigError
-from pebble import ProcessExpired, ProcessPool
 from transformers import AutoConfig
 from transformers.integrations import HfDeepSpeedConfig
 from transformers.integrations.deepspeed import HfTrainerDeepSpeedConfig
@@ -29,7 +27,7 @@ from common.checkpoints import keep_names
 from common.data import DataError, MediaError
 from common.policy import Policy, checkpoint_activations, load_weights
 from common.ranks import is_main, say, share_skipped
-from common.workers import start_worker
+from common.workers import Pool
 
 # Sections of a DeepSpeed file that send metrics somewhere, and the package that each needs.
 MONITORS = {
@@ -52,9 +50,11 @@ SECTIONS = (
 
 
 def read_deepspeed_file(arguments):
-    """The --deepspeed file as it is, with the functions of Hugging Face's class for such files.
+    """Reads the --deepspeed file.
 
-    Errors: DataError if there is no file, no JSON in it, or something else where a section belongs.
+    Returns:
+        HfTrainerDeepSpeedConfig, with "auto" where the file has it.
+    Errors: DataError if it is missing, not JSON, or has something else where a section belongs.
     """
     file = Path(arguments.deepspeed)
     if not file.is_file():
@@ -66,7 +66,7 @@ def read_deepspeed_file(arguments):
     if not isinstance(config, dict):
         raise DataError(f"DeepSpeed configuration {file} is not a JSON object")
     for name in SECTIONS:
-        # From the outer section to the inner one, so that find_config_node meets objects alone.
+        # From outside inwards, since find_config_node expects objects.
         place = config
         for key in name.split("."):
             place = place.get(key, {})
@@ -76,9 +76,9 @@ def read_deepspeed_file(arguments):
 
 
 def deepspeed_config(arguments, hidden_size, micro_batch=1, accumulation=1, learning_rate=None):
-    """The --deepspeed file as an engine gets it.
+    """Configuration of an engine: the --deepspeed file with every "auto" filled.
 
-    What Hugging Face's Trainer fills is filled, what this program decides is replaced.
+    Values are those of Hugging Face's Trainer; what flags decide is replaced.
 
     Args:
         hidden_size: width of the language model; sizes of ZeRO's buckets follow from it.
@@ -89,12 +89,12 @@ def deepspeed_config(arguments, hidden_size, micro_batch=1, accumulation=1, lear
     """
     file = read_deepspeed_file(arguments)
     config = file.config
-    # Decided by flags and by the loop. One writer of metrics serves the run (Tracker).
+    # Flags and the training loop decide these. Tracker writes the metrics of all engines.
     for name in ("train_batch_size", "scheduler", *MONITORS):
         config.pop(name, None)
     config["train_micro_batch_size_per_gpu"] = micro_batch
     config["gradient_accumulation_steps"] = accumulation
-    # A file that says nothing about these takes the flags as well.
+    # A file without these takes the flags, too.
     config.setdefault("gradient_clipping", "auto")
     if learning_rate is None:
         config.pop("optimizer", None)
@@ -117,32 +117,36 @@ def deepspeed_config(arguments, hidden_size, micro_batch=1, accumulation=1, lear
     }
     for key, value in autos.items():
         file.fill_only(key, value)
-    left = list(find_autos(config))
-    if left:
-        keys = ", ".join(left)
+    keys = ", ".join(find_autos(config))
+    if keys:
         raise DataError(f'{arguments.deepspeed}: nothing fills the "auto" of {keys}; write a value')
     if file.is_true("fp16.enabled"):
         words = "asks for fp16, whose loss scaling this program does not know; use bf16"
         raise DataError(f"{arguments.deepspeed} {words}")
-
-    zero = config.get("zero_optimization", {})
     if learning_rate is None:
-        zero.pop("offload_optimizer", None)
-        if zero.get("stage") in (1, 2):
-            zero["stage"] = 0  # these partition what an optimizer has
-        if arguments.ema_decay < 1:
-            if zero.get("offload_param", {}).get("device") == "nvme":
-                raise DataError(
-                    "--ema_decay below 1 needs the parameters in memory, not offloaded to nvme"
-                )
-            zero["stage3_param_persistence_threshold"] = (
-                0  # update_reference() writes to the shards
-            )
+        adapt_to_inference(arguments, config.get("zero_optimization", {}))
     return config
 
 
+def adapt_to_inference(arguments, zero):
+    """Changes the section zero_optimization for an engine without an optimizer.
+
+    Errors: DataError if a moving reference would be offloaded to nvme.
+    """
+    zero.pop("offload_optimizer", None)
+    # Stages 1 and 2 partition only what an optimizer has.
+    if zero.get("stage") in (1, 2):
+        zero["stage"] = 0
+    if arguments.ema_decay < 1:
+        if zero.get("offload_param", {}).get("device") == "nvme":
+            words = "--ema_decay below 1 needs the parameters in memory, not offloaded to nvme"
+            raise DataError(words)
+        # update_reference() writes to the shards, so no parameter may stay whole.
+        zero["stage3_param_persistence_threshold"] = 0
+
+
 def optimizer_parameters(file):
-    """optimizer.params of a file's configuration, which gets ds_zero3.json's if it has none.
+    """optimizer.params of a file, which gets ds_zero3.json's optimizer if it has none.
 
     Errors: DataError for a section without a type.
     """
@@ -152,8 +156,8 @@ def optimizer_parameters(file):
     if not isinstance(optimizer.get("type"), str):
         raise DataError("optimizer in the DeepSpeed configuration has no type, for example AdamW")
     parameters = optimizer.setdefault("params", {})
-    # DeepSpeed compiles its own Adam on first use, for minutes, and without a GPU it gains nothing.
-    # On a GPU it is for what a file's own section asks, and for offloaded states.
+    # DeepSpeed compiles its Adam on first use, for minutes, and without a GPU gains nothing by it.
+    # On a GPU it is used where a file's section asks for it, or for offloaded states.
     offloads = file.get_value("zero_optimization.offload_optimizer.device", "none") != "none"
     use_torch = not torch.cuda.is_available() or (missing and not offloads)
     if use_torch and optimizer["type"].lower() in ("adam", "adamw"):
@@ -172,11 +176,11 @@ def find_autos(node, name=""):
 
 
 def check_deepspeed_file(arguments):
-    """Looks at the --deepspeed file before a model is loaded; says what of it is not used.
+    """Checks the --deepspeed file before a model is loaded, and logs what the run overrides.
 
     The ranks must have started.
 
-    Errors: DataError for all that is wrong with it, a package that is not installed included.
+    Errors: DataError for whatever is wrong with it, a missing package of a tracker included.
     """
     name = arguments.deepspeed
     file = read_deepspeed_file(arguments)
@@ -193,82 +197,87 @@ def check_deepspeed_file(arguments):
     except (AssertionError, AttributeError, DeepSpeedConfigError, TypeError, ValueError) as error:
         words = " ".join(str(error).split())
         raise DataError(f"DeepSpeed does not take {name}: {words}") from error
-
-    # What the file says and the run does not do.
-    micro = arguments.per_device_train_batch_size
-    accumulation = arguments.gradient_accumulation_steps
-    batch = micro * accumulation * dist.get_world_size()
-    decided = {
-        "train_batch_size": {
-            "--per_device_train_batch_size x --gradient_accumulation_steps x ranks": batch
-        },
-        "train_micro_batch_size_per_gpu": {
-            "--sft_per_device_batch_size": arguments.sft_per_device_batch_size,
-            "--per_device_train_batch_size": micro,
-        },
-        "gradient_accumulation_steps": {
-            "--sft_gradient_accumulation_steps": arguments.sft_gradient_accumulation_steps,
-            "--gradient_accumulation_steps": accumulation,
-        },
-        "optimizer.params.lr": {
-            "--sft_learning_rate": arguments.sft_learning_rate,
-            "--learning_rate": arguments.learning_rate,
-        },
-    }
-    for key, flags in decided.items():
-        value = file.get_value(key, "auto")
-        if value != "auto" and any(value != own for own in flags.values()):
-            instead = ", ".join(f"{flag} is {own}" for flag, own in flags.items())
-            say(f"{name}: {key} {value} is not used, {instead}")
-    if "scheduler" in file.config:
-        say(f"{name}: its scheduler is not used, --warmup_ratio {arguments.warmup_ratio} is")
-
-    # What the file says in place of a flag.
-    of_file = {
-        "gradient_clipping": ("--max_grad_norm", arguments.max_grad_norm),
-        "optimizer.params.weight_decay": ("--weight_decay", arguments.weight_decay),
-    }
-    for key, (flag, own) in of_file.items():
-        value = file.get_value(key, "auto")
-        if value not in ("auto", own):
-            say(f"{name}: {key} {value} is used, {flag} {own} is not")
-
-    # What it does not say.
-    torch_adam = "optimizer.params.torch_adam"
+    log_overrides(arguments, file)
     if "optimizer" not in file.config:
         say(f"{name} has no optimizer: AdamW with betas 0.9, 0.95 as in ds_zero3.json")
-    elif training["optimizer"]["params"].get("torch_adam") and not file.is_true(torch_adam):
+        return
+    ours = training["optimizer"]["params"].get("torch_adam")
+    if ours and not file.is_true("optimizer.params.torch_adam"):
         say(f"{name}: without a GPU Adam is torch's, DeepSpeed would compile its own")
 
 
+# Keys of a DeepSpeed file that flags decide, SFT's before GRPO's.
+DECIDED_BY_FLAGS = {
+    "train_micro_batch_size_per_gpu": ("sft_per_device_batch_size", "per_device_train_batch_size"),
+    "gradient_accumulation_steps": (
+        "sft_gradient_accumulation_steps",
+        "gradient_accumulation_steps",
+    ),
+    "optimizer.params.lr": ("sft_learning_rate", "learning_rate"),
+}
+# Keys that win over a flag.
+INSTEAD_OF_FLAGS = {
+    "gradient_clipping": "max_grad_norm",
+    "optimizer.params.weight_decay": "weight_decay",
+}
+
+
+def log_overrides(arguments, file):
+    """Logs values of the DeepSpeed file that the run ignores, and those that replace a flag."""
+    name = arguments.deepspeed
+    batch = arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps
+    batch *= dist.get_world_size()
+    value = file.get_value("train_batch_size", "auto")
+    if value not in ("auto", batch):
+        flags = "--per_device_train_batch_size x --gradient_accumulation_steps x ranks"
+        say(f"{name}: train_batch_size {value} is not used, {flags} is {batch}")
+    for key, flags in DECIDED_BY_FLAGS.items():
+        value = file.get_value(key, "auto")
+        used = [getattr(arguments, flag) for flag in flags]
+        if value != "auto" and used != [value, value]:
+            instead = f"--{flags[0]} is {used[0]}, --{flags[1]} is {used[1]}"
+            say(f"{name}: {key} {value} is not used, {instead}")
+    if "scheduler" in file.config:
+        say(f"{name}: its scheduler is not used, --warmup_ratio {arguments.warmup_ratio} is")
+    for key, flag in INSTEAD_OF_FLAGS.items():
+        value = file.get_value(key, "auto")
+        if value not in ("auto", getattr(arguments, flag)):
+            say(f"{name}: {key} {value} is used, --{flag} {getattr(arguments, flag)} is not")
+
+
 def start_engine(arguments, model_path, micro_batch=1, accumulation=1, learning_rate=None):
-    """A checkpoint under DeepSpeed, partitioned while it loads; trainable when there is a learning rate, else frozen and in eval mode."""
+    """Loads a checkpoint into a DeepSpeed engine around a Policy, partitioned while it loads.
+
+    Args:
+        micro_batch, accumulation: examples per rank and forward, forwards per optimizer step.
+        learning_rate: None for a frozen engine in eval mode.
+    Errors: DataError if the checkpoint cannot be loaded or lacks weights.
+    """
     hidden_size = AutoConfig.from_pretrained(model_path).get_text_config().hidden_size
     config = deepspeed_config(arguments, hidden_size, micro_batch, accumulation, learning_rate)
-    keep = HfDeepSpeedConfig(config)  # noqa: F841  from_pretrained partitions while this object lives
     dtype = torch.bfloat16 if config.get("bf16", {}).get("enabled") else torch.float32
+    # from_pretrained partitions the weights while this object lives.
+    partitioning = HfDeepSpeedConfig(config)
     model = load_weights(model_path, dtype)
+    del partitioning
     policy = Policy(model)
     if learning_rate is None:
         policy.requires_grad_(False)
         engine, *_ = deepspeed.initialize(model=policy, config=config)
         engine.eval()
-    else:
-        keep_names(policy, model_path)
-        choose_trained(model, arguments)
-        if arguments.gradient_checkpointing:
-            checkpoint_activations(model)
-        engine, *_ = deepspeed.initialize(
-            model=policy,
-            config=config,
-            model_parameters=[p for p in policy.parameters() if p.requires_grad],
-        )
-        engine.train()
+        return engine
+    keep_names(policy, model_path)
+    choose_trained(model, arguments)
+    if arguments.gradient_checkpointing:
+        checkpoint_activations(model)
+    trained = [parameter for parameter in policy.parameters() if parameter.requires_grad]
+    engine, *_ = deepspeed.initialize(model=policy, config=config, model_parameters=trained)
+    engine.train()
     return engine
 
 
 def choose_trained(model, arguments):
-    """Which parameters learn: all, all but the vision tower, or the mergers between tower and language model alone."""
+    """Freezes the vision tower (--freeze_vision), or all but its mergers (--train_only_merger)."""
     model.model.visual.requires_grad_(not arguments.freeze_vision)
     if arguments.train_only_merger:
         for name, parameter in model.named_parameters():
@@ -276,21 +285,24 @@ def choose_trained(model, arguments):
 
 
 def set_learning_rate(engine, step, steps, peak, warmup_ratio, decay_ratio=0.3):
-    """Up, flat, down: a linear warm-up, the peak, and over the last `decay_ratio` of the steps linearly to a tenth of it."""
+    """Sets the learning rate of a step: a linear warm-up, the peak, a linear fall to a tenth of it.
+
+    Args:
+        warmup_ratio, decay_ratio: shares of the steps.
+    """
     rise = min(1.0, (step + 1) / max(1, round(warmup_ratio * steps)))
-    fall = max(
-        0.0, 1 - (steps - step) / max(1, round(decay_ratio * steps))
-    )  # 0 until the decay begins, 1 at the end
+    # 0 until the decay begins, 1 at the end.
+    fall = max(0.0, 1 - (steps - step) / max(1, round(decay_ratio * steps)))
     for group in engine.optimizer.param_groups:
         group["lr"] = peak * rise * (1 - 0.9 * fall)
 
 
 class Tracker:
-    """Shows the records of metrics.jsonl where the --deepspeed file says (MONITORS).
+    """Sends the records of metrics.jsonl to the trackers that the --deepspeed file enables.
 
-    One writer for the whole run, on rank 0. Its step counts over the run: GRPO's steps come after
-    SFT's. A run that goes on after a checkpoint shows no step twice and continues its W&B run;
-    tracker.json in the output folder has the last step shown and the W&B run's id.
+    One writer, on rank 0, for the whole run: GRPO's steps are numbered after SFT's. A resumed run
+    sends no step twice and continues its W&B run; tracker.json in the output folder has the last
+    step sent and the W&B run's id.
     """
 
     def __init__(self, arguments):
@@ -304,7 +316,7 @@ class Tracker:
         if arguments.resume_from_checkpoint is not None and self.file.is_file():
             self.state = json.loads(self.file.read_text(encoding="utf-8"))
             say(f"{self.file}: the run's steps up to {self.state['shown']} are not shown again")
-        # Only the lines up to the checkpoint are left.
+        # It ends with the step of the checkpoint.
         metrics = Path(arguments.output_dir) / "metrics.jsonl"
         for line in metrics.read_text(encoding="utf-8").splitlines():
             self.step_of(json.loads(line))
@@ -315,21 +327,24 @@ class Tracker:
         self.monitor = MonitorMaster(config)
 
     def step_of(self, record):
-        """Of the whole run."""
+        """Number of a record's step, counted over the whole run."""
         if record["stage"] == "sft":
             self.sft_steps = record["step"] + 1
             return record["step"]
         return self.sft_steps + record["step"]
 
     def show(self, record):
+        """Sends a record {"stage", "step", metric: value, ...}, if it was not sent before."""
         if not self.enabled:
             return
         step = self.step_of(record)
         if step <= self.state["shown"]:
             return
-        stage = record["stage"]
-        metrics = {name: value for name, value in record.items() if "/" in name}
-        self.monitor.write_events([(f"{stage}/{name}", metrics[name], step) for name in metrics])
+        events = []
+        for name, value in record.items():
+            if "/" in name:
+                events.append((f"{record['stage']}/{name}", value, step))
+        self.monitor.write_events(events)
         # Written aside and renamed: a run that is killed here can go on.
         self.state["shown"] = step
         aside = self.file.with_suffix(".new")
@@ -338,16 +353,19 @@ class Tracker:
 
 
 def update_reference(reference, engine, averages, decay):
-    """Reference <- decay * reference + (1 - decay) * policy (GRPO-CARE's), each rank on its shards of both.
+    """Moves the reference towards the policy (GRPO-CARE), each rank its shards of both.
 
-    averages {name: float32 shard} starts empty and is kept between the calls: in bf16 a step of 0.5 % would be rounded away.
+    reference <- decay * reference + (1 - decay) * policy
+
+    Args:
+        averages: {name: float32 shard}, empty at first and kept between calls: a step of 0.5 %
+            would be rounded away in bfloat16.
     """
-    for (name, kept), moved in zip(
-        reference.module.named_parameters(), engine.module.parameters(), strict=True
-    ):
-        averages.setdefault(name, shard(kept).float().clone()).lerp_(
-            shard(moved).float(), 1 - decay
-        )
+    parameters = zip(reference.module.named_parameters(), engine.module.parameters(), strict=True)
+    for (name, kept), moved in parameters:
+        if name not in averages:
+            averages[name] = shard(kept).float().clone()
+        averages[name].lerp_(shard(moved).float(), 1 - decay)
     write_shards(reference, averages)
 
 
@@ -357,99 +375,106 @@ def shard(parameter):
 
 
 def write_shards(reference, averages):
+    """Copies averages {name: float32 shard} into the reference."""
     for name, parameter in reference.module.named_parameters():
         shard(parameter).copy_(averages[name])
 
 
-def encode(encoder, example, row, shuffle=None):
-    """-> model inputs of an example, and those with its frames in the order `shuffle` (None without one)."""
-    return encoder.encode(example, row), None if shuffle is None else encoder.encode(
-        example, row, shuffle=shuffle
-    )
-
-
-def start_encoding(encoder):
-    """Of a worker process: its encoder stays, with what it has decoded."""
+def keep_encoder(encoder):
+    """Initializer of a worker: its encoder stays, with the media that it has decoded."""
     global worker_encoder
     worker_encoder = encoder
-    start_worker(pin=False)
 
 
-def encode_in_worker(*request):
-    # as arrays: torch would pass its tensors on in shared memory that lives as long as this process
-    to_numpy = lambda item: {
-        name: value.numpy() if torch.is_tensor(value) else value for name, value in item.items()
-    }  # noqa: E731
-    return [item and to_numpy(item) for item in encode(worker_encoder, *request)]
+def encode(example, row=None, order=None):
+    """Model inputs of an example and of its control, in a worker.
+
+    Args:
+        row: its Prior, or None.
+        order: order of the control's frames; None without a control.
+    Returns:
+        [ModelInputs, ModelInputs or None] with arrays for tensors, which torch would pass on in
+        shared memory that lives as long as the worker.
+    """
+    items = [worker_encoder.encode(example, row), None]
+    if order is not None:
+        items[1] = worker_encoder.encode(example, row, shuffle=order)
+    return [convert(item, torch.Tensor, torch.Tensor.numpy) for item in items]
+
+
+def convert(item, kind, function):
+    """ModelInputs with function(value) in place of its values of a kind; None stays None."""
+    if item is None:
+        return None
+    values = vars(item).copy()
+    for name, value in values.items():
+        if isinstance(value, kind):
+            values[name] = function(value)
+    return replace(item, **values)
 
 
 class Inputs:
-    """Model inputs of examples. Workers decode them ahead of their turn, so that the accelerator does not wait, and a decoder that hangs
-    costs its example alone; with 0 workers they are encoded in this process when their turn comes."""
+    """Model inputs of examples, encoded by workers ahead of their turn.
+
+    The accelerator does not wait for decoding, and a decoder that hangs costs only its example.
+    With 0 workers an example is encoded in this process at its turn.
+
+    Args:
+        encoder: media.Encoder.
+        workers: number of processes.
+        timeout: seconds that a worker may take for an example.
+    """
 
     def __init__(self, encoder, workers, timeout):
-        self.encoder, self.timeout, self.waiting, self.pool = encoder, timeout, {}, None
-        if workers:
-            context, empty = (
-                multiprocessing.get_context("forkserver"),
-                copy.copy(encoder),
-            )  # forks of a process without threads or CUDA
-            empty.media, empty.media_bytes = OrderedDict(), 0  # what it holds goes to no worker
-            self.pool = ProcessPool(
-                workers, initializer=start_encoding, initargs=(empty,), context=context
-            )
+        if workers > 0:
+            # A copy without the media that this process has decoded.
+            encoder = replace(encoder)
+        self.pool = Pool(workers, timeout, initializer=keep_encoder, initargs=(encoder,))
+        self.tasks = {}
 
     def ahead(self, requests):
-        """requests: (place in the run, example, its row of the priors, order of the control's frames or None)."""
-        for place, *request in requests if self.pool else ():
-            self.waiting[place] = self.schedule(request)
+        """Begins to encode examples.
 
-    def schedule(self, request):
-        return self.pool.schedule(encode_in_worker, args=request, timeout=self.timeout)
+        Args:
+            requests: (place in the run, example, Prior or None, order of the control's frames or
+                None) each; the last may be missing.
+        """
+        for place, *request in requests:
+            self.tasks[place] = self.pool.submit(encode, *request)
 
-    def take(self, place, example, *request):
-        """What encode() returns; MediaError if the medium cannot be decoded."""
-        if self.pool is None:
-            return encode(self.encoder, example, *request)
-        task = self.waiting.pop(place)
-        for last in (False, True):
-            try:
-                items = task.result()
-                break
-            except TimeoutError as error:
-                raise MediaError(
-                    f"{example.media}: not decoded within {self.timeout:g} s (--decode_timeout)"
-                ) from error
-            except (
-                ProcessExpired
-            ) as error:  # of the medium, or of a signal to the whole job: once more
-                if last:
-                    raise MediaError(
-                        f"{example.media}: the decoder died of it (exit code {error.exitcode})"
-                    ) from error
-                task = self.schedule((example, *request))
-        to_torch = lambda item: {
-            name: torch.from_numpy(value) if isinstance(value, np.ndarray) else value  # noqa: E731
-            for name, value in item.items()
-        }
-        return [item and to_torch(item) for item in items]
+    def take(self, place, example):
+        """Waits for the example requested for a place.
+
+        Returns:
+            [ModelInputs, those of its control or None].
+        Errors: MediaError if its medium cannot be decoded.
+        """
+        items = self.pool.result(self.tasks.pop(place), example.media)
+        return [convert(item, np.ndarray, torch.from_numpy) for item in items]
 
     def stop(self):
-        if self.pool:
-            self.pool.stop()
-            self.pool.join()
+        self.pool.stop()
 
     def usable(self, requests, limit, skipped):
-        """(place, example, model inputs, the control's) of the requests; those without, or of more than `limit` tokens, are named in
-        `skipped`, those of other ranks too: all of them call this at the same time."""
-        found, broken = [], {}
-        for place, example, *request in requests:
+        """Takes the requests; all ranks call it at the same time.
+
+        Args:
+            requests: as ahead() got them.
+            limit: most tokens of a prompt.
+            skipped: {problem_id: cause}, gets the examples of all ranks that cannot be decoded or
+                are too long; they are logged.
+        Returns:
+            list of (place, example, ModelInputs, those of the control or None).
+        """
+        found = []
+        broken = {}
+        for place, example, *_ in requests:
             try:
-                item, control = self.take(place, example, *request)
-                if len(item["input_ids"]) > limit:
-                    raise MediaError(
-                        f"{example.media}: the prompt has {len(item['input_ids'])} tokens (--max_prompt_length {limit})"
-                    )
+                item, control = self.take(place, example)
+                length = len(item.input_ids)
+                if length > limit:
+                    words = f"the prompt has {length} tokens (--max_prompt_length {limit})"
+                    raise MediaError(f"{example.media}: {words}")
                 found.append((place, example, item, control))
             except MediaError as error:
                 broken[example.id] = str(error)

@@ -1,9 +1,15 @@
-"""Ranks of a run: how they start, talk and agree."""
+"""Ranks of a run, one process per accelerator: how they start, log and decide together.
+
+start_ranks()
+log_main(f"{count} questions")                 # rank 0 alone
+metrics = average(values, device)              # over all ranks
+"""
 
 import math
 import os
 import socket
 import tempfile
+from itertools import chain
 from pathlib import Path
 
 import deepspeed
@@ -21,15 +27,16 @@ def is_main():
 
 
 def say(text):
+    """Prints a line on rank 0, above its progress bars."""
     if is_main():
         tqdm.write(text)
 
 
-named = set()  # what name_skipped() has said
+named = set()  # (problem_id, cause) of name_skipped()
 
 
 def name_skipped(causes):
-    """Says what cannot be used, {problem_id: cause}: each once a run, whatever stage, epoch or file it comes from."""
+    """Logs unusable questions {problem_id: cause}, each once in the life of the process."""
     for problem, cause in causes.items():
         if (problem, cause) not in named:
             named.add((problem, cause))
@@ -37,7 +44,12 @@ def name_skipped(causes):
 
 
 def share_skipped(found, skipped):
-    """Adds what every rank has just found to be unusable, {problem_id: cause}, to `skipped` on all of them, and names it."""
+    """Adds the questions that any rank found unusable to `skipped` on all ranks, and logs them.
+
+    Args:
+        found: {problem_id: cause} of this rank; all ranks call at the same time.
+        skipped: {problem_id: cause} of the run.
+    """
     everyone = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, found)
     for causes in everyone:
@@ -46,8 +58,13 @@ def share_skipped(found, skipped):
 
 
 def agree(count, device):
-    """-> (fewest, all) usable examples over the ranks, so that every rank skips a micro-batch or none does."""
-    fewest, total = torch.tensor([count], device=device), torch.tensor([count], device=device)
+    """Smallest count of usable examples of any rank: all ranks skip a micro-batch, or none does.
+
+    Returns:
+        fewest, total: ints over the ranks.
+    """
+    fewest = torch.tensor([count], device=device)
+    total = fewest.clone()
     dist.all_reduce(fewest, op=dist.ReduceOp.MIN)
     dist.all_reduce(total)
     return int(fewest), int(total)
@@ -57,17 +74,18 @@ def average(values, device):
     """Means over the values of all ranks.
 
     Args:
-        values: {name: list of this rank's values}; ranks may have different names.
+        values: {name: list of this rank's numbers}; ranks may have different names.
     Returns:
-        {name: mean}, in the order of rank 0; names without a value are left out.
+        {name: mean} of the names with at least one value, in rank 0's order, then the other ranks'.
     """
     everyone = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, list(values))
-    names = list(dict.fromkeys(name for own in everyone for name in own))
-    table = torch.zeros(len(names), 2, dtype=torch.float64, device=device)
-    for row, name in enumerate(names):
-        own = values.get(name, [])
-        table[row] = torch.tensor([sum(own), len(own)], dtype=torch.float64)
+    names = list(dict.fromkeys(chain(*everyone)))
+    rows = []
+    for name in names:
+        numbers = values.get(name, [])
+        rows.append([sum(numbers), len(numbers)])
+    table = torch.tensor(rows, dtype=torch.float64, device=device)  # (names, 2)
     dist.all_reduce(table)
     means = {}
     for name, (total, count) in zip(names, table.tolist(), strict=True):
@@ -77,6 +95,7 @@ def average(values, device):
 
 
 def free_port():
+    """A port of this machine that nobody listens on, as text."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         return str(free.getsockname()[1])
@@ -85,11 +104,11 @@ def free_port():
 def own_port():
     """A free port for the ranks of one deepspeed launcher on one machine.
 
-    The launcher gives every run the same port unless --master_port says another. The ranks of a run
-    agree on one of their own in a file named after their launcher's process.
+    Without --master_port the launcher gives every run the same port. The ranks of a run agree on
+    a free one through a file named after their launcher's process.
 
     Returns:
-        str, or None: another launcher, more than one machine, or a port that the user chose.
+        str; None under another launcher, on several machines, or if the user chose a port.
     """
     default = str(TORCH_DISTRIBUTED_DEFAULT_PORT)
     if os.environ.get("CROSS_SIZE") != "1" or os.environ["MASTER_PORT"] != default:
@@ -108,51 +127,45 @@ def own_port():
 
 
 def start_ranks():
-    """One process alone is a world of one, on any free port; the deepspeed launcher or torchrun set these variables themselves."""
-    # Ranks that something else started without a port have to guess the same one.
-    port = "29511" if int(os.environ.get("WORLD_SIZE", 1)) > 1 else free_port()
-    for name, value in (
-        ("RANK", "0"),
-        ("LOCAL_RANK", "0"),
-        ("WORLD_SIZE", "1"),
-        ("MASTER_ADDR", "127.0.0.1"),
-        ("MASTER_PORT", port),
-    ):
-        os.environ.setdefault(name, value)
+    """Joins the ranks that deepspeed or torchrun started; one process alone is one rank."""
+    if "RANK" not in os.environ:
+        alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
+        os.environ.update(alone, MASTER_PORT=free_port())
     os.environ["MASTER_PORT"] = own_port() or os.environ["MASTER_PORT"]
     if torch.cuda.is_available():
-        torch.cuda.set_device(
-            int(os.environ["LOCAL_RANK"])
-        )  # NCCL's first collective comes before any engine
+        # NCCL's first collective comes before any engine.
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     deepspeed.init_distributed()
-    if not torch.cuda.is_available():
-        torch.set_flush_denormal(
-            True
-        )  # a CPU computes with denormal numbers a hundred times slower
-        if "OMP_NUM_THREADS" not in os.environ:
-            torch.set_num_threads(
-                max(
-                    1,
-                    os.cpu_count()
-                    // int(os.environ.get("LOCAL_WORLD_SIZE", dist.get_world_size())),
-                )
-            )
+    if torch.cuda.is_available():
+        return
+    # A CPU computes with denormal numbers a hundred times slower.
+    torch.set_flush_denormal(True)
+    if "OMP_NUM_THREADS" not in os.environ:
+        ranks = int(os.environ.get("LOCAL_WORLD_SIZE", dist.get_world_size()))
+        torch.set_num_threads(max(1, os.cpu_count() // ranks))
 
 
 def on_main_first(work):
-    """work() on rank 0, then on the others, which find what it made. An error on rank 0 ends all ranks with its message."""
-    outcome = [None, None]
+    """Calls work() on rank 0 while the others wait.
+
+    Returns:
+        What it returned, on all ranks.
+    Errors: DataError on all ranks if it raised one.
+    """
+    outcome = [None, None]  # value, message
     if is_main():
         try:
             outcome[0] = work()
         except DataError as error:
             outcome[1] = str(error)
     dist.broadcast_object_list(outcome)
-    if outcome[1] is not None:
-        raise DataError(outcome[1])
-    return outcome[0]
+    value, message = outcome
+    if message is not None:
+        raise DataError(message)
+    return value
 
 
 def check_finite(value, what):
+    """FloatingPointError if a number is nan or infinite."""
     if not math.isfinite(value):
         raise FloatingPointError(f"the {what} is {value}")

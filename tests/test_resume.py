@@ -83,18 +83,18 @@ def assert_same_run(one, other):
     assert max((a[name] - b[name]).abs().max().item() for name in a) < 1e-6
 
 
-@pytest.mark.parametrize(("ranks", "moments"), [(1, (1, 7)), (2, (2, 5, 9))])
+@pytest.mark.parametrize(("ranks", "moments"), [(1, (2, 6)), (2, (5,))])
 def test_a_killed_run_goes_on_as_if_nothing_had_happened(small_toy, tmp_path, ranks, moments):
     flags = [
         "--toy_dir",
         small_toy,
         *FLAGS,
         "--sft_max_steps",
-        4,
+        3,
         "--sft_per_device_batch_size",
         8 // ranks,
         "--max_steps",
-        6,
+        4,
         "--per_device_train_batch_size",
         4 // ranks,
         "--recipe",
@@ -120,8 +120,8 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(small_toy, tmp_path, ra
     launch(*flags, "--output_dir", output, "--resume_from_checkpoint", "auto", ranks=ranks)
     assert_same_run(tmp_path / "whole", output)
     assert sorted(path.name for path in output.glob("checkpoint-*")) == [
+        "checkpoint-grpo-2",
         "checkpoint-grpo-4",
-        "checkpoint-grpo-6",
     ]  # --save_total_limit 2
     assert not list(output.glob("*.unfinished"))
     before = {path: path.stat().st_mtime_ns for path in output.rglob("*")}
@@ -138,7 +138,7 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(small_toy, tmp_path, ra
             "--output_dir",
             output,
             "--resume_from_checkpoint",
-            output / "checkpoint-grpo-4",
+            output / "checkpoint-grpo-2",
             "--decode_timeout",
             99,
         )
@@ -157,7 +157,7 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(small_toy, tmp_path, ra
                 "--output_dir",
                 output,
                 "--resume_from_checkpoint",
-                output / "checkpoint-grpo-4",
+                output / "checkpoint-grpo-2",
                 *more,
             )
 
@@ -332,7 +332,7 @@ def test_every_third_item_broken_in_another_way(small_toy, first_run, tmp_path):
         "--output_dir",
         tmp_path / "out",
         "--per_device_train_batch_size",
-        2,
+        5,
         ranks=2,
     )
     result = json.loads((tmp_path / "out" / "result.json").read_text())
@@ -390,21 +390,18 @@ def test_images_and_videos_of_all_sizes_do_not_hang(small_toy, first_run, tmp_pa
         0.5,
         "--decode_workers",
         0,
-        "--max_steps",
-        50,
+        "--gradient_accumulation_steps",
+        8,
     ]
+    # One step with all of them: later a rounding could decide about a token.
     launch(*flags, "--output_dir", tmp_path / "one", "--per_device_train_batch_size", 2)
     launch(*flags, "--output_dir", tmp_path / "two", "--per_device_train_batch_size", 1, ranks=2)
-    one, two = (metrics(tmp_path / name, "grpo") for name in ("one", "two"))
-    assert len(one) == len(two) == 50
-    rows = [
-        json.loads(line)
-        for line in (tmp_path / "one" / "priors_training.jsonl").read_text().splitlines()
-    ]
-    assert len({len(row["frames"]) for row in rows}) >= 3
-    for a, b in zip(one[:10], two[:10], strict=True):  # later a rounding decides about a token
-        for name in ("loss/policy", "reward/total", "loss/grad_norm"):
-            assert a[name] == pytest.approx(b[name], abs=1e-4), (name, a["step"])
+    (one,) = metrics(tmp_path / "one", "grpo")
+    (two,) = metrics(tmp_path / "two", "grpo")
+    lines = (tmp_path / "one" / "priors_training.jsonl").read_text().splitlines()
+    assert len({len(json.loads(line)["frames"]) for line in lines}) >= 3
+    for name in ("loss/policy", "reward/total", "loss/grad_norm"):
+        assert one[name] == pytest.approx(two[name], abs=1e-4), name
 
 
 def test_inputs_from_workers_are_those_of_this_process(small_toy, first_run):
@@ -426,21 +423,24 @@ def test_inputs_from_workers_are_those_of_this_process(small_toy, first_run):
             requests = [(n, *one, [2, 0, 3, 1] if one[1] else None) for n, one in enumerate(zip(examples, rows))]
             inputs, alone = (engine.Inputs(encoder, workers, 60) for workers in (2, 0))
             inputs.ahead(requests)
-            for request in requests:
-                for a, b in zip(inputs.take(*request), alone.take(*request)):
+            alone.ahead(requests)
+            for place, example, *_ in requests:
+                for a, b in zip(inputs.take(place, example), alone.take(place, example)):
                     assert (a is None) == (b is None)
-                    for key, value in (b or {}).items():
-                        assert torch.equal(a[key], value) if torch.is_tensor(value) else a[key] == value
+                    for key, value in (vars(b) if b else {}).items():
+                        own = getattr(a, key)
+                        assert torch.equal(own, value) if torch.is_tensor(value) else own == value
             inputs.ahead((place + 100, *rest) for place, *rest in requests)
             time.sleep(0.2)
             for child in multiprocessing.active_children():
                 child.terminate()  # as a signal to the whole job does: a worker that dies costs no medium
-            assert all(inputs.take(place + 100, *rest)[0]["times"] is not None for place, *rest in requests)
+            for place, example, *_ in requests:
+                assert inputs.take(place + 100, example)[0].times is not None
             inputs.stop()
             slow = engine.Inputs(Hangs(encoder.processor, 3136, 3136), 1, 0.5)
             slow.ahead(requests[:1])
             try:
-                slow.take(*requests[0])
+                slow.take(0, examples[0])
             except MediaError as error:
                 print("not decoded within 0.5 s" in str(error))
             slow.stop()"""

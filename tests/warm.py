@@ -104,9 +104,10 @@ class Script:
     def __init__(self, name, *flags, ranks=1, env=None, report=True):
         self.flags = [str(flag) for flag in flags]
         self.name = name
-        folder = Path(tempfile.mkdtemp(prefix="script-"))
-        self.output = folder / "stdout"
-        self.errors = folder / "stderr"
+        # Removed with this object.
+        self.folder = tempfile.TemporaryDirectory(prefix="script-", ignore_cleanup_errors=True)
+        self.output = Path(self.folder.name) / "stdout"
+        self.errors = Path(self.folder.name) / "stderr"
         # CUDA does not survive a fork.
         method = "spawn" if torch.cuda.is_available() else "forkserver"
         context = multiprocessing.get_context(method)
