@@ -59,13 +59,13 @@ from common.flags import Parser, flag
 from common.media import Encoder, ModelInputs
 from common.policy import FAMILIES, PACKED_FAMILIES, Policy, collate
 from common.ranks import (
-    agree,
     average,
     check_finite,
+    fewest_on_any_rank,
     is_main,
+    log_main,
     name_skipped,
     on_main_first,
-    say,
     start_ranks,
 )
 from common.rollout import Sampling, read_turn, sample_texts, sampling, stop_tokens
@@ -496,7 +496,7 @@ class Batches:
                 part, self.run.args.max_prompt_length, self.questions.skipped
             )
             # Collectives must match: a forward that one rank cannot fill is left out on all.
-            fewest, everywhere = agree(len(usable), device)
+            fewest, everywhere = fewest_on_any_rank(len(usable), device)
             self.lost += self.batch * dist.get_world_size() - everywhere
             if fewest > 0:
                 priors = self.questions.priors
@@ -656,7 +656,7 @@ def sft_step(run, engine, forwards, log):
         logp = engine(prompts, completions, mask).logp  # (B, 1, T)
         loss = -(logp * mask).sum() / tokens
         total += loss.item()
-        with run.checkpoint.guard("sft", log.step, [one.example for one in ready]):
+        with run.checkpoint.stop_on_nan("sft", log.step, [one.example for one in ready]):
             check_finite(loss.item(), "loss")
         # DeepSpeed averages over ranks and forwards; the loss is their sum.
         engine.backward(loss * world * run.args.sft_gradient_accumulation_steps)
@@ -851,7 +851,7 @@ def grpo_step(run, engine, reference, forwards, log):
     for _ in range(args.num_iterations):
         for number, rollouts in enumerate(step_rollouts, 1):
             engine.set_gradient_accumulation_boundary(number == len(step_rollouts))
-            with run.checkpoint.guard("grpo", log.step, rollouts.examples):
+            with run.checkpoint.stop_on_nan("grpo", log.step, rollouts.examples):
                 learn(run, engine, reference, rollouts, log)
                 with log.seconds("update"):
                     engine.step()
@@ -1136,7 +1136,7 @@ def drop_unusable_heldout(args, encoder, heldout, resume):
     if not heldout.examples:
         first = next(iter(heldout.skipped.values()))
         raise DataError(f"no question of {heldout.source} can be used; the first: {first}")
-    say(f"held-out: {len(heldout.examples)} question(s); unusable: {len(heldout.skipped)}")
+    log_main(f"held-out: {len(heldout.examples)} question(s); unusable: {len(heldout.skipped)}")
 
 
 @torch.no_grad()
@@ -1217,11 +1217,13 @@ def print_table(args, before, after, seconds):
     lines["paper_evidence_use"] = "frame use on the true evidence (paper's)"
     lines["evidence_chance"] = "  chance (uniform use)"
     lines["length"] = "completion length, tokens"
-    say(f"\n{'':52s}{'before GRPO':>12s}{'after':>10s}")
+    log_main(f"\n{'':52s}{'before GRPO':>12s}{'after':>10s}")
     for name, text in lines.items():
         if name in after:
-            say(f"{text:52s}{before[name]:12.3f}{after[name]:10.3f}")
-    say("seconds: " + ", ".join(f"{name} {value:.0f}" for name, value in seconds.items()) + "\n")
+            log_main(f"{text:52s}{before[name]:12.3f}{after[name]:10.3f}")
+    log_main(
+        "seconds: " + ", ".join(f"{name} {value:.0f}" for name, value in seconds.items()) + "\n"
+    )
 
 
 # ------------------------------------------------------------------------- questions and priors
@@ -1409,7 +1411,7 @@ def collect_priors(made, settings, examples, name, resume, shared):
 
     # 5.
     if left:
-        say(
+        log_main(
             f"computing the priors of {len(left)} {name} questions (prior.py does this ahead, "
             "--priors or --eval_priors reuses it)"
         )
@@ -1474,7 +1476,7 @@ def run(args, settings):
     plan, processor, encoder = read_inputs(args, settings, resume, laps)
     last_stage = "grpo" if plan.training else "sft"
     if resume.get("finished") and resume["stage"] == last_stage and resume["step"] >= plan.steps:
-        say(
+        log_main(
             f"{output} holds a finished run of {resume['step']} {last_stage} steps, this command "
             f"has {plan.steps}; nothing to do"
         )
@@ -1589,7 +1591,7 @@ def load_demonstrations(args, data):
     if not demonstrations.examples:
         raise DataError(f"{data} has no reasoning traces (field `process`) for --stage sft")
     steps, per_step = sft_steps(args, len(demonstrations.examples))
-    say(
+    log_main(
         f"SFT: {len(demonstrations.examples)} of {rows} rows have reasoning, {steps} step(s) of "
         f"{per_step}"
     )
@@ -1619,14 +1621,14 @@ def read_training_priors(args, settings, plan, resume, count):
         )
     if args.alignment_weight:
         claims = sum(bool(example.grounding) for example in training.examples)
-        say(f"{claims} of {len(training.examples)} questions have timed claims (grounding)")
+        log_main(f"{claims} of {len(training.examples)} questions have timed claims (grounding)")
     if args.invert_questions:
-        say(
+        log_main(
             f"{inverted} questions are inverted; {unchanged} chosen ones cannot be and stay as "
             "they are"
         )
     plan.steps = len(training.examples) // questions_per_step(args)
-    say(grpo_plan(args, count, training.examples, training.skipped))
+    log_main(grpo_plan(args, count, training.examples, training.skipped))
 
 
 def finish_run(args, result, skipped, heldout):
@@ -1642,7 +1644,7 @@ def finish_run(args, result, skipped, heldout):
     result["skipped_by_cause"] = dict(causes.most_common())
     result["heldout_skipped"] = heldout.skipped
     for cause, count in causes.most_common():
-        say(f"{count} skipped: {cause}")
+        log_main(f"{count} skipped: {cause}")
     if heldout.examples:
         print_table(args, result["before"], result["after"], result["seconds"])
     if is_main():
@@ -1651,8 +1653,8 @@ def finish_run(args, result, skipped, heldout):
         try:
             run_report([output], command=f"python visualize.py run {shlex.quote(str(output))}")
         except (DataError, OSError) as error:  # the run itself is whole
-            say(f"no report.html: {error}")
-    say(
+            log_main(f"no report.html: {error}")
+    log_main(
         f"all of it is in {output}/: report.html, result.json, metrics.jsonl, rollouts.jsonl, "
         "checkpoints"
     )
@@ -1699,7 +1701,7 @@ def find_start(output, args):
     if finished and resume_from == "auto":
         settings = json.loads((output / "run.json").read_text(encoding="utf-8"))
         if all(settings.get(name) == getattr(args, name) for name in LENGTHS):
-            say(f"{output} holds a finished run (result.json); nothing to do")
+            log_main(f"{output} holds a finished run (result.json); nothing to do")
             return None
         if not checkpoints(output):
             raise DataError(
@@ -1720,7 +1722,7 @@ def prepare_output(output, args, settings, resume):
     if resume:
         later = names[names.index(Path(resume["folder"]).name) + 1 :]
     for old in (*(output / name for name in later), *output.glob("*.unfinished")):
-        say(f"removing {old}, of after the checkpoint that this run goes on from")
+        log_main(f"removing {old}, of after the checkpoint that this run goes on from")
         shutil.rmtree(old)
     # The logs are cut to their length at the checkpoint.
     for name in ("metrics.jsonl", "rollouts.jsonl"):

@@ -32,7 +32,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cache
 
 from common.data import DataError, first_words
 from common.policy import MISNAMED
-from common.ranks import is_main, say
+from common.ranks import is_main, log_main
 from common.rollout import stop_tokens
 
 
@@ -91,7 +91,7 @@ def keep_names(policy, path):
     policy.source = path
     policy.shapes = {right_name(name): shape for name, shape in shapes.items()}
     if policy.shapes.keys() != shapes.keys():
-        say(
+        log_main(
             f"{path} has weights named model.model., as a fault of transformers made them; "
             "what this run saves has the right names"
         )
@@ -130,7 +130,7 @@ def check_names(policy, folder):
             "report this with the version of transformers"
         )
     if lost:
-        say(
+        log_main(
             f"{len(lost)} weights of {policy.source} are not part of the model and not saved, "
             f"the first is {lost[0]}"
         )
@@ -271,7 +271,7 @@ class Checkpoints:
         torch.set_rng_state(kept.pop("rng"))
         if torch.cuda.is_available():
             torch.cuda.set_rng_state(kept.pop("cuda_rng"))
-        say(f"going on after step {self.resume['step']} of {stage} ({folder})")
+        log_main(f"going on after step {self.resume['step']} of {stage} ({folder})")
         return self.resume["step"], kept
 
     def after_step(self, engine, stage, step, last, **kept):
@@ -289,7 +289,7 @@ class Checkpoints:
             self.save(engine, stage, step, kept)
         if stop:
             name = signal.Signals(int(stop)).name
-            say(
+            log_main(
                 f"stopped by {name} after step {step} of {last} of {stage}; "
                 "--resume_from_checkpoint auto goes on from there"
             )
@@ -315,7 +315,7 @@ class Checkpoints:
             shutil.rmtree(f"{aside}.unfinished", ignore_errors=True)  # save_model's
             raise DataError(
                 f"checkpoint {folder} could not be written ({first_words(error)}; "
-                f"{free:,.0f} MB of disk were free); {self.last()}"
+                f"{free:,.0f} MB of disk were free); {self.newest_checkpoint_text()}"
             ) from error
         dist.barrier()
         if is_main():
@@ -335,7 +335,7 @@ class Checkpoints:
         file.write_text(json.dumps(state, indent=1), encoding="utf-8")
 
     @contextmanager
-    def guard(self, stage, step, examples):
+    def stop_on_nan(self, stage, step, examples):
         """Ends the run if check_finite() fails inside, before the number reaches a checkpoint.
 
         Errors: DataError with the step, the rank and the questions.
@@ -345,9 +345,9 @@ class Checkpoints:
         except FloatingPointError as error:
             names = ", ".join(dict.fromkeys(example.id for example in examples))
             where = f"step {step} of {stage} (rank {dist.get_rank()}, questions {names})"
-            raise DataError(f"{error} in {where}; {self.last()}") from error
+            raise DataError(f"{error} in {where}; {self.newest_checkpoint_text()}") from error
 
-    def last(self):
+    def newest_checkpoint_text(self):
         """The newest whole checkpoint, in words for a message that ends a run."""
         found = checkpoints(self.arguments.output_dir)
         if not found:
@@ -389,7 +389,7 @@ def find_checkpoint(arguments):
         found = checkpoints(output)
         if not found:
             where = f"no checkpoint in {output} yet"
-            say(f"--resume_from_checkpoint auto: {where}, starting from the beginning")
+            log_main(f"--resume_from_checkpoint auto: {where}, starting from the beginning")
             return {}
         wanted = found[-1]
     folder = Path(wanted)
@@ -421,11 +421,11 @@ def compare_settings(folder, state, settings):
     for name in changed:
         if name in ("resume_from_checkpoint", "local_rank"):
             continue
-        say(f"going on with --{name} {settings[name]}, before it was {before.get(name)}")
+        log_main(f"going on with --{name} {settings[name]}, before it was {before.get(name)}")
         if name.startswith("sft_") and state["stage"] == "grpo":
-            say(f"--{name} changes nothing any more: SFT is over")
+            log_main(f"--{name} changes nothing any more: SFT is over")
         elif name in LENGTHS:
-            say(
+            log_main(
                 "the learning rate's schedule is stretched over the new number of steps, "
                 "from the next step on"
             )

@@ -26,7 +26,7 @@ from transformers.integrations.deepspeed import HfTrainerDeepSpeedConfig
 from common.checkpoints import keep_names
 from common.data import DataError, MediaError
 from common.policy import Policy, checkpoint_activations, load_weights
-from common.ranks import is_main, say, share_skipped
+from common.ranks import is_main, log_main, share_skipped
 from common.workers import Pool
 
 # Sections of a DeepSpeed file that send metrics somewhere, and the package that each needs.
@@ -199,11 +199,11 @@ def check_deepspeed_file(arguments):
         raise DataError(f"DeepSpeed does not take {name}: {words}") from error
     log_overrides(arguments, file)
     if "optimizer" not in file.config:
-        say(f"{name} has no optimizer: AdamW with betas 0.9, 0.95 as in ds_zero3.json")
+        log_main(f"{name} has no optimizer: AdamW with betas 0.9, 0.95 as in ds_zero3.json")
         return
     ours = training["optimizer"]["params"].get("torch_adam")
     if ours and not file.is_true("optimizer.params.torch_adam"):
-        say(f"{name}: without a GPU Adam is torch's, DeepSpeed would compile its own")
+        log_main(f"{name}: without a GPU Adam is torch's, DeepSpeed would compile its own")
 
 
 # Keys of a DeepSpeed file that flags decide, SFT's before GRPO's.
@@ -230,19 +230,19 @@ def log_overrides(arguments, file):
     value = file.get_value("train_batch_size", "auto")
     if value not in ("auto", batch):
         flags = "--per_device_train_batch_size x --gradient_accumulation_steps x ranks"
-        say(f"{name}: train_batch_size {value} is not used, {flags} is {batch}")
+        log_main(f"{name}: train_batch_size {value} is not used, {flags} is {batch}")
     for key, flags in DECIDED_BY_FLAGS.items():
         value = file.get_value(key, "auto")
         used = [getattr(arguments, flag) for flag in flags]
         if value != "auto" and used != [value, value]:
             instead = f"--{flags[0]} is {used[0]}, --{flags[1]} is {used[1]}"
-            say(f"{name}: {key} {value} is not used, {instead}")
+            log_main(f"{name}: {key} {value} is not used, {instead}")
     if "scheduler" in file.config:
-        say(f"{name}: its scheduler is not used, --warmup_ratio {arguments.warmup_ratio} is")
+        log_main(f"{name}: its scheduler is not used, --warmup_ratio {arguments.warmup_ratio} is")
     for key, flag in INSTEAD_OF_FLAGS.items():
         value = file.get_value(key, "auto")
         if value not in ("auto", getattr(arguments, flag)):
-            say(f"{name}: {key} {value} is used, --{flag} {getattr(arguments, flag)} is not")
+            log_main(f"{name}: {key} {value} is used, --{flag} {getattr(arguments, flag)} is not")
 
 
 def start_engine(arguments, model_path, micro_batch=1, accumulation=1, learning_rate=None):
@@ -315,7 +315,9 @@ class Tracker:
         self.state = {"wandb_run_id": uuid.uuid4().hex[:8], "shown": -1}
         if arguments.resume_from_checkpoint is not None and self.file.is_file():
             self.state = json.loads(self.file.read_text(encoding="utf-8"))
-            say(f"{self.file}: the run's steps up to {self.state['shown']} are not shown again")
+            log_main(
+                f"{self.file}: the run's steps up to {self.state['shown']} are not shown again"
+            )
         # It ends with the step of the checkpoint.
         metrics = Path(arguments.output_dir) / "metrics.jsonl"
         for line in metrics.read_text(encoding="utf-8").splitlines():

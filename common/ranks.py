@@ -26,7 +26,7 @@ def is_main():
     return dist.get_rank() == 0
 
 
-def say(text):
+def log_main(text):
     """Prints a line on rank 0, above its progress bars."""
     if is_main():
         tqdm.write(text)
@@ -40,7 +40,7 @@ def name_skipped(causes):
     for problem, cause in causes.items():
         if (problem, cause) not in named:
             named.add((problem, cause))
-            say(f"skipped {problem}: {cause}")
+            log_main(f"skipped {problem}: {cause}")
 
 
 def share_skipped(found, skipped):
@@ -57,7 +57,7 @@ def share_skipped(found, skipped):
         name_skipped(causes)
 
 
-def agree(count, device):
+def fewest_on_any_rank(count, device):
     """Smallest count of usable examples of any rank: all ranks skip a micro-batch, or none does.
 
     Returns:

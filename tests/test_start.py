@@ -424,7 +424,7 @@ def test_what_will_be_trained_is_said_first(place, monkeypatch):
         {"problem_id": "x"}
     ]
     data, said = place.write("data.json", rows), []
-    monkeypatch.setattr(train, "say", lambda text: said.append((text, len(place.calls))))
+    monkeypatch.setattr(train, "log_main", lambda text: said.append((text, len(place.calls))))
     place.start("--dataset_name", data, "--stage", "sft", "--sft_per_device_batch_size", 2)
     assert ("SFT: 2 of 13 rows have reasoning, 1 step(s) of 2", 0) in said
     shutil.rmtree(place.output)

@@ -230,14 +230,14 @@ OVERRIDDEN = (
 )
 
 
-def said_by_check(file, say):
+def said_by_check(file, log_main):
     lines = []
-    engine.say = lines.append
+    engine.log_main = lines.append
     try:
         engine.check_deepspeed_file(train.TrainArguments(deepspeed=str(file), **SETTINGS))
     except DataError as error:
         lines.append(f"DataError: {error}")
-    engine.say = say
+    engine.log_main = log_main
     return lines
 
 
@@ -252,12 +252,12 @@ def main(folder, checkpoint):
         file = folder / "file.json"
         file.write_text(json.dumps(config))
         found[name] = losses_of(file, checkpoint)
-    say = engine.say
+    log_main = engine.log_main
     bad = {name: config for name, (config, _) in BAD.items()}
     for name, config in (bad | {"overridden": OVERRIDDEN} | FILES).items():
         file = folder / "file.json"
         file.write_text(config if isinstance(config, str) else json.dumps(config))
-        found[f"said, {name}"] = said_by_check(file, say)
+        found[f"said, {name}"] = said_by_check(file, log_main)
     (folder / "found.json").write_text(json.dumps(found))
 
 

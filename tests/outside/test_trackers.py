@@ -164,7 +164,7 @@ def start(tmp_path, monkeypatch):
     """-> a Tracker as of a new process, with what is left of metrics.jsonl."""
     monkeypatch.setattr(engine, "is_main", lambda: True)
     monkeypatch.setattr(engine, "MonitorMaster", Recorder)
-    monkeypatch.setattr(engine, "say", lambda text: None)
+    monkeypatch.setattr(engine, "log_main", lambda text: None)
     (tmp_path / "file.json").write_text(
         json.dumps({"wandb": {"enabled": True}, "csv_monitor": {"enabled": True}})
     )
