@@ -26,10 +26,7 @@ COMMANDS = {
     "visualize.py enrichment": (visualize, []),
     "visualize.py sample": (visualize, [visualize.SampleArguments, prior.PriorSettings]),
     "visualize.py prior": (visualize, []),
-    "bench.py": (bench, []),
-    "bench.py step": (bench, []),
-    "bench.py grow": (bench, []),
-    "bench.py prior": (bench, []),
+    "bench.py": (bench, [bench.Arguments]),
 }
 DEFAULTS = {  # one of each, by hand
     "train.py": ("--learning_rate", "5e-06"),
@@ -40,9 +37,7 @@ DEFAULTS = {  # one of each, by hand
     "visualize.py sample": ("--cfr_weight", "3.0"),
     "visualize.py enrichment": ("--output", "enrichment.html"),
     "visualize.py prior": ("--items", "6"),
-    "bench.py step": ("--steps", "2"),
-    "bench.py grow": ("--plot", "growth.png"),
-    "bench.py prior": ("--clip", "ViT-B-32"),
+    "bench.py": ("--clip", "ViT-B-32"),
 }
 
 
