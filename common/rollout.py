@@ -81,11 +81,16 @@ def row_uniforms(seeds, length):
 
 
 class RoomyLayer(DynamicLayer):
-    """A layer of the KV cache with room for more: transformers' is copied whole for every token."""
+    """A layer of the KV cache with room for more: transformers' is copied whole for every token.
 
-    def __init__(self, prompt, more):
+    It appends and shows what it holds. With `columns`, a tensor (n,), it writes there and shows all
+    its room: shapes that never change, which a CUDA graph can replay.
+    """
+
+    def __init__(self, prompt, more, columns=None):
         super().__init__()
         self.is_initialized = True
+        self.columns = columns
         # (B, key heads, P + more, d) each
         self.room = [pad(states, (0, 0, 0, more)) for states in (prompt.keys, prompt.values)]
         self.show(prompt.keys.shape[2])
@@ -95,26 +100,18 @@ class RoomyLayer(DynamicLayer):
         return self.keys, self.values
 
     def update(self, key_states, value_states, *args, **kwargs):
-        """Append keys and values (B, key heads, n, d) -> all keys, all values."""
+        """Write keys and values (B, key heads, n, d) -> all keys, all values."""
         before = self.keys.shape[2]
         after = before + key_states.shape[2]
         for room, states in zip(self.room, (key_states, value_states), strict=True):
-            room[:, :, before:after] = states
-        return self.show(after)
+            if self.columns is None:
+                room[:, :, before:after] = states
+            else:
+                room.index_copy_(2, self.columns, states)
+        return self.show(after) if self.columns is None else self.room
 
     def reorder_cache(self, beam_idx):
         self.room = [states[beam_idx] for states in self.room]
-
-
-class FixedLayer(RoomyLayer):
-    """A RoomyLayer read whole, written at columns that a tensor names: a graph can replay it."""
-
-    columns = None  # (n,)
-
-    def update(self, key_states, value_states, *args, **kwargs):
-        for room, states in zip(self.room, (key_states, value_states), strict=True):
-            room.index_copy_(2, self.columns, states)
-        return self.room
 
 
 class Decoder:
@@ -138,12 +135,12 @@ class Decoder:
         self.mask = prompts.mask  # (B, P)
         self.position = prompts.position_ids.amax(dim=(0, 2)) + 1  # (B,) of the first new token
 
-    def make_room(self, layer_class, more):
-        """Give every layer of the cache room for more columns; recurrent layers need none."""
+    def make_room(self, more, columns=None):
+        """Make the cache's layers RoomyLayers, but for recurrent ones, which do not grow."""
         # one by one, so that no two whole caches exist
         for index, layer in enumerate(self.cache.layers):
             if type(layer) is DynamicLayer:
-                self.cache.layers[index] = layer_class(layer, more)
+                self.cache.layers[index] = RoomyLayer(layer, more, columns)
 
     def forward(self, embeds, position_ids, **inputs):
         """embeds (B, W, D), position_ids (3, B, W) -> hidden (B, W, D), behind what is cached."""
@@ -220,7 +217,7 @@ def sample_shrinking(decoder, there, uniforms):
     tokens = torch.zeros(total, steps, dtype=torch.long, device=device)
     logps = torch.zeros_like(uniforms)
     lengths = torch.zeros_like(tokens[:, 0])
-    decoder.make_room(RoomyLayer, there.shape[1] * (steps - 1))
+    decoder.make_room(there.shape[1] * (steps - 1))
     # (B, W) the completion that a query belongs to, -1: none
     active = torch.full(there.shape, -1, device=device)
     active = active.masked_scatter(there, torch.arange(total, device=device))
@@ -281,9 +278,7 @@ def sample_fixed(decoder, there, uniforms):
     places = torch.arange(width, device=device)
     columns = places + prompt  # (W,) of the cache
     seen = pad(decoder.mask[:, None].expand(-1, width, -1), (0, later))  # (B, W, P + later)
-    decoder.make_room(FixedLayer, later)
-    for layer in decoder.cache.layers:
-        layer.columns = columns
+    decoder.make_room(later, columns)
 
     def pick(hidden):
         uniform = spread.index_select(2, at).flatten()
