@@ -176,7 +176,7 @@ class Prompts:
             return repeated
         has_medium = torch.tensor(self.slots) > 0
         number = has_medium.cumsum(0) - 1  # (B,) place of a row's medium among all media
-        media = number[rows[has_medium[rows]]].tolist()
+        media = number[rows[has_medium[rows]]]  # of the copies
 
         def select(tensor, sizes):
             """The parts of a tensor that belong to `media`."""
