@@ -1,17 +1,23 @@
-"""Stage 1, the consensus prior: which of a video's K sampled frames a question should rest on (VideoCFR, arXiv 2606.18441, Eq. 1-2).
+"""Stage 1, the consensus prior: which of a video's K sampled frames a question should rest on.
 
-    python prior.py --video clip.mp4 --question "Who falls first?"                                  # one video: a table and prior.png
-    python prior.py --dataset_name Video-R1-260k.json --media_root DATA --output priors.jsonl       # a data set; run again to continue
-    torchrun --nproc_per_node 8 prior.py --dataset_name ...                                         # or deepspeed; nodes share the folder
-    python prior.py --scores priors.jsonl --prior no_scene --output no_scene.jsonl                  # other weights from stored scores
-    python prior.py --dataset_name toy-seed0/heldout.json --clip local-dir:toy-seed0/clip           # the toy, on a CPU
+    python prior.py --video clip.mp4 --question "Who falls first?"     # a table and prior.png
+    python prior.py --dataset_name Video-R1-260k.json --media_root DATA --output priors.jsonl
+    torchrun --nproc_per_node 8 prior.py --dataset_name ...            # or deepspeed
+    python prior.py --scores priors.jsonl --prior no_scene --output no_scene.jsonl
+    python prior.py --dataset_name toy-seed0/heldout.json --clip local-dir:toy-seed0/clip
 
-Two cues vote on K frames spread evenly over the video: frames that begin a scene (jumps between colour histograms, or a detector of
-PySceneDetect) and frames that look like the question (CLIP). A frame's weight is w_base, plus w_scene if the first cue names it, plus
-w_sem if the second does; the weights divided by their sum are P.
-One JSON line an example: problem_id, question, media (as the data set names it), frames (indices in the video), times (s), scene_scores,
-semantic_scores, scene and semantic (positions among the K frames), prior, settings. An image is one frame with P = [1.0] and no cues; a
-text-only example has no row. Worker processes decode; this one runs CLIP on what they send, so that the two overlap.
+The second command continues where an interrupted one stopped; nodes of the third share a folder;
+the fourth weighs stored scores anew; the last runs the toy on a CPU.
+
+Two cues vote on K frames spread evenly over the video (VideoCFR, arXiv 2606.18441, Eq. 1-2):
+frames that begin a scene (jumps between colour histograms, or a detector of PySceneDetect) and
+frames that look like the question (CLIP). A frame's weight is w_base, plus w_scene if the first cue
+names it, plus w_sem if the second does; the weights divided by their sum are P.
+
+One JSON line per example: problem_id, question, media (as the data set names it), frames (indices
+in the video), times (s), scene_scores, semantic_scores, scene and semantic (positions among the K
+frames), prior, settings. An image is one frame with P = [1.0] and no cues; a text-only example has
+no row. Worker processes decode while this process runs CLIP.
 """
 
 import json
@@ -19,11 +25,11 @@ import math
 import os
 import shutil
 import sys
-import textwrap
 from contextlib import closing
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields, replace
+from functools import lru_cache
+from itertools import chain
 from pathlib import Path
-from typing import Literal
 
 import cv2
 import numpy as np
@@ -33,22 +39,28 @@ import torch
 from PIL import Image
 from safetensors import SafetensorError
 from tqdm import tqdm
-from transformers import HfArgumentParser
 
-from common.data import DataError, Example, MediaError, load_examples, parse_example, read_rows
-from common.flags import Help
+from common.data import (
+    Cues,
+    DataError,
+    Example,
+    MediaError,
+    Prior,
+    load_examples,
+    parse_example,
+    read_rows,
+)
+from common.flags import Parser, flag
 from common.media import decode_frames, load_image, open_video, read_frames, uniform_frames
-from common.workers import Pool, ShardedLines, join_ranks, write_lines, write_whole
+from common.workers import Pool, ShardedLines, check_settings, join_ranks, write_lines, write_whole
 
-CONE_BINS, CONE_RANGES = (
-    [25, 25, 32],
-    [-256, 256, -256, 256, 0, 256],
-)  # scene cue: chroma x, y and value; odd, so grey is mid-bin
+# Histograms of the scene cue: bins of the chroma's x and y, odd so that grey is mid-bin, and value.
+CONE_BINS = [25, 25, 32]
+CONE_RANGES = [-256, 256, -256, 256, 0, 256]
 
-HISTOGRAM_SIGMA, HISTOGRAM_SIDE = (
-    2.0,
-    160,
-)  # its smoothing, in bins; its frames are shrunk to this many pixels on the long side
+HISTOGRAM_SIGMA = 2.0  # smoothing, in bins
+
+HISTOGRAM_SIDE = 160  # pixels on the long side to which frames are shrunk first
 
 DETECTORS = {
     "content": scenedetect.ContentDetector,
@@ -58,103 +70,82 @@ DETECTORS = {
     "threshold": scenedetect.ThresholdDetector,
 }
 
-CHUNK_BYTES = (
-    1 << 26
-)  # of decoded frames held at a time: all of them at 640x360, ten at 1080p, two in 4K
+SHORTEST_SCENE = "0.6s"  # of the detectors; the default of PySceneDetect's command line
 
-SHORTEST_SCENE = "0.6s"  # of those detectors, as PySceneDetect's command line has it
+# Bytes of decoded frames in memory at a time: all of them at 640x360, ten at 1080p, two in 4K.
+CHUNK_BYTES = 1 << 26
 
-WEIGHTS = ("prior", "w_base", "w_scene", "w_sem")
+# Weights that open_clip finds first in a folder. Pickles are not loaded.
+CLIP_FILES = ("open_clip_model.safetensors", "open_clip_pytorch_model.safetensors")
+
+WEIGHTS = ("prior", "w_base", "w_scene", "w_sem")  # settings that need no scores
 
 
 @dataclass
 class PriorSettings:
-    """What makes a prior; every row records it. train.py has the same flags."""
+    """What a prior depends on; every row records it. train.py has the same flags."""
 
-    frames: int = field(
-        default=16,
-        metadata={
-            "help": "K of Eq. 1-2: frames sampled evenly from a video (all of a shorter one)"
-        },
+    frames: int = flag(
+        16,
+        "K of Eq. 1-2: frames sampled evenly from a video; all of a shorter one.",
+        group="Prior (Eq. 1-2)",
     )
-    fps: float | None = field(
-        default=None,
-        metadata={
-            "help": "sample this many frames a second instead, still evenly and at most --frames of them; None: always --frames"
-        },
+    fps: float | None = flag(
+        None, "Frames a second to sample evenly instead, at most --frames of them. None: --frames."
     )
-    scene: Literal["hsv", "content", "adaptive", "hash", "histogram", "threshold"] = field(
-        default="hsv",
-        metadata={
-            "help": "scene cue, the S_scene of Eq. 1. hsv (the paper's): distances between the sampled frames' histograms. The others are "
-            "PySceneDetect's detectors over every frame of the video (slower); threshold finds fades and cuts through black only"
-        },
+    scene: str = flag(
+        "hsv",
+        "Scene cue, S_scene of Eq. 1. hsv (the paper's): distances of the sampled frames' "
+        "histograms. The others: PySceneDetect's detectors on every frame of the video (slower); "
+        "threshold finds fades and cuts through black only.",
+        choices=["hsv", *DETECTORS],
     )
-    scene_threshold: float | None = field(
-        default=None,
-        metadata={
-            "help": "hsv: the least distance (0-1) of neighbouring frames' histograms that can be a cut, None: 0.2. Other --scene: the "
-            "detector's own threshold, None: its default"
-        },
+    scene_threshold: float | None = flag(
+        None,
+        "hsv: least distance (0-1) of neighbouring frames' histograms that can be a cut, None: "
+        "0.2. Other --scene: the detector's threshold, None: its default.",
     )
-    semantic_k: int | None = field(
-        default=None,
-        metadata={
-            "help": "semantic cue, the S_sem of Eq. 1: how many frames most like the question are taken; None: a quarter of K, rounded up"
-        },
+    semantic_k: int | None = flag(
+        None,
+        "Semantic cue, S_sem of Eq. 1: number of frames most like the question. None: a quarter "
+        "of K, rounded up.",
     )
-    semantic_options: bool = field(
-        default=False,
-        metadata={
-            "help": "the text compared with the frames is the question and its options, not the question alone; what exceeds the model's "
-            "context is cut"
-        },
+    semantic_options: bool = flag(
+        False,
+        "Compare frames with the question and its options, cut to the model's context, not with "
+        "the question alone.",
     )
-    clip: str = field(
-        default="ViT-B-32",
-        metadata={
-            "help": "image-text model of the semantic cue: a name of open_clip (SigLIP's too) or local-dir:FOLDER (open_clip_config.json and "
-            "safetensors)"
-        },
+    clip: str = flag(
+        "ViT-B-32",
+        "Image-text model of the semantic cue: a name of open_clip (SigLIP's too) or "
+        "local-dir:FOLDER (open_clip_config.json and safetensors).",
     )
-    clip_pretrained: str = field(
-        default="openai",
-        metadata={
-            "help": "open_clip's tag of the weights, or a .safetensors file; unused with local-dir: and hf-hub:"
-        },
+    clip_pretrained: str = flag(
+        "openai",
+        "open_clip's tag of the weights, or a .safetensors file; unused with local-dir: and "
+        "hf-hub:.",
     )
-    prior: Literal["full", "no_scene", "no_semantic", "uniform"] = field(
-        default="full",
-        metadata={
-            "help": "cues that P has; the paper's ablation rows. Without the semantic cue no CLIP model is loaded"
-        },
+    prior: str = flag(
+        "full",
+        "Cues in P; the paper's ablation rows. Without the semantic cue no CLIP model is loaded.",
+        choices=["full", "no_scene", "no_semantic", "uniform"],
     )
-    w_base: float = field(
-        default=0.1, metadata={"help": "w_base of Eq. 1: weight that every frame has"}
-    )
-    w_scene: float = field(
-        default=1.0,
-        metadata={"help": "lambda_scene of Eq. 1: added to a frame that begins a scene"},
-    )
-    w_sem: float = field(
-        default=3.0,
-        metadata={"help": "lambda_sem of Eq. 1: added to a frame that is like the question"},
-    )
+    w_base: float = flag(0.1, "w_base of Eq. 1: weight of every frame.")
+    w_scene: float = flag(1.0, "lambda_scene of Eq. 1: added to a frame that begins a scene.")
+    w_sem: float = flag(3.0, "lambda_sem of Eq. 1: added to a frame that is like the question.")
 
     def __post_init__(self):
-        for name in ("fps", "scene_threshold", "w_base", "w_scene", "w_sem"):
-            if getattr(self, name) is not None and not math.isfinite(getattr(self, name)):
-                raise DataError(f"--{name} must be a finite number")
-        if self.scene_threshold is not None and self.scene_threshold < 0:
-            raise DataError("--scene_threshold must be at least 0")
-        if self.frames < 1 or (self.semantic_k is not None and self.semantic_k < 1):
-            raise DataError("--frames and --semantic_k must be at least 1")
-        if self.fps is not None and self.fps <= 0:
-            raise DataError("--fps must be above 0")
-        if self.w_base <= 0 or self.w_scene < 0 or self.w_sem < 0:
-            raise DataError(
-                "--w_base must be above 0, --w_scene and --w_sem at least 0: P is a distribution over all frames"
-            )
+        # P is a distribution over all frames. Flags of the command line are checked as well.
+        least = {"scene_threshold": 0, "w_scene": 0, "w_sem": 0, "workers": 0}
+        least |= {"frames": 1, "semantic_k": 1}
+        for name, bound in least.items():
+            value = getattr(self, name, None)
+            if value is not None and not bound <= value < math.inf:
+                raise DataError(f"--{name} must be at least {bound} and finite")
+        for name in ("fps", "w_base", "decode_timeout"):
+            value = getattr(self, name, None)
+            if value is not None and not 0 < value < math.inf:
+                raise DataError(f"--{name} must be above 0 and finite")
 
     @property
     def has_scene(self):
@@ -173,188 +164,175 @@ class PriorSettings:
 class PriorArguments(PriorSettings):
     """The command line: the settings and the files."""
 
-    dataset_name: str | None = field(
-        default=None,
-        metadata={
-            "help": "data set file (JSON array or .jsonl; Video-R1, SEED-Bench-R1, TW-GRPO or Video-R2)"
-        },
+    dataset_name: str | None = flag(
+        None,
+        "Data set file (JSON array or .jsonl; Video-R1, SEED-Bench-R1, TW-GRPO or Video-R2).",
+        group="Files",
     )
-    media_root: str | None = field(
-        default=None,
-        metadata={"help": "folder that the data set's paths start from; None: the data set's own"},
+    media_root: str | None = flag(
+        None, "Folder that media paths start from. None: the data set file's folder."
     )
-    video: str | None = field(
-        default=None,
-        metadata={"help": "one video instead of a data set: print its prior and draw it"},
+    video: str | None = flag(
+        None, "One video instead of a data set: its prior is printed and drawn."
     )
-    question: str | None = field(default=None, metadata={"help": "the question about --video"})
-    scores: str | None = field(
-        default=None,
-        metadata={
-            "help": "a priors file instead of a data set: its stored scores with this command's --prior, --w_base, --w_scene, --w_sem, "
-            "--semantic_k and, for --scene hsv, --scene_threshold. All else is as the file has it"
-        },
+    question: str | None = flag(None, "Question about --video.")
+    scores: str | None = flag(
+        None,
+        "Priors file instead of a data set: its stored scores are weighed by this command's "
+        "--prior, --w_base, --w_scene, --w_sem, --semantic_k and, for --scene hsv, "
+        "--scene_threshold. Other settings stay as the file has them.",
     )
-    output: str | None = field(
-        default=None,
-        metadata={
-            "help": "file to write; None: priors.jsonl, or prior.png with --video. Rows already in it are kept: the same command continues "
-            "an interrupted run. What cannot be used goes to OUTPUT.errors.jsonl, with its cause, and is tried again next time"
-        },
+    output: str | None = flag(
+        None,
+        "File to write. None: priors.jsonl, or prior.png with --video. The same command continues "
+        "an interrupted run, whose rows stay. Unusable examples are listed with their causes in "
+        "OUTPUT.errors.jsonl and tried again by the next run.",
     )
-    export_frame_sets: str | None = field(
-        default=None,
-        metadata={
-            "help": "also write the data set with the release's field frame_sets (frame indices: uniform, scene, semantic) to this JSON file"
-        },
+    export_frame_sets: str | None = flag(
+        None,
+        "JSON file for a copy of the data set with the release's field frame_sets (frame indices: "
+        "uniform, scene, semantic).",
     )
-    workers: int | None = field(
-        default=None,
-        metadata={
-            "help": "processes that decode; None: the cores, half of them where CLIP runs on the CPU, shared by the ranks of a machine; "
-            "0: decode in this process, without a timeout"
-        },
+    workers: int | None = flag(
+        None,
+        "Processes that decode. None: the cores, half of them where CLIP runs on the CPU, shared "
+        "by the ranks of a machine. 0: decode in this process, without a timeout.",
+        group="Run",
     )
-    pin_workers: bool = field(
-        default=True,
-        metadata={
-            "help": "each of them keeps to a core of its own. false where other containers run this on the same machine: all begin with its "
-            "first cores"
-        },
+    pin_workers: bool = flag(
+        True,
+        "Keep each worker on its own core. Use false if other containers run prior.py on the same "
+        "machine: all begin with its first cores.",
     )
-    decode_timeout: float = field(
-        default=300.0,
-        metadata={
-            "help": "seconds after which a video's decoder counts as hung; it is killed and the video is listed as broken"
-        },
+    decode_timeout: float = flag(
+        300.0, "Seconds after which a decoder is killed and its video counts as broken."
     )
-    local_rank: int = field(default=-1, metadata={"help": "set by the deepspeed launcher"})
+    local_rank: int = flag(-1, "Set by the deepspeed launcher.")
 
     def __post_init__(self):
         super().__post_init__()
-        given = [
-            name for name in ("dataset_name", "video", "scores") if getattr(self, name) is not None
-        ]
+        sources = ("dataset_name", "video", "scores")
+        given = [name for name in sources if getattr(self, name) is not None]
         if len(given) != 1:
-            raise DataError(
-                "give one of --dataset_name, --video and --scores"
-                + (f", not {' and '.join(given)}" if given else "")
-            )
+            excess = f", not {' and '.join(given)}" if given else ""
+            raise DataError(f"give one of --dataset_name, --video and --scores{excess}")
         if (self.question is None) != (self.video is None):
             raise DataError("--video and --question go together")
         if self.export_frame_sets and not self.dataset_name:
             raise DataError("--export_frame_sets needs --dataset_name, whose rows it writes")
-        if self.workers is not None and self.workers < 0 or self.decode_timeout <= 0:
-            raise DataError("--workers must be at least 0 and --decode_timeout above 0")
         self.output = self.output or ("prior.png" if self.video else "priors.jsonl")
         if self.video and Path(self.output).suffix not in (".png", ".svg", ".pdf"):
-            raise DataError(
-                f"--output {self.output}: a video's prior is drawn as .png, .svg or .pdf"
-            )
-        if self.export_frame_sets and Path(self.export_frame_sets).suffix != ".json":
-            raise DataError(
-                f"--export_frame_sets {self.export_frame_sets}: a JSON array is written, name it .json"
-            )
-        files = {
-            name: os.path.realpath(getattr(self, name))
-            for name in ("dataset_name", "video", "scores", "output", "export_frame_sets")
-            if getattr(self, name) is not None
-        }
-        for name in ("output", "export_frame_sets"):
-            for other in files:
-                if name in files and name != other and files[name] == files[other]:
-                    raise DataError(
-                        f"--{name} {files[name]} is the --{other} itself; choose another file to write"
-                    )
+            raise DataError(f"--output {self.output}: a prior is drawn as .png, .svg or .pdf")
+        exported = self.export_frame_sets
+        if exported and Path(exported).suffix != ".json":
+            raise DataError(f"--export_frame_sets {exported}: a JSON array, name it .json")
+        # No file is written over another one of the command line.
+        flag_of = {}
+        for name in (*sources, "output", "export_frame_sets"):
+            if getattr(self, name) is None:
+                continue
+            path = os.path.realpath(getattr(self, name))
+            if path in flag_of:
+                raise DataError(
+                    f"--{name} {path} is the --{flag_of[path]} itself; choose another file to write"
+                )
+            flag_of[path] = name
 
 
-def sample_frames(reader, settings):
-    """Frame indices of an open video: --frames spread evenly, or --fps of them a second, evenly too, and never more than --frames."""
-    total, count = len(reader), settings.frames
-    if settings.fps is not None:
-        spans = reader.get_frame_timestamp([0, total - 1])  # (2, 2): start and end, in seconds
-        count = min(count, max(1, round((spans[1, 1] - spans[0, 0]) * settings.fps)))
-    return uniform_frames(total, count)
+def settings_of(settings):
+    """The settings that a row records, as a dict: those of PriorSettings."""
+    return {setting.name: getattr(settings, setting.name) for setting in fields(PriorSettings)}
 
 
-HUE_CIRCLE = np.exp(
-    2j * np.pi * np.arange(256) / 180
-)  # OpenCV's 8-bit hue is in units of 2 degrees
+# ---------------------------------------------------------------------------- cues, sets, fusion
 
-COSINE, SINE = HUE_CIRCLE.real.astype(np.float32), HUE_CIRCLE.imag.astype(np.float32)
+# Unit vectors of OpenCV's 8-bit hue, which is in units of 2 degrees.
+HUE_CIRCLE = np.exp(2j * np.pi * np.arange(256) / 180)  # (256,)
+COSINE = HUE_CIRCLE.real.astype(np.float32)
+SINE = HUE_CIRCLE.imag.astype(np.float32)
 
-KERNEL = np.exp(
-    -0.5 * (np.arange(-6, 7, dtype=np.float32) / HISTOGRAM_SIGMA) ** 2
-)  # Gaussian, cut at 3 sigma
+# Gaussian, cut at 3 sigma.
+KERNEL = np.exp(-0.5 * (np.arange(-6, 7, dtype=np.float32) / HISTOGRAM_SIGMA) ** 2)  # (13,)
+IDENTITY = np.ones(1, np.float32)
 
 
 def blur(histogram):
-    """(A, B, C) float32, each axis convolved with KERNEL, nothing beyond the borders. (No BLAS: its threads spin, and workers share cores.)"""
+    """Convolves each axis of an (A, B, C) float32 histogram with KERNEL, zero-padded."""
     for _ in range(3):
+        # The last axis first, and so in turn. Not by BLAS, whose threads spin on shared cores.
         rows = histogram.reshape(-1, histogram.shape[-1])
-        rows = cv2.sepFilter2D(
-            rows, -1, KERNEL, np.ones(1, np.float32), borderType=cv2.BORDER_CONSTANT
-        )  # the last axis
+        rows = cv2.sepFilter2D(rows, -1, KERNEL, IDENTITY, borderType=cv2.BORDER_CONSTANT)
         histogram = np.ascontiguousarray(np.moveaxis(rows.reshape(histogram.shape), -1, 0))
     return histogram
 
 
-SPREAD = blur(
-    np.ones(CONE_BINS, np.float32)
-)  # what the kernel makes of a unit in every bin: less near the borders
+# The kernel's mass inside the borders: less near them.
+SPREAD = blur(np.ones(CONE_BINS, np.float32))  # (25, 25, 32)
 
 
 def hsv_histogram(frame):
-    """(H, W, 3) uint8 RGB -> (25, 25, 32) float32 smoothed histogram of its HSV colours.
+    """Smoothed histogram of a frame's HSV colours.
 
-    Binned in the HSV cone, not in raw (H, S, V): x, y = C cos H, C sin H with C = S V / 255, and V. Raw hue is noise on grey pixels, and a
-    hard bin border lets one grey level of flicker move all the mass, so static clips would show cuts. In the cone both are continuous.
+    Its bins are those of the HSV cone, not of raw (H, S, V): x, y = C cos H, C sin H with
+    C = S V / 255, and V. Raw hue is noise on grey pixels, and a hard bin border lets one grey level
+    of flicker move all the mass, so that static clips would show cuts. In the cone both are
+    continuous.
+
+    Args:
+        frame: (H, W, 3) uint8 RGB.
+    Returns:
+        (25, 25, 32) float32.
     """
     height, width = frame.shape[:2]
     scale = HISTOGRAM_SIDE / max(height, width)
     if scale < 1:
-        size = max(1, round(width * scale)), max(1, round(height * scale))
+        size = (max(1, round(width * scale)), max(1, round(height * scale)))
         frame = cv2.resize(frame, size, interpolation=cv2.INTER_AREA)
     hue, saturation, value = cv2.split(cv2.cvtColor(frame, cv2.COLOR_RGB2HSV))  # each (h, w) uint8
     chroma = cv2.multiply(saturation, value, scale=1 / 255, dtype=cv2.CV_32F)  # (h, w)
-    cone = [
-        cv2.multiply(chroma, cv2.LUT(hue, COSINE)),
-        cv2.multiply(chroma, cv2.LUT(hue, SINE)),
-        value.astype(np.float32),
-    ]
+    x = cv2.multiply(chroma, cv2.LUT(hue, COSINE))
+    y = cv2.multiply(chroma, cv2.LUT(hue, SINE))
+    cone = [x, y, value.astype(np.float32)]
     histogram = cv2.calcHist(cone, [0, 1, 2], None, CONE_BINS, CONE_RANGES)  # (25, 25, 32)
-    return blur(histogram / SPREAD)  # divided first, so that every pixel keeps its weight
+    # Divided first, so that every pixel keeps its weight.
+    return blur(histogram / SPREAD)
 
 
 def scene_scores(frames):
-    """K frames (H, W, 3) uint8 RGB -> (K,) float: Bhattacharyya distance (0-1) of the HSV histograms of frames i-1 and i; 0 for i = 0."""
+    """Bhattacharyya distance (0-1) of the HSV histograms of frames i-1 and i; 0 for i = 0.
+
+    Args:
+        frames: K of (H, W, 3) uint8 RGB.
+    Returns:
+        (K,) float64.
+    """
     return histogram_distances([hsv_histogram(frame) for frame in frames])
 
 
 def histogram_distances(histograms):
-    pairs = zip(histograms, histograms[1:], strict=False)
-    return np.array(
-        [
-            0.0,
-            *(cv2.compareHist(before, after, cv2.HISTCMP_BHATTACHARYYA) for before, after in pairs),
-        ]
-    )  # (K,)
+    distances = [0.0]
+    for before, after in zip(histograms, histograms[1:], strict=False):
+        distances.append(cv2.compareHist(before, after, cv2.HISTCMP_BHATTACHARYYA))
+    return np.array(distances)  # (K,)
 
 
 def detector_scores(path, times, name, threshold=None):
-    """A PySceneDetect detector over every frame of a video -> (K,) float: 1 where a sampled frame is the first after a cut, else 0.
+    """1 where a sampled frame is the first after a cut that a PySceneDetect detector finds, else 0.
 
-    times: (K,) seconds of the sampled frames, counted from the video's first frame. A cut after the last of them is not seen.
+    Args:
+        times: (K,) seconds of the sampled frames since the video's first frame. A cut after the
+            last of them is not seen.
+        name: key of DETECTORS, applied to every frame of the video.
+    Returns:
+        (K,) float64.
     """
-    detector = DETECTORS[name](
-        *(() if threshold is None else (threshold,)), min_scene_len=SHORTEST_SCENE
-    )
+    options = {} if threshold is None else {"threshold": threshold}
+    detector = DETECTORS[name](min_scene_len=SHORTEST_SCENE, **options)
     try:
         scenes = scenedetect.detect(path, detector)
     except (scenedetect.VideoOpenFailure, cv2.error, OSError) as error:
-        raise MediaError(
-            f"{path}: PySceneDetect cannot read the video ({' '.join(str(error).split())[:160]})"
-        ) from error
+        cause = " ".join(str(error).split())[:160]
+        raise MediaError(f"{path}: PySceneDetect cannot read the video ({cause})") from error
     scores = np.zeros(len(times))
     for start, _ in scenes[1:]:
         first = int(np.searchsorted(times, start.seconds - 1e-3))
@@ -364,61 +342,29 @@ def detector_scores(path, times, name, threshold=None):
 
 
 def scene_set(scores, threshold=0.2):
-    """Scene scores (K,) -> ascending positions of the frames that begin a scene, the S_scene of Eq. 1.
+    """Ascending positions of the frames that begin a scene, S_scene of Eq. 1.
 
-    Criterion: s_i >= threshold, and s_i is a peak: at least twice the calmest value within two samples to its left and within two to its
-    right. So a pan counts once at most and a steady drift never, yet two cuts in a row (a scene of a single sampled frame) are both found;
-    of three or more in a row the inner ones would not be, so s_i >= 2 threshold counts without a peak.
+    Criterion: s_i >= threshold, and s_i is a peak: at least twice the calmest value within two
+    samples to its left and within two to its right. So a pan counts at most once and a steady drift
+    never, yet two cuts in a row (a scene of a single sampled frame) are both found. Of three or
+    more in a row the inner ones are no peaks, so s_i >= 2 threshold counts without a peak.
+
+    Args:
+        scores: (K,) scene scores.
     """
     chosen = []
     for i in range(1, len(scores)):
-        sides = [side for side in (scores[max(i - 2, 0) : i], scores[i + 1 : i + 3]) if len(side)]
-        floor = max(min(side) for side in sides)
-        if scores[i] >= threshold and (scores[i] >= 2 * floor or scores[i] >= 2 * threshold):
+        left = min(scores[max(i - 2, 0) : i])
+        right = min(scores[i + 1 : i + 3], default=left)
+        is_peak = scores[i] >= 2 * max(left, right)
+        if scores[i] >= threshold and (is_peak or scores[i] >= 2 * threshold):
             chosen.append(i)
     return chosen
 
 
-def read_cues(medium, settings, preprocess=None):
-    """What must be read from the video itself: (media type, path) -> frame indices, times, scene scores, pixels for CLIP.
-
-    indices, times and scores are lists of K; pixels (K, 3, h, w) float32 by `preprocess`, None without one. Holds CHUNK_BYTES of decoded
-    frames at a time, or one frame. MediaError when the medium cannot be read.
-    """
-    kind, path = medium
-    if kind == "image":
-        load_image(path)  # nothing is computed from it, but a broken one must be known
-        return [0], [0.0], [], None
-    reader = open_video(path)
-    indices, times, histograms, pixels, step = sample_frames(reader, settings), [], [], [], 1
-    while len(times) < len(indices):
-        frames, seconds = read_frames(
-            reader, path, indices[len(times) : len(times) + step]
-        )  # (step, H, W, 3), (step,)
-        step = max(1, CHUNK_BYTES // frames[0].nbytes)
-        times += [round(float(second), 6) for second in seconds]
-        if settings.scene == "hsv":
-            histograms += [hsv_histogram(frame) for frame in frames]
-        if preprocess is not None:
-            pixels += [preprocess(Image.fromarray(frame)).numpy() for frame in frames]
-    if settings.scene == "hsv":
-        scores = histogram_distances(histograms)
-    else:
-        begin = float(reader.get_frame_timestamp([0])[0, 0])
-        scores = detector_scores(
-            path, np.array(times) - begin, settings.scene, settings.scene_threshold
-        )
-    return (
-        indices,
-        times,
-        [round(float(score), 6) for score in scores],
-        np.stack(pixels) if pixels else None,
-    )
-
-
 @dataclass
 class Clip:
-    """An image-text model with what belongs to it."""
+    """An image-text model and its preprocessing."""
 
     model: torch.nn.Module
     preprocess: object  # PIL image -> (3, h, w) float
@@ -427,81 +373,95 @@ class Clip:
 
 
 def load_clip(name, pretrained=None, device="cpu"):
-    """open_clip model -> Clip. name: one of open_clip's, hf-hub:REPO or local-dir:FOLDER (open_clip_config.json, safetensors weights, and
-    tokenizer files if its text_cfg has hf_tokenizer_name). DataError if it cannot be loaded. Missing weights are refused, and so are local
-    pickled ones; what a hub has as pickles only, open_clip reads by torch's weights_only."""
-    folder = Path(name.removeprefix("local-dir:"))
-    try:
-        if name.startswith("local-dir:"):
-            files = {file.name for file in folder.iterdir()}
-            preferred = files & {
-                "open_clip_model.safetensors",
-                "open_clip_pytorch_model.safetensors",
-            }  # what open_clip looks for first
-            if not preferred and (
-                not list(folder.glob("*.safetensors"))
-                or any(file.endswith((".bin", ".pth")) for file in files)
-            ):
-                raise DataError(
-                    f"{folder} needs its weights as open_clip_model.safetensors (pickled weights are not loaded)"
-                )
-        elif pretrained and os.path.isfile(pretrained) and not pretrained.endswith(".safetensors"):
+    """Loads an open_clip model; one without weights, or with pickled local ones, is refused.
+
+    What a hub has as pickles only, open_clip reads by torch's weights_only.
+
+    Args:
+        name: a name of open_clip, hf-hub:REPO, or local-dir:FOLDER with open_clip_config.json,
+            open_clip_model.safetensors, and tokenizer files if its text_cfg has hf_tokenizer_name.
+        pretrained: open_clip's tag or a .safetensors file, for a name of open_clip.
+    Returns:
+        Clip in eval mode.
+    Errors: DataError if it cannot be loaded.
+    """
+    if name.startswith("local-dir:"):
+        folder = Path(name.removeprefix("local-dir:"))
+        if folder.is_dir() and not any((folder / file).is_file() for file in CLIP_FILES):
             raise DataError(
-                f"{pretrained} is not a .safetensors file (pickled weights are not loaded)"
+                f"{folder} needs its weights as {CLIP_FILES[0]} (pickled weights are not loaded)"
             )
-        schema = name.startswith(("local-dir:", "hf-hub:"))
+    elif pretrained and os.path.isfile(pretrained) and not pretrained.endswith(".safetensors"):
+        raise DataError(f"{pretrained} is not a .safetensors file (pickled weights are not loaded)")
+    if name.startswith(("local-dir:", "hf-hub:")):
+        pretrained = None
+    try:
         model, _, preprocess = open_clip.create_model_and_transforms(
-            name, pretrained=None if schema else pretrained, device=device, require_pretrained=True
+            name, pretrained=pretrained, device=device, require_pretrained=True
         )
         tokenizer = open_clip.get_tokenizer(name)
-    except DataError:
-        raise
     except (KeyError, OSError, RuntimeError, TypeError, ValueError, SafetensorError) as error:
+        cause = " ".join(str(error).split())[:300]
         raise DataError(
-            f"CLIP model {name} ({pretrained}) cannot be loaded, give --clip local-dir:FOLDER or --prior no_semantic: "
-            f"{' '.join(str(error).split())[:300]}"
+            f"CLIP model {name} ({pretrained}) cannot be loaded, "
+            f"give --clip local-dir:FOLDER or --prior no_semantic: {cause}"
         ) from error
     return Clip(model.eval(), preprocess, tokenizer, device)
 
 
 @torch.no_grad()
 def encode_pixels(pixels, clip, batch=64):
-    """(K, 3, h, w) float32 of clip.preprocess -> (K, D) unit image features; of the video only, so one call serves all its questions."""
-    parts = torch.as_tensor(pixels).split(batch)
-    return torch.cat(
-        [
-            clip.model.encode_image(part.to(clip.device), normalize=True).float().cpu()
-            for part in parts
-        ]
-    )
+    """Unit image features; they depend on the video only, so one call serves all its questions.
+
+    Args:
+        pixels: (K, 3, h, w) float32 of clip.preprocess.
+    Returns:
+        (K, D) float32 on the CPU.
+    """
+    parts = []
+    for part in torch.as_tensor(pixels).split(batch):
+        features = clip.model.encode_image(part.to(clip.device), normalize=True)  # (batch, D)
+        parts.append(features.float().cpu())
+    return torch.cat(parts)
 
 
 @torch.no_grad()
 def encode_texts(texts, clip):
-    """N texts -> (N, D) unit text features."""
-    return (
-        clip.model.encode_text(clip.tokenizer(texts).to(clip.device), normalize=True).float().cpu()
-    )
+    """Unit text features (N, D) of N texts."""
+    tokens = clip.tokenizer(texts).to(clip.device)  # (N, context)
+    return clip.model.encode_text(tokens, normalize=True).float().cpu()
 
 
 def semantic_scores(frames, question, clip):
-    """(K, H, W, 3) uint8 RGB and a question -> (K,) cosine similarity of each frame with it, in [-1, 1]."""
-    pixels = torch.stack(
-        [clip.preprocess(Image.fromarray(frame)) for frame in frames]
-    )  # (K, 3, h, w)
+    """Cosine similarity of each frame with the question, in [-1, 1].
+
+    Args:
+        frames: (K, H, W, 3) uint8 RGB.
+        clip: Clip.
+    Returns:
+        (K,) float32.
+    """
+    images = [clip.preprocess(Image.fromarray(frame)) for frame in frames]
+    pixels = torch.stack(images)  # (K, 3, h, w)
     return encode_pixels(pixels, clip) @ encode_texts([question], clip)[0]  # (K, D) @ (D,)
 
 
 def semantic_set(scores, k=None):
-    """Semantic scores (K,) -> ascending positions of the k highest (None: ceil(K / 4)), the S_sem of Eq. 1; of equals the earlier one."""
-    k = math.ceil(len(scores) / 4) if k is None else k
-    return sorted(sorted(range(len(scores)), key=lambda i: (-float(scores[i]), i))[:k])
+    """Ascending positions of the k highest of (K,) semantic scores, S_sem of Eq. 1.
+
+    k None: ceil(K / 4). Of equal scores the earlier counts.
+    """
+    if k is None:
+        k = math.ceil(len(scores) / 4)
+    order = sorted(range(len(scores)), key=lambda i: (-float(scores[i]), i))
+    return sorted(order[:k])
 
 
 def fuse(k, scene, semantic, w_base=0.1, w_scene=1.0, w_sem=3.0):
     """The prior P, (k,) summing to 1, from the two sets of positions.
 
-    Eq. 1: w_i = w_base + 1[i in S_scene] lambda_scene + 1[i in S_sem] lambda_sem; Eq. 2: P(i) = w_i / sum_j w_j.
+    Eq. 1: w_i = w_base + 1[i in S_scene] lambda_scene + 1[i in S_sem] lambda_sem.
+    Eq. 2: P(i) = w_i / sum_j w_j.
     """
     weights = torch.full((k,), w_base)  # (k,)
     weights[list(scene)] += w_scene
@@ -509,97 +469,150 @@ def fuse(k, scene, semantic, w_base=0.1, w_scene=1.0, w_sem=3.0):
     return weights / weights.sum()
 
 
-def weigh(row, scene, semantic, settings):
-    """A row with these sets and the P that follows from them; its settings are added or replaced by the weights of these."""
-    cues = scene if settings.has_scene else [], semantic if settings.has_semantic else []
-    prior = fuse(
-        len(row["frames"]), *cues, settings.w_base, settings.w_scene, settings.w_sem
-    )  # (K,)
-    return {
-        **row,
-        "scene": scene,
-        "semantic": semantic,
-        "prior": [float(f"{value:.9g}") for value in prior.tolist()],  # exact float32
-        "settings": {**row["settings"], **{name: getattr(settings, name) for name in WEIGHTS}},
-    }
+# ------------------------------------------------------------------------------ from media to rows
 
 
-def settings_of(settings):
-    """PriorSettings -> what a row records of them."""
-    return {setting.name: getattr(settings, setting.name) for setting in fields(PriorSettings)}
+def sample_frames(reader, settings):
+    """Frame indices of an open video: --frames, or --fps a second but at most --frames, evenly."""
+    total = len(reader)
+    count = settings.frames
+    if settings.fps is not None:
+        spans = reader.get_frame_timestamp([0, total - 1])  # (2, 2): start and end, in seconds
+        count = min(count, max(1, round((spans[1, 1] - spans[0, 0]) * settings.fps)))
+    return uniform_frames(total, count)
 
 
-def weigh_scores(row, settings):
-    """A row with its sets and P from its stored scores: what --scores does; no pixels are needed. settings: all of PriorSettings."""
-    scene = [
-        position for position, score in enumerate(row["scene_scores"]) if score > 0
-    ]  # a detector's scores are 0 or 1
+def read_cues(medium, settings, preprocess=None):
+    """Decodes a medium, holding CHUNK_BYTES of its frames at a time, or one frame.
+
+    Args:
+        medium: ("video" or "image", path).
+        preprocess: Clip.preprocess; None: no pixels are returned.
+    Returns:
+        Cues.
+    Errors: MediaError if the medium cannot be read.
+    """
+    kind, path = medium
+    if kind == "image":
+        load_image(path)  # finds a broken one
+        return Cues([0], [0.0], [], None)
+    reader = open_video(path)
+    indices = sample_frames(reader, settings)
+    times = []
+    histograms = []
+    pixels = []
+    step = 1  # until the size of a frame is known
+    while len(times) < len(indices):
+        chunk = indices[len(times) : len(times) + step]
+        frames, seconds = read_frames(reader, path, chunk)  # (step, H, W, 3), (step,)
+        step = max(1, CHUNK_BYTES // frames[0].nbytes)
+        times += [round(float(second), 6) for second in seconds]
+        for frame in frames:
+            if settings.scene == "hsv":
+                histograms.append(hsv_histogram(frame))
+            if preprocess is not None:
+                pixels.append(preprocess(Image.fromarray(frame)).numpy())
     if settings.scene == "hsv":
-        scene = scene_set(row["scene_scores"], settings.hsv_threshold)
-    return weigh(
-        {**row, "settings": settings_of(settings)},
-        scene,
-        semantic_set(row["semantic_scores"], settings.semantic_k),
-        settings,
-    )
+        scores = histogram_distances(histograms)
+    else:
+        begin = float(reader.get_frame_timestamp([0])[0, 0])
+        since_begin = np.array(times) - begin
+        scores = detector_scores(path, since_begin, settings.scene, settings.scene_threshold)
+    scores = [round(float(score), 6) for score in scores]
+    return Cues(indices, times, scores, np.stack(pixels) if pixels else None)
 
 
 def media_name(example):
-    """The medium as the data set names it, which does not change with the media root."""
+    """The medium as the data set names it, whatever the media root."""
     return example.extra.get("path") or os.path.basename(example.media)
 
 
-def media_rows(examples, cues, clip, settings):
-    """Examples that share one video or image, and its cues (read_cues) -> their rows (see the top of this file).
+def new_row(example, frames, times):
+    """Prior of an example without scores, sets and P."""
+    return Prior(
+        problem_id=example.id,
+        question=example.question,
+        media=media_name(example),
+        frames=frames,
+        times=times,
+    )
 
-    clip None, or an image: no semantic scores. The rows depend on these examples and this medium alone, not on what was done before.
+
+def weigh(row, scene, semantic, settings):
+    """A copy of a Prior with these sets, their P, and the settings that weighed them."""
+    prior = fuse(
+        len(row.frames),
+        scene if settings.has_scene else [],
+        semantic if settings.has_semantic else [],
+        settings.w_base,
+        settings.w_scene,
+        settings.w_sem,
+    )  # (K,)
+    weights = {name: getattr(settings, name) for name in WEIGHTS}
+    return replace(
+        row,
+        scene=scene,
+        semantic=semantic,
+        prior=[float(f"{value:.9g}") for value in prior.tolist()],  # exact for a float32
+        settings={**row.settings, **weights},
+    )
+
+
+def weigh_scores(row, settings):
+    """A copy of a Prior with the sets and P that follow from its scores, as --scores makes it."""
+    if settings.scene == "hsv":
+        scene = scene_set(row.scene_scores, settings.hsv_threshold)
+    else:
+        # A detector's scores are 0 or 1.
+        scene = [position for position, score in enumerate(row.scene_scores) if score > 0]
+    semantic = semantic_set(row.semantic_scores, settings.semantic_k)
+    return weigh(replace(row, settings=settings_of(settings)), scene, semantic, settings)
+
+
+def media_rows(examples, cues, clip, settings):
+    """Priors of examples that share one medium; they depend on these examples and it alone.
+
+    Args:
+        cues: Cues of the medium.
+        clip: Clip; None, or an image: no semantic scores.
     """
-    indices, times, jumps, pixels = cues
-    likeness = [[]] * len(examples)
-    if clip is not None and pixels is not None:
-        texts = [
-            " ".join([example.question, *example.options])
-            if settings.semantic_options
-            else example.question
-            for example in examples
-        ]
-        likeness = encode_texts(texts, clip) @ encode_pixels(pixels, clip).T  # (N, D) @ (D, K)
+    likeness = None
+    if clip is not None and cues.pixels is not None:
+        texts = []
+        for example in examples:
+            options = example.options if settings.semantic_options else []
+            texts.append(" ".join([example.question, *options]))
+        likeness = encode_texts(texts, clip) @ encode_pixels(cues.pixels, clip).T  # (N, D) @ (D, K)
     rows = []
-    for example, scores in zip(examples, likeness, strict=True):
-        row = {
-            "problem_id": example.id,
-            "question": example.question,
-            "media": media_name(example),
-            "frames": indices,
-            "times": times,
-            "scene_scores": jumps,
-            "semantic_scores": [round(float(value), 6) for value in scores],
-        }
+    for index, example in enumerate(examples):
+        row = new_row(example, cues.frames, cues.times)
+        row.scene_scores = cues.scene_scores
+        if likeness is not None:
+            row.semantic_scores = [round(float(value), 6) for value in likeness[index]]
         rows.append(weigh_scores(row, settings))
     return rows
 
 
 def make_prior(example, clip, settings):
-    """Video or image example -> its row of the priors file. MediaError when the medium cannot be read. Decodes in this process."""
+    """Prior of a video or image example, decoded in this process.
+
+    Errors: MediaError if the medium cannot be read.
+    """
     cues = read_cues((example.media_type, example.media), settings, clip and clip.preprocess)
     return media_rows([example], cues, clip, settings)[0]
 
 
 def all_cues(media, settings, preprocess, workers=0, timeout=300.0, pin=True):
-    """[(media type, path), ...] -> yields (medium, its cues or a MediaError) in the order in which they are finished.
+    """Yields (medium, Cues or MediaError) of every ("video" or "image", path) as they finish.
 
-    workers: processes that decode, each one medium at a time; one that dies or takes more than `timeout` seconds costs its medium and is
-    replaced. 0: in this process, where a decoder that hangs, hangs. pin: every worker keeps to a core of its own (take_core).
+    Args:
+        workers, timeout, pin: see Pool.
     """
-    pool = Pool(workers, timeout, pin=pin)
-    try:
-        yield from pool.each(read_cues, media, settings, preprocess)
-    finally:
-        pool.stop()
+    return Pool(workers, timeout, pin=pin).each(read_cues, media, settings, preprocess)
 
 
 def group_by_medium(examples):
-    """Examples -> {(media type, path): its examples}; text-only ones are left out."""
+    """Examples as {("video" or "image", path): list of Example}, without text-only ones."""
     groups = {}
     for example in examples:
         if example.media_type != "text":
@@ -608,108 +621,107 @@ def group_by_medium(examples):
 
 
 def error_lines(examples, cause):
-    return [
-        {"problem_id": example.id, "media": example.media, "cause": str(cause)}
-        for example in examples
-    ]
+    """Rows of the errors file for examples that cannot be used."""
+    cause = str(cause)
+    return [{"problem_id": one.id, "media": one.media, "cause": cause} for one in examples]
 
 
-def build_priors(examples, clip, settings, workers=0, timeout=300.0):
-    """Examples -> (rows in their order, errors), in memory; for data sets of any size there is the command line.
+def build_priors(examples, clip, settings):
+    """Priors of examples, decoded in this process; the command line serves large data sets.
 
-    errors: [{"problem_id", "media", "cause"}, ...] for examples whose medium cannot be read; they have no row and nothing replaces them.
-    Text-only examples have neither.
+    Returns:
+        list of Prior, those of a medium together; error lines {"problem_id", "media", "cause"} of
+        examples whose medium cannot be read. Text-only examples have neither.
     """
-    groups, rows, errors = group_by_medium(examples), {}, {}
-    cues_of_all = all_cues(groups, settings, clip and clip.preprocess, workers, timeout)
-    for medium, cues in tqdm(cues_of_all, total=len(groups), desc="priors", unit="video"):
+    groups = group_by_medium(examples)
+    rows = []
+    errors = []
+    found = all_cues(groups, settings, clip and clip.preprocess)
+    for medium, cues in tqdm(found, total=len(groups), desc="priors", unit="video"):
         if isinstance(cues, MediaError):
-            errors.update((line["problem_id"], line) for line in error_lines(groups[medium], cues))
+            errors += error_lines(groups[medium], cues)
         else:
-            rows.update(
-                (row["problem_id"], row) for row in media_rows(groups[medium], cues, clip, settings)
-            )
-    return (
-        [rows[example.id] for example in examples if example.id in rows],
-        [errors[example.id] for example in examples if example.id in errors],
-    )
+            rows += media_rows(groups[medium], cues, clip, settings)
+    return rows, errors
 
 
 def look_at(examples, settings, workers=0, timeout=300.0):
-    """Reads the examples' media one by one until one can be read -> (error lines of those that cannot, an example that can or None)."""
+    """Reads the examples' media one by one until one can be read.
+
+    Returns:
+        error lines of those that cannot; an example that can, or None.
+    """
     groups = group_by_medium(examples)
     errors = []
-    if not groups:
-        return errors, None
-    with closing(all_cues(groups, settings, None, workers, timeout, pin=False)) as cues_of_all:
-        for medium, cues in cues_of_all:
+    with closing(all_cues(groups, settings, None, workers, timeout, pin=False)) as found:
+        for medium, cues in found:
             if not isinstance(cues, MediaError):
                 return errors, groups[medium][0]
             errors += error_lines(groups[medium], cues)
     return errors, None
 
 
-def frame_set_rows(examples, settings):
-    """Examples with the release's field frame_sets {"uniform", "scene", "semantic": frame indices} -> (rows, errors), as build_priors.
+# ------------------------------------------------------------------------ the release's frame_sets
 
-    The K frames are the uniform set; a frame of another set counts for the sampled frame nearest to it. The videos are opened for the
-    frames' times, not decoded. DataError when a field is malformed or has another K.
+
+def fits(frames, k, fps):
+    """Whether a run with K samples these frames: K; fewer with --fps; all of a shorter video."""
+    fewer = len(frames) < k and (fps or frames == list(range(len(frames))))
+    return len(frames) == k or fewer
+
+
+def frame_set_rows(examples, settings):
+    """Priors of examples with the release's field frame_sets, whose videos are not decoded.
+
+    The field is {"uniform", "scene", "semantic": frame indices}. The K frames are the uniform set;
+    a frame of another set counts for the sampled frame nearest to it.
+
+    Returns:
+        list of Prior; error lines, as build_priors.
+    Errors: DataError if a field is malformed or has another K.
     """
-    rows, errors, times_of = [], [], {}
+    rows = []
+    errors = []
     for example in tqdm(examples, desc="frame_sets", unit="example", disable=not examples):
         sets = example.extra["frame_sets"]
-        good = (
-            isinstance(sets, dict)
-            and all(
-                isinstance(sets.get(name), list)
-                and all(type(index) is int and index >= 0 for index in sets[name])
-                for name in ("uniform", "scene", "semantic")
-            )
-            and sets["uniform"]
-        )
-        if not good:
+        if not are_frame_sets(sets):
             raise DataError(
-                f"{example.id}: frame_sets must have the lists uniform (not empty), scene and semantic of frame indices"
+                f"{example.id}: frame_sets must have the lists uniform (not empty), scene and "
+                "semantic of frame indices"
             )
-        frames, video = sorted(set(sets["uniform"])), example.media_type == "video"
-        fewer = len(frames) < settings.frames and (
-            settings.fps or frames == list(range(len(frames)))
-        )  # --fps, or a short video
-        if video and len(frames) != settings.frames and not fewer:
-            raise DataError(
-                f"{example.id}: its frame_sets have {len(frames)} uniform frames, this run uses --frames {settings.frames}"
-            )
-        key = (example.media, *frames)
-        try:
-            if key not in times_of:
-                times_of[key] = frame_times(example.media, frames) if video else [0.0]
-        except MediaError as error:
-            errors += error_lines([example], error)
-            continue
-        scene, semantic = (
-            sorted({int(np.abs(np.array(frames) - index).argmin()) for index in sets[name]})
-            for name in ("scene", "semantic")
-        )
-        rows.append(
-            weigh(
-                {
-                    "problem_id": example.id,
-                    "question": example.question,
-                    "media": media_name(example),
-                    "frames": frames,
-                    "times": times_of[key],
-                    "scene_scores": [],
-                    "semantic_scores": [],
-                    "settings": {},
-                },
-                scene,
-                semantic,
-                settings,
-            )
-        )
+        frames = sorted(set(sets["uniform"]))
+        times = [0.0]
+        if example.media_type == "video":
+            if not fits(frames, settings.frames, settings.fps):
+                raise DataError(
+                    f"{example.id}: its frame_sets have {len(frames)} uniform frames, this run "
+                    f"uses --frames {settings.frames}"
+                )
+            try:
+                times = frame_times(example.media, tuple(frames))
+            except MediaError as error:
+                errors += error_lines([example], error)
+                continue
+        scene, semantic = (nearest(frames, sets[name]) for name in ("scene", "semantic"))
+        rows.append(weigh(new_row(example, frames, times), scene, semantic, settings))
     return rows, errors
 
 
+def nearest(frames, indices):
+    """Ascending positions of the sampled frames that are nearest to some frame indices."""
+    return sorted({int(np.abs(np.array(frames) - index).argmin()) for index in indices})
+
+
+def are_frame_sets(sets):
+    if not isinstance(sets, dict) or not sets.get("uniform"):
+        return False
+    lists = [sets.get(name) for name in ("uniform", "scene", "semantic")]
+    if not all(isinstance(indices, list) for indices in lists):
+        return False
+    return all(type(index) is int and index >= 0 for index in chain(*lists))
+
+
+@lru_cache(1 << 14)  # the questions of a video share its frames
 def frame_times(path, frames):
     """Seconds of these frames of a video, without decoding them."""
     reader = open_video(path)
@@ -720,103 +732,132 @@ def frame_times(path, frames):
     return [round(float(time), 6) for time in reader.get_frame_timestamp(frames)[:, 0]]
 
 
+def export_frame_sets(arguments):
+    """Writes the data set with frame_sets in every row that has a prior, other rows unchanged."""
+    priors = {row.problem_id: row for row in read_priors(arguments.output)}
+    rows = read_rows(arguments.dataset_name)
+    media_root = arguments.media_root or Path(arguments.dataset_name).parent
+    count = 0
+    for index, row in enumerate(rows):
+        try:
+            example = parse_example(row, index, media_root)
+        except DataError:
+            continue
+        # Only the first row of an id has its prior.
+        prior = priors.pop(example.id, None)
+        if prior is None:
+            continue
+        count += 1
+        row["frame_sets"] = {
+            "uniform": prior.frames,
+            "scene": [prior.frames[position] for position in prior.scene],
+            "semantic": [prior.frames[position] for position in prior.semantic],
+        }
+    write_whole(arguments.export_frame_sets, [json.dumps(rows, indent=1).encode()])
+    print(f"{count} of {len(rows)} rows have frame_sets in {arguments.export_frame_sets}")
+
+
+# ----------------------------------------------------------------------------------- priors files
+
+
 def check_row(row):
-    """What is wrong with a row of a priors file, in words; '' for a good one."""
+    """What is wrong with a parsed row of a priors file, in words; '' for a good one."""
     if not isinstance(row, dict):
         return "is not an object"
-    missing = [key for key in ("problem_id", "frames", "times", "prior") if key not in row]
-    if missing:
-        return f"has no {', '.join(missing)}"
-    frames, times, prior = row["frames"], row["times"], row["prior"]
+    if "problem_id" not in row:
+        return "has no problem_id"
     if not isinstance(row.get("settings", {}), dict):
         return "has settings that are not an object"
+    frames = row.get("frames")
+    times = row.get("times")
+    prior = row.get("prior")
     if not all(isinstance(values, list) and values for values in (frames, times, prior)):
         return "has frames, times or prior that are not non-empty lists"
     if not len(frames) == len(times) == len(prior):
         return f"has {len(frames)} frames, {len(times)} times and {len(prior)} prior values"
-    if (
-        not all(type(index) is int for index in frames)
-        or frames[0] < 0
-        or any(a >= b for a, b in zip(frames, frames[1:], strict=False))
-    ):
+    indices = all(type(index) is int for index in frames)
+    if not indices or frames[0] < 0 or frames != sorted(set(frames)):
         return "has frames that are not ascending indices"
     if not all(type(value) in (int, float) and math.isfinite(value) for value in [*times, *prior]):
         return "has times or prior values that are not numbers"
-    good = min(prior) >= 0 and abs(sum(prior) - 1) < 1e-3
-    return (
-        ""
-        if good
-        else f"has a prior that is none: the least is {min(prior):.4g}, the sum {sum(prior):.4g}"
-    )
+    if min(prior) < 0 or not abs(sum(prior) - 1) < 1e-3:
+        return f"has a prior whose least value is {min(prior):.4g}, the sum {sum(prior):.4g}"
+    return ""
 
 
 def read_priors(path):
-    """Yields the rows of a priors file. DataError (one sentence) when it or a row is malformed."""
+    """Yields the rows of a priors file, each a Prior; fields that it does not know are left out.
+
+    Errors: DataError if the file or a row is malformed.
+    """
     if not os.path.isfile(path):
         raise DataError(f"priors file {path} not found (prior.py makes it)")
+    names = [one.name for one in fields(Prior)]
     with open(path, "rb") as file:
         for number, line in enumerate(file, 1):
             try:
                 row = json.loads(line)
+                fault = check_row(row)
             except ValueError as error:  # not JSON, or not UTF-8
-                raise DataError(
-                    f"priors file {path}, line {number} is not valid JSON ({error}); build it again"
-                ) from error
-            fault = check_row(row)
+                fault = f"is not valid JSON ({error})"
             if fault:
                 raise DataError(f"priors file {path}, line {number} {fault}; build it again")
-            yield {**row, "problem_id": str(row["problem_id"])}
+            known = {name: row[name] for name in names if row.get(name) is not None}
+            known["problem_id"] = str(row["problem_id"])
+            yield Prior(**known)
 
 
 def other_question(row, example):
-    """Whether a row was made for another question or medium than the example that has its problem_id."""
-    return row.get("question", example.question) != example.question or row.get(
-        "media", media_name(example)
-    ) != media_name(example)
+    """Whether a Prior is about another question or medium than the example with its problem_id."""
+    if row.question not in (None, example.question):
+        return True
+    return row.media not in (None, media_name(example))
 
 
 def load_priors(path, examples, settings):
-    """Priors file -> {problem_id: row} of the video and image examples that have one; check_missing() asks why others have none.
+    """Priors of the video and image examples that have a row in a priors file.
 
-    settings: the run's PriorSettings. DataError (one sentence) when the file or a row is malformed, or a row was made for another
-    question, another K or with other settings (the CLIP model's name is not compared). A video of fewer than K frames is fine: its row
-    has all of its frames.
+    check_missing() asks why others have none.
+
+    Args:
+        settings: the run's PriorSettings. The names of CLIP models are not compared.
+    Returns:
+        {problem_id: Prior}.
+    Errors: DataError if the file is malformed, or a row was made for another question, another K
+        or with other settings.
     """
     needed = {example.id: example for example in examples if example.media_type != "text"}
-    found = {row["problem_id"]: row for row in read_priors(path) if row["problem_id"] in needed}
-    for problem, example in needed.items():
-        if problem not in found:
-            continue
-        indices, made_with = found[problem]["frames"], found[problem].get("settings", {})
-        if other_question(found[problem], example):
+    rows = {row.problem_id: row for row in read_priors(path) if row.problem_id in needed}
+    compared = settings_of(settings)
+    for name in ("frames", "clip", "clip_pretrained"):
+        del compared[name]
+    for problem, row in rows.items():
+        example = needed[problem]
+        if other_question(row, example):
             raise DataError(
-                f"priors file {path}: {problem} is another question there, or about another file; build it for this data set"
+                f"priors file {path}: {problem} is another question there, or about another file; "
+                "build it for this data set"
             )
-        short = len(indices) < settings.frames and (
-            indices == list(range(len(indices))) or made_with.get("fps")
-        )  # a short video, or --fps
-        if example.media_type == "video" and len(indices) != settings.frames and not short:
+        count = len(row.frames)
+        fitting = fits(row.frames, settings.frames, row.settings.get("fps"))
+        if example.media_type == "video" and not fitting:
             raise DataError(
-                f"the priors file {path} was made for K={made_with.get('frames', len(indices))} frames, this run uses "
-                f"K={settings.frames} ({problem} has {len(indices)}); build it again with --frames {settings.frames}"
+                f"the priors file {path} was made for K={row.settings.get('frames', count)} "
+                f"frames, this run uses K={settings.frames} ({problem} has {count}); build it "
+                f"again with --frames {settings.frames}"
             )
-        for name in (
-            setting.name
-            for setting in fields(PriorSettings)
-            if setting.name not in ("frames", "clip", "clip_pretrained")
-        ):
-            if made_with.get(name, getattr(settings, name)) != getattr(settings, name):
-                raise DataError(
-                    f"the priors file {path} was made with --{name} {made_with[name]}, this run has {getattr(settings, name)}; "
-                    f"give the same here, or make another file by prior.py --scores {path}"
-                )
-    return {problem: found[problem] for problem in needed if problem in found}
+        # Rows of other programs need not record settings.
+        made_with = {**compared, **row.settings}
+        remedy = f"give the same here, or make another file by prior.py --scores {path}"
+        check_settings(f"the priors file {path}", made_with, compared, remedy)
+    return {problem: rows[problem] for problem in needed if problem in rows}
 
 
 def check_missing(path, examples, settings, workers=0, timeout=300.0):
-    """Why examples have no row in a priors file -> error lines of those whose medium cannot be read.
+    """Error lines of examples without a row in a priors file because their medium is unreadable.
 
-    DataError when a medium can be read: the file was made for other examples, or is not finished.
+    Errors: DataError if a medium can be read: the file was made for other examples, or is not
+        finished.
     """
     rows = load_priors(path, examples, settings)
     needed = [example for example in examples if example.media_type != "text"]
@@ -824,67 +865,68 @@ def check_missing(path, examples, settings, workers=0, timeout=300.0):
     errors, readable = look_at(missing, settings, workers, timeout)
     if readable is not None:
         raise DataError(
-            f"priors file {path} has no row for {len(missing)} of {len(needed)} examples, though the medium of {readable.id} "
-            f"can be read; prior.py --dataset_name DATA --output {path} adds what is missing"
+            f"priors file {path} has no row for {len(missing)} of {len(needed)} examples, though "
+            f"the medium of {readable.id} can be read; prior.py --dataset_name DATA --output "
+            f"{path} adds what is missing"
         )
     return errors
 
 
 def rows_for(path, examples):
-    """Rows of a priors file that name the question and the medium of one of these examples, {problem_id: row}; others are left out."""
+    """{problem_id: Prior} of the rows that name the question and the medium of an example."""
     by_id = {example.id: example for example in examples}
-    found = {}
+    rows = {}
     for row in read_priors(path):
-        example = by_id.get(row["problem_id"])
-        if example is None or "question" not in row or "media" not in row:
-            continue
-        if not other_question(row, example):
-            found[example.id] = row
-    return found
+        example = by_id.get(row.problem_id)
+        named = row.question is not None and row.media is not None
+        if example is not None and named and not other_question(row, example):
+            rows[example.id] = row
+    return rows
+
+
+# ------------------------------------------------------------------------------------ command line
 
 
 def finished(output, examples, settings):
-    """problem_ids of the rows in the output. DataError when they belong to another data set or were made with other settings."""
-    by_id, done = {example.id: example for example in examples}, set()
-    for row in read_priors(output) if output.exists() else ():
-        problem = row["problem_id"]
-        if problem not in by_id or other_question(row, by_id[problem]):
+    """problem_ids of the rows that an earlier run left in the output.
+
+    Errors: DataError if they belong to another data set or were made with other settings.
+    """
+    by_id = {example.id: example for example in examples}
+    done = set()
+    if not output.exists():
+        return done
+    for row in read_priors(output):
+        example = by_id.get(row.problem_id)
+        if example is None or other_question(row, example):
             raise DataError(
-                f"{output} has a row of another data set ({problem}); choose another --output"
+                f"{output} has a row of another data set ({row.problem_id}); "
+                "choose another --output"
             )
-        for setting in fields(PriorSettings):
-            made_with, wanted = (
-                row.get("settings", {}).get(setting.name),
-                getattr(settings, setting.name),
-            )
-            if made_with != wanted:
-                raise DataError(
-                    f"{output} has rows made with --{setting.name} {made_with}, this run has {wanted}; choose another --output"
-                )
-        done.add(problem)
+        check_settings(output, row.settings, settings_of(settings))
+        done.add(row.problem_id)
     return done
 
 
 def cores():
-    """Processor cores for this rank: torchrun and deepspeed say how many ranks share the machine."""
-    return max(
-        1,
-        cv2.getNumberOfCPUs()
-        // int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", 1))),
-    )
+    """Processor cores for this rank, as torchrun and deepspeed count the ranks of the machine."""
+    ranks = os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", 1))
+    return max(1, cv2.getNumberOfCPUs() // int(ranks))
 
 
 def clip_of(arguments, workers):
-    """The semantic cue's model, or None where P has no semantic cue; on a CPU it has the threads that the workers leave."""
+    """The semantic cue's Clip, or None without that cue; it has the cores that workers leave."""
     if not arguments.has_semantic:
         return None
     torch.set_num_threads(max(1, cores() - workers))
-    device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
+    device = "cpu"
+    if torch.cuda.is_available():
+        device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     return load_clip(arguments.clip, arguments.clip_pretrained, device)
 
 
 def run_dataset(arguments):
-    """Appends the rows of a data set to --output as they are made; each rank takes every world-th video."""
+    """Appends the rows of a data set to --output as they are made; ranks share its videos."""
     unusable = []
     examples = load_examples(arguments.dataset_name, arguments.media_root, unusable)
     rank, world = join_ranks()
@@ -892,7 +934,7 @@ def run_dataset(arguments):
     groups = group_by_medium(examples)
     done = finished(output.path, examples, arguments)
     mine = list(groups)[rank::world]
-    left = [medium for medium in mine if any(example.id not in done for example in groups[medium])]
+    left = [medium for medium in mine if any(one.id not in done for one in groups[medium])]
     workers = arguments.workers
     if workers is None:
         workers = cores()
@@ -902,7 +944,7 @@ def run_dataset(arguments):
     if any(kind == "video" for kind, _ in left):
         clip = clip_of(arguments, workers)
 
-    # What an earlier run could not use is tried again. Nothing is left that could refuse this run.
+    # What an earlier run could not use is tried again, now that nothing can refuse this run.
     errors = ShardedLines(f"{arguments.output}.errors.jsonl", rank, world)
     errors.replace(unusable)
     output.append([])  # the file exists even if no example needs a row
@@ -914,14 +956,7 @@ def run_dataset(arguments):
         arguments.decode_timeout,
         arguments.pin_workers,
     )
-    progress = tqdm(
-        found,
-        desc="priors",
-        unit="video",
-        initial=len(mine) - len(left),
-        total=len(mine),
-        disable=rank > 0,
-    )
+    progress = tqdm(found, desc="priors", unit="video", total=len(left), disable=rank > 0)
     for medium, cues in progress:
         if isinstance(cues, MediaError):
             asked = [example for example in groups[medium] if example.id not in done]
@@ -929,29 +964,34 @@ def run_dataset(arguments):
         else:
             # All rows of the medium, so that a resumed run computes the same numbers.
             rows = media_rows(groups[medium], cues, clip, arguments)
-            output.append([row for row in rows if row["problem_id"] not in done])
+            output.append([row for row in rows if row.problem_id not in done])
     output.close()
     errors.close()
     if rank == 0:
-        conclude(arguments, examples, output.path, errors.path)
+        conclude(arguments, examples, errors.path)
 
 
-def conclude(arguments, examples, output, errors_file):
-    """The summary, and the data set with frame_sets if it is asked for."""
-    errors, done = (
-        errors_file.read_text(encoding="utf-8").splitlines(),
-        sum(1 for _ in open(output, "rb")),
-    )
-    if not errors:
-        errors_file.unlink()
-    if errors and not done:
+def conclude(arguments, examples, errors_file):
+    """Prints the summary, and writes the data set with frame_sets if it is asked for."""
+    output = Path(arguments.output)
+    with open(output, "rb") as file:
+        count = sum(1 for _ in file)
+    errors = errors_file.read_text(encoding="utf-8").splitlines()
+    if errors and not count:
         output.unlink()
+        cause = json.loads(errors[0])["cause"]
         raise DataError(
-            f"none of the {len(errors)} examples can be used (see {errors_file}); the first: {json.loads(errors[0])['cause']}"
+            f"none of the {len(errors)} examples can be used (see {errors_file}); "
+            f"the first: {cause}"
         )
+    place = f" (see {errors_file})"
+    if not errors:
+        place = ""
+        errors_file.unlink()
+    texts = sum(example.media_type == "text" for example in examples)
     print(
-        f"{done} priors are in {output}; {len(errors)} examples could not be used{f' (see {errors_file})' if errors else ''}; "
-        f"{sum(example.media_type == 'text' for example in examples)} text-only examples need none"
+        f"{count} priors are in {output}; {len(errors)} examples could not be used{place}; "
+        f"{texts} text-only examples need none"
     )
     report_evidence(output, examples)
     if arguments.export_frame_sets:
@@ -959,192 +999,118 @@ def conclude(arguments, examples, output, errors_file):
 
 
 def report_evidence(path, examples):
-    """Where the data set knows the evidence of an answer: how well the priors find it."""
-    known, hits, mass = (
-        {example.id: example.evidence for example in examples if example.evidence},
-        [],
-        [],
+    """Prints how well the priors find the evidence of answers, where the data set knows it."""
+    known = {example.id: example.evidence for example in examples if example.evidence}
+    if not known:
+        return
+    hits = []
+    masses = []
+    for row in read_priors(path):
+        inside = np.zeros(len(row.frames), bool)  # (K,)
+        for start, end in known.get(row.problem_id, []):
+            inside |= [start <= time < end for time in row.times]
+        if row.problem_id in known:
+            hits.append(inside[row.semantic].any())
+        if inside.any():
+            masses.append((inside @ row.prior, inside.mean()))
+    if not masses:
+        return
+    unseen = ""
+    if len(masses) < len(hits):
+        unseen = f" ({len(hits) - len(masses)} have no sampled frame there)"
+    prior, uniform = np.array(masses).T
+    print(
+        f"{len(hits)} questions of known evidence{unseen}: {np.mean(hits):.3f} have it among the "
+        f"semantic cue's frames; P's mass on it is {np.mean(prior / uniform):.2f} times uniform's "
+        f"(mean of ratios; ratio of means {prior.mean() / uniform.mean():.2f})"
     )
-    for row in read_priors(path) if known else []:
-        if row["problem_id"] in known:
-            inside = np.array(
-                [
-                    any(start <= time < end for start, end in known[row["problem_id"]])
-                    for time in row["times"]
-                ]
-            )
-            hits.append(inside[row["semantic"]].any())
-            mass.append((inside @ row["prior"], inside.mean()))
-    seen = [(prior, uniform) for prior, uniform in mass if uniform > 0]
-    if seen:
-        prior, uniform = np.array(seen).T
-        unseen = (
-            f" ({len(hits) - len(seen)} have no sampled frame there)"
-            if len(seen) < len(hits)
-            else ""
-        )
-        print(
-            f"{len(hits)} questions of known evidence{unseen}: {np.mean(hits):.3f} have it among the semantic cue's frames; P's mass on "
-            f"it is {np.mean(prior / uniform):.2f} times uniform's (mean of ratios; ratio of means {prior.mean() / uniform.mean():.2f})"
-        )
-
-
-def export_frame_sets(arguments):
-    """The data set with the release's frame_sets in every row that has a prior, the other rows as they are."""
-    made, rows, count = (
-        {row["problem_id"]: row for row in read_priors(arguments.output)},
-        read_rows(arguments.dataset_name),
-        0,
-    )
-    for index, row in enumerate(rows):
-        try:
-            example = parse_example(
-                row, index, arguments.media_root or Path(arguments.dataset_name).parent
-            )
-        except DataError:
-            continue  # an unusable row
-        prior = made.pop(example.id, None)  # once: a row that repeats an id has none
-        if prior:
-            sets = {
-                name: [prior["frames"][at] for at in prior[name]] for name in ("scene", "semantic")
-            }
-            row["frame_sets"], count = {"uniform": prior["frames"], **sets}, count + 1
-    write_whole(arguments.export_frame_sets, [json.dumps(rows, indent=1).encode()])
-    print(f"{count} of {len(rows)} rows have frame_sets in {arguments.export_frame_sets}")
 
 
 def run_scores(arguments):
-    """The rows of --scores under this command's weights, and its list of errors. The cues' settings are the file's."""
-    names, defaults, rows = [setting.name for setting in fields(PriorSettings)], PriorSettings(), []
+    """Weighs the stored scores of --scores by this command's flags; the errors are copied."""
+    wanted = settings_of(arguments)
+    defaults = settings_of(PriorSettings())
+    rows = []
     for row in read_priors(arguments.scores):
-        made_with = row.get("settings", {})
-        if {"media", "scene_scores", "semantic_scores"} - row.keys() or set(
-            names
-        ) - made_with.keys():
+        stored = row.media is not None and (row.scene_scores or len(row.frames) == 1)
+        if not stored or wanted.keys() - row.settings.keys():
             raise DataError(
-                f"{arguments.scores}: the row of {row['problem_id']} has no stored scores and settings"
+                f"{arguments.scores}: the row of {row.problem_id} has no stored scores and settings"
             )
-        free = (
-            *WEIGHTS,
-            "semantic_k",
-            *(["scene_threshold"] if made_with["scene"] == "hsv" else []),
-        )
-        for name in names:
-            value = getattr(arguments, name)
-            if name not in free and value not in (getattr(defaults, name), made_with[name]):
-                raise DataError(
-                    f"{arguments.scores} was made with --{name} {made_with[name]}, not {value}; that takes the videos"
-                )
-        settings = PriorSettings(
-            **{
-                name: getattr(arguments, name) if name in free else made_with[name]
-                for name in names
-            }
-        )
-        if (
-            row["scene_scores"] and settings.has_semantic and not row["semantic_scores"]
-        ):  # an image has neither
+        used = {name: row.settings[name] for name in wanted}
+        free = [*WEIGHTS, "semantic_k"]
+        if used["scene"] == "hsv":
+            free.append("scene_threshold")
+        for name, value in wanted.items():
+            if name in free:
+                used[name] = value
+            elif value != defaults[name]:
+                check_settings(arguments.scores, used, {name: value}, "that takes the videos")
+        settings = PriorSettings(**used)
+        # An image has no scores.
+        if row.scene_scores and settings.has_semantic and not row.semantic_scores:
             raise DataError(
-                f"{arguments.scores} has no semantic scores (it was made with --prior {made_with['prior']})"
+                f"{arguments.scores} has no semantic scores "
+                f"(it was made with --prior {row.settings['prior']})"
             )
         rows.append(weigh_scores(row, settings))
     write_lines(arguments.output, rows)
-    errors, listed = (
-        Path(f"{arguments.scores}.errors.jsonl"),
-        Path(f"{arguments.output}.errors.jsonl"),
-    )
+    # The same media have no row.
+    errors = Path(f"{arguments.scores}.errors.jsonl")
+    copied = Path(f"{arguments.output}.errors.jsonl")
     if errors.is_file():
-        shutil.copyfile(errors, listed)  # the same media have no row
+        shutil.copyfile(errors, copied)
     else:
-        listed.unlink(missing_ok=True)
+        copied.unlink(missing_ok=True)
     print(f"{len(rows)} priors are in {arguments.output}, from the scores in {arguments.scores}")
 
 
 def run_video(arguments):
-    """One video's prior as a table and a picture."""
+    """Prints one video's prior as a table and draws it."""
+    # Imported here, since workers import this file and matplotlib takes a second.
+    from common.plots import prior_figure
+
     clip = clip_of(arguments, 0)
-    example = Example(
-        "0", arguments.question, [], "free-form", "", os.path.abspath(arguments.video), "video"
-    )
+    path = os.path.abspath(arguments.video)
+    example = Example("0", arguments.question, [], "free-form", "", path, "video")
     row = make_prior(example, clip, arguments)
     print("frame    time    scene  semantic      P")
-    semantic = row["semantic_scores"] or [math.nan] * len(row["frames"])
-    for position, (frame, time, jump, likeness, prior) in enumerate(
-        zip(row["frames"], row["times"], row["scene_scores"], semantic, row["prior"], strict=True)
-    ):
-        marks = ["*" if position in row[name] else " " for name in ("scene", "semantic")]
+    semantic = row.semantic_scores or [math.nan] * len(row.frames)
+    columns = (row.frames, row.times, row.scene_scores, semantic, row.prior)
+    for position, (frame, time, jump, likeness, prior) in enumerate(zip(*columns, strict=True)):
+        begins = "*" if position in row.scene else " "
+        alike = "*" if position in row.semantic else " "
         print(
-            f"{frame:5d} {time:6.1f} s  {jump:6.3f}{marks[0]} {likeness:8.3f}{marks[1]} {prior:6.3f} {'#' * round(100 * prior)}"
+            f"{frame:5d} {time:6.1f} s  {jump:6.3f}{begins} {likeness:8.3f}{alike} {prior:6.3f} "
+            f"{'#' * round(100 * prior)}"
         )
-    draw_prior(row, decode_frames(example.media, row["frames"])[0], arguments.output)
+    frames, _ = decode_frames(path, row.frames)  # (K, H, W, 3)
+    threshold = arguments.hsv_threshold if arguments.scene == "hsv" else None
+    figure, *_ = prior_figure(row, frames, threshold)
+    figure.savefig(arguments.output)
     print(
-        f"* begins a scene, or is among the frames most like the question. Drawn in {arguments.output}"
+        "* begins a scene, or is among the frames most like the question. "
+        f"Drawn in {arguments.output}"
     )
 
 
-def draw_prior(row, frames, path):
-    """Picture of one row: its frames (K, H, W, 3) uint8 above the two cues and P; the frames that a cue names are filled."""
-    from matplotlib.figure import Figure
-
-    count, settings = len(frames), PriorSettings(**row["settings"])
-    figure = Figure(figsize=(max(6, 0.8 * count), 6), layout="constrained")
-    figure.suptitle(textwrap.fill(row["question"], max(60, 9 * count)), parse_math=False)
-    lines = (
-        ("scene_scores", "scene", "#0072B2"),
-        ("semantic_scores", "semantic", "#D55E00"),
-        ("prior", "P", "#009E73"),
-    )
-    lines = [line for line in lines if row[line[0]]]  # without CLIP there are no semantic scores
-    grid = figure.add_gridspec(1 + len(lines), count, height_ratios=(0.8, *(1 for _ in lines)))
-    for position, frame in enumerate(frames):
-        axes = figure.add_subplot(grid[0, position], title=f"{row['times'][position]:.1f} s")
-        axes.title.set_fontsize(8)
-        axes.imshow(frame)
-        axes.set_axis_off()
-    for line, (name, label, colour) in enumerate(lines, 1):
-        axes = figure.add_subplot(
-            grid[line, :],
-            ylabel=name.replace("_", " "),
-            xlim=(-0.5, count - 0.5),
-            xticks=range(count),
-        )
-        values = row[name]
-        floor = (
-            min(values) - 0.1 * (max(values) - min(values)) if label == "semantic" else 0.0
-        )  # cosines differ little: zoomed in on
-        bars = axes.bar(
-            range(count),
-            [value - floor for value in values],
-            bottom=floor,
-            color="white",
-            edgecolor=colour,
-        )
-        for position in row.get(label, range(count)):
-            bars[position].set_facecolor(colour)
-        if label == "scene" and settings.scene == "hsv":
-            axes.axhline(settings.hsv_threshold, color="grey", linestyle="--")
-    axes.set_xlabel(
-        "sampled frame; filled: chosen by the cue; dashed: the least score of a scene cut"
-    )
-    figure.savefig(path, dpi=110)
+EXIT_CODES = """
+Exit code 0: done; unusable examples are counted and listed in OUTPUT.errors.jsonl. 2: bad input, or
+a file that cannot be written; one sentence says which. 130: interrupted; the same command
+continues. 1: a fault of this program, with its trace."""
 
 
 def main():
-    parser = HfArgumentParser(
-        PriorArguments,
-        allow_abbrev=False,
-        formatter_class=Help,
-        description=(
-            f"{__doc__}\nExit code 0: done; what could not be used is counted and listed in OUTPUT.errors.jsonl. 2: bad input, or a file that "
-            "cannot be written;\none sentence says which. 130: interrupted; the same command continues. 1: a fault of this program, with its "
-            "trace."
-        ),
-    )
+    parser = Parser(PriorArguments, __doc__ + EXIT_CODES)
     namespace = parser.parse_args()
     try:
         arguments = PriorArguments(**vars(namespace))
-        run = run_video if arguments.video else run_scores if arguments.scores else run_dataset
-        run(arguments)
+        if arguments.video:
+            run_video(arguments)
+        elif arguments.scores:
+            run_scores(arguments)
+        else:
+            run_dataset(arguments)
     except (DataError, OSError) as error:  # OSError: a file that cannot be written, a full disk
         print(f"prior.py: error: {error}", file=sys.stderr)
         sys.exit(2)

@@ -1364,11 +1364,6 @@ def priors_for(args, settings, questions, name, resume, file=None, shared=None):
     name_skipped({e.id: skipped[e.id] for e in questions.examples if e.id in skipped})
     questions.examples = [e for e in questions.examples if e.id not in skipped]
     questions.priors = prior.load_priors(file or made, questions.examples, settings)
-    from common.data import Prior
-
-    questions.priors = {
-        k: Prior(**r) if isinstance(r, dict) else r for k, r in questions.priors.items()
-    }
 
 
 def collect_priors(made, settings, examples, name, resume, shared):

@@ -15,9 +15,10 @@ import math
 import os
 import random
 import re
-from dataclasses import dataclass, field, replace
+from dataclasses import KW_ONLY, dataclass, field, replace
 from pathlib import Path
 from string import ascii_uppercase
+from typing import NamedTuple
 
 PROBLEM_TYPES = ("multiple choice", "numerical", "regression", "free-form", "OCR")
 DATA_TYPES = ("video", "image", "text")
@@ -64,20 +65,33 @@ class MediaError(DataError):
     """An image or video that cannot be decoded: skipped, counted and named, never replaced."""
 
 
+class Cues(NamedTuple):
+    """What prior.py reads from a video or an image itself; worker processes return it."""
+
+    frames: list  # (K,) indices in the video
+    times: list  # (K,) seconds
+    scene_scores: list  # (K,); empty for an image
+    pixels: object  # (K, 3, h, w) float32 array for CLIP, or None
+
+
 @dataclass
 class Prior:
-    """Consensus prior of one question: a row of a priors file. prior.py writes and checks it."""
+    """Consensus prior of one question: a row of a priors file, with its keys in their order.
+
+    prior.py writes and checks it.
+    """
 
     problem_id: str
-    frames: list[int]  # (K,) indices in the video, ascending
-    times: list[float]  # (K,) seconds
-    prior: list[float]  # (K,) P of Eq. 2, sums to 1
+    _: KW_ONLY
     question: str | None = None
     media: str | None = None  # path as the data set writes it
+    frames: list[int]  # (K,) indices in the video, ascending
+    times: list[float]  # (K,) seconds
     scene_scores: list[float] = field(default_factory=list)  # (K,)
     semantic_scores: list[float] = field(default_factory=list)  # (K,)
     scene: list[int] = field(default_factory=list)  # positions among the K frames, S_scene of Eq. 1
     semantic: list[int] = field(default_factory=list)  # positions of S_sem of Eq. 1
+    prior: list[float] = field(default_factory=list)  # (K,) P of Eq. 2, sums to 1
     settings: dict = field(default_factory=dict)  # PriorSettings that made it
 
     def __getitem__(self, name):  # TO GO: access as a dict

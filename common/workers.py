@@ -144,40 +144,43 @@ class Pool:
             try:
                 return task.future.result()
             except TimeoutError as error:
-                late = f"not decoded within {self.timeout:g} s (--decode_timeout)"
-                raise MediaError(f"{medium}: {late}") from error
+                message = f"{medium}: not decoded within {self.timeout:g} s (--decode_timeout)"
+                raise MediaError(message) from error
             except ProcessExpired as error:
                 # Killed by the medium, or by a signal to the whole job: try once more.
                 if attempt == 2:
-                    death = f"the decoder died of it (exit code {error.exitcode})"
-                    raise MediaError(f"{medium}: {death}") from error
+                    message = f"{medium}: the decoder died of it (exit code {error.exitcode})"
+                    raise MediaError(message) from error
                 task = self.submit(task.function, *task.args)
 
     def each(self, function, media, *args):
-        """Calls function(medium, *args) for every medium (kind, path).
+        """Calls function(medium, *args) for every medium (kind, path), then stops the workers.
 
         Yields:
             (medium, value or MediaError) in the order in which the calls finish.
         """
         media = iter(media)
         running = {}
-        while True:
-            # Enough that no worker idles, few enough to hold their results in memory.
-            for medium in islice(media, self.workers + 2 - len(running)):
-                running[self.submit(function, medium, *args)] = medium
-            if not running:
-                return
-            done = list(running)
-            if self.processes is not None:
-                wait([task.future for task in running], return_when=FIRST_COMPLETED)
-                done = [task for task in running if task.future.done()]
-            for task in done:
-                medium = running.pop(task)
-                try:
-                    value = self.result(task, medium[1])
-                except MediaError as error:
-                    value = error
-                yield medium, value
+        try:
+            while True:
+                # Enough that no worker idles, few enough to hold their results in memory.
+                for medium in islice(media, self.workers + 2 - len(running)):
+                    running[self.submit(function, medium, *args)] = medium
+                if not running:
+                    return
+                done = list(running)
+                if self.processes is not None:
+                    wait([task.future for task in running], return_when=FIRST_COMPLETED)
+                    done = [task for task in running if task.future.done()]
+                for task in done:
+                    medium = running.pop(task)
+                    try:
+                        value = self.result(task, medium[1])
+                    except MediaError as error:
+                        value = error
+                    yield medium, value
+        finally:
+            self.stop()
 
     def stop(self):
         """Ends the workers, whatever they are doing."""
@@ -195,14 +198,19 @@ def write_whole(path, parts):
     unfinished.replace(path)
 
 
+def to_json(row):
+    """A line of JSON without its end; a dataclass becomes an object of its fields in order."""
+    return json.dumps(row, default=vars)
+
+
 def write_lines(path, rows):
-    """Writes rows as JSON lines by write_whole."""
-    write_whole(path, (f"{json.dumps(row)}\n".encode() for row in rows))
+    """Writes rows (dicts or dataclasses) as JSON lines by write_whole."""
+    write_whole(path, (f"{to_json(row)}\n".encode() for row in rows))
 
 
 def append_lines(file, rows):
-    """Writes rows as JSON lines at the end of an unbuffered binary file."""
-    lines = "".join(json.dumps(row) + "\n" for row in rows).encode()
+    """Writes rows (dicts or dataclasses) as JSON lines at the end of an unbuffered binary file."""
+    lines = "".join(f"{to_json(row)}\n" for row in rows).encode()
     while lines:
         lines = lines[file.write(lines) :]
 

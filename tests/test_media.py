@@ -171,7 +171,8 @@ def encoder_of(processor, **settings):
 
 
 def prior_of(frames, times):
-    return Prior("v", frames, times, prior=[1 / len(frames)] * len(frames))
+    prior = [1 / len(frames)] * len(frames)
+    return Prior(problem_id="v", frames=frames, times=times, prior=prior)
 
 
 def brightness(item, processor):
