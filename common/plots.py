@@ -102,6 +102,8 @@ def new_figure(width, height):
 def pixels_of(figure):
     """Draw a figure -> (H, W, 3) uint8."""
     figure.canvas.draw()
+    # The layout takes most of the time; the files are drawn with the same one.
+    figure.set_layout_engine("none")
     return np.asarray(figure.canvas.buffer_rgba())[..., :3]
 
 
