@@ -25,7 +25,7 @@ import shlex
 import sys
 from dataclasses import dataclass, field, fields
 
-from common.data import PROBLEM_TYPES, DataError, Example, Prior
+from common.data import PROBLEM_TYPES, DataError, Example
 from common.enrichment_page import enrichment_report
 from common.flags import Help, Parser, flag
 from common.media import open_video
@@ -143,7 +143,6 @@ def sample(arguments, settings, command):
     if settings.has_semantic:
         clip = load_clip(settings.clip, settings.clip_pretrained)
     prior = make_prior(example, clip, settings)
-    prior = prior if isinstance(prior, Prior) else Prior(**prior)  # SHIM
     # The page calls the models by the ends of their paths.
     models = dict(zip(short_names(paths), paths, strict=True))
     return sample_report(arguments, example, prior, models, notes, command)

@@ -15,7 +15,7 @@ import matplotlib
 import numpy as np
 from tqdm import tqdm
 
-from common.data import DataError, MediaError, Prior, resolve_media
+from common.data import DataError, MediaError, resolve_media
 from common.media import decode_frames
 from common.pages import check_output, panels_html, table_html, wide_html, write_report
 from common.plots import (
@@ -84,7 +84,6 @@ def summarise_priors(path, items, seed=0):
     summary = Priors()
     rng = random.Random(seed)
     for row in tqdm(read_priors(path), desc="read", unit="row", delay=2):
-        row = row if isinstance(row, Prior) else Prior(**row)  # SHIM
         count = len(row.prior)
         for name, value in row.settings.items():
             summary.settings[name][value if isinstance(value, str) else json.dumps(value)] += 1
@@ -92,6 +91,11 @@ def summarise_priors(path, items, seed=0):
         if count == 1:
             summary.images += 1
             continue
+        if not set(row.scene + row.semantic) <= set(range(count)):
+            raise DataError(
+                f"priors file {path}: the row of {row.problem_id} has sets that are not positions "
+                f"among its {count} frames; build it again"
+            )
         summary.frames[count] += 1
         summary.mass += part_masses(row.prior)
         summary.effective.append(effective_share(row.prior))

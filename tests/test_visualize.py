@@ -571,5 +571,8 @@ def test_priors_that_cannot_be_drawn(tmp_path, monkeypatch, capsys):
     image = {"problem_id": "i", "frames": [0], "times": [0.0], "prior": [1.0]}
     assert "no row of a video, only 1 of images" in error(image)
     assert "line 1" in error({**good, "prior": [0.5] * 4})
+    assert "the row of a has sets that are not positions among its 4" in error(
+        {**good, "scene": [4]}
+    )
     assert "--items must be at least 0" in error(good, "--items", "-1")
     assert "must end in .html" in error(good, "--output", "x.png")
