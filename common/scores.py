@@ -1,13 +1,18 @@
-"""Stage 5's rules: stored answers -> numbers, by pure functions; no model, no video. evaluate.py is the command line.
+"""Scoring rules of stage 5: stored answers in, numbers out, by pure functions. No model, no video.
 
-    items, duplicates, source = read_predictions("eval_mmvu_greedy_output.json")     # any of five formats
-    report = make_report(items, "mmvu")                                              # accuracy, per type and task
+    items, repeated, source = read_predictions("eval_mmvu_greedy_output.json")  # any known format
+    report = make_report(items, "mmvu")  # accuracy, per type and task
 
-Every answer gets two scores. "official": what a benchmark asks for, a readable right answer ("(B)", "B. car", "1,200" for "1200", mean
-relative accuracy with <=). "video_r1": what eval_bench.py of Video-R1, VideoCFR and GRPO-CARE gives, for numbers that are to be compared
-with theirs: the exact letter, the decimal rule, mean relative accuracy with <, nothing for OCR and free-form.
-In both, the answer is the first <answer> block; for "video_r1" the whole output where there is none or an empty one, for "official" only
-where the output has no blocks at all.
+evaluate.py is the command line. Every answer gets two scores:
+
+- official, what a benchmark asks for: a readable right answer ("(B)", "B. car", "1,200" for
+  "1200"), mean relative accuracy with <=.
+- video_r1, what eval_bench.py of Video-R1, VideoCFR and GRPO-CARE gives, to compare with their
+  numbers: the exact letter, the decimal rule, mean relative accuracy with <, 0 for OCR and
+  free-form.
+
+Both score the first <answer> block. Without one, or with an empty one, video_r1 scores the whole
+output; official does so only where the output has no think block either.
 """
 
 import hashlib
@@ -26,13 +31,15 @@ import reward
 from common.data import (
     PROBLEM_TYPES,
     DataError,
+    from_tw_grpo,
     option_texts,
     read_choice,
     solution_letters,
     split_options,
+    with_letters,
 )
 
-# Questions of each benchmark's files (test, validation or level), after the releases' own; a file of another size is warned about.
+# Number of questions in each benchmark's file (test, validation or level) as the releases have it.
 SIZES = {
     "vsibench": (5130,),
     "videommmu": (900,),
@@ -47,22 +54,19 @@ SIZES = {
     "nextgqa": (5553, 3358),
     "star": (7098,),
 }
-# VSI-Bench's eight tasks; the three levels of a direction are averaged into one first.
-VSI_TASKS = (
-    "obj_appearance_order",
-    "object_rel_distance",
-    "route_planning",
-    "object_rel_direction",
-    "object_counting",
-    "object_abs_distance",
-    "object_size_estimation",
-    "room_size_estimation",
-)
 VSI_NUMBERS = (
     "object_counting",
     "object_abs_distance",
     "object_size_estimation",
     "room_size_estimation",
+)
+# VSI-Bench's eight tasks. The three levels of a direction are averaged into one first.
+VSI_TASKS = (
+    "obj_appearance_order",
+    "object_rel_distance",
+    "route_planning",
+    "object_rel_direction",
+    *VSI_NUMBERS,
 )
 TASK_FIELDS = (
     "original_question_type",
@@ -75,294 +79,331 @@ TASK_FIELDS = (
     "dim",
     "kind",
 )
-BREAKDOWNS = (
-    "duration",
-    "domain",
-    "sub_category",
-)  # further fields whose values get a score of their own, where they are texts
+# Fields whose values, where they are texts, get a score each.
+BREAKDOWNS = ("duration", "domain", "sub_category")
+SCORING = {
+    "accuracy": "mean of `reward`: letters and numbers as they are meant, mean relative accuracy "
+    "with <=, OCR and free-form by overlap",
+    "accuracy_video_r1": "mean of `reward_video_r1`: eval_bench.py's rules, mean relative accuracy "
+    "with <, OCR and free-form are 0",
+}
 
 
 @dataclass
 class Item:
-    """One question with its stored output. `solution` is the bare truth; `error` the cause why there is no output."""
+    """One question with its stored output and the scores of that; a report lists it."""
 
     problem_id: str
     problem_type: str
-    solution: str
+    solution: str  # the right answer without tags; the letters of a multiple-choice question
     output: str
-    question: str = ""
+    problem: str = ""  # the question
     options: list[str] = field(default_factory=list)
     task: str = ""
-    groups: dict = field(
-        default_factory=dict
-    )  # further fields that a benchmark breaks its score down by: duration, domain
-    error: str | None = None
-    evidence: list[tuple[float, float]] = field(
-        default_factory=list
-    )  # (start s, end s) that the answer rests on, where it is known
+    evidence: list[tuple[float, float]] = field(default_factory=list)  # (start s, end s), if known
     frame_use: dict | None = None  # where the answer looked: see frame_use_numbers
-    stored: float | None = None  # the score that the file itself has
-    tw_grpo: bool = False  # a TW-GRPO log: its own rule finds an answer without tags
+    error: str | None = None  # why there is no output
+    # Set by score_item.
+    prediction: str = ""  # the text that is scored
+    reward: float = 0.0  # official score
+    correct: bool = False  # whether it is 1
+    reward_video_r1: float = 0.0  # eval_bench.py's score
+    format: float = 0.0  # 1 for well-formed tags
+    # What a report does not list.
+    groups: dict = field(default_factory=dict)  # {name in BREAKDOWNS: value}
+    stored: float | None = None  # score in the file
+    tw_grpo: bool = False  # from a TW-GRPO log, whose rule finds an answer without tags
 
 
-# ------------------------------------------------------------------------------------------------------------ stored files
+# ---------------------------------------------------------------------------------- stored files
 
 
-def first_field(row, names, default=""):
-    """The first of a row's fields that says something, as text."""
-    return str(next((row[name] for name in names if row.get(name) not in (None, "")), default))
+def first_field(row, names):
+    """Return the first non-empty of a row's fields as text, "" if there is none."""
+    for name in names:
+        if row.get(name) not in (None, ""):
+            return str(row[name])
+    return ""
 
 
-def item_of(row, **more):
-    """A question's fields, as Video-R1 names them, beside its output -> Item."""
-    options, stored = row.get("options") or [], more.pop("stored", row.get("reward"))
+def short_hash(content):
+    return hashlib.sha1(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def item_of(row):
+    """Read a row with Video-R1's fields and an output.
+
+    Returns:
+        Item without scores.
+    Raises:
+        DataError: a field is missing or malformed.
+    """
+    options = row.get("options") or []
     output = row.get("output")
     if not isinstance(options, list) or not isinstance(output, str | None):
-        raise DataError("has options that are no list, or an output that is no text")
-    if not more.get("error", row.get("error")):
-        missing = [name for name in ("problem_type", "solution") if row.get(name) in (None, "")] + [
-            "output"
-        ] * ("output" not in row)
+        raise DataError("has options that are not a list, or an output that is not text")
+    # A question without an answer may lack the rest, too.
+    if not row.get("error"):
+        missing = [name for name in ("problem_type", "solution") if row.get(name) in (None, "")]
+        if "output" not in row:
+            missing.append("output")
         if missing:
             raise DataError(f"has no {', '.join(missing)}")
-    values = {
-        "problem_id": first_field(row, ("problem_id", "sample_id")),
-        "problem_type": str(row.get("problem_type") or ""),
-        "solution": reward.solution_answer(str(row.get("solution") or "")),
-        "output": output or "",
-        "question": first_field(row, ("problem", "question")),
-        "options": [str(option) for option in options],
-        "task": first_field(row, TASK_FIELDS),
-        "error": str(row["error"]) if row.get("error") else None,
-        "evidence": [
-            (float(start), float(end))
-            for start, end in row.get("evidence") or row.get("glue") or []
-        ],
-        "frame_use": row.get("frame_use"),
-        "groups": {
-            name: row[name] for name in BREAKDOWNS if isinstance(row.get(name), str) and row[name]
-        },
-        "stored": float(stored)
-        if isinstance(stored, int | float) and math.isfinite(stored)
-        else None,
-    }
-    item = Item(**{**values, **more})
+    item = Item(
+        problem_id=first_field(row, ("problem_id", "sample_id")),
+        problem_type=first_field(row, ("problem_type",)),
+        solution=reward.solution_answer(first_field(row, ("solution",))),
+        output=output or "",
+        problem=first_field(row, ("problem", "question")),
+        options=[str(option) for option in options],
+        task=first_field(row, TASK_FIELDS),
+        frame_use=row.get("frame_use"),
+    )
+    for start, end in row.get("evidence") or row.get("glue") or []:
+        item.evidence.append((float(start), float(end)))
+    for name in BREAKDOWNS:
+        if isinstance(row.get(name), str) and row[name]:
+            item.groups[name] = row[name]
+    stored = row.get("reward")
+    if isinstance(stored, int | float) and math.isfinite(stored):
+        item.stored = float(stored)
+    # Solutions are written as "(A)", "A. red" or "red", too.
     if item.problem_type == "multiple choice":
-        item.solution = (
-            solution_letters(item.solution, item.options) or item.solution
-        )  # as data.py reads it
-    if (
-        item.output.strip() == "<answer>error</answer>"
-    ):  # what eval_bench.py stores for a whole batch of which one video is unreadable
-        item.error = item.error or "stored as error: the file has <answer>error</answer>"
-    if (
-        not item.problem_id
-    ):  # two runs over the same question must name it alike, whatever the order of their files
-        told = json.dumps([item.question, row.get("video") or row.get("path"), item.options])
-        item.problem_id = hashlib.sha1(told.encode()).hexdigest()[:12]
+        item.solution = solution_letters(item.solution, item.options) or item.solution
+    if row.get("error"):
+        item.error = str(row["error"])
+    elif item.output.strip() == "<answer>error</answer>":
+        # eval_bench.py stores this for a whole batch of which one video is unreadable.
+        item.error = "stored as error: the file has <answer>error</answer>"
+    if not item.problem_id:
+        # Two runs over the same question must name it alike, in whatever order their files are.
+        medium = row.get("video") or row.get("path")
+        item.problem_id = short_hash([item.problem, medium, item.options])
     return item
 
 
 def from_tw_grpo_log(row):
-    """A line of TW-GRPO's result log: the input row under `question`, the prompt's echo maybe before the answer."""
-    asked = row["question"]
-    question, options = split_options(asked["problem"])
-    told = row["model_output"] or ""
-    begin = told.find("system")
-    if begin >= 0 and "assistant\n" in told[begin:]:
-        told = told[told.index("assistant\n", begin) + len("assistant\n") :]
-    fields = {
-        "problem_type": "multiple choice",
-        **asked,
-        "solution": asked.get("solution") or row["ground_truth"],
-        "problem": question,
-        "options": options or asked.get("options"),
-        "output": told,
-    }
-    return item_of(fields, stored=row.get("accuracy_score"), tw_grpo=True)
+    """Read a line of TW-GRPO's log: the data set's row under `question`, its output."""
+    output = row["model_output"] or ""
+    # Some outputs repeat the prompt first.
+    begin = output.find("system")
+    if begin >= 0:
+        output = output[begin:].partition("assistant\n")[2] or output
+    fields = from_tw_grpo(row["question"])
+    fields["output"] = output
+    fields["reward"] = row.get("accuracy_score")
+    fields["solution"] = fields.get("solution") or row["ground_truth"]
+    item = item_of(fields)
+    item.tw_grpo = True
+    return item
+
+
+def lmms_eval_score(row):
+    """Return the score that lmms-eval stored in a line of samples, None if there is none."""
+    for name, score in row.items():
+        if not name.endswith(("_score", "accuracy", "_acc")):
+            continue
+        if isinstance(score, dict):
+            if "answer" in score:
+                predicted = score.get("pred_answer", score.get("parsed_pred"))
+                score = {"correct": str(predicted) == str(score["answer"]), **score}
+            return score.get("score", score.get("correct"))
+        return score
+    return None
 
 
 def from_lmms_eval(row):
-    """A line of lmms-eval's samples: the data set's row under `doc`; MVBench's twenty files count their doc_id from 0 each."""
-    doc, answers, target = (
-        row["doc"],
-        row.get("resps") or row.get("filtered_resps"),
-        str(row["target"]),
-    )
-    while isinstance(answers, list):
-        answers = answers[0] if answers else ""
+    """Read a line of lmms-eval's samples: the data set's row under `doc`, its output."""
+    doc = row["doc"]
+    output = row.get("resps") or row.get("filtered_resps")
+    # Responses are nested: requests, then samples.
+    while isinstance(output, list):
+        output = output[0] if output else ""
     options = doc.get("options") or doc.get("candidates") or doc.get("choices") or []
-    options = list(options.values()) if isinstance(options, dict) else options
+    if isinstance(options, dict):
+        options = list(options.values())
+    # Some tasks have their options in the prompt alone.
     if isinstance(options, str) or not any(options):
         options = split_options(row.get("input") or "")[1]
-    lettered = re.compile(r"\(?[A-Z][.):]")
-    options = [
-        str(text) if lettered.match(str(text)) else f"{letter}. {text}"
-        for letter, text in zip("ABCDEFGHIJKLMNOPQRSTUVWXYZ", options, strict=False)
-    ]
-    task = first_field(doc, TASK_FIELDS)
-    if task in VSI_NUMBERS:
+    options = with_letters([str(option) for option in options])
+    target = str(row["target"])
+    # The samples do not name the type of a question.
+    if first_field(doc, TASK_FIELDS) in VSI_NUMBERS:
         kind = "regression"
     elif options or re.fullmatch(r"[A-Z]", target):
         kind = "multiple choice"
+    elif exact_number(target) is not None:
+        kind = "numerical"
     else:
-        kind = "numerical" if exact_number(target) is not None else "free-form"
-    texts = [re.sub(r"^\(?[A-Z][.):]\s*", "", text) for text in options]
-    if kind == "multiple choice" and target in texts:  # MVBench keeps the right option's text
-        target = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"[texts.index(target)]
-    number = hashlib.sha1(json.dumps(doc, sort_keys=True).encode()).hexdigest()[:12]
-    names = [name for name in row if name.endswith(("_score", "accuracy", "_acc"))]
-    scores = [row[name] for name in names if isinstance(row[name], dict | float | int)]
-    stored = None
-    for score in scores[:1]:
-        if not isinstance(score, dict):
-            stored = float(score)
-        elif "score" in score or "correct" in score:
-            stored = float(score.get("score", score.get("correct")))
-        elif "answer" in score:
-            stored = float(
-                str(score.get("pred_answer", score.get("parsed_pred"))) == str(score["answer"])
-            )
-    return item_of(
-        {
-            **doc,
-            "problem": doc.get("question"),
-            "problem_type": kind,
-            "solution": target,
-            "options": options,
-            "output": answers,
-        },
-        problem_id=f"{row['doc_id']}-{number}",
-        stored=stored,
-    )
+        kind = "free-form"
+    # MVBench's target is the right option's text, which may be another option's letter.
+    letters = [letter for letter, text in option_texts(options).items() if text == target]
+    fields = {
+        **doc,
+        # MVBench's twenty files each count doc_id from 0.
+        "problem_id": f"{row['doc_id']}-{short_hash(doc)}",
+        "problem": doc.get("question"),
+        "problem_type": kind,
+        "solution": letters[0] if letters else target,
+        "options": options,
+        "output": output,
+        "reward": lmms_eval_score(row),
+    }
+    return item_of(fields)
 
 
 def read_json(path):
-    """A JSON document, or JSON lines whatever the file's name -> list of rows, and the settings of a report of ours ({} otherwise)."""
+    """Read stored predictions as they are.
+
+    Args:
+        path: a JSON document, or JSON lines whatever the file's name.
+    Returns:
+        (list of rows, settings of a report of evaluate.py or {}).
+    Raises:
+        DataError: there are no rows of predictions.
+    """
     file = Path(path)
     if not file.is_file():
         raise DataError(f"{file} not found")
     try:
         text = file.read_text(encoding="utf-8")
-    except (UnicodeDecodeError, OSError) as error:
+    except UnicodeDecodeError as error:
         raise DataError(f"{file} cannot be read: {error}") from error
     try:
-        document = json.loads(text)
+        rows = json.loads(text)
     except ValueError:
-        document = []
+        rows = []
         for number, line in enumerate(text.split("\n"), 1):
             try:
-                document += [json.loads(line)] if line.strip() else []
+                if line.strip():
+                    rows.append(json.loads(line))
             except ValueError as error:
-                raise DataError(
-                    f"{file} is neither JSON nor JSON lines: line {number}: {error}"
-                ) from error
-    settings = document.get("settings") if isinstance(document, dict) else {}
-    settings = settings if isinstance(settings, dict) else {}
-    if isinstance(document, dict):
-        document = document["results"] if "results" in document else [document]
-    if (
-        not isinstance(document, list)
-        or not document
-        or not all(isinstance(row, dict) for row in document)
-    ):
+                cause = f"line {number}: {error}"
+                raise DataError(f"{file} is neither JSON nor JSON lines: {cause}") from error
+    settings = {}
+    if isinstance(rows, dict):
+        if isinstance(rows.get("settings"), dict):
+            settings = rows["settings"]
+        rows = rows.get("results", [rows])
+    if not isinstance(rows, list) or not rows or not all(isinstance(row, dict) for row in rows):
         raise DataError(
-            f"{file} holds no predictions (a list of objects, or an object with results, is expected)"
+            f"{file} holds no predictions (a list of objects, or an object with results, "
+            "is expected)"
         )
-    return document, settings
+    return rows, settings
 
 
 def read_predictions(path):
-    """Stored predictions -> (list of Item without repeats, list of repeated problem_ids, name of the format).
+    """Read stored predictions of any known format; of a repeated problem_id the first row counts.
 
-    Formats, told by their fields: eval_results of Video-R1, VideoCFR and GRPO-CARE; the reports and prediction lines of evaluate.py;
-    TW-GRPO's result log; lmms-eval's samples. Of a repeated problem_id the first row counts. DataError names the row that is none.
+    Formats, recognised by their fields: eval_results of Video-R1, VideoCFR and GRPO-CARE; reports
+    and prediction lines of evaluate.py; TW-GRPO's log; lmms-eval's samples.
+
+    Returns:
+        (list of Item, list of repeated problem_ids, name of the format).
+    Raises:
+        DataError: with the number of the malformed row.
     """
     rows, _ = read_json(path)
-    items, repeated, source = {}, [], ""
+    items = {}
+    repeated = []
     for index, row in enumerate(rows):
         if "model_output" in row:
-            source, read = "TW-GRPO", from_tw_grpo_log
+            source = "TW-GRPO"
+            read = from_tw_grpo_log
         elif "doc" in row:
-            source, read = "lmms-eval", from_lmms_eval
+            source = "lmms-eval"
+            read = from_lmms_eval
         else:
-            source, read = "Video-R1", item_of
+            source = "Video-R1"
+            read = item_of
         try:
             item = read(row)
         except DataError as error:
             raise DataError(f"{path}: row {index} {error}") from error
         except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
-            raise DataError(
-                f"{path}: row {index} is no {source} prediction ({type(error).__name__}: {error})"
-            ) from error
-        if item.problem_id in items:
-            other = item.question != items[item.problem_id].question
-            repeated.append(item.problem_id + (" (another question)" if other else ""))
-        items.setdefault(item.problem_id, item)
+            cause = f"{type(error).__name__}: {error}"
+            raise DataError(f"{path}: row {index} is no {source} prediction ({cause})") from error
+        first = items.setdefault(item.problem_id, item)
+        if first is not item:
+            other = " (another question)" if first.problem != item.problem else ""
+            repeated.append(item.problem_id + other)
     return list(items.values()), repeated, source
 
 
 def benchmark_of(path, items=()):
-    """The benchmark that a file's name or its tasks speak of, "" when neither does."""
+    """Return the key of SIZES that a file's name or its tasks point to, "" if neither does."""
     name = Path(path).name.lower()
+    # SEED-Bench-R1 names its files by level.
     level = re.search(r"(?:validation|seed.*)_?l([123])(?!\d)", name)
     if level:
         return f"seed-bench-r1 L{level[1]}"
-    words, joined = re.split(r"[^a-z0-9]+", name), re.sub(r"[^a-z0-9]+", "", name)
+    words = re.split(r"[^a-z0-9]+", name)
+    joined = "".join(words)
     for benchmark in SIZES:
-        if (
-            benchmark in words
-            or (len(benchmark) > 4 and benchmark in joined)
-            or (benchmark == "mmvu" and "mmvu" in joined)
-        ):
+        # "star" is also part of other words.
+        if benchmark in words or (benchmark != "star" and benchmark in joined):
             return benchmark
     return "vsibench" if items and all(vsi_task(item.task) for item in items) else ""
 
 
-# ----------------------------------------------------------------------------------------------------- answers and their scores
+# ----------------------------------------------------------------------- answers and their scores
 
 
 def find_answer(item):
-    """The text that is scored: the first <answer> block; of an output without blocks all of it, in TW-GRPO's logs what follows "answer".
+    """Return the text to score: the first <answer> block, else what Item's format takes instead.
 
-    "" for a think block that no answer follows: words of the reasoning are no answer to a free-form question."""
+    That is the whole output, but "" if it has a think block: reasoning is no free-form answer. In
+    TW-GRPO's logs it is the capital letters after the word "answer".
+    """
     block = re.search(r"<answer>(.*?)</answer>", item.output, re.DOTALL)
-    if block or not item.tw_grpo:
-        return (
-            block[1].strip() if block else "" if "<think>" in item.output else item.output.strip()
-        )
-    told = re.search(r"(?:answer|Answer|ANSWER)[:\s]*([A-Z](?:\s*,\s*[A-Z])*)", item.output)
-    return told[1] if told else ""
+    if block:
+        return block[1].strip()
+    if item.tw_grpo:
+        letters = re.search(r"(?:answer|Answer|ANSWER)[:\s]*([A-Z](?:\s*,\s*[A-Z])*)", item.output)
+        return letters[1] if letters else ""
+    return "" if "<think>" in item.output else item.output.strip()
 
 
 def exact_number(text):
-    """ "1,234.5" -> Fraction; None for anything that is no finite number (units, words, "nan", "inf"), as reward.py reads numbers."""
+    """Read "1,234.5" as a Fraction; None for units, words, "nan" and "inf"."""
     try:
         value = Decimal(text.strip().replace(",", ""))
     except InvalidOperation:
         return None
-    return (
-        Fraction(value) if value.is_finite() and abs(value.adjusted()) < 300 else None
-    )  # 1e999999999 would fill the memory
+    # 1e999999999 would fill the memory.
+    return Fraction(value) if value.is_finite() and abs(value.adjusted()) < 300 else None
+
+
+def same_to_cents(first, second):
+    """Whether two numbers are equal after rounding to two decimals."""
+    return round(float(first), 2) == round(float(second), 2)
 
 
 def mean_relative_accuracy(answer, truth, strict=False):
-    """Share of the ten tolerances 5 %, 10 %, ... 50 % that the relative error |answer - truth| / |truth| keeps; two texts -> [0, 1].
+    """Share of the tolerances 5 %, 10 %, ... 50 % that keep |answer - truth| / |truth|, in [0, 1].
 
-    VSI-Bench's code asks for error <= tolerance, eval_bench.py of Video-R1 for < (strict). Exact: 20 |answer - truth| against k |truth|,
-    k = 1..10. In float32, as Video-R1 has it, rounding lets 9 for 10 and 19 for 20 pass one tolerance more than strict < does.
-    The right number scores 1 in both, a truth of 0 too.
+    VSI-Bench's code asks for error <= tolerance, Video-R1's eval_bench.py for < (strict). Computed
+    exactly: 20 |answer - truth| against k |truth|, k = 1..10; Video-R1's float32 lets 9 for 10 and
+    19 for 20 pass one tolerance more. The right number scores 1 in both, also where the truth is 0.
 
     >>> mean_relative_accuracy("3", "4"), mean_relative_accuracy("3", "4", strict=True)
     (0.6, 0.5)
     """
-    y_hat, y = exact_number(answer), exact_number(truth)
+    y_hat = exact_number(answer)
+    y = exact_number(truth)
     if y_hat is None or y is None:
         return 0.0
+    # Also where y is 0 and the relative error is not defined.
     if y_hat == y:
         return 1.0
-    error, unit = 20 * abs(y_hat - y), abs(y)
-    return sum(error < k * unit if strict else error <= k * unit for k in range(1, 11)) / 10
+    # Tolerances are k * 5 %, compared without division.
+    error = 20 * abs(y_hat - y)
+    within = 0
+    for k in range(1, 11):
+        bound = k * abs(y)
+        within += error < bound or (error == bound and not strict)
+    return within / 10
 
 
 def several_letters(truth):
@@ -371,276 +412,322 @@ def several_letters(truth):
 
 
 def official_score(answer, item):
-    """Score of an answer's text in [0, 1] by what the benchmarks ask for; several right letters: all of them and no other."""
+    """Score an answer's text in [0, 1] by what the benchmarks ask for."""
     truth = item.solution
     if item.problem_type == "multiple choice":
         if several_letters(truth):
+            # All right letters and no other.
             return float(reward.multi_choice_reward(answer, truth) == 1.0)
         return float(answer == truth or read_choice(answer, item.options) == truth.upper())
     if item.problem_type == "numerical":
-        told, right = exact_number(answer), exact_number(truth)
-        return float(None not in (told, right) and round(float(told), 2) == round(float(right), 2))
+        number = exact_number(answer)
+        right = exact_number(truth)
+        return float(None not in (number, right) and same_to_cents(number, right))
     if item.problem_type == "regression":
-        return mean_relative_accuracy(
-            (answer.split() or [""])[0].rstrip("."), truth
-        )  # "5 meters": VSI-Bench takes the first word
-    return (
-        {"OCR": reward.ocr_reward, "free-form": reward.rouge_reward}[item.problem_type](
-            answer, truth
-        )
-        if answer
-        else 0.0
-    )
+        # VSI-Bench takes the first word of "5 meters".
+        word = (answer.split() or [""])[0].rstrip(".")
+        return mean_relative_accuracy(word, truth)
+    if not answer:
+        return 0.0
+    rule = reward.ocr_reward if item.problem_type == "OCR" else reward.rouge_reward
+    return rule(answer, truth)
 
 
 def video_r1_score(answer, item):
-    """Score of an answer's text in [0, 1] as eval_bench.py of Video-R1, VideoCFR and GRPO-CARE gives it; an unknown type gives 0."""
+    """Score an answer's text in [0, 1] by eval_bench.py's rules."""
     if item.problem_type == "multiple choice":
         return float(answer == item.solution)
     if item.problem_type == "numerical":
         return reward.numerical_reward(answer, item.solution)
-    return (
-        mean_relative_accuracy(answer, item.solution, strict=True)
-        if item.problem_type == "regression"
-        else 0.0
-    )
+    if item.problem_type == "regression":
+        return mean_relative_accuracy(answer, item.solution, strict=True)
+    return 0.0
 
 
 def score_item(item):
-    """Item -> record of a report: the item, its prediction, `reward` (official), `reward_video_r1`, `correct`, format."""
-    answer, known = find_answer(item), item.problem_type in PROBLEM_TYPES
-    plain = reward.extract_answer(item.output) or item.output.strip()  # eval_bench.py's
-    official = official_score(answer, item) if answer and known and not item.error else 0.0
-    use = item.frame_use and {
-        name: value for name, value in item.frame_use.items() if name != "events"
-    }  # the predictions keep those
-    return {
-        "problem_id": item.problem_id,
-        "problem_type": item.problem_type,
-        "task": item.task,
-        **item.groups,
-        "problem": item.question,
-        "options": item.options,
-        "solution": item.solution,
-        "evidence": item.evidence,
-        "output": item.output,
-        "prediction": answer,
-        "reward": official,
-        "correct": official == 1.0,
-        "reward_video_r1": video_r1_score(plain, item) if plain and not item.error else 0.0,
-        "format": reward.format_reward(item.output),
-        "frame_use": use,
-        "error": item.error,
-    }
+    """Set an Item's scores; one of an unknown problem type or with an error scores 0.
+
+    Returns:
+        A report's record of the item, dict for JSON.
+    """
+    item.format = reward.format_reward(item.output)
+    item.prediction = find_answer(item)
+    # eval_bench.py scores everything that was said where it finds no answer.
+    whole = reward.extract_answer(item.output) or item.output.strip()
+    if item.prediction and item.problem_type in PROBLEM_TYPES and not item.error:
+        item.reward = official_score(item.prediction, item)
+        item.correct = item.reward == 1.0
+    if whole and not item.error:
+        item.reward_video_r1 = video_r1_score(whole, item)
+    record = vars(item) | item.groups
+    for name in ("groups", "stored", "tw_grpo"):
+        del record[name]
+    if item.frame_use:
+        # The predictions file keeps the events; they would be most of the report.
+        record["frame_use"] = {k: v for k, v in item.frame_use.items() if k != "events"}
+    return record
 
 
-# ---------------------------------------------------------------- a judge's readings of a reasoning; TAC, consistency
+# ------------------------------------------------- a judge's readings: TAC and the consistency rate
 
 
 def last_block(text, tag):
-    """Trimmed content of the last <tag>...</tag>, upper or lower case; "" without one (Video-R2's reading of a response)."""
+    """Return the last <tag>...</tag> block in either case, trimmed, "" without one (Video-R2)."""
     blocks = re.findall(rf"<{tag}>(.*?)</{tag}>", text, re.DOTALL | re.IGNORECASE)
     return blocks[-1].strip() if blocks else ""
 
 
-def agrees(told, truth, problem_type):
-    """Whether a letter or number agrees with another: a letter exactly, regression within 5 %, numerical after rounding to two decimals."""
+def agrees(reply, truth, problem_type):
+    """Whether two letters are the same, or two numbers: to 5 % in a regression, else to cents."""
     if problem_type == "multiple choice":
-        return told != "" and told == truth.upper()
-    told, truth = exact_number(told), exact_number(truth)
-    if None in (told, truth):
+        return reply != "" and reply == truth.upper()
+    number = exact_number(reply)
+    right = exact_number(truth)
+    if None in (number, right):
         return False
-    return (
-        20 * abs(told - truth) <= abs(truth)
-        if problem_type == "regression"
-        else round(float(told), 2) == round(float(truth), 2)
-    )
+    if problem_type == "regression":
+        return 20 * abs(number - right) <= abs(right)
+    return same_to_cents(number, right)
+
+
+def ratio(part, whole):
+    return part / whole if whole else None
 
 
 def reasoning_metrics(records, readings, judge):
-    """Does the answer follow from the reasoning? TAC after Video-R2, by both formulas that its code exports, and the consistency rate.
+    """Compute TAC (Video-R2) and the consistency rate (GRPO-CARE): do answer and reasoning agree?
 
-    readings: {problem_id: (answer, conclusion of the reasoning)}, letters or numbers, "" for none, as the judge of that name reads them.
-    a: answer right, t: conclusion right, TP both, TN neither, FP only t, FN only a: answer_to_thinking_correlation = (TP + TN) / N, in
-    which two different wrong letters agree; consistency_accuracy = TP / (TP + FN), more likely the published one. N: questions that have
-    an output. consistency_rate: share of all questions, those without an output too, whose conclusion is the answer, right or wrong; a
-    reasoning that never concludes is not.
+    With a = the answer is right and t = the conclusion of the reasoning is right, TP counts both,
+    TN neither, FP only t, FN only a, over the N questions that have an output. Video-R2's code
+    exports two formulas: answer_to_thinking_correlation = (TP + TN) / N, in which two different
+    wrong letters agree, and consistency_accuracy = TP / (TP + FN), more likely the published one.
+    consistency_rate is the share of all read questions, also those without an output, whose
+    conclusion is the answer.
+
+    Args:
+        readings: {problem_id: (answer, conclusion of the reasoning)}, the judge's replies: a letter
+            ("B", "B. blue") or number each, "" for none.
+        judge: name of the judge.
+    Returns:
+        dict of counts and the metrics.
     """
-    counts, consistent, silent, outputs = Counter(), 0, 0, 0
+    counts = Counter()
     for record in records:
         if record["problem_id"] not in readings:
             continue
-        answer, concluded = readings[record["problem_id"]]
-        right, kind = record["solution"], record["problem_type"]
-        consistent += agrees(concluded, answer, kind)
+        kind = record["problem_type"]
+        answer, conclusion = readings[record["problem_id"]]
+        # Judges may name the option in full. A reply that names none is kept: it is wrong.
+        if kind == "multiple choice":
+            answer = read_choice(answer, record["options"]) or answer
+            conclusion = read_choice(conclusion, record["options"]) or conclusion
+        counts["consistent"] += agrees(conclusion, answer, kind)
         if record["output"].strip() and not record["error"]:
-            outputs += 1
-            silent += concluded == ""
-            a, t = agrees(answer, right, kind), agrees(concluded, right, kind)
+            counts["outputs"] += 1
+            counts["silent"] += conclusion == ""
+            # Against the solution, and not against each other.
+            a = agrees(answer, record["solution"], kind)
+            t = agrees(conclusion, record["solution"], kind)
             counts[("TN", "FP", "FN", "TP")[2 * a + t]] += 1
-    ratio = lambda part, whole: part / whole if whole else None  # noqa: E731
+    agreeing = counts["TP"] + counts["TN"]
     return {
         "judge": judge,
         "n": len(readings),
         "not_read": len(records) - len(readings),
-        "outputs": outputs,
-        "no_conclusion": silent,
+        "outputs": counts["outputs"],
+        "no_conclusion": counts["silent"],
         **{name: counts[name] for name in ("TP", "TN", "FP", "FN")},
         "TAC": {
-            "answer_to_thinking_correlation": ratio(counts["TP"] + counts["TN"], outputs),
+            "answer_to_thinking_correlation": ratio(agreeing, counts["outputs"]),
             "consistency_accuracy": ratio(counts["TP"], counts["TP"] + counts["FN"]),
         },
-        "consistency_rate": ratio(consistent, len(readings)),
+        "consistency_rate": ratio(counts["consistent"], len(readings)),
     }
 
 
-# -------------------------------------------------------------------------------------------------------------- the report
+# ------------------------------------------------------------------------------------- the report
 
 
 def mean(values):
-    """Mean of numbers; None where there are none, which is not 0."""
+    """Mean of numbers, None if there are none."""
     values = list(values)
-    return sum(values) / len(values) if values else None
+    return ratio(sum(values), len(values))
 
 
-def summary(records):
-    """Numbers of a list of records."""
+def mean_of(items, name):
+    """Mean of a field of the items, None if there are none."""
+    return mean(getattr(item, name) for item in items)
+
+
+def summary(items):
+    """Numbers of a list of items."""
     return {
-        "n": len(records),
-        "correct": sum(record["correct"] for record in records),
-        "accuracy": mean(r["reward"] for r in records),
-        "accuracy_video_r1": mean(r["reward_video_r1"] for r in records),
-        "format_rate": mean(r["format"] for r in records),
+        "n": len(items),
+        "correct": sum(item.correct for item in items),
+        "accuracy": mean_of(items, "reward"),
+        "accuracy_video_r1": mean_of(items, "reward_video_r1"),
+        "format_rate": mean_of(items, "format"),
     }
 
 
-def grouped(records, name):
-    """{value of a field: summary}, of the records that have it."""
+def grouped(items, name):
+    """{value of a field: summary of the items that have it}, in alphabetical order."""
     groups = defaultdict(list)
-    for record in records:
-        if record.get(name):
-            groups[record[name]].append(record)
+    for item in items:
+        value = item.groups.get(name) or getattr(item, name, "")
+        if value:
+            groups[value].append(item)
     return {value: summary(group) for value, group in sorted(groups.items())}
 
 
+def eval_bench_means(items, reward_name):
+    """What eval_bench.py prints: mean_mra of the regression questions, mean_acc of all others."""
+    accuracies = []
+    mras = []
+    for item in items:
+        values = mras if item.problem_type == "regression" else accuracies
+        values.append(getattr(item, reward_name))
+    return {"mean_acc": mean(accuracies), "mean_mra": mean(mras)}
+
+
 def vsi_task(name):
-    """A question type of VSI-Bench -> its task, "" for other names: the three levels of object_rel_direction are one task."""
+    """Return VSI-Bench's task of a question type, "" for other names."""
     task = re.sub(r"^(object_rel_direction)_(easy|medium|hard)$", r"\1", name)
     return task if task in VSI_TASKS else ""
 
 
-def vsi_numbers(records, reward_name):
-    """VSI-Bench's four numbers: what eval_bench.py prints (mean_acc, mean_mra), their mean over questions, the benchmark's own over tasks.
+def vsi_numbers(items, reward_name):
+    """VSI-Bench's numbers: eval_bench.py's two, their mean over questions, and the official one.
 
-    official: the mean of eight tasks; a direction's three levels are averaged first, each level counting the same.
+    official is the mean over the eight tasks; each level of a direction counts the same.
     """
+    # First the levels of a direction, then tasks of one or several levels.
     levels = defaultdict(list)
-    for record in records:
-        levels[record["task"]].append(record[reward_name])
+    for item in items:
+        levels[item.task].append(getattr(item, reward_name))
     tasks = defaultdict(list)
     for name, values in levels.items():
         tasks[vsi_task(name)].append(mean(values))
     scores = {name: mean(tasks[name]) for name in VSI_TASKS if name in tasks}
     return {
-        "mean_acc": mean(r[reward_name] for r in records if r["problem_type"] != "regression"),
-        "mean_mra": mean(r[reward_name] for r in records if r["problem_type"] == "regression"),
-        "sample_weighted_mean": mean(r[reward_name] for r in records),
+        **eval_bench_means(items, reward_name),
+        "sample_weighted_mean": mean_of(items, reward_name),
         "official": mean(scores.values()),
         "tasks": scores,
     }
 
 
-def several_letter_numbers(records):
-    """Where questions have several right letters (CLEVRER): per question, per option and by TW-GRPO's partial credit."""
-    partial, options_right = {}, []
-    for record in records:
-        partial[record["problem_id"]] = 0.0
-        if not record["error"]:
-            partial[record["problem_id"]] = reward.multi_choice_reward(
-                record["prediction"], record["solution"]
-            )
-        given, right = (
-            {letter.strip() for letter in record[name].split(",")}
-            for name in ("prediction", "solution")
-        )
-        options_right += [
-            (letter in given) == (letter in right)
-            if record["prediction"] and not record["error"]
-            else False
-            for letter in option_texts(record["options"])
-        ]
-    groups = {
-        "overall": records,
-        "single answer": [r for r in records if not several_letters(r["solution"])],
-        "several answers": [r for r in records if several_letters(r["solution"])],
-    }
-    return {"per_option_accuracy": mean(options_right)} | {
-        name: {
+def partial_credit(item):
+    """TW-GRPO's share of the right letters, 0 with a wrong letter."""
+    if item.error:
+        return 0.0
+    return reward.multi_choice_reward(item.prediction, item.solution)
+
+
+def options_right(item):
+    """For each option, whether the answer takes or leaves it rightly; False without an answer."""
+    given = re.split(r"\s*,\s*", item.prediction)
+    right = re.split(r"\s*,\s*", item.solution)
+    answered = item.prediction != "" and not item.error
+    # CLEVRER counts an option that is rightly left out.
+    letters = option_texts(item.options)
+    return [answered and (letter in given) == (letter in right) for letter in letters]
+
+
+def several_letter_numbers(items):
+    """Accuracy per option, per question and with partial credit (CLEVRER)."""
+    groups = {"overall": items, "single answer": [], "several answers": []}
+    per_option = []
+    for item in items:
+        per_option += options_right(item)
+        several = several_letters(item.solution)
+        groups["several answers" if several else "single answer"].append(item)
+    numbers = {"per_option_accuracy": mean(per_option)}
+    for name, group in groups.items():
+        numbers[name] = {
             "n": len(group),
-            "per_question_accuracy": mean(r["reward"] for r in group),
-            "partial_accuracy": mean(partial[r["problem_id"]] for r in group),
+            "per_question_accuracy": mean_of(group, "reward"),
+            "partial_accuracy": mean(map(partial_credit, group)),
         }
-        for name, group in groups.items()
-    }
+    return numbers
 
 
 def overlap(predicted, spans):
-    """(start, end) against true spans -> the best intersection over the prediction, and over the union; a point covers itself."""
+    """Compare an interval with the true ones.
+
+    Args:
+        predicted: (start s, end s); a point covers itself.
+        spans: list of (start s, end s).
+    Returns:
+        (best intersection over the prediction, best intersection over the union).
+    """
     start, end = predicted
-    shares = []
+    inside = []
+    union = []
+    # One prediction against several true spans: the best counts.
     for low, high in spans:
         common = max(0.0, min(end, high) - max(start, low))
-        union = (end - start) + (high - low) - common
-        inside = common / (end - start) if end > start else float(low <= start <= high)
-        shares.append((inside, common / union if union else 0.0))
-    return max(share[0] for share in shares), max(share[1] for share in shares)
+        both = (end - start) + (high - low) - common
+        inside.append(common / (end - start) if end > start else float(low <= start <= high))
+        union.append(common / both if both else 0.0)
+    return max(inside), max(union)
 
 
-def cited_interval(record):
-    """(start s, end s): the hull of all times that the reasoning cites; None without one."""
-    claims = [] if record["error"] else reward.parse_claims(last_block(record["output"], "think"))
-    return (
-        (min(claim[0] for claim in claims), max(claim[1] for claim in claims)) if claims else None
-    )
+def cited_interval(item):
+    """(start s, end s): hull of all times that the reasoning cites; None without one."""
+    if item.error:
+        return None
+    claims = reward.parse_claims(last_block(item.output, "think"))
+    if not claims:
+        return None
+    return min(claim[0] for claim in claims), max(claim[1] for claim in claims)
 
 
-def frame_use_interval(record):
-    """(start s, end s) of the slots around the most used one that have more than an even share of the frame use; None without it."""
-    return tuple(record["frame_use"]["interval"]) if record["frame_use"] else None
+def frame_use_interval(item):
+    """(start s, end s) around the most used slot (evaluate.used_interval); None if not measured."""
+    return item.frame_use["interval"] if item.frame_use else None
 
 
-def grounding_numbers(records, interval=cited_interval):
-    """NExT-GQA's figures, where a question has known intervals, by what `interval` predicts of a record.
+def grounding_numbers(items, interval=cited_interval):
+    """NExT-GQA's metrics over the questions with known intervals.
 
-    acc_gqa: answered right and IoP >= 0.5. A question without a prediction counts as 0 in every figure."""
-    known, scores = [record for record in records if record["evidence"]], []
-    for record in known:
-        predicted = interval(record)
-        scores.append(overlap(predicted, record["evidence"]) if predicted else None)
-    inside, union = ([share[place] if share else 0.0 for share in scores] for place in (0, 1))
-    right = [
-        record["correct"] and share >= 0.5 for record, share in zip(known, inside, strict=True)
-    ]
-    return {
-        "n": len(known),
-        "predicted": sum(share is not None for share in scores),
-        "acc_gqa": mean(right),
-    } | {
-        name: value
-        for kind, shares in (("IoP", inside), ("IoU", union))
-        for name, value in (
-            (f"m{kind}", mean(shares)),
-            (f"{kind}@0.3", mean(x >= 0.3 for x in shares)),
-            (f"{kind}@0.5", mean(x >= 0.5 for x in shares)),
-        )
-    }
+    Args:
+        interval: function of an Item that predicts (start s, end s) or None, which counts as 0.
+    Returns:
+        dict; acc_gqa is the share of questions answered right with IoP >= 0.5.
+    """
+    # Questions without a known interval are not in any figure.
+    known = [item for item in items if item.evidence]
+    shares = {"IoP": [], "IoU": []}
+    predicted = 0
+    right = 0
+    for item in known:
+        span = interval(item)
+        inside, union = overlap(span, item.evidence) if span else (0.0, 0.0)
+        shares["IoP"].append(inside)
+        shares["IoU"].append(union)
+        predicted += span is not None
+        right += item.correct and inside >= 0.5
+    numbers = {"n": len(known), "predicted": predicted, "acc_gqa": right / len(known)}
+    for name, values in shares.items():
+        numbers[f"m{name}"] = mean(values)
+        for bound in (0.3, 0.5):
+            numbers[f"{name}@{bound}"] = mean(value >= bound for value in values)
+    return numbers
 
 
 def event_enrichment(events, slots, chosen):
-    """How often the strongest token-slot pairs are about chosen slots (the paper's figure 9): events, flat indices token * slots + slot;
-    chosen, positions of slots -> their share of the events over their share of the slots, 1 is chance; None where all or none are chosen.
+    """How often the strongest token-slot pairs are about chosen slots (the paper's figure 9).
 
-    >>> event_enrichment([1, 4, 5, 9], 4, [0, 1])  # tokens 0, 1, 1, 2 on the slots 1, 0, 1, 1: all on half of the slots
+    Args:
+        events: flat indices token * slots + slot.
+        slots: number of temporal slots.
+        chosen: positions of slots.
+    Returns:
+        Share of events on the chosen slots over the share of slots that are chosen (1 is chance);
+        None if all or no slots are chosen.
+
+    >>> event_enrichment([1, 4, 5, 9], 4, [0, 1])  # tokens 0, 1, 1, 2 on the slots 1, 0, 1, 1
     2.0
     """
     if not 0 < len(chosen) < slots:
@@ -648,126 +735,143 @@ def event_enrichment(events, slots, chosen):
     return sum(event % slots in chosen for event in events) / len(events) / (len(chosen) / slots)
 
 
-def frame_use_numbers(records):
-    """Where the answers looked, of questions about videos of two slots or more; means over all, and over right and wrong answers.
+def use_means(uses):
+    """Means over a list of frame uses; entropy is divided by log t, so that 1 is even use."""
+    entropies = []
+    for use in uses:
+        nats = -sum(share * math.log(share) for share in use["slots"] if share > 0)
+        entropies.append(nats / math.log(len(use["slots"])))
+    means = {"n": len(uses), "entropy": mean(entropies)}
+    # Each over the questions where it is known.
+    for name in ("consensus", "enrichment", "evidence", "chance"):
+        means[name] = mean(use[name] for use in uses if use.get(name) is not None)
+    return means
 
-    A record's frame_use: slots, shares (t,) of the temporal slots that sum to 1; interval, see frame_use_interval; consensus, its agreement
-    with the prior (Eq. 6); enrichment, see event_enrichment, and tokens and consensus_slots, which it is made of (evaluate.use_row; the
-    events are in the predictions); evidence, its mass on the slots that the answer rests on, and chance, uniform use's mass there; None
-    where the prior or the evidence is not known. entropy is divided by log t: 1 is even use, 0 a single slot.
+
+def frame_use_numbers(items):
+    """Where the answers looked, in videos of two slots or more: over all, right and wrong answers.
+
+    An item's frame_use (evaluate.use_row) has slots, (t,) shares of the temporal slots that sum to
+    1; interval, (start s, end s) around the most used slot; consensus, the agreement with the prior
+    (Eq. 6); enrichment, see event_enrichment, with its tokens and consensus_slots; evidence, the
+    share on the slots that the answer rests on, and chance, that of even use. They are None where
+    the prior or the evidence is unknown.
     """
-
-    def numbers(uses):
-        entropies = [
-            -sum(p * math.log(p) for p in use["slots"] if p > 0) / math.log(len(use["slots"]))
-            for use in uses
-        ]
-        means = {
-            name: mean(use[name] for use in uses if use.get(name) is not None)
-            for name in ("consensus", "enrichment", "evidence", "chance")
-        }
-        return {"n": len(uses), "entropy": mean(entropies), **means}
-
-    used = [record for record in records if record["frame_use"]]
-    return {
-        name: numbers([r["frame_use"] for r in used if want is None or r["correct"] is want])
-        for name, want in (("all", None), ("right", True), ("wrong", False))
-    }
+    uses = {"all": [], "right": [], "wrong": []}
+    for item in items:
+        if item.frame_use:
+            uses["all"].append(item.frame_use)
+            uses["right" if item.correct else "wrong"].append(item.frame_use)
+    return {name: use_means(group) for name, group in uses.items()}
 
 
-def make_report(items, benchmark="", repeated=()):
-    """Items -> report: every number with its denominator; a question without an output counts as wrong and stands under `errors`."""
-    records, warnings = [score_item(item) for item in items], []
-    if not records:
-        raise DataError("there are no predictions to score")
-    if benchmark and len(records) not in SIZES[benchmark]:
+def find_warnings(items, benchmark, repeated, vsi_tasks):
+    """What makes a report's numbers incomparable or incomplete -> list of sentences."""
+    warnings = []
+    if benchmark and len(items) not in SIZES[benchmark]:
         sizes = " or ".join(map(str, SIZES[benchmark]))
         warnings.append(
-            f"{benchmark} has {sizes} questions, this file {len(records)}: not comparable with published numbers"
+            f"{benchmark} has {sizes} questions, this file {len(items)}: "
+            "not comparable with published numbers"
         )
-    unknown = Counter(
-        r["problem_type"]
-        for r in records
-        if r["problem_type"] not in PROBLEM_TYPES and not r["error"]
-    )
+    # No rule would score these, and 0 would look like a wrong answer.
+    unknown = Counter()
+    for item in items:
+        if item.problem_type not in PROBLEM_TYPES and not item.error:
+            unknown[item.problem_type] += 1
     if unknown:
         warnings.append(f"problem types that no rule scores count as wrong: {dict(unknown)}")
     if repeated:
+        text = f"{len(repeated)} rows repeat the problem_id of an earlier one and were left out"
         others = sum(name.endswith("(another question)") for name in repeated)
+        if others:
+            text += f"; {others} of them ask something else: is this one benchmark?"
+        warnings.append(text)
+    missing = [task for task in VSI_TASKS if task not in vsi_tasks]
+    if benchmark == "vsibench" and missing:
+        there = len(VSI_TASKS) - len(missing)
         warnings.append(
-            f"{len(repeated)} rows repeat the problem_id of an earlier one and were left out"
-            + (f"; {others} of them ask something else: is this one benchmark?" if others else "")
+            f"VSI-Bench's own mean is over {there} of its 8 tasks; no {', '.join(missing)}"
         )
-    errors = defaultdict(dict)
-    for record in records:
-        if record["error"]:
-            errors[record["error"].partition(":")[0]][record["problem_id"]] = record["error"]
+    return warnings
+
+
+def make_report(items, benchmark="", repeated=()):
+    """Score stored answers.
+
+    Args:
+        items: list of Item; one without an output counts as wrong and is listed under `errors`.
+        benchmark: a key of SIZES, or "".
+        repeated: problem_ids of rows that were left out.
+    Returns:
+        dict for JSON: every number with its denominator.
+    Raises:
+        DataError: there are no items.
+    """
+    if not items:
+        raise DataError("there are no predictions to score")
+    records = [score_item(item) for item in items]
     report = {
         "benchmark": benchmark or None,
-        **summary(records),
-        "scoring": {
-            "accuracy": "mean of `reward`: letters and numbers as they are meant, mean relative accuracy with <=, OCR and free-form by overlap",
-            "accuracy_video_r1": "mean of `reward_video_r1`: eval_bench.py's rules, mean relative accuracy with <, OCR and free-form are 0",
+        **summary(items),
+        "scoring": SCORING,
+        "video_r1": {
+            **eval_bench_means(items, "reward_video_r1"),
+            "correct": sum(item.reward_video_r1 == 1.0 for item in items),
         },
+        "by_type": grouped(items, "problem_type"),
+        "by_task": grouped(items, "task"),
     }
-    report["video_r1"] = {
-        "mean_acc": mean(
-            r["reward_video_r1"] for r in records if r["problem_type"] != "regression"
-        ),
-        "mean_mra": mean(
-            r["reward_video_r1"] for r in records if r["problem_type"] == "regression"
-        ),
-        "correct": sum(r["reward_video_r1"] == 1.0 for r in records),
-    }
-    report["by_type"], report["by_task"] = (
-        grouped(records, "problem_type"),
-        grouped(records, "task"),
-    )
     report["task_mean"] = mean(row["accuracy"] for row in report["by_task"].values())
     for name in BREAKDOWNS:
-        if any(record.get(name) for record in records):
-            report[f"by_{name}"] = grouped(records, name)
+        groups = grouped(items, name)
+        if groups:
+            report[f"by_{name}"] = groups
+
+    # Numbers that only some benchmarks or runs have.
+    tasks = {}
     if benchmark == "vsibench":
-        report["vsi_bench"] = {
-            "official": vsi_numbers(records, "reward"),
-            "video_r1": vsi_numbers(records, "reward_video_r1"),
-        }
-        missing = [
-            task for task in VSI_TASKS if task not in report["vsi_bench"]["official"]["tasks"]
-        ]
-        if missing:
-            warnings.append(
-                f"VSI-Bench's own mean is over {len(VSI_TASKS) - len(missing)} of its 8 tasks; no {', '.join(missing)}"
-            )
-    if any(several_letters(record["solution"]) for record in records):
-        report["several_letters"] = several_letter_numbers(records)
+        official = vsi_numbers(items, "reward")
+        tasks = official["tasks"]
+        video_r1 = vsi_numbers(items, "reward_video_r1")
+        report["vsi_bench"] = {"official": official, "video_r1": video_r1}
+    if any(several_letters(item.solution) for item in items):
+        report["several_letters"] = several_letter_numbers(items)
+    looked = any(item.frame_use for item in items)
+    if any(item.evidence for item in items):
+        report["grounding"] = grounding_numbers(items)
+        if looked:
+            report["grounding_by_frame_use"] = grounding_numbers(items, frame_use_interval)
+    if looked:
+        report["frame_use"] = frame_use_numbers(items)
     stored = [item.stored for item in items]
-    if any(record["evidence"] for record in records):
-        report["grounding"] = grounding_numbers(records)
-        if any(record["frame_use"] for record in records):
-            report["grounding_by_frame_use"] = grounding_numbers(records, frame_use_interval)
-    if any(record["frame_use"] for record in records):
-        report["frame_use"] = frame_use_numbers(records)
     if None not in stored:
         report["accuracy_as_stored"] = mean(stored)
-    not_judged = dict.fromkeys(("judge", "TAC", "consistency_rate", "VAS"))
-    not_judged["reason"] = "no judge was asked (--judge_base, --judge_model)"
-    report |= {
-        "empty_outputs": sum(not r["output"].strip() for r in records),
+
+    # What went wrong, and every question.
+    errors = defaultdict(dict)
+    for item in items:
+        if item.error:
+            kind = item.error.partition(":")[0]
+            errors[kind][item.problem_id] = item.error
+    return report | {
+        "empty_outputs": sum(not item.output.strip() for item in items),
         "errors": errors,
         "duplicates": list(repeated),
-        "judged": not_judged,
-        "warnings": warnings,
+        "judged": {
+            **dict.fromkeys(("judge", "TAC", "consistency_rate", "VAS")),
+            "reason": "no judge was asked (--judge_base, --judge_model)",
+        },
+        "warnings": find_warnings(items, benchmark, repeated, tasks),
         "results": records,
     }
-    return report
 
 
-# ------------------------------------------------------------------------------------------------------- two runs, side by side
+# ------------------------------------------------------------------------- two runs, side by side
 
 
 def mcnemar(gains, losses):
-    """Exact two-sided p-value of McNemar's test: were gains and losses equally likely, how rare is a split as uneven as this one?
+    """Exact two-sided p-value of McNemar's test that gains and losses are equally likely.
 
     >>> mcnemar(9, 1), mcnemar(3, 3)
     (0.021484375, 1.0)
@@ -777,43 +881,58 @@ def mcnemar(gains, losses):
     return min(1.0, 2 * tail / 2**total)
 
 
-def paired_bootstrap(differences, level=0.95, samples=10_000, seed=0):
-    """Confidence interval of the mean of paired differences, by percentiles over resampled questions -> (low, high)."""
+def paired_bootstrap(differences, samples=10_000, seed=0):
+    """95 % percentile interval of the mean of paired differences over resampled questions.
+
+    Returns:
+        (low, high).
+    """
+    # Equal differences are drawn together, which is as good and much faster.
     values, counts = np.unique(np.asarray(differences, dtype=float), return_counts=True)
-    drawn = np.random.default_rng(seed).multinomial(
-        len(differences), counts / counts.sum(), size=samples
-    )  # (samples, distinct values)
-    low, high = np.quantile(drawn @ values / len(differences), [(1 - level) / 2, (1 + level) / 2])
+    rng = np.random.default_rng(seed)
+    count = len(differences)
+    drawn = rng.multinomial(count, counts / counts.sum(), size=samples)  # (samples, values)
+    low, high = np.quantile(drawn @ values / count, [(1 - 0.95) / 2, (1 + 0.95) / 2])
     return float(low), float(high)
 
 
 def compare(first, second, seed=0):
-    """Records of two runs over the same questions -> what changed from the first to the second, and whether that is more than noise.
+    """What changed from one run to another over the same questions, and is it more than noise?
 
-    gains: wrong in the first and fully right in the second; losses: the other way round. difference: mean of the paired differences of the
-    official scores, with its 95 % interval; normalised_gain: its share of what was left to gain, VideoMMMU's delta knowledge where the
-    first are the answers before the video and the second those after it. DataError when no question is shared, or when one has another
-    solution.
+    Args:
+        first, second: lists of records (make_report's results).
+        seed: of the bootstrap.
+    Returns:
+        dict for JSON. gains: wrong in the first, fully right in the second; losses: the reverse.
+        difference: mean of the paired differences of the official scores, with its 95 % interval.
+        normalised_gain: its share of what was left to gain; VideoMMMU's delta knowledge where the
+        first run answers before and the second after the video.
+    Raises:
+        DataError: no question is shared, or one has another solution.
     """
+    # Pairs, since questions differ more in difficulty than runs do.
     by_id = {record["problem_id"]: record for record in second}
-    pairs = [
-        (record, by_id[record["problem_id"]]) for record in first if record["problem_id"] in by_id
-    ]
+    pairs = [(a, by_id[a["problem_id"]]) for a in first if a["problem_id"] in by_id]
     if not pairs:
         raise DataError(
-            "the two files share no problem_id: they are of different questions, or of formats that name them differently"
+            "the two files share no problem_id: they are of different questions, "
+            "or of formats that name them differently"
         )
+    gains = []
+    losses = []
+    differences = []
     for a, b in pairs:
-        if (a["solution"], a["problem_type"]) != (b["solution"], b["problem_type"]) and not (
-            a["error"] or b["error"]
-        ):
-            told = f"{a['solution']!r} is right in the first, {b['solution']!r} in the second"
+        same = (a["solution"], a["problem_type"]) == (b["solution"], b["problem_type"])
+        if not same and not a["error"] and not b["error"]:
             raise DataError(
-                f"problem_id {a['problem_id']} is another question in each file: {told}"
+                f"problem_id {a['problem_id']} is another question in each file: {a['solution']!r} "
+                f"is right in the first, {b['solution']!r} in the second"
             )
-    gains = [b["problem_id"] for a, b in pairs if b["correct"] and not a["correct"]]
-    losses = [b["problem_id"] for a, b in pairs if a["correct"] and not b["correct"]]
-    differences = [b["reward"] - a["reward"] for a, b in pairs]
+        differences.append(b["reward"] - a["reward"])
+        if b["correct"] and not a["correct"]:
+            gains.append(b["problem_id"])
+        elif a["correct"] and not b["correct"]:
+            losses.append(a["problem_id"])
     before = mean(a["reward"] for a, _ in pairs)
     return {
         "n": len(pairs),
@@ -821,7 +940,7 @@ def compare(first, second, seed=0):
         "only_in_second": len(second) - len(pairs),
         "accuracy": [before, mean(b["reward"] for _, b in pairs)],
         "difference": mean(differences),
-        "normalised_gain": mean(differences) / (1 - before) if before < 1 else None,
+        "normalised_gain": ratio(mean(differences), 1 - before),
         "interval_95": paired_bootstrap(differences, seed=seed),
         "mcnemar_p": mcnemar(len(gains), len(losses)),
         "gains": gains,

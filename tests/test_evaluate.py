@@ -1,4 +1,4 @@
-"""evaluate.py and scores.py: scoring rules on hand-made prediction files, judges, comparison, engines, resumed runs."""
+"""evaluate.py and common/scores.py: rules, stored files, judges, comparison, resumed runs."""
 
 import base64
 import io
@@ -17,14 +17,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import run_script
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import evaluate
 from common import data, scores
 from common.policy import load_model
-
-ROOT = Path(__file__).resolve().parents[1]
 
 
 def command(monkeypatch, capsys, *words):
@@ -63,7 +62,7 @@ def rescore(path, monkeypatch, capsys, *words):
     return json.loads(output.read_text()), out, err
 
 
-# ---------------------------------------------------------------------------------------------------------- the scoring rules
+# ------------------------------------------------------------------------------- the scoring rules
 
 RULES = [  # problem type, solution, what stands in the answer block, official score, Video-R1's
     ("multiple choice", "B", "B", 1, 1),
@@ -181,7 +180,7 @@ def test_an_unknown_problem_type_scores_nothing_and_is_told(tmp_path, monkeypatc
     assert report["accuracy"] == 0.5 and "{'counting': 1}" in err
 
 
-# ------------------------------------------------------------------------------------------------------------- stored files
+# ------------------------------------------------------------------------------------ stored files
 
 
 def test_video_r1_results(tmp_path, monkeypatch, capsys):
@@ -447,7 +446,7 @@ def test_the_benchmark_is_told_by_the_name(name, meant):
         ('[{"model_output": "x", "question": "?"}]', "no TW-GRPO prediction"),
         ("[1]", "holds no predictions"),
         ('{"settings": 5, "results": []}', "holds no predictions"),
-        ('[{"problem_id": 1, "output": 5, "solution": 1}]', "an output that is no text"),
+        ('[{"problem_id": 1, "output": 5, "solution": 1}]', "an output that is not text"),
         ("3", "holds no predictions"),
     ],
 )
@@ -489,7 +488,7 @@ def test_bad_command_lines_get_a_sentence(words, said, monkeypatch, capsys):
     assert status == 2 and said in err and "Traceback" not in err
 
 
-# ---------------------------------------------------------------------------------------------------------------- reasoning
+# --------------------------------------------------------------------------------------- reasoning
 
 
 def test_tac_and_consistency():
@@ -546,6 +545,16 @@ def test_tac_of_numbers_is_within_five_percent(kind, solution, read, right):
     assert scores.reasoning_metrics([record], {"1": read}, "somebody")[right] == 1
 
 
+def test_a_judge_may_name_the_option_in_full():
+    records = [scores.score_item(scores.item_of(row(1, "told", "B")))]
+    for reply in ("B", "b", "(B) blue", "B. blue", "blue"):
+        metrics = scores.reasoning_metrics(records, {"1": (reply, "B: blue")}, "somebody")
+        assert (metrics["TP"], metrics["consistency_rate"]) == (1, 1)
+    # A reply that names no option is not UNKNOWN: it is a conclusion, and wrong.
+    metrics = scores.reasoning_metrics(records, {"1": ("B", "It is B, or C.")}, "somebody")
+    assert (metrics["FN"], metrics["no_conclusion"]) == (1, 0)
+
+
 def test_the_last_block_counts():
     assert (
         scores.last_block("<THINK>a</THINK> <think>b\nc</think>", "think") == "b\nc"
@@ -568,7 +577,7 @@ def test_without_a_judge_the_report_says_so(tmp_path, monkeypatch, capsys):
     assert "read by" not in out and "reasoning" not in report
 
 
-# --------------------------------------------------------------------------------------------------------------- comparison
+# -------------------------------------------------------------------------------------- comparison
 
 
 def test_compare(tmp_path, monkeypatch, capsys):
@@ -612,20 +621,21 @@ def test_compare_refuses_other_questions(tmp_path, monkeypatch, capsys):
         assert status == 2 and said in err
 
 
-def test_answers_stored_before_choices_were_read_as_letters_count(tmp_path):
-    stored = row("1", "<answer>B</answer>", "", options=["(A) x", "(B) y"], settings={}) | {
-        "solution": "(B)"
-    }
+def test_a_stored_solution_may_be_written_in_other_ways(tmp_path):
+    stored = row("1", "<answer>B</answer>", "", options=["(A) x", "(B) y"], settings={})
+    stored["solution"] = "(B)"
     file = write(tmp_path / "a.predictions.jsonl", [stored], lines=True)
-    known = {"problem": stored["problem"], "solution": "B"}
-    assert evaluate.finished(file, {"1": known}, {}) == {"1"}
     (item,), _, _ = scores.read_predictions(file)
-    assert (
-        item.solution == "B"
-        and scores.official_score("B", item) == scores.video_r1_score("B", item) == 1
-    )
-    with pytest.raises(data.DataError, match="another data set"):
-        evaluate.finished(file, {"1": known | {"solution": "A"}}, {})
+    assert item.solution == "B"
+    assert scores.official_score("B", item) == scores.video_r1_score("B", item) == 1
+
+
+def test_answers_to_other_questions_are_not_continued(tmp_path):
+    stored = row("1", "<answer>B</answer>", "B", settings={"frames": 4})
+    evaluate.check_row(tmp_path, stored, {"1": stored}, {"frames": 4})
+    for known in ({}, {"1": stored | {"solution": "A"}}, {"1": stored | {"problem": "Why?"}}):
+        with pytest.raises(data.DataError, match="another data set"):
+            evaluate.check_row(tmp_path, stored, known, {"frames": 4})
 
 
 def test_mcnemar_by_hand():
@@ -640,7 +650,7 @@ def test_mcnemar_by_hand():
     ) == (1, 1)
 
 
-# --------------------------------------------------------------------------------------------------------- answers made here
+# ------------------------------------------------------------------------------- answers made here
 
 
 @pytest.fixture(scope="module")
@@ -653,7 +663,7 @@ def checkpoint(toy_model, toy_processor, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def bench(toy_folder):
-    """Eight questions of the toy, a row without a solution, a missing video, a file that is no video, a repeated row."""
+    """Eight questions of the toy, and a missing, damaged, unsolved and repeated one."""
     rows = (
         json.loads((toy_folder / "heldout.json").read_text())[:6]
         + json.loads((toy_folder / "train.json").read_text())[:2]
@@ -705,12 +715,10 @@ def local(flags, output, monkeypatch, capsys, *words):
 def undisturbed(flags, tmp_path_factory):
     """A run from end to end: its report and its lines."""
     output = tmp_path_factory.mktemp("undisturbed") / "report.json"
-    subprocess.run(
-        [sys.executable, "evaluate.py", *map(str, flags), "--output", str(output)],
-        cwd=ROOT,
-        check=True,
-        capture_output=True,
-    )
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        words = ["evaluate.py", *flags, "--output", output]
+        monkeypatch.setattr(sys, "argv", [str(word) for word in words])
+        evaluate.main()
     return json.loads(output.read_text()), output.with_suffix(".predictions.jsonl").read_text()
 
 
@@ -764,23 +772,7 @@ def test_two_ranks_equal_one(flags, undisturbed, tmp_path):
     """Two ranks, continuing a shard that a killed rank left with a torn line."""
     report, lines = undisturbed
     (tmp_path / "report.predictions.jsonl.shard1").write_text(lines[: lines.index("\n") + 30])
-    subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            "--standalone",
-            "--nproc_per_node",
-            "2",
-            "evaluate.py",
-            *map(str, flags),
-            "--output",
-            str(tmp_path / "report.json"),
-        ],
-        cwd=ROOT,
-        check=True,
-        capture_output=True,
-    )
+    run_script("evaluate.py", *flags, "--output", tmp_path / "report.json", ranks=2)
     assert json.loads((tmp_path / "report.json").read_text()) == report
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         "report.json",
@@ -793,7 +785,7 @@ def test_other_settings_do_not_continue_a_run(flags, undisturbed, tmp_path, monk
     status, _, err = command(
         monkeypatch, capsys, *flags, "--output", tmp_path / "report.json", "--frames", 8
     )
-    assert status == 2 and "was made with frames 4, not 8" in err
+    assert status == 2 and "was made with --frames 4, this run has 8" in err
     template = tmp_path / "template.txt"
     template.write_text("Look: {question}\n{instruction}\nBe brief.")
     status, _, err = command(
@@ -805,7 +797,7 @@ def test_other_settings_do_not_continue_a_run(flags, undisturbed, tmp_path, monk
         "--prompt_template",
         template,
     )
-    assert status == 2 and "made with prompt_template" in err
+    assert status == 2 and "made with --prompt_template" in err
     report = local(
         flags, tmp_path / "other.json", monkeypatch, capsys, "--prompt_template", template
     )
@@ -877,10 +869,14 @@ def test_no_answers_at_all_is_an_error(flags, tmp_path, monkeypatch, capsys):
 
 
 def test_frame_use_check(flags, toy_folder, tmp_path, monkeypatch, capsys):
+    rows = json.loads((toy_folder / "train_cot.json").read_text())
+    rows = [each for each in rows if each["data_type"] == "video"][:2]
     flags = [
         *flags,
         "--bench",
-        toy_folder / "train_cot.json",
+        write(tmp_path / "two.json", rows),
+        "--media_root",
+        toy_folder,
         "--frame_use_check",
         "--output",
         tmp_path / "report.json",
@@ -895,11 +891,11 @@ def test_frame_use_check(flags, toy_folder, tmp_path, monkeypatch, capsys):
     )
 
 
-# ------------------------------------------------------------------------------------------------------ answers of a server
+# ----------------------------------------------------------------------------- answers of a server
 
 
 class Server(ThreadingHTTPServer):
-    """Speaks the part of the protocol that evaluate.py uses; `reply(request, times asked)` gives a text or a status."""
+    """Chat completions; `reply(request, times asked)` returns a text or a status."""
 
     daemon_threads = True
 
@@ -1017,7 +1013,7 @@ def test_a_server_answers(serve, flags, bench, tmp_path, monkeypatch, capsys):
 def test_a_servers_errors_are_listed_and_tried_again(
     serve, flags, bench, tmp_path, monkeypatch, capsys
 ):
-    """400 is final for the run, 500 is asked 1 + 2 times; both count as wrong, and the same command asks only these questions again."""
+    """400 is final for the run, 500 is tried 1 + 2 times; the next run asks only these again."""
     down = {"on": True}
     questions = sorted({row["problem"] for row in json.loads(bench.read_text())[:3]})
 
@@ -1189,7 +1185,7 @@ def test_reasoning_that_a_server_cuts_off_is_put_back(serve, flags, tmp_path, mo
 def test_a_real_server_answers_as_the_model_here_does(
     flags, checkpoint, toy_folder, tmp_path, monkeypatch, capsys
 ):
-    """`transformers serve` on questions about images and without a medium; of a video it would see separate images."""
+    """`transformers serve` on images and text; it would take a video for separate images."""
     rows = [
         row
         for row in json.loads((toy_folder / "train.json").read_text())
@@ -1245,12 +1241,13 @@ def test_a_real_server_answers_as_the_model_here_does(
     pairs = [
         (a["output"], b["output"]) for a, b in zip(here["results"], there["results"], strict=True)
     ]
-    # untrained, it opens the think block anywhere, which the server then moves, and writes vision tokens, which are banned here
+    # Untrained, it opens think blocks anywhere, which the server then moves, and writes vision
+    # tokens, which are banned here.
     pairs = [(a, b) for a, b in pairs if "think>" not in a and "<|" not in b]
     assert len(pairs) >= 3 and all(a == b for a, b in pairs)
 
 
-# ------------------------------------------------------------------------------------------------------- controls and a judge
+# ---------------------------------------------------------------------------- controls and a judge
 
 
 def test_controls_change_what_the_model_sees(
@@ -1266,20 +1263,17 @@ def test_controls_change_what_the_model_sees(
     )
     encoder = Encoder(toy_processor, 3136, 3136, 4)
     seen = {}
-    for control in ("none", "shuffled", "black", "question_only"):
+    for control in ("none", "shuffled", "black"):
         arguments = evaluate.EvaluateArguments(
             model_name_or_path="m", dataset_name="d", control=control
         )
         seen[control] = [
             evaluate.encode(encoder, example, arguments, position) for position in range(4)
         ]
-        assert all(
-            len(item["times"]) == (0 if control == "question_only" else 4) for item in seen[control]
-        )
-        assert control == "question_only" or all(
-            (item["input_ids"] == seen["none"][0]["input_ids"]).all() for item in seen[control]
-        )
-    patches = seen["none"][0]["pixel_values"]
+        assert all(len(item.times) == 4 for item in seen[control])
+        same = [item.input_ids == seen["none"][0].input_ids for item in seen[control]]
+        assert all(ids.all() for ids in same)
+    patches = seen["none"][0].pixel_values
     assert (
         len(
             {
@@ -1293,9 +1287,8 @@ def test_controls_change_what_the_model_sees(
         )
         > 2
     )
-    assert any((item["pixel_values"] != patches).any() for item in seen["shuffled"])
-    assert all((item["pixel_values"] == item["pixel_values"][0]).all() for item in seen["black"])
-    assert all(item["pixel_values"] is None for item in seen["question_only"])
+    assert any((item.pixel_values != patches).any() for item in seen["shuffled"])
+    assert all((item.pixel_values == item.pixel_values[0]).all() for item in seen["black"])
     report = local(
         flags, tmp_path / "report.json", monkeypatch, capsys, "--control", "question_only"
     )
@@ -1430,7 +1423,7 @@ def test_a_judge_that_fails_is_told(serve, tmp_path, monkeypatch, capsys):
 
 
 def test_grounding_by_the_times_that_the_reasoning_cites(tmp_path, monkeypatch, capsys):
-    """One hull of all cited times against each true interval; a question without a cited time counts as 0."""
+    """The hull of the cited times against each true interval; 0 without a cited time."""
     rows = [
         row(
             1,
@@ -1466,14 +1459,16 @@ def test_grounding_by_the_times_that_the_reasoning_cites(tmp_path, monkeypatch, 
 
 
 def test_the_normalised_gain_is_delta_knowledge():
-    record = lambda name, right: {
-        "problem_id": name,
-        "solution": "A",
-        "problem_type": "multiple choice",
-        "error": None,  # noqa: E731
-        "correct": right,
-        "reward": float(right),
-    }
+    def record(name, right):
+        return {
+            "problem_id": name,
+            "solution": "A",
+            "problem_type": "multiple choice",
+            "error": None,
+            "correct": right,
+            "reward": float(right),
+        }
+
     before, after = [record(n, n < 4) for n in range(10)], [record(n, n < 7) for n in range(10)]
     assert scores.compare(before, after)["normalised_gain"] == pytest.approx(
         (70 - 40) / (100 - 40)
@@ -1483,7 +1478,7 @@ def test_the_normalised_gain_is_delta_knowledge():
 
 
 def test_event_enrichment_by_hand():
-    # two tokens, four slots, the largest quarter of 8 pairs: 0.9 (token 0, slot 1) and 0.8 (token 1, slot 3)
+    # Two tokens, four slots; the largest quarter of 8 pairs: token 0 slot 1, and token 1 slot 3.
     each = torch.tensor([[0.1, 0.9, 0.2, 0.3], [0.0, 0.4, 0.5, 0.8]])
     events = evaluate.strongest_events(each, share=0.25)
     assert events == [0 * 4 + 1, 1 * 4 + 3] and evaluate.strongest_events(each) == [
@@ -1502,14 +1497,16 @@ def test_event_enrichment_by_hand():
 
 
 def test_what_a_prediction_keeps_of_its_events():
-    """Ten tokens, four slots of two frames: 5 % of 40 pairs are two, tokens 7 and 2; the prior speaks for the slots 1 and 3."""
+    """Ten tokens, four slots of two frames: 5 % of 40 pairs are two. The prior: slots 1 and 3."""
     each = torch.zeros(10, 4)
     each[7, 3], each[2, 0] = 0.9, 0.8
     times = [float(second) for second in range(8)]
     example = types.SimpleNamespace(id="a", evidence=[])
-    prior = {"times": times, "prior": [0.05, 0.05, 0.4, 0.05, 0.05, 0.05, 0.05, 0.3]}
+    values = [0.05, 0.05, 0.4, 0.05, 0.05, 0.05, 0.05, 0.3]
+    prior = types.SimpleNamespace(times=times, prior=values)
     use = torch.full((4,), 0.25)
-    row = evaluate.use_row(example, {"times": times}, (use, each), prior)
+    looked = evaluate.FrameUse(use, each)
+    row = evaluate.use_row(example, times, looked, prior)
     assert (row["events"], row["tokens"], row["consensus_slots"]) == (
         [2 * 4 + 0, 7 * 4 + 3],
         10,
@@ -1517,10 +1514,10 @@ def test_what_a_prediction_keeps_of_its_events():
     )
     assert row["enrichment"] == pytest.approx(0.5 / 0.5) and row["consensus"] == pytest.approx(0.25)
     even = evaluate.use_row(
-        example, {"times": times}, (use, each), {"times": times, "prior": [0.125] * 8}
+        example, times, looked, types.SimpleNamespace(times=times, prior=[0.125] * 8)
     )
     assert even["consensus_slots"] == [] and even["enrichment"] is None and len(even["events"]) == 2
-    assert "events" not in evaluate.use_row(example, {"times": times}, (use, each), None)
+    assert "events" not in evaluate.use_row(example, times, looked, None)
 
 
 def test_the_interval_that_is_used():
@@ -1536,7 +1533,7 @@ def test_the_interval_that_is_used():
 
 
 def test_frame_use_of_the_answers(flags, bench, undisturbed, tmp_path, monkeypatch, capsys):
-    """Where the answers look is kept with them; the answers stay the same, and a prior of other frames is refused."""
+    """Frame use is stored and changes no answer; a prior of other frames is refused."""
     import math
 
     from common.data import load_examples
