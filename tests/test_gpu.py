@@ -24,7 +24,7 @@ import visualize
 from common import ranks, sample_page
 from common.data import Prior, load_examples
 from common.media import Encoder
-from common.policy import Policy, checkpoint_activations, collate
+from common.policy import Policy, checkpoint_activations, collate, load_weights
 from common.rollout import Sampling, replay, rollout
 from grpo import policy_loss, rollout_frame_use, token_frame_use
 
@@ -457,6 +457,12 @@ def test_bench(tmp_path, monkeypatch):
     here = next(bench.our_steps(arguments, "packed", *job))
     monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: None)
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 7_000_000)
+
+    # torch.cuda.is_available() stays false: AdamW would ask the driver. So load_model finds no GPU.
+    def load(path):
+        return load_weights(path, torch.float32).to("cuda").eval(), None
+
+    monkeypatch.setattr(bench, "load_model", load)
     monkeypatch.setattr(bench, "GPU", True)
     monkeypatch.setattr(bench, "DEVICE", "cuda")
     for side in ("packed", "graph"):
