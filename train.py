@@ -1399,7 +1399,7 @@ def collect_priors(made, settings, examples, name, resume, shared):
     if old and not resume:
         rows = prior.rows_for(made, left)
         for problem, row in list(rows.items()):
-            if row.get("settings") != prior.settings_of(settings):
+            if row.settings != prior.settings_of(settings):
                 del rows[problem]
         new += rows.values()
         left = [e for e in left if e.id not in rows]

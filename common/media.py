@@ -245,7 +245,7 @@ class Encoder:
         """Decode and resize an example's medium unless the cache has it -> CachedMedium."""
         path = example.media
         # A prior's frames and uniform frames of one video are two entries.
-        key = (path, tuple(row["frames"]) if row else None)
+        key = (path, tuple(row.frames) if row else None)
         if key not in self.media:
             if example.media_type == "image":
                 frames = load_image(path)
@@ -272,7 +272,7 @@ class Encoder:
         self.media.move_to_end(key)
         medium = self.media[key]
         # The same numbers in another file are other frames.
-        if row and not np.allclose(medium.times, row["times"], atol=0.02):
+        if row and not np.allclose(medium.times, row.times, atol=0.02):
             raise DataError(
                 f"{path}: its prior was made for other frames (the times differ); "
                 "build the priors again"

@@ -90,10 +90,11 @@ def toy_model(toy_processor):
 
 
 def video_row(frames):
-    return {
-        "frames": frames,
-        "times": [index / 4 for index in frames],
-    }  # the toy's videos have 4 frames a second
+    """Prior of these frames of a toy video, which has 4 frames a second."""
+    from common.data import Prior
+
+    times = [index / 4 for index in frames]
+    return Prior("0", frames=frames, times=times, prior=[1 / len(frames)] * len(frames))
 
 
 @pytest.fixture(scope="session")

@@ -410,7 +410,7 @@ def test_inputs_from_workers_are_those_of_this_process(small_toy, first_run):
         from common import engine
         from transformers import AutoProcessor
         from common.media import Encoder
-        from common.data import MediaError, load_examples
+        from common.data import MediaError, Prior, load_examples
 
         class Hangs(Encoder):
             def encode(self, *args, **kwargs):
@@ -419,7 +419,8 @@ def test_inputs_from_workers_are_those_of_this_process(small_toy, first_run):
         if __name__ == "__main__":
             encoder = Encoder(AutoProcessor.from_pretrained(sys.argv[2]), 3136, 3136)
             examples = load_examples(sys.argv[1] + "/train.json")[:8]
-            rows = [{"frames": [0, 20, 40, 60], "times": [0.0, 5.0, 10.0, 15.0]} if one.media_type == "video" else None for one in examples]
+            row = Prior("0", frames=[0, 20, 40, 60], times=[0.0, 5.0, 10.0, 15.0], prior=[0.25] * 4)
+            rows = [row if one.media_type == "video" else None for one in examples]
             requests = [(n, *one, [2, 0, 3, 1] if one[1] else None) for n, one in enumerate(zip(examples, rows))]
             inputs, alone = (engine.Inputs(encoder, workers, 60) for workers in (2, 0))
             inputs.ahead(requests)
