@@ -94,16 +94,6 @@ class Prior:
     prior: list[float] = field(default_factory=list)  # (K,) P of Eq. 2, sums to 1
     settings: dict = field(default_factory=dict)  # PriorSettings that made it
 
-    def __getitem__(self, name):  # TO GO: access as a dict
-        return getattr(self, name)
-
-    def get(self, name, default=None):  # TO GO
-        value = getattr(self, name, None)
-        return default if value is None else value
-
-    def __contains__(self, name):  # TO GO
-        return getattr(self, name, None) is not None
-
 
 @dataclass
 class Example:

@@ -154,15 +154,6 @@ class ModelInputs:
     second_per_grid: float  # seconds of a temporal slot
     times: list[float]  # (K,) seconds of the frames, [] for text
 
-    def __getitem__(self, name):  # TO GO: access as a dict
-        return getattr(self, name)
-
-    def items(self):  # TO GO
-        return vars(self).items()
-
-    def keys(self):  # TO GO
-        return vars(self).keys()
-
 
 @dataclass
 class CachedMedium:
