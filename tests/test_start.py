@@ -184,7 +184,7 @@ def test_rows_without_frame_sets_are_looked_at_and_load_clip_for_a_readable_vide
     said = place.start("--dataset_name", data, "--frames", 4)
     assert place.clips == [] and said.count(f"skipped {c['problem_id']}: ") == 1
     # Eq. 1-2 by hand: weights 0.1, 0.1 + 1, 0.1 + 3, 0.1 and their sum 4.4
-    assert place.rows[a["problem_id"]]["prior"] == pytest.approx(
+    assert place.rows[a["problem_id"]].prior == pytest.approx(
         [0.1 / 4.4, 1.1 / 4.4, 3.1 / 4.4, 0.1 / 4.4]
     )
     shutil.rmtree(place.output)
@@ -205,7 +205,7 @@ def test_images_and_texts_need_no_clip(place, toy_folder, monkeypatch, capsys):
     assert (
         place.clips == []
         and sorted(place.calls[0][1]) == ["i", "t"]
-        and place.rows["i"]["prior"] == [1.0]
+        and place.rows["i"].prior == [1.0]
     )
     monkeypatch.setattr(
         sys,
@@ -414,7 +414,7 @@ def test_rows_of_a_refused_start_with_other_settings_are_computed_again(place):
         prior.read_priors(priors_of(place, [a, b], frames=8)),
     )
     place.start("--dataset_name", data, *NO_CLIP, "--frames", 4)
-    assert {len(row["frames"]) for row in place.rows.values()} == {4}
+    assert {len(row.frames) for row in place.rows.values()} == {4}
     assert len(list(prior.read_priors(place.output / "priors_training.jsonl"))) == 2
 
 
