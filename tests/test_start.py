@@ -165,7 +165,7 @@ def test_an_example_without_a_row_is_looked_at(place):
     # the same file, but the video is there: no cause to skip it
     data = place.write("data.json", [a, absent(b), d])
     workers.write_lines(
-        file, [row for row in prior.read_priors(file) if row["problem_id"] == a["problem_id"]]
+        file, [row for row in prior.read_priors(file) if row.problem_id == a["problem_id"]]
     )
     message = refused(place, "--dataset_name", data, "--priors", file, *NO_CLIP)
     assert (
@@ -271,7 +271,7 @@ def test_held_out_priors_are_given_or_found_in_the_training_ones(place, monkeypa
     made = place.heldout_rows
     assert (
         made[c["problem_id"]]
-        == {row["problem_id"]: row for row in prior.read_priors(both)}[c["problem_id"]]
+        == {row.problem_id: row for row in prior.read_priors(both)}[c["problem_id"]]
     )
     shutil.rmtree(place.output)
     decoded.clear()
