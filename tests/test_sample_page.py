@@ -314,7 +314,7 @@ def test_bad_input_is_one_sentence(tmp_path, toy_folder, checkpoint, capsys, mon
         ({"hidden_layer": -2}, "hidden states 0 to 4 or -1"),
         ({"options": "A. x", "problem_type": "OCR"}, "--problem_type multiple choice go together"),
         ({"min_pixels": 5000}, "at most --max_pixels"),
-        ({"frames": 0}, "--frames and --semantic_k must be at least 1"),
+        ({"frames": 0}, "--frames must be at least 1 and finite"),
         ({"prior": "full", "clip": f"local-dir:{tmp_path}"}, "needs its weights as"),
         ({"output": "x.png"}, "must end in .html"),
     ]

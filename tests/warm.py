@@ -83,7 +83,7 @@ def run_main(script, flags, env, output, errors, report):
         run_page.run_report = do_nothing
     # Worker processes come from the same fork server.
     forkserver._forkserver.ensure_running = do_nothing
-    sys.argv = [str(script), *flags]
+    sys.argv = [Path(script).name, *flags]
     sys.path.insert(0, str(Path(script).parent))
     try:
         runpy.run_path(str(script), run_name="__main__")
