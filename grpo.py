@@ -413,16 +413,8 @@ def rewards(rollouts, uses, tokenizer, args):
 
     # Eq. 7, the paper's sum.
     structure = terms["format"] + terms["length"]
-    total = per_completion(
-        rollouts,
-        lambda b, g: reward.total_reward(
-            right[b][g],
-            structure[b, g].item(),
-            scores[b, g].item(),
-            terms["temporal"][b, g].item(),
-            args.cfr_weight,
-            args.gate,
-        ),
+    total = reward.total_reward(
+        accuracy, structure, scores, terms["temporal"], args.cfr_weight, args.gate
     )
     terms["consensus"] = total - (accuracy + structure + terms["temporal"])
 
