@@ -1,5 +1,7 @@
-"""What the tests share: the repository root on the path, a small toy world (4 + 2 videos, no CLIP) made once per session, encoded
-examples of it, small models of every family, and train.py under ZeRO-3 on a small toy with CLIP (warm.py starts it)."""
+"""What the tests share: the repository root on the path, a small toy world (4 + 2 videos, no CLIP)
+made once per session, encoded
+examples of it, small models of every family, and train.py under ZeRO-3 on a small toy with
+CLIP (warm.py starts it)."""
 
 import copy
 import json
@@ -26,8 +28,10 @@ def pytest_sessionfinish():
 
 
 def as_trained(get_rope_index):
-    """transformers' positions, each run of one kind continued behind the largest position so far, as transformers 4 and the released
-    models have it: a second implementation of policy.continue_positions, for the plain forwards that the tests compare with."""
+    """transformers' positions, each run of one kind continued behind the largest position so far,
+    as transformers 4 and the released
+    models have it: a second implementation of policy.continue_positions, for the plain
+    forwards that the tests compare with."""
 
     def wrapper(model, input_ids, mm_token_type_ids, *arguments, attention_mask=None, **keywords):
         positions, _ = get_rope_index(
@@ -62,7 +66,9 @@ for module in (Qwen2VLModel, Qwen2_5_VLModel):
 
 @pytest.fixture(scope="session")
 def toy_folder(tmp_path_factory):
-    """train_cot.json, train.json, heldout.json, other_types.json and videos/ (112x112, 16 s at 4 fps) of a toy with six videos."""
+    """train_cot.json, train.json, heldout.json, other_types.json and videos/ (112x112, 16 s at 4
+    fps) of a toy with six videos.
+    """
     import toy
 
     folder = tmp_path_factory.mktemp("toy") / "toy"
@@ -99,7 +105,9 @@ def video_row(frames):
 
 @pytest.fixture(scope="session")
 def items(toy_folder, toy_processor):
-    """Encoded examples: a video of 6 frames (3 slots), an image, a video of 5 frames at another rate, a text."""
+    """Encoded examples: a video of 6 frames (3 slots), an image, a video of 5 frames at another
+    rate, a text.
+    """
     from common.data import load_examples
     from common.media import Encoder
 
@@ -119,7 +127,8 @@ def items(toy_folder, toy_processor):
 
 @pytest.fixture(scope="session")
 def talker(toy_model):
-    """The tiny model with an output layer of its own: a tied one repeats its last token for ever."""
+    """The tiny model with an output layer of its own: a tied one repeats its last token for
+    ever."""
     model = copy.deepcopy(toy_model)
     generator = torch.Generator().manual_seed(3)
     model.lm_head.weight = torch.nn.Parameter(
@@ -175,7 +184,9 @@ NO_EOS = 10**9
 
 @pytest.fixture(scope="session", params=["Qwen2VL", "Qwen3VL", "Qwen3VLMoe", "Qwen3_5"])
 def other_family(request, items, toy_model):
-    """(model, items) of another family with the toy's token ids: a video, an image, a text. Since Qwen3 times stand between the slots."""
+    """(model, items) of another family with the toy's token ids: a video, an image, a text. Since
+    Qwen3 times stand between the slots.
+    """
     import transformers
 
     name, config, text = request.param, toy_model.config, toy_model.config.text_config
@@ -244,7 +255,7 @@ def other_family(request, items, toy_model):
     return model, [video, image, words]
 
 
-# ---------------------------------------------------------------------------------------------------- train.py
+# ---------------------------------------------------------------------------------------- train.py
 
 SMALL_GRPO = [
     "--max_steps",
@@ -304,7 +315,7 @@ def first_run(small_toy, tmp_path_factory):
     return output, done
 
 
-# ---------------------------------------------------------------------------------------------------- pages, in a real browser
+# ------------------------------------------------------------------------ pages, in a real browser
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 QUIET = [
@@ -320,7 +331,8 @@ QUIET = [
 
 @pytest.fixture(scope="session")
 def chromium():
-    """check(file): the page opens from disk on a phone, light and dark: nothing fetched, no complaint, every picture there, no sideways
+    """check(file): the page opens from disk on a phone, light and dark: nothing fetched, no
+    complaint, every picture there, no sideways
     scrolling, an alt text for every picture. Returns its words."""
     if CHROMIUM is None:
         pytest.skip("needs Debian's chromium (.ci/run installs it)")

@@ -1,4 +1,6 @@
-"""prior.py: hand-derived numbers for its maths, real mp4 files and a real (tiny, untrained) open_clip model for the rest."""
+"""prior.py: hand-derived numbers for its maths, real mp4 files and a real (tiny, untrained)
+open_clip model for the rest.
+"""
 
 import json
 import os
@@ -58,7 +60,9 @@ def noisy(background, count, rng, sigma=8):
 
 
 def backgrounds(size=96):
-    """Scenes that differ in texture or brightness, some in hue, as hard as the toy's: most are grey."""
+    """Scenes that differ in texture or brightness, some in hue, as hard as the toy's: most are
+    grey.
+    """
     y, x = np.mgrid[:size, :size]
     striped = np.where((y // 7) % 2, 75, 160)[..., None].repeat(3, 2)
     dotted = np.where((x % 14 - 7) ** 2 + (y % 14 - 7) ** 2 < 18, 145, 90)[..., None].repeat(3, 2)
@@ -69,7 +73,9 @@ def backgrounds(size=96):
 
 
 def pictures(seed=0, size=96):
-    """Five scenes with the coarse structure of photographs, of different brightness: 6 by 6 random colours, smoothly enlarged."""
+    """Five scenes with the coarse structure of photographs, of different brightness: 6 by 6 random
+    colours, smoothly enlarged.
+    """
     coarse, ranges = (
         np.random.default_rng(seed).random((5, 6, 6, 3)),
         ((20, 110), (120, 235), (60, 150), (170, 255), (0, 70)),
@@ -86,7 +92,9 @@ def pictures(seed=0, size=96):
 
 @pytest.fixture(scope="session")
 def clip_folder(tmp_path_factory):
-    """A local-dir: of a tiny open_clip model with a tokenizer of its own: config, safetensors, tokenizer files."""
+    """A local-dir: of a tiny open_clip model with a tokenizer of its own: config, safetensors,
+    tokenizer files.
+    """
     folder = tmp_path_factory.mktemp("clip")
     tokens = {
         word: index for index, word in enumerate(["<pad>", "<unk>", "<start>", *WORDS, "<end>"])
@@ -135,7 +143,9 @@ def clip(clip_folder):
 
 @pytest.fixture(scope="session")
 def media(tmp_path_factory):
-    """A folder of media: three scenes of 2 s at 8 fps, a video of 5 frames, a picture, and broken ones."""
+    """A folder of media: three scenes of 2 s at 8 fps, a video of 5 frames, a picture, and broken
+    ones.
+    """
     folder, rng = tmp_path_factory.mktemp("media"), np.random.default_rng(0)
     write_video(
         folder / "scenes.mp4",
@@ -162,7 +172,7 @@ def arguments(**changes):
     return prior.PriorSettings(**{"frames": 8, **changes})
 
 
-# ---------------------------------------------------------------------------------------------------------------------- maths
+# ------------------------------------------------------------------------------------------- maths
 
 
 @pytest.mark.parametrize(
@@ -189,7 +199,8 @@ def test_scene_scores_of_flat_frames():
     half = black.copy()
     half[:, 24:] = 255
     scores = prior.scene_scores(np.stack([black, black, white, black, half]))
-    # identical 0, disjoint 1; black against half black, half white: BC = sqrt(1 * 1/2), distance sqrt(1 - BC)
+    # identical 0, disjoint 1; black against half black, half white: BC = sqrt(1 * 1/2),
+    # distance sqrt(1 - BC)
     assert scores == pytest.approx([0, 0, 1, 1, np.sqrt(1 - np.sqrt(0.5))], abs=1e-3)
 
 
@@ -207,7 +218,8 @@ def test_scene_scores_see_hue_and_forgive_flicker():
     assert scores[3:5] == pytest.approx(
         [0, 0], abs=1e-3
     )  # the hue of a grey turns by 60 and 120 degrees
-    # value 127 -> 128 moves all mass by one bin; of two Gaussians of sigma 2 bins BC = exp(-1 / (8 * 2 * 2)): below the threshold
+    # value 127 -> 128 moves all mass by one bin; of two Gaussians of sigma 2 bins BC = exp(-1
+    # / (8 * 2 * 2)): below the threshold
     assert scores[5] == pytest.approx(np.sqrt(1 - np.exp(-1 / 32)), abs=0.01)
 
 
@@ -261,7 +273,7 @@ def test_fuse():
     )
 
 
-# ---------------------------------------------------------------------------------------------------------------- real videos
+# ------------------------------------------------------------------------------------- real videos
 
 
 @pytest.mark.parametrize("k", [10, 16, 32])
@@ -371,7 +383,7 @@ def test_a_threshold_is_the_detectors_own(tmp_path):
     assert scores == [1, 0]
 
 
-# ------------------------------------------------------------------------------------------------- frames: fps, VFR, rotation, size
+# ---------------------------------------------------------------- frames: fps, VFR, rotation, size
 
 
 def write_av(path, frames, times=None, codec="mpeg4", fps=8, **options):
@@ -471,8 +483,10 @@ def test_large_frames_are_not_held_together(tmp_path):
         tmp_path / "large.mp4", [np.full((2304, 4096, 3), 10 * i, np.uint8) for i in range(24)]
     )  # 28 MB a frame, 680 MB in all
     code = (
-        "import resource, prior; peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss; before = peak();"
-        f"indices = prior.read_cues(('video', {str(tmp_path / 'large.mp4')!r}), prior.PriorSettings(frames=24))[0];"
+        "import resource, prior; usage = resource.getrusage; own = resource.RUSAGE_SELF;"
+        "peak = lambda: usage(own).ru_maxrss; before = peak();"
+        f"medium = ('video', {str(tmp_path / 'large.mp4')!r});"
+        "indices = prior.read_cues(medium, prior.PriorSettings(frames=24))[0];"
         "print(len(indices), (peak() - before) // 1024)"
     )
     done = subprocess.run(
@@ -482,7 +496,7 @@ def test_large_frames_are_not_held_together(tmp_path):
     assert count == 24 and megabytes < 500, megabytes
 
 
-# ----------------------------------------------------------------------------------------------------------------------- CLIP
+# -------------------------------------------------------------------------------------------- CLIP
 
 
 def test_load_clip_uses_the_folders_weights_and_tokenizer(clip, clip_folder):
@@ -546,7 +560,7 @@ def test_load_clip_refuses_what_it_must(clip_folder, tmp_path):
         prior.load_clip(f"local-dir:{tmp_path}")
 
 
-# ----------------------------------------------------------------------------------------------------------------------- rows
+# -------------------------------------------------------------------------------------------- rows
 
 
 def test_row_of_a_video(clip, media):
@@ -865,7 +879,7 @@ def test_arguments_that_give_no_distribution(changes):
         arguments(**changes)
 
 
-# ----------------------------------------------------------------------------------------------------------------------- file
+# -------------------------------------------------------------------------------------------- file
 
 
 @pytest.fixture
@@ -978,7 +992,7 @@ def test_load_priors_of_a_torn_file(priors_file):
         prior.load_priors(priors_file.path, priors_file.examples, arguments())
 
 
-# --------------------------------------------------------------------------------------------------------------- command line
+# ------------------------------------------------------------------------------------ command line
 
 
 def run(*flags):
@@ -1093,7 +1107,9 @@ def lines(path):
 
 @pytest.fixture
 def flags(clip_folder, media, tmp_path):
-    """A data set of eleven examples about four media, a third of them unusable, and the flags that build its priors here."""
+    """A data set of eleven examples about four media, a third of them unusable, and the flags that
+    build its priors here.
+    """
     names = [
         "scenes.mp4",
         "short.mp4",
@@ -1448,7 +1464,8 @@ def test_workers_end_with_the_process_they_work_for(tmp_path):
     code = (
         "import prior, test_prior, os, signal, time\nprior.read_cues = test_prior.hang\n"
         "media = [('video', 'a'), ('video', 'hang')]\n"
-        "for medium, found in prior.all_cues(media, None, None, workers=1): os.kill(os.getpid(), signal.SIGKILL)"
+        "for medium, found in prior.all_cues(media, None, None, workers=1):\n"
+        "    os.kill(os.getpid(), signal.SIGKILL)"
     )
     marker = f"VIDEOCFR_TEST_{os.getpid()}"
     environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}", marker: "1"}

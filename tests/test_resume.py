@@ -1,4 +1,6 @@
-"""Runs that are killed, stopped, fed with rubbish or out of disk: train.py in a few steps on a small toy."""
+"""Runs that are killed, stopped, fed with rubbish or out of disk: train.py in a few steps on a
+small toy.
+"""
 
 import json
 import os
@@ -421,7 +423,8 @@ def test_inputs_from_workers_are_those_of_this_process(small_toy, first_run):
             examples = load_examples(sys.argv[1] + "/train.json")[:8]
             row = Prior("0", frames=[0, 20, 40, 60], times=[0.0, 5.0, 10.0, 15.0], prior=[0.25] * 4)
             rows = [row if one.media_type == "video" else None for one in examples]
-            requests = [(n, *one, [2, 0, 3, 1] if one[1] else None) for n, one in enumerate(zip(examples, rows))]
+            orders = [[2, 0, 3, 1] if row else None for row in rows]
+            requests = list(zip(range(8), examples, rows, orders))
             inputs, alone = (engine.Inputs(encoder, workers, 60) for workers in (2, 0))
             inputs.ahead(requests)
             alone.ahead(requests)
@@ -434,7 +437,8 @@ def test_inputs_from_workers_are_those_of_this_process(small_toy, first_run):
             inputs.ahead((place + 100, *rest) for place, *rest in requests)
             time.sleep(0.2)
             for child in multiprocessing.active_children():
-                child.terminate()  # as a signal to the whole job does: a worker that dies costs no medium
+                # as a signal to the whole job does: a worker that dies costs no medium
+                child.terminate()
             for place, example, *_ in requests:
                 assert inputs.take(place + 100, example)[0].times is not None
             inputs.stop()
@@ -455,9 +459,13 @@ def test_causes_are_counted_without_names_and_numbers():
     causes = {
         "/d/my video 1.mp4: no such file": "no such file",
         "DATA/a b.mp4: no such file": "no such file",
-        "/d/x.mp4: not a readable video (Error reading /d/x.mp4...)": "not a readable video (Error reading FILE",
+        "/d/x.mp4: not a readable video (Error reading /d/x.mp4...)": (
+            "not a readable video (Error reading FILE"
+        ),
         "row 3 (problem_id a b) has no problem": "has no problem",
-        "/d/x.mp4: the prompt has 1,234 tokens (--max_prompt_length 400)": "the prompt has N tokens (--max_prompt_length N)",
+        "/d/x.mp4: the prompt has 1,234 tokens (--max_prompt_length 400)": (
+            "the prompt has N tokens (--max_prompt_length N)"
+        ),
     }
     for cause, plain in causes.items():
         assert train.plain_cause(cause) == plain

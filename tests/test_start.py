@@ -1,4 +1,5 @@
-"""What train.py does before its first step: what it refuses, what it says, what it skips, and that a refusal leaves no trace. In this
+"""What train.py does before its first step: what it refuses, what it says, what it skips, and that
+a refusal leaves no trace. In this
 process: train.run() is the real one, its two trainers and the scoring are stand-ins."""
 
 import json
@@ -32,9 +33,11 @@ def alone():
 
 @pytest.fixture
 def place(alone, toy_folder, checkpoint, tmp_path, monkeypatch, capsys):
-    """A folder with the media of a toy, a data set file made of given rows, and start(*flags): train.py's run(), as a new process has it.
+    """A folder with the media of a toy, a data set file made of given rows, and start(*flags):
+    train.py's run(), as a new process has it.
 
-    calls: what the stand-ins for training and scoring were given. clips: how often a CLIP model was loaded.
+    calls: what the stand-ins for training and scoring were given. clips: how often a CLIP
+    model was loaded.
     """
     videos = [
         row
@@ -142,7 +145,7 @@ def absent(row, name="absent.mp4"):
     return {**row, "path": name}
 
 
-# ------------------------------------------------------------------------------------------------------------------ priors
+# ------------------------------------------------------------------------------------------ priors
 
 
 def test_an_example_without_a_row_is_looked_at(place):
@@ -289,7 +292,7 @@ def test_held_out_priors_are_given_or_found_in_the_training_ones(place, monkeypa
     )
 
 
-# -------------------------------------------------------------------------------------------------------------- held out
+# ---------------------------------------------------------------------------------------- held out
 
 
 def test_held_out_questions_that_cannot_be_asked_are_skipped_before_and_after(place):
@@ -337,7 +340,7 @@ def test_held_out_questions_that_cannot_be_asked_are_skipped_before_and_after(pl
     )
 
 
-# ------------------------------------------------------------------------------------------------- refusals, and what is said
+# ---------------------------------------------------------------------- refusals, and what is said
 
 
 def test_a_refused_start_leaves_nothing_behind(place, monkeypatch, tmp_path):
@@ -378,7 +381,8 @@ def test_a_refused_start_leaves_nothing_behind(place, monkeypatch, tmp_path):
     assert not place.output.exists()
     assert "can be inverted" in refused(place, "--dataset_name", plain, "--recipe", "tw")
     shutil.rmtree(place.output)  # with the priors that it computed
-    # refused with its priors computed, then for want of a model's weights: neither is an earlier run, and the rows are used again
+    # refused with its priors computed, then for want of a model's weights: neither is an
+    # earlier run, and the rows are used again
     broken = place.write("data.json", [a, absent(b)])
     assert "1 usable questions (1 skipped)" in refused(
         place, "--dataset_name", broken, *NO_CLIP, "--per_device_train_batch_size", 2
@@ -455,7 +459,7 @@ def test_without_git_there_is_no_revision(monkeypatch, tmp_path):
     assert train.revision() is None
 
 
-# -------------------------------------------------------------------------------------------------------- a run made longer
+# ------------------------------------------------------------------------------- a run made longer
 
 
 def test_a_longer_run_begins_with_the_questions_of_a_shorter_one(toy_folder, alone):
@@ -503,7 +507,8 @@ def test_a_finished_run_is_planned_again(place):
         in place.start(*more, "--max_steps", 2)
     )
     assert place.calls == [] and (place.output / "result.json").is_file()
-    # what could not be read stays out, also when it can be by now: the questions that were trained keep their places
+    # what could not be read stays out, also when it can be by now: the questions that were
+    # trained keep their places
     shutil.copyfile(place.folder / d["path"], place.folder / "absent.mp4")
     said = place.start(*more, "--max_steps", -1, "--num_train_epochs", 2)
     assert (

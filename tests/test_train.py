@@ -1,4 +1,6 @@
-"""train.py as a user runs it: the deepspeed launcher, ZeRO-3, a small toy, one and two CPU ranks; and what it says to bad input."""
+"""train.py as a user runs it: the deepspeed launcher, ZeRO-3, a small toy, one and two CPU ranks;
+and what it says to bad input.
+"""
 
 import copy
 import dataclasses
@@ -36,7 +38,8 @@ def test_the_whole_path(small_toy, first_run):
         "paper_evidence_use",
     }
     assert expected <= set(result["before"]) and expected <= set(result["after"])
-    # sampled-frame shares of the evidence, averaged by hand over the held-out questions: 2 of 16 frames a 2 s slot
+    # sampled-frame shares of the evidence, averaged by hand over the held-out questions: 2 of
+    # 16 frames a 2 s slot
     chance = sum((row["evidence"][0][1] - row["evidence"][0][0]) / 16 for row in heldout) / len(
         heldout
     )
@@ -242,7 +245,9 @@ def test_frame_sets_in_the_data_are_the_prior(small_toy, first_run, tmp_path):
 
 @pytest.mark.parametrize("family", ["Qwen2VL", "Qwen3VL"])
 def test_other_families_train(family, small_toy, tmp_path):
-    """A random checkpoint of the family, with its own processor and the toy's tokenizer, saved and trained as a user's would be."""
+    """A random checkpoint of the family, with its own processor and the toy's tokenizer, saved and
+    trained as a user's would be.
+    """
     old = transformers.AutoProcessor.from_pretrained(small_toy / "model")
     tokenizer, token, later = (
         old.tokenizer,
@@ -355,7 +360,7 @@ def test_what_no_answer_can_earn(kind, answer, earned):
     )
 
 
-# ------------------------------------------------------------------------------------------------------------ the recipes
+# ------------------------------------------------------------------------------------- the recipes
 
 
 def test_bfloat16_with_gradient_checkpointing(cold_start, tmp_path):
@@ -392,7 +397,9 @@ def test_bfloat16_with_gradient_checkpointing(cold_start, tmp_path):
 
 @pytest.fixture(scope="session")
 def cold_start(small_toy, tmp_path_factory):
-    """A checkpoint that has learned short answers ("0s striped red 2."), so that every reward varies, and flags to go on from it."""
+    """A checkpoint that has learned short answers ("0s striped red 2."), so that every reward
+    varies, and flags to go on from it.
+    """
     folder = tmp_path_factory.mktemp("cold")
     rows = [
         row
@@ -547,7 +554,8 @@ def test_every_recipe_trains(recipe, cold_start, tmp_path):
 
 
 def test_an_sft_step_does_not_depend_on_how_it_is_split(cold_start, small_toy, tmp_path):
-    """8 demonstrations as one forward, and as two forwards of 2 on each of two ranks. The source stops at another token than its template:
+    """8 demonstrations as one forward, and as two forwards of 2 on each of two ranks. The source
+    stops at another token than its template:
     what is saved stops at both."""
     shutil.copytree(small_toy / "model", tmp_path / "model")
     generation = json.loads((tmp_path / "model" / "generation_config.json").read_text())
@@ -643,7 +651,8 @@ def test_several_updates_on_the_same_rollouts(cold_start, tmp_path):
     ]
     launch(*flags, "--output_dir", tmp_path / "out")
     (record,) = metrics(tmp_path / "out", "grpo")
-    # the first update has ratio 1 and, the reference being the policy, no KL; the means over both are not those of the first
+    # the first update has ratio 1 and, the reference being the policy, no KL; the means over
+    # both are not those of the first
     assert abs(record["loss/ratio"] - 1) > 1e-6 and record["loss/kl"] > 1e-5
     assert (
         len((tmp_path / "out" / "rollouts.jsonl").read_text().splitlines()) == 4 * 4
@@ -695,7 +704,9 @@ def test_the_reference_follows_the_policy_on_every_rank(cold_start, tmp_path):
 
 
 def micro_batch(toy_folder, toy_processor, toy_model, texts, *flags, cut=()):
-    """One question's group with these completions through train.learn(): its loss, values, mask, log-probs of policy and reference."""
+    """One question's group with these completions through train.learn(): its loss, values, mask,
+    log-probs of policy and reference.
+    """
     example = next(
         example
         for example in load_examples(toy_folder / "train.json")
@@ -828,7 +839,8 @@ def test_truncated_completions_can_be_left_out_of_the_loss(toy_folder, toy_proce
         loss, values, *_ = micro_batch(toy_folder, toy_processor, toy_model, texts, *flags, cut=cut)
         losses[flag, cut] = loss.item()
         assert values["rollout/truncated"] == [0, len(cut)]
-    # rewards 2 and 0: advantages +-0.7071; at ratio 1 a completion's mean is -A, and the mean over both cancels unless one is left out
+    # rewards 2 and 0: advantages +-0.7071; at ratio 1 a completion's mean is -A, and the mean
+    # over both cancels unless one is left out
     advantage = 1 / (2**0.5 + 1e-4)
     assert losses["true", (1,)] == pytest.approx(-advantage / 2, abs=1e-5)
     assert losses["false", (1,)] == losses["true", ()] == pytest.approx(0, abs=1e-6)
@@ -859,10 +871,11 @@ def test_the_alignment_reward_is_gated_and_weighed(toy_folder, toy_processor, to
     rows = json.loads((toy_folder / "train.json").read_text())
     row = next(row for row in rows if row["options"] and row["data_type"] == "video")
     start, sentence = next(iter(row["grounding"].items()))
+    claim = f"At {start[:5]} {sentence}."
     texts = [
-        f"<think>At {start[:5]} {sentence}.</think><answer>{{right}}</answer>",
-        f"<think>At {start[:5]} {sentence}. At 00:01 an elephant.</think><answer>{{right}}</answer>",
-        f"<think>At {start[:5]} {sentence}.</think><answer>{{wrong}}</answer>",
+        f"<think>{claim}</think><answer>{{right}}</answer>",
+        f"<think>{claim} At 00:01 an elephant.</think><answer>{{right}}</answer>",
+        f"<think>{claim}</think><answer>{{wrong}}</answer>",
     ]
     _, values, *_ = micro_batch(
         toy_folder, toy_processor, toy_model, texts, "--alignment_weight", "0.8"
@@ -888,7 +901,8 @@ def test_groups_of_equal_rewards_can_be_dropped_or_anchored(
         losses[degenerate] = loss.item()
     d = ((reference - own)[0] * mask).clamp(-10, 10)
     kl = ((d.exp() - d - 1) * mask).sum(1) / mask.sum(1)
-    # eight rollouts of r and the anchor r -+ 1: mean r -+ 1/9, std sqrt((8 (1/9)^2 + (8/9)^2) / 8) = 1/3, so (1/9) / (1/3) = 1/3
+    # eight rollouts of r and the anchor r -+ 1: mean r -+ 1/9, std sqrt((8 (1/9)^2 + (8/9)^2)
+    # / 8) = 1/3, so (1/9) / (1/3) = 1/3
     assert losses == pytest.approx(
         {
             "keep": 0.5 * kl.mean().item(),

@@ -1,6 +1,7 @@
 """Run a script of this repository in processes that have its slow imports behind them.
 
-`python train.py` spends 8 to 15 s of a core on imports before its first line. run_script() forks its
+`python train.py` spends 8 to 15 s of a core on imports before its first line. run_script()
+forks its
 processes from multiprocessing's fork server, which imports all of that once a session.
 """
 

@@ -1,13 +1,20 @@
-"""Do other versions of transformers read the checkpoints that this program writes? Not run by CI; needs PyPI, takes some minutes:
+"""Do other versions of transformers read the checkpoints that this program writes? Not run by CI;
+needs PyPI, takes some minutes:
 
     python tests/outside/other_versions.py /tmp/versions
 
-makes three environments in that folder, which see torch and deepspeed of the one it is started from: the oldest and the newest
-transformers that requirements.txt allows, and 4.57, which writes small random models as the hub has them (flat configurations, names of
-weights, processor files). Both of the former load these as train.py does, under ZeRO-0 and ZeRO-3, and save them by checkpoints.save_model.
-Then each of the three reads each folder. It prints a table of the largest differences of logits to those of 4.57 and the model that it
-wrote, for a prompt with a video and one set of position ids, with a star where the version itself gives the prompt other positions than
-4.57 does; exits with 1 when a weight is missing, a difference exceeds 1e-4, or a processor gives other ids.
+makes three environments in that folder, which see torch and deepspeed of the one it is
+started from: the oldest and the newest
+transformers that requirements.txt allows, and 4.57, which writes small random models as the
+hub has them (flat configurations, names of
+weights, processor files). Both of the former load these as train.py does, under ZeRO-0 and
+ZeRO-3, and save them by checkpoints.save_model.
+Then each of the three reads each folder. It prints a table of the largest differences of
+logits to those of 4.57 and the model that it
+wrote, for a prompt with a video and one set of position ids, with a star where the version
+itself gives the prompt other positions than
+4.57 does; exits with 1 when a weight is missing, a difference exceeds 1e-4, or a processor
+gives other ids.
 docs/checkpoints.md has the last result.
 """
 
@@ -149,7 +156,9 @@ def make_processor(family, folder):
 
 
 def prompt(model):
-    """Inputs of a prompt with a video of three slots of 2 x 2 tokens, and the positions (3, 1, length) that this version gives it."""
+    """Inputs of a prompt with a video of three slots of 2 x 2 tokens, and the positions (3, 1,
+    length) that this version gives it.
+    """
     import inspect
 
     import torch
@@ -246,7 +255,9 @@ def save(sources, folder):
 
 
 def read(sources, folder):
-    """Prints {name of a saved folder: [largest difference, or what went wrong; whether this version gives the prompt other positions]}."""
+    """Prints {name of a saved folder: [largest difference, or what went wrong; whether this
+    version gives the prompt other positions]}.
+    """
     import torch
     from transformers import AutoModelForImageTextToText, AutoProcessor
 

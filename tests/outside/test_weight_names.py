@@ -1,6 +1,8 @@
-"""Names, shapes and values in what save_model() writes, read with safetensors alone, against checkpoints named as the hub's are.
+"""Names, shapes and values in what save_model() writes, read with safetensors alone, against
+checkpoints named as the hub's are.
 
-As a script (that is what the test runs, once): FOLDER has sources/, made here without train.py's code; each is loaded by start_engine()
+As a script (that is what the test runs, once): FOLDER has sources/, made here without
+train.py's code; each is loaded by start_engine()
 at every ZeRO stage and saved by save_model() to FOLDER/saved/SOURCE-STAGE.
 """
 
@@ -22,7 +24,9 @@ HUB = "someone/model"
 
 
 def hub_weights(model):
-    """{name in a checkpoint of the hub: weight}, derived by hand: transformers 5 renamed the Qwen2 families and turned the experts."""
+    """{name in a checkpoint of the hub: weight}, derived by hand: transformers 5 renamed the Qwen2
+    families and turned the experts.
+    """
     family, weights = model.config.model_type, {}
     for name, weight in model.state_dict().items():
         if family in ("qwen2_vl", "qwen2_5_vl"):
@@ -133,7 +137,8 @@ def save_all(folder):
     started = start(HUB, 0)
     checkpoints.save_model(started, processor, folder / "saved" / "hub-0")
     causes = {"lacks": [refused(start, folder / "sources" / "lacks", stage) for stage in (0, 3)]}
-    started.module.model._weight_conversions = []  # then save_pretrained writes transformers' own names
+    # then save_pretrained writes transformers' own names
+    started.module.model._weight_conversions = []
     causes["wrong"] = refused(
         checkpoints.save_model, started, processor, folder / "saved" / "wrong"
     )
@@ -191,11 +196,9 @@ def test_what_the_old_code_saved_loads_and_is_saved_with_the_right_names(saved):
 
 def test_weights_that_are_missing_or_would_get_other_names_end_the_run(saved):
     folder, _, causes = saved
+    words = "lacks lacks 1 weights of a qwen2_5_vl model, the first is "
     for cause in causes["lacks"]:
-        assert (
-            "lacks lacks 1 weights of a qwen2_5_vl model, the first is model.language_model.norm.weight"
-            in cause
-        )
+        assert words + "model.language_model.norm.weight" in cause
     assert "56 weights in" in causes["wrong"]  # all but lm_head.weight
     assert (
         f"are not those of {HUB}: the first is model.language_model.embed_tokens.weight"
