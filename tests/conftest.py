@@ -1,7 +1,6 @@
-"""What the tests share: the repository root on the path, a small toy world (4 + 2 videos, no CLIP)
-made once per session, encoded
-examples of it, small models of every family, and train.py under ZeRO-3 on a small toy with
-CLIP (warm.py starts it)."""
+"""What the tests share: a small toy world (4 + 2 videos, no CLIP) made once per session, encoded
+examples of it, small models of every family, and train.py under ZeRO-3 on a small toy with CLIP
+(warm.py starts it)."""
 
 import copy
 import json
@@ -28,10 +27,11 @@ def pytest_sessionfinish():
 
 
 def as_trained(get_rope_index):
-    """transformers' positions, each run of one kind continued behind the largest position so far,
-    as transformers 4 and the released
-    models have it: a second implementation of policy.continue_positions, for the plain
-    forwards that the tests compare with."""
+    """transformers' positions, each run of one kind continued behind the largest position so far.
+
+    transformers 4 and the released models have them. A second implementation of
+    policy.continue_positions, for the plain forwards that the tests compare with.
+    """
 
     def wrapper(model, input_ids, mm_token_type_ids, *arguments, attention_mask=None, **keywords):
         positions, _ = get_rope_index(
