@@ -404,16 +404,18 @@ def find_checkpoint(arguments):
             f"{folder} was written by {state['ranks']} processes, "
             f"this run has {dist.get_world_size()}: it must have as many"
         )
-    compare_settings(folder, state, asdict(arguments))
+    compare_settings(folder, state, arguments)
     return {**state, "folder": str(folder)}
 
 
-def compare_settings(folder, state, settings):
+def compare_settings(folder, state, arguments):
     """Logs settings that changed since a checkpoint.
 
     Errors: DataError if one of WHERE_A_RUN_IS did.
     """
-    before = state["settings"]
+    settings = asdict(arguments)
+    # A setting that is newer than the checkpoint had its default then.
+    before = {**asdict(type(arguments)()), **state["settings"]}
     changed = [name for name in sorted(settings) if before.get(name) != settings[name]]
     fixed = [f"--{name} ({before.get(name)})" for name in changed if name in WHERE_A_RUN_IS]
     if fixed:

@@ -2,6 +2,7 @@
 small toy.
 """
 
+import dataclasses
 import json
 import os
 import random
@@ -20,6 +21,8 @@ from transformers import AutoModelForImageTextToText
 from warm import Script
 
 import train
+from common import checkpoints
+from common.data import DataError
 
 FLAGS = ["--num_generations", 4, "--max_completion_length", 12, "--gate", "none", "--save_steps", 2]
 
@@ -526,3 +529,17 @@ def test_the_release_s_own_flags_work(small_toy, first_run, tmp_path):
     assert record["rollout/length"] <= 12
     run = json.loads((tmp_path / "out" / "run.json").read_text())
     assert run["ranks"] == 2 and run["versions"]["torch"] and run["command"][0].endswith("train.py")
+
+
+def test_a_checkpoint_older_than_a_setting_had_its_default(monkeypatch):
+    lines = []
+    monkeypatch.setattr(checkpoints, "log_main", lines.append)
+    arguments = train.TrainArguments(seed=3)
+    settings = dataclasses.asdict(arguments)
+    del settings["sft_gradient_accumulation_steps"]
+    state = {"stage": "sft", "settings": settings}
+    checkpoints.compare_settings("folder", state, arguments)
+    assert lines == []
+    other = dataclasses.replace(arguments, sft_gradient_accumulation_steps=2)
+    with pytest.raises(DataError, match=r"another --sft_gradient_accumulation_steps \(1\)"):
+        checkpoints.compare_settings("folder", state, other)
