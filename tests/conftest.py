@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from transformers import Qwen2_5_VLModel, Qwen2VLModel
 from warm import BIN as BIN
 from warm import ENV as ENV
@@ -100,7 +101,7 @@ def video_row(frames):
     from common.data import Prior
 
     times = [index / 4 for index in frames]
-    return Prior("0", frames=frames, times=times, prior=[1 / len(frames)] * len(frames))
+    return Prior("0", frames=frames, times=times, prior=[1 / len(frames) for _ in frames])
 
 
 @pytest.fixture(scope="session")
@@ -296,6 +297,14 @@ def weights(folder):
     from transformers import AutoModelForImageTextToText
 
     return AutoModelForImageTextToText.from_pretrained(folder).state_dict()
+
+
+@pytest.fixture(scope="module")
+def alone():
+    """A world of one rank."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
 
 
 @pytest.fixture(scope="session")

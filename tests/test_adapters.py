@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from conftest import video_row
 
 import reward
 from common.data import build_prompt, load_examples
@@ -416,7 +417,7 @@ def test_cfr_from_forward_is_what_the_packed_path_gives(toy_folder, toy_processo
     )
     encoder = Encoder(toy_processor, 56 * 56, 56 * 56)
     items = [
-        encoder.encode(example, {"frames": frames, "times": [index / 4 for index in frames]})
+        encoder.encode(example, video_row(frames))
         for example, frames in (
             (videos[0], [0, 10, 20, 30, 40, 50]),
             (text, []),

@@ -11,7 +11,6 @@ from dataclasses import asdict, replace
 from types import SimpleNamespace
 
 import pytest
-import torch.distributed as dist
 from conftest import ROOT, metrics, run_script
 from PIL import Image
 
@@ -21,14 +20,6 @@ from common import ranks, workers
 from common.data import DataError, load_examples
 
 NO_CLIP = ["--prior", "no_semantic"]
-
-
-@pytest.fixture(scope="module")
-def alone():
-    """A world of one rank."""
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
 
 
 @pytest.fixture
