@@ -803,7 +803,7 @@ def test_ablations_from_the_stored_scores(clip, media):
     without = prior.make_prior(example(media, "scenes.mp4"), None, arguments(prior="no_semantic"))
     assert (
         without.semantic_scores == []
-        and without.prior == prior.weigh_scores(row, arguments(prior="no_semantic"))["prior"]
+        and without.prior == prior.weigh_scores(row, arguments(prior="no_semantic")).prior
     )
 
 
@@ -854,9 +854,9 @@ def test_frame_sets_become_rows(media):
         **sets,
         "uniform": [0, 0, 1, 2],
     }  # a short video's, sampled with repeats
-    assert prior.frame_set_rows(given[:1], arguments())[0][0]["frames"] == [0, 1, 2]
+    assert prior.frame_set_rows(given[:1], arguments())[0][0].frames == [0, 1, 2]
     given[0].extra["frame_sets"] = {**sets, "uniform": [0, 47]}  # made with --fps
-    assert prior.frame_set_rows(given[:1], arguments(fps=0.3))[0][0]["frames"] == [0, 47]
+    assert prior.frame_set_rows(given[:1], arguments(fps=0.3))[0][0].frames == [0, 47]
 
 
 @pytest.mark.parametrize(
