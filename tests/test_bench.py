@@ -48,8 +48,7 @@ def encoded(arguments, folder):
 @pytest.fixture(scope="module")
 def step_run():
     """The smallest `bench.py step` of all sides -> sides, what it prints, what it has measured."""
-    # test_gpu.py runs the side "graph".
-    sides = ["packed", "repeated", "zero3"]
+    sides = ["packed", "repeated", "zero3", "graph"]
     if importlib.util.find_spec("trl") is not None:
         sides.append("trl")
     flags = [word for name, value in SMALL.items() for word in (f"--{name}", str(value))]

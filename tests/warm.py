@@ -84,10 +84,12 @@ def run_main(script, flags, env, output, errors, report):
         run_page.run_report = do_nothing
     # Worker processes come from the same fork server.
     forkserver._forkserver.ensure_running = do_nothing
-    sys.argv = [Path(script).name, *flags]
+    # As a user types it.
+    name = os.path.relpath(script, ROOT)
+    sys.argv = [name, *flags]
     sys.path.insert(0, str(Path(script).parent))
     try:
-        runpy.run_path(str(script), run_name="__main__")
+        runpy.run_path(name, run_name="__main__")
     finally:
         # A process of multiprocessing ends without them.
         atexit._run_exitfuncs()
