@@ -265,7 +265,7 @@ def draw_use(arguments, prior, frames, answers, threshold):
     more, alt = draw_prior(figure, prior, frames, None, threshold, len(scores))
     for axes, score in zip(more, scores, strict=True):
         alt += f" Use by {names[score]}: {plot_use(axes, prior, answers, score)}."
-        axes.set_ylabel(textwrap.fill(f"use by {names[score]}", 18), fontsize=9)
+        axes.set_ylabel(textwrap.fill(names[score], 12), fontsize=9)
     return figure, alt
 
 
