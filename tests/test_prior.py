@@ -1412,12 +1412,17 @@ def long_run(clip_folder, tmp_path_factory):
     )
 
 
-def written(output):
-    return sum(
-        file.stat().st_size
-        for file in output.parent.glob(f"{output.name}*")
-        if ".errors" not in file.name
-    )
+def written(path):
+    """Bytes of an output file and its shards."""
+    size = 0
+    for file in path.parent.glob(f"{path.name}*"):
+        if ".errors" in file.name:
+            continue
+        try:
+            size += file.stat().st_size
+        except FileNotFoundError:
+            pass  # a shard that rank 0 has just joined
+    return size
 
 
 def test_killed_ranks_are_continued(long_run, tmp_path):
