@@ -49,7 +49,7 @@ def test_ranks_of_a_launcher_agree_and_launchers_differ(tmp_path):
     first, second = ports.values()
     assert first[0] == first[1] != second[0] == second[1]
     assert 1024 < int(first[0]) < 65536 and "29500" not in (first[0], second[0])
-    # torch removes a store's file with its last rank, but two that let go at once may both leave it.
+    # torch removes a file with its last rank; two that let go at once may leave it.
     assert len(list(tmp_path.iterdir())) <= 2
 
 
