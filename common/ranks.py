@@ -101,14 +101,14 @@ def free_port():
         return str(free.getsockname()[1])
 
 
-def own_port():
-    """A free port for the ranks of one deepspeed launcher on one machine.
+def launcher_file():
+    """File through which the ranks of one deepspeed launcher on one machine agree on a port.
 
-    Without --master_port the launcher gives every run the same port. The ranks of a run agree on
-    a free one through a file named after their launcher's process.
+    Without --master_port the launcher gives every run the same port.
 
     Returns:
-        str; None under another launcher, on several machines, or if the user chose a port.
+        Path named after the launcher's process; None under another launcher, on several machines,
+        or if the user chose a port.
     """
     default = str(TORCH_DISTRIBUTED_DEFAULT_PORT)
     if os.environ.get("CROSS_SIZE") != "1" or os.environ["MASTER_PORT"] != default:
@@ -118,9 +118,14 @@ def own_port():
     if not launchers:
         return None
     name = f"ranks-{launchers[0].pid}-{launchers[0].create_time()}"
-    file = Path(tempfile.gettempdir()) / name
-    # The store removes its file when the last rank lets go of it.
-    store = dist.FileStore(str(file), int(os.environ["WORLD_SIZE"]))
+    return Path(tempfile.gettempdir()) / name
+
+
+def own_port(file):
+    """Port that rank 0 found free and the others read from the file, as text."""
+    # Without a number of workers the store leaves its file: two ranks that let go of it at once
+    # may both leave it anyway.
+    store = dist.FileStore(str(file))
     if os.environ["RANK"] == "0":
         store.set("port", free_port())
     return store.get("port").decode()
@@ -131,11 +136,16 @@ def start_ranks():
     if "RANK" not in os.environ:
         alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
         os.environ.update(alone, MASTER_PORT=free_port())
-    os.environ["MASTER_PORT"] = own_port() or os.environ["MASTER_PORT"]
+    file = launcher_file()
+    if file is not None:
+        os.environ["MASTER_PORT"] = own_port(file)
     if torch.cuda.is_available():
         # NCCL's first collective comes before any engine.
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     deepspeed.init_distributed()
+    # All ranks are there, so all have read the port.
+    if file is not None and is_main():
+        file.unlink(missing_ok=True)
     if torch.cuda.is_available():
         return
     # A CPU computes with denormal numbers a hundred times slower.

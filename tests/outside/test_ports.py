@@ -5,6 +5,7 @@ import os
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from common import ranks
 
@@ -27,7 +28,7 @@ def run_rank(rank, launcher, folder, queue):
     os.environ.update(LAUNCHED, RANK=str(rank))
     ranks.psutil = processes(launcher)
     ranks.tempfile.tempdir = str(folder)
-    queue.put((launcher, ranks.own_port()))
+    queue.put((launcher, ranks.own_port(ranks.launcher_file())))
 
 
 def test_ranks_of_a_launcher_agree_and_launchers_differ(tmp_path):
@@ -49,8 +50,30 @@ def test_ranks_of_a_launcher_agree_and_launchers_differ(tmp_path):
     first, second = ports.values()
     assert first[0] == first[1] != second[0] == second[1]
     assert 1024 < int(first[0]) < 65536 and "29500" not in (first[0], second[0])
-    # torch removes a file with its last rank; two that let go at once may leave it.
-    assert len(list(tmp_path.iterdir())) <= 2
+    assert len(list(tmp_path.iterdir())) == 2  # start_ranks() removes them
+
+
+def start(rank, port, folder, queue):
+    os.environ.update(LAUNCHED, RANK=str(rank), LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1")
+    ranks.psutil = processes(70_000_021)
+    ranks.tempfile.tempdir = str(folder)
+    ranks.start_ranks()
+    torch.distributed.barrier()
+    queue.put((os.environ["MASTER_PORT"] != port, list(folder.iterdir())))
+    torch.distributed.destroy_process_group()
+
+
+def test_started_ranks_leave_no_file(tmp_path):
+    context = multiprocessing.get_context("forkserver")
+    queue = context.Queue()
+    started = []
+    for rank in range(2):
+        process = context.Process(target=start, args=(rank, "29500", tmp_path, queue))
+        process.start()
+        started.append(process)
+    assert [queue.get(timeout=120) for _ in started] == [(True, [])] * 2
+    for process in started:
+        process.join()
 
 
 @pytest.mark.parametrize(
@@ -63,4 +86,4 @@ def test_a_port_that_was_given_stays(change, monkeypatch, tmp_path):
         monkeypatch.setenv(name, value or "")
         if value is None:
             monkeypatch.delenv(name)
-    assert ranks.own_port() is None and not list(tmp_path.iterdir())
+    assert ranks.launcher_file() is None and not list(tmp_path.iterdir())
