@@ -417,6 +417,9 @@ def compare_settings(folder, state, arguments):
     # A setting that is newer than the checkpoint had its default then.
     before = {**asdict(type(arguments)()), **state["settings"]}
     changed = [name for name in sorted(settings) if before.get(name) != settings[name]]
+    # Flags of an older version of this program.
+    for name in sorted(before.keys() - settings.keys()):
+        log_main(f"the checkpoint's --{name} {before[name]} is no setting any more")
     fixed = [f"--{name} ({before.get(name)})" for name in changed if name in WHERE_A_RUN_IS]
     if fixed:
         raise DataError(f"{folder} was written with another {', '.join(fixed)}")
