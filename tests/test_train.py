@@ -808,6 +808,16 @@ def test_the_consistency_bonus_asks_the_reference(toy_folder, toy_processor, toy
     assert values["reward/total"] == pytest.approx([2 + bonus[0], 2 + bonus[1], 1, 0], rel=1e-4)
 
 
+def test_every_metric_of_a_step_is_in_the_glossary(toy_folder, toy_processor, toy_model, alone):
+    """Names as they are logged, those of the reward terms included: rewards() has the only list."""
+    flags = ["--consistency_coef", "0.5", "--alignment_weight", "1", "--token_weight_alpha", "1.7"]
+    texts = ["<think>a</think><answer>{right}</answer>", "<answer>{wrong}</answer>"]
+    _, values, *_ = micro_batch(toy_folder, toy_processor, toy_model, texts, *flags)
+    assert {"reward/alignment", "reward/consistency", "consensus/score"} <= values.keys()
+    glossary = (ROOT / "docs" / "metrics.md").read_text(encoding="utf-8")
+    assert [name for name in values if f"`{name}`" not in glossary] == []
+
+
 def test_the_token_weights_enter_the_loss(toy_folder, toy_processor, toy_model, alone):
     texts = [
         "<think>a</think><answer>{right}</answer>",
