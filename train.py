@@ -1437,6 +1437,7 @@ class Plan:
     training: Questions | None  # of GRPO
     heldout: Questions
     steps: int = 0  # of the last stage
+    without_prior: dict = field(default_factory=dict)  # {problem_id: cause} of GRPO's questions
     result: dict = field(default_factory=dict)  # beginning of result.json
 
 
@@ -1487,7 +1488,7 @@ def run(args, settings):
             files[name] = open(output / name, "a", encoding="utf-8")
     checkpoint = Checkpoints(args, processor, files, resume)
     checkpoint.shared["heldout_skipped"] = plan.heldout.skipped
-    checkpoint.shared["without_prior"] = plan.result.pop("without_prior")
+    checkpoint.shared["without_prior"] = plan.without_prior
     this = Run(args, processor, encoder, checkpoint, Tracker(args), files)
 
     # SFT, the score between the two, GRPO, the score after it.
@@ -1557,7 +1558,7 @@ def read_inputs(args, settings, resume, laps):
     if heldout_data:
         heldout = load_questions(args, heldout_data)
     plan = Plan(model_path, None, None, heldout)
-    plan.result = {"command": sys.argv, "seed": args.seed, "without_prior": {}}
+    plan.result = {"command": sys.argv, "seed": args.seed}
     if args.stage in ("sft", "both") and resume.get("stage") != "grpo":
         plan.demonstrations = load_demonstrations(args, sft_data)
         plan.steps, _ = sft_steps(args, len(plan.demonstrations.examples))
@@ -1605,7 +1606,7 @@ def read_training_priors(args, settings, plan, resume, count):
     priors_for(args, settings, training, "training", resume, args.priors)
     for problem, cause in training.skipped.items():
         if problem not in malformed:
-            plan.result["without_prior"][problem] = cause
+            plan.without_prior[problem] = cause
     inverted, unchanged = invert_share(training.examples, args.invert_questions, args.seed)
     plan.result["inverted"] = inverted
     plan.result["not_invertible"] = unchanged
