@@ -22,6 +22,7 @@ import socket
 import threading
 from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, Future, wait
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from datetime import timedelta
 from itertools import islice
@@ -93,6 +94,7 @@ class Task:
     function: Callable
     args: tuple
     future: Future | None = None
+    processes: ProcessPool | None = None
 
 
 class Pool:
@@ -113,23 +115,45 @@ class Pool:
             if initializer is not None:
                 initializer(*initargs)
             return
+        self.start_arguments = (pin, initializer, initargs)
+        self.start()
+
+    def start(self):
         # Workers are forks of a process without threads or CUDA.
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(PRELOAD)
         self.processes = ProcessPool(
-            workers,
+            self.workers,
             max_tasks=TASKS_PER_WORKER,
             initializer=start_worker,
-            initargs=(pin, initializer, initargs),
+            initargs=self.start_arguments,
             context=context,
         )
 
     def submit(self, function, *args):
         """Begins a call of function(*args); returns its Task."""
-        future = None
+        task = Task(function, args)
         if self.processes is not None:
-            future = self.processes.schedule(function, args=args, timeout=self.timeout)
-        return Task(function, args, future)
+            self.begin(task)
+        return task
+
+    def begin(self, task):
+        # pebble gives up a pool in which a worker dies between two calls.
+        if not self.processes.active:
+            self.stop()
+            self.start()
+        task.processes = self.processes
+        task.future = self.processes.schedule(task.function, task.args, timeout=self.timeout)
+
+    def wait(self, tasks):
+        """Waits until one of the tasks ends; those that a lost pool never took begin again."""
+        while True:
+            futures = [task.future for task in tasks]
+            if wait(futures, timeout=1.0, return_when=FIRST_COMPLETED).done:
+                return
+            for task in tasks:
+                if not task.processes.active:
+                    self.begin(task)
 
     def result(self, task, medium):
         """Waits for a task and returns its value.
@@ -141,6 +165,7 @@ class Pool:
         if task.future is None:
             return task.function(*task.args)
         for attempt in (1, 2):
+            self.wait([task])
             try:
                 return task.future.result()
             except TimeoutError as error:
@@ -151,7 +176,10 @@ class Pool:
                 if attempt == 2:
                     message = f"{medium}: the decoder died of it (exit code {error.exitcode})"
                     raise MediaError(message) from error
-                task = self.submit(task.function, *task.args)
+            except BrokenProcessPool:
+                if attempt == 2:
+                    raise
+            self.begin(task)
 
     def each(self, function, media, *args):
         """Calls function(medium, *args) for every medium (kind, path), then stops the workers.
@@ -170,7 +198,7 @@ class Pool:
                     return
                 done = list(running)
                 if self.processes is not None:
-                    wait([task.future for task in running], return_when=FIRST_COMPLETED)
+                    self.wait(done)
                     done = [task for task in running if task.future.done()]
                 for task in done:
                     medium = running.pop(task)

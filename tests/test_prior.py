@@ -3,12 +3,14 @@ open_clip model for the rest.
 """
 
 import json
+import multiprocessing
 import os
 import signal
 import struct
 import subprocess
 import sys
 import time
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
@@ -30,6 +32,7 @@ import prior
 from common import workers
 from common.data import DataError, Example, MediaError, load_examples
 from common.media import decode_frames
+from common.workers import Pool
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -706,6 +709,33 @@ def test_a_decoder_that_hangs_or_dies_costs_its_medium_alone(monkeypatch):
     assert "hang: not decoded within 3 s (--decode_timeout)" in str(found["video", "hang"])
     assert "crash: the decoder died of it (exit code -11)" in str(found["video", "crash"])
     assert all(isinstance(found["video", name], MediaError) for name in ("hang", "hang2", "crash"))
+
+
+def test_workers_killed_between_two_calls_cost_nothing():
+    # pebble declares its pool broken then; every kill is followed by calls, waiting ones included.
+    pool = Pool(workers=2, timeout=30)
+    before = [pool.submit(abs, number) for number in range(-3, 0)]
+    assert [pool.result(task, "a") for task in before] == [3, 2, 1]
+    for pause in (0, 0.01, 0.1, 0.5):
+        for child in multiprocessing.active_children():
+            child.kill()
+        early = pool.submit(abs, -4)
+        time.sleep(pause)
+        late = pool.submit(abs, -5)
+        assert (pool.result(late, "late"), pool.result(early, "early")) == (5, 4)
+    pool.stop()
+    assert not multiprocessing.active_children()
+
+
+def fail_to_start():
+    raise ValueError("no encoder")
+
+
+def test_workers_that_cannot_start_end_the_run():
+    pool = Pool(workers=1, timeout=30, initializer=fail_to_start)
+    with pytest.raises(BrokenProcessPool):
+        pool.result(pool.submit(abs, -1), "a")
+    pool.stop()
 
 
 def test_a_fault_of_ours_in_a_worker_is_not_swallowed(monkeypatch):
