@@ -25,7 +25,6 @@ true when) in the data set. It feeds the model the known reasoning and tests for
 sentence about a known interval whether the token's frame use lies there.
 """
 
-import argparse
 import base64
 import hashlib
 import io
@@ -36,15 +35,16 @@ import random
 import re
 import sys
 import time
-from collections import defaultdict
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
 import torch
 from huggingface_hub import InferenceClient
-from huggingface_hub.errors import HTTPError, InferenceTimeoutError
+from huggingface_hub.errors import HfHubHTTPError, HTTPError
 from PIL import Image
 from tqdm import tqdm
 from transformers import AutoConfig
@@ -60,13 +60,15 @@ from common.data import (
     read_template,
     target_text,
 )
-from common.flags import Help, Parser, flag
+from common.flags import Parser, flag
 from common.media import Encoder
 from common.policy import Policy, collate, load_model
 from common.rollout import Sampling, read_turn, sample_texts
 from common.workers import ShardedLines, check_settings, join_ranks, write_whole
 from grpo import rollout_frame_use, slot_shares, token_frame_use
 from prior import read_priors
+
+ABOVE_0 = "frames min_pixels max_completion_length batch_size api_workers api_timeout"
 
 
 @dataclass
@@ -170,86 +172,58 @@ class EvaluateArguments:
 
     def __post_init__(self):
         rescore = self.rescore
-        elsewhere = self.api_base or rescore or self.control != "none"
         measures = self.frame_use != "none"
-        # (whether the flags are wrong, what to say)
-        checks = [
-            (
-                rescore and (self.dataset_name or self.model_name_or_path or self.api_base),
-                "--rescore takes stored answers: no --dataset_name, --model_name_or_path or "
-                "--api_base beside it",
+        addresses = (self.api_base or "http:", self.judge_base or "http:")
+        # {what to say: whether the flags are wrong}
+        refusals = {
+            "give --model_name_or_path and --dataset_name (--bench), or --rescore FILE with no "
+            "--dataset_name and no model beside it, or `compare FIRST SECOND`": (
+                bool(rescore) == bool(self.dataset_name)
+                or bool(self.dataset_name) != bool(self.model_name_or_path)
             ),
-            (
-                not rescore and not (self.dataset_name and self.model_name_or_path),
-                "give --model_name_or_path and --dataset_name (--bench), or --rescore FILE, or "
-                "`compare FIRST SECOND`",
+            f"--output {self.output} is the --rescore file itself; choose another file": (
+                rescore and os.path.realpath(rescore) == os.path.realpath(self.output)
             ),
-            (
-                not is_address(self.api_base) or not is_address(self.judge_base),
-                "--api_base and --judge_base are addresses of servers, http://host:port/v1",
+            "--api_base and --judge_base are addresses of servers, http://host:port/v1": (
+                not all(address.startswith("http") for address in addresses)
             ),
-            (
-                self.api_base and self.frame_use_check,
-                "--frame_use_check needs the model itself: no --api_base",
+            "--judge_base and --judge_model go together": (
+                bool(self.judge_base) != bool(self.judge_model)
             ),
-            (not is_object(self.api_extra), f"--api_extra {self.api_extra} is no JSON object"),
-            (self.min_pixels > self.max_pixels, "--min_pixels must not be above --max_pixels"),
-            (
-                min(self.temperature, self.top_k, self.api_retries) < 0 or not 0 < self.top_p <= 1,
-                "--temperature, --top_k and --api_retries must be at least 0, --top_p above 0 and "
-                "at most 1",
+            f"these flags must be above 0: {ABOVE_0}": (
+                any(getattr(self, name) <= 0 for name in ABOVE_0.split())
             ),
-            (
-                self.frame_times != "none" and (self.api_base or self.control == "black"),
-                "--frame_times goes with a model on this machine and frames to be seen: no "
-                "--api_base, no --control black",
+            "--temperature, --top_k and --api_retries must be at least 0": (
+                min(self.temperature, self.top_k, self.api_retries) < 0
             ),
-            (
-                self.api_media == "video" and self.control in ("shuffled", "black"),
-                f"--control {self.control} changes frames; --api_media video sends the file as it "
-                "is",
+            "--top_p must be above 0 and at most 1": not 0 < self.top_p <= 1,
+            "--min_pixels must not be above --max_pixels": self.min_pixels > self.max_pixels,
+            "--frame_times goes with a model on this machine and frames to be seen: no --api_base, "
+            "no --control black": (
+                self.frame_times != "none" and (self.api_base or self.control == "black")
             ),
-            (
-                bool(self.judge_base) != bool(self.judge_model),
-                "--judge_base and --judge_model go together",
+            "--frame_use and --frame_use_check need a model on this machine: no --api_base, "
+            "--rescore or --control": (
+                (measures or self.frame_use_check)
+                and (self.api_base or rescore or self.control != "none")
             ),
-            (
-                (self.priors and not measures) or (measures and elsewhere),
-                "--priors goes with --frame_use, and that with a model here, without --control",
+            "--priors goes with --frame_use": self.priors and not measures,
+            f"--control {self.control} changes frames; --api_media video sends the file as it is": (
+                self.api_media == "video" and self.control in ("shuffled", "black")
             ),
-            (
-                rescore and os.path.realpath(rescore) == os.path.realpath(self.output),
-                f"--output {self.output} is the --rescore file itself; choose another file",
-            ),
-        ]
-        for name in (
-            "frames",
-            "min_pixels",
-            "max_completion_length",
-            "batch_size",
-            "api_workers",
-            "api_timeout",
-        ):
-            checks.append((getattr(self, name) <= 0, f"--{name} must be above 0"))
+        }
         # The first fault is named; the others show once it is mended.
-        for wrong, message in checks:
+        for message, wrong in refusals.items():
             if wrong:
                 raise DataError(message)
+        try:
+            # The dict of this mapping, so that an array or a number is refused too.
+            dict(**json.loads(self.api_extra))
+        except (TypeError, ValueError) as error:
+            raise DataError(f"--api_extra {self.api_extra} is no JSON object: {error}") from error
         # The layers of the default run and of the paper.
         if self.frame_use_layer is None:
             self.frame_use_layer = {"none": None, "attention": 1, "hidden": -1}[self.frame_use]
-
-
-def is_address(text):
-    return text is None or text.startswith(("http://", "https://"))
-
-
-def is_object(text):
-    """Whether a text is a JSON object."""
-    try:
-        return isinstance(json.loads(text), dict)
-    except ValueError:
-        return False
 
 
 # ------------------------------------------------------------------------ what makes a score
@@ -279,14 +253,12 @@ def score_settings(arguments):
 
     A run continues an earlier one only if they are the same.
     """
-    names = """model_name_or_path frames frame_times system_prompt min_pixels max_pixels
-        max_completion_length temperature top_p top_k seed control""".split()
+    names = "model_name_or_path frames frame_times system_prompt min_pixels max_pixels "
+    names += "max_completion_length temperature top_p top_k seed control "
     # Padding in a batch changes the last bits of a greedy choice, so its size is one of them.
-    if arguments.api_base:
-        names += ["api_base", "api_media", "api_extra"]
-    else:
-        names += ["batch_size", "frame_use", "frame_use_layer", "priors"]
-    settings = {name: getattr(arguments, name) for name in names}
+    here = "batch_size frame_use frame_use_layer priors"
+    names += "api_base api_media api_extra" if arguments.api_base else here
+    settings = {name: getattr(arguments, name) for name in names.split()}
     settings["prompt_template"] = read_template(arguments.prompt_template)
     settings["engine"] = "api" if arguments.api_base else "local"
     if arguments.api_base:
@@ -316,18 +288,9 @@ def score_settings(arguments):
 # ---------------------------------------------------------------------------- stored answers
 
 
-@dataclass
-class Answer:
-    """What came back for a question: the text, or why there is none."""
-
-    output: str = ""
-    error: str | None = None
-    frame_use: dict | None = None  # where it looked: see use_row
-
-
-def prediction(example, settings, answer):
-    """Make a line of the predictions file: the question in Video-R1's fields, its answer."""
-    row = {
+def question_fields(example):
+    """Make the part of a line of the predictions that describes the question, as Video-R1 does."""
+    fields = {
         "problem_id": example.id,
         "problem": example.question,
         "problem_type": example.problem_type,
@@ -338,20 +301,8 @@ def prediction(example, settings, answer):
     # What reports break scores down by.
     for name in (*scores.TASK_FIELDS, *scores.BREAKDOWNS, "path"):
         if name in example.extra:
-            row[name] = example.extra[name]
-    row["output"] = answer.output
-    row["error"] = answer.error
-    if answer.frame_use:
-        row["frame_use"] = answer.frame_use
-    return row | {"settings": settings}
-
-
-def unusable(row, settings):
-    """Make the line of a question whose row in the data set cannot be used."""
-    line = dict.fromkeys(("problem_id", "problem", "problem_type", "solution", "output"), "")
-    line["problem_id"] = row["problem_id"]
-    line["error"] = f"unusable row: {row['cause']}"
-    return line | {"settings": settings}
+            fields[name] = example.extra[name]
+    return fields
 
 
 def stored_rows(path):
@@ -364,22 +315,21 @@ def stored_rows(path):
 def check_row(path, row, questions, settings):
     """Raise DataError if a stored answer is of another question or of other settings."""
     # A problem_id is not enough: in many files it is a running number.
-    known = questions.get(row.get("problem_id"), {})
-    same = [row.get(name) == known.get(name) for name in ("problem", "solution")]
-    if not known or not all(same) or "settings" not in row:
+    known = questions.get(row.get("problem_id"))
+    if not known or any(row.get(name) != known[name] for name in ("problem", "solution")):
         raise DataError(
             f"{path} has a row of another data set ({row.get('problem_id')}); "
             "choose another --output"
         )
     remedy = "choose another --output, or delete it to begin anew"
-    check_settings(path, row["settings"], settings, remedy)
+    check_settings(path, row.get("settings", {}), settings, remedy)
 
 
 def load_questions(arguments):
     """Read the data set.
 
     Returns:
-        (examples, unusable rows as {"problem_id", "media", "cause"}, problem_ids of repeated rows).
+        (examples, {problem_id: answer} of unusable rows, problem_ids of repeated rows).
     Raises:
         DataError: no row is usable.
     """
@@ -395,15 +345,15 @@ def load_questions(arguments):
         examples = [replace(example, media="", media_type="text") for example in examples]
     # Repeated rows are warned about, unusable ones count as wrong.
     known = {example.id for example in examples}
-    bad = []
+    unusable = {}
     repeated = []
     for row in errors:
-        if row["problem_id"] in known:
-            repeated.append(row["problem_id"])
+        name = row["problem_id"]
+        if name in known or name in unusable:
+            repeated.append(name)
         else:
-            bad.append(row)
-            known.add(row["problem_id"])
-    return examples, bad, repeated
+            unusable[name] = {"error": f"unusable row: {row['cause']}"}
+    return examples, unusable, repeated
 
 
 def run_benchmark(arguments):
@@ -411,48 +361,48 @@ def run_benchmark(arguments):
     rank, world = join_ranks()
     if world > 1 and arguments.api_base:
         raise DataError("--api_base asks from one process")
-    examples, bad, repeated = load_questions(arguments)
+    examples, unusable, repeated = load_questions(arguments)
     settings = score_settings(arguments)
-    # What the file holds of every question when it is not answered.
-    lines = [unusable(row, settings) for row in bad]
-    questions = {line["problem_id"]: line for line in lines}
+    questions = {}
+    for name in unusable:
+        questions[name] = {"problem_id": name, "problem": "", "problem_type": "", "solution": ""}
     for example in examples:
-        questions[example.id] = prediction(example, settings, Answer())
+        questions[example.id] = question_fields(example)
 
     # Continue an earlier run. Only server errors can end otherwise the next time.
     file = ShardedLines(Path(arguments.output).with_suffix(".predictions.jsonl"), rank, world)
     final = []
     for row in stored_rows(file.path):
         check_row(file.path, row, questions, settings)
-        if not (row["error"] or "").startswith("server error"):
+        if not (row.get("error") or "").startswith("server error"):
             final.append(row)
     # All ranks have read the file before it changes.
     file.replace(final)
     done = {row["problem_id"] for row in final}
-    if rank == 0:
-        file.append([line for line in lines if line["problem_id"] not in done])
-    # Either way batches of (Example, Answer), appended as they are made.
+
+    # Batches {problem_id: {"output" or "error", "frame_use"}}, appended as they are made.
     if arguments.api_base:
         batches = ask_server(arguments, examples, done)
     else:
         batches = answer_here(arguments, examples, done, rank, world)
-    for batch in batches:
-        rows = []
-        for example, answer in batch:
-            if example.id not in done:
-                rows.append(prediction(example, settings, answer))
-        file.append(rows)
+    # What every rank writes alike stands in the joined file once.
+    for batch in chain([unusable], batches):
+        for name, answer in batch.items():
+            row = {**questions[name], "output": "", "error": None, **answer, "settings": settings}
+            if name not in done:
+                file.append([row])
     file.close()
     if rank > 0:
         return
 
     # Score what the file holds, whichever runs and ranks wrote it, in the order of the data set.
-    items = {item.problem_id: item for item in scores.read_predictions(file.path)[0]}
-    if all(item.error for item in items.values()):
-        first = items[examples[0].id].error
-        raise DataError(f"none of {len(items)} questions could be answered; the first: {first}")
+    stored = {item.problem_id: item for item in scores.read_predictions(file.path)[0]}
+    items = [stored[name] for name in questions]
+    if all(item.error for item in items):
+        cause = items[-1].error
+        raise DataError(f"none of {len(items)} questions could be answered; the last: {cause}")
     benchmark = scores.benchmark_of(arguments.dataset_name)
-    report = scores.make_report([items[name] for name in questions], benchmark, repeated)
+    report = scores.make_report(items, benchmark, repeated)
     finish(arguments, report, {"dataset_name": arguments.dataset_name, **settings})
 
 
@@ -519,6 +469,7 @@ def answer_batch(model, processor, prompts, seeds, arguments):
     # One answer to each prompt, which rollout() also accepts in groups.
     counts = [1] * len(seeds)
     tokens, mask, _, texts = sample_texts(model, processor, prompts, counts, seeds, settings)
+    mask = mask[:, None]  # (B, 1, T)
     uses = [None] * len(seeds)
     if arguments.frame_use == "none":
         return texts, uses
@@ -527,11 +478,11 @@ def answer_batch(model, processor, prompts, seeds, arguments):
     layers = {"attention_layer": layer}
     if arguments.frame_use == "hidden":
         layers = {"hidden_layers": (layer,)}
-    scored = Policy(model)(prompts, tokens[:, None], mask[:, None], **layers)
+    scored = Policy(model)(prompts, tokens[:, None], mask, **layers)
     looked = (scored.hidden.get(layer), scored.attention)
-    for row, (slots,) in enumerate(rollout_frame_use(prompts, mask[:, None], *looked)):
+    for row, (slots,) in enumerate(rollout_frame_use(prompts, mask, *looked)):
         if slots is not None:
-            per_token = token_frame_use(prompts, row, mask[row].bool(), *looked)
+            per_token = token_frame_use(prompts, row, mask[row, 0].bool(), *looked)
             uses[row] = FrameUse(slots, per_token)
     return texts, uses
 
@@ -549,48 +500,24 @@ def strongest_events(tokens, share=0.05):
     return sorted(tokens.flatten().topk(count).indices.tolist())
 
 
-def used_interval(use, times):
-    """Interval of the most used slot and its neighbours with more than an even share.
-
-    Args:
-        use: (t,) frame use.
-        times: seconds of the frames.
-    Returns:
-        [start s, end s].
-    """
-    # The last slot may have fewer frames.
-    slots = len(use)
-    per_slot = -(-len(times) // slots)
-    first = int(use.argmax())
-    last = first
-    while first > 0 and use[first - 1] * slots > 1:
-        first -= 1
-    while last + 1 < slots and use[last + 1] * slots > 1:
-        last += 1
-    # A frame lasts until the next one.
-    borders = [*times, 2 * times[-1] - times[-2]]
-    return [borders[first * per_slot], borders[min((last + 1) * per_slot, len(times))]]
-
-
 def use_row(example, times, use, prior):
     """Make the `frame_use` of a prediction.
 
     Args:
         times: seconds of the frames.
-        use: FrameUse, or None.
+        use: FrameUse.
         prior: the question's Prior, or None.
     Returns:
-        None without a FrameUse, else dict of scores.frame_use_numbers; with a prior also `events`
-        (strongest_events), `tokens`, their number L, and `consensus_slots`, the slots with more of
-        the prior than an even share.
+        dict: `slots`, (t,) shares of the temporal slots that sum to 1; `evidence`, the share on the
+        slots that the answer rests on, and `chance`, that of even use; `consensus`, the agreement
+        with the prior (Eq. 6); `enrichment`, see scores.event_enrichment. What is unknown is None.
+        With a prior also `events` (strongest_events), `tokens`, their number L, and
+        `consensus_slots`, the slots with more of the prior than an even share.
     Raises:
         DataError: the prior was made for other frames.
     """
-    if use is None:
-        return None
     count = len(use.slots)
-    row = {"slots": use.slots.tolist(), "interval": used_interval(use.slots, times)}
-    # Not known until the example or the prior says so.
+    row = {"slots": use.slots.tolist()}
     row |= dict.fromkeys(("evidence", "chance", "consensus", "enrichment"))
     if example.evidence:
         evidence = slot_shares(times, example.evidence, count)  # (t,)
@@ -614,7 +541,7 @@ def use_row(example, times, use, prior):
 
 
 def answer_here(arguments, examples, done, rank, world):
-    """Yield this rank's batches as lists of (Example, Answer).
+    """Yield this rank's batches as {problem_id: answer}.
 
     A batch has the same questions however many ranks there are and whatever is done, since padding
     changes the last bits of a greedy choice. If any answer is missing, all are made again.
@@ -626,32 +553,33 @@ def answer_here(arguments, examples, done, rank, world):
     model = None
     starts = range(rank * size, len(examples), world * size)
     for start in tqdm(starts, desc="answer", unit="batch", disable=rank > 0):
-        batch = dict(enumerate(examples[start : start + size], start))  # position: Example
-        if done.issuperset(example.id for example in batch.values()):
+        answers = {example.id: {} for example in examples[start : start + size]}
+        if done.issuperset(answers):
             continue
         # A finished run loads no model.
         if model is None:
             model, processor = load_model(arguments.model_name_or_path)
             encoder = make_encoder(arguments, processor)
         # An unreadable medium costs its own question alone.
-        inputs = {}
-        answers = {}
-        for position, example in batch.items():
+        inputs = {}  # position in the data set: ModelInputs
+        for position in range(start, start + len(answers)):
+            example = examples[position]
             try:
                 inputs[position] = encode(encoder, example, arguments, position)
             except MediaError as error:
-                answers[position] = Answer(error=f"unreadable media: {error}")
+                answers[example.id]["error"] = f"unreadable media: {error}"
         # Nothing to sample if no medium of the batch could be read.
         if inputs:
             prompts = collate(list(inputs.values()), model).to(model.device)
             seeds = [seed_of(arguments, position) for position in inputs]
             texts, uses = answer_batch(model, processor, prompts, seeds, arguments)
             for position, text, use in zip(inputs, texts, uses, strict=True):
-                example = batch[position]
-                row = use_row(example, inputs[position].times, use, priors.get(example.id))
-                answers[position] = Answer(text, frame_use=row)
-        # In the order of the data set, also where a medium was unreadable.
-        yield [(batch[position], answers[position]) for position in batch]
+                example = examples[position]
+                answers[example.id]["output"] = text
+                if use:
+                    row = use_row(example, inputs[position].times, use, priors.get(example.id))
+                    answers[example.id]["frame_use"] = row
+        yield answers
 
 
 # --------------------------------------------------------------------------- answers of a server
@@ -661,7 +589,7 @@ class ServerError(Exception):
     """A server gave no answer, however often it was asked."""
 
 
-def server(base, key_name, arguments):
+def connect(arguments, base, key_name):
     # Without a key the client would send the one of huggingface.co that it finds on this machine.
     key = os.environ.get(key_name, "none")
     return InferenceClient(base_url=base, api_key=key, timeout=arguments.api_timeout)
@@ -687,17 +615,16 @@ def chat(client, retries, messages, **settings):
             # The field has two names among servers.
             thought = message.reasoning or getattr(message, "reasoning_content", None)
             return f"<think>{thought}</think>{text}" if thought else text
-        except (HTTPError, InferenceTimeoutError) as error:
-            status = getattr(getattr(error, "response", None), "status_code", None)
-            cause = " ".join(str(error).split())[:300] or type(error).__name__
-            if status is not None:
-                cause = f"status {status}, {cause}"
-                # The request itself is wrong.
-                if status != 429 and status < 500:
-                    break
-        except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+        except HfHubHTTPError as error:
+            status = error.response.status_code
+            cause = f"status {status}, {error}"
+            # The request itself is wrong.
+            if status != 429 and status < 500:
+                break
+        # A lost connection, or something else than a chat completion.
+        except (HTTPError, AttributeError, LookupError, TypeError, ValueError) as error:
             cause = f"no chat completion came back ({type(error).__name__}: {error})"
-    raise ServerError(f"server error: {cause}")
+    raise ServerError(f"server error: {' '.join(cause.split())[:300]}")
 
 
 def media_part(kind, content, mime):
@@ -712,8 +639,17 @@ class FrameEncoder(Encoder):
     factor = 28  # sides in pixels are multiples of it, as for Qwen2.5-VL
 
 
-def frame_parts(arguments, example, position):
-    """Make the parts of a message that hold an image, or a video's frames, as PNG."""
+def media_parts(arguments, example, position):
+    """Make the parts of a message that hold the video file, or an image or frames as PNG.
+
+    Raises:
+        MediaError: the medium cannot be read.
+    """
+    if example.media_type == "video" and arguments.api_media == "video":
+        if not os.path.isfile(example.media):
+            raise MediaError(f"{example.media}: no such file")
+        mime = mimetypes.guess_type(example.media)[0] or "video/mp4"
+        return [media_part("video", Path(example.media).read_bytes(), mime)]
     encoder = FrameEncoder(None, arguments.min_pixels, arguments.max_pixels, arguments.frames)
     frames = encoder.load(example, None).frames  # (K, 3, h, w)
     frames = frames[frame_order(arguments, position, len(frames))]
@@ -729,20 +665,11 @@ def frame_parts(arguments, example, position):
 
 
 def make_messages(arguments, example, position):
-    """Make the turns of a request: system prompt, the medium and the question.
-
-    Raises:
-        MediaError: the medium cannot be read.
-    """
+    """Make the turns of a request: system prompt, the medium and the question."""
     # The medium stands before the question, as in training.
     content = []
-    if example.media_type == "video" and arguments.api_media == "video":
-        if not os.path.isfile(example.media):
-            raise MediaError(f"{example.media}: no such file")
-        mime = mimetypes.guess_type(example.media)[0] or "video/mp4"
-        content.append(media_part("video", Path(example.media).read_bytes(), mime))
-    elif example.media_type != "text":
-        content += frame_parts(arguments, example, position)
+    if example.media_type != "text":
+        content += media_parts(arguments, example, position)
     text = build_prompt(example, read_template(arguments.prompt_template))
     content.append({"type": "text", "text": text})
     messages = [{"role": "user", "content": content}]
@@ -751,21 +678,31 @@ def make_messages(arguments, example, position):
     return messages
 
 
-def in_threads(arguments, function, tasks, name, unit):
-    """Yield (task, Future of function(*task)) as they finish, --api_workers at a time."""
+def in_threads(arguments, function, tasks, name):
+    """Call function(*task) for every task, --api_workers at a time.
+
+    Yields:
+        (task, dict that the function returned, or {"error": cause}) as they finish.
+    """
     with ThreadPoolExecutor(arguments.api_workers) as pool:
         futures = {pool.submit(function, *task): task for task in tasks}
         try:
-            for future in tqdm(as_completed(futures), name, len(futures), unit=unit):
-                yield futures[future], future
+            for future in tqdm(as_completed(futures), name, len(futures)):
+                try:
+                    answer = future.result()
+                except MediaError as error:
+                    answer = {"error": f"unreadable media: {error}"}
+                except ServerError as error:
+                    answer = {"error": str(error)}
+                yield futures[future], answer
         finally:
             # On an interruption, what waits in the queue is not asked any more.
             pool.shutdown(wait=False, cancel_futures=True)
 
 
 def ask_server(arguments, examples, done):
-    """Yield answers of an OpenAI-compatible server as they come: lists of one (Example, Answer)."""
-    client = server(arguments.api_base, "OPENAI_API_KEY", arguments)
+    """Yield answers of an OpenAI-compatible server as they come, each as {problem_id: answer}."""
+    client = connect(arguments, arguments.api_base, "OPENAI_API_KEY")
     # The user's fields win over ours.
     extra = json.loads(arguments.api_extra)
     if arguments.top_k and arguments.temperature:
@@ -780,18 +717,13 @@ def ask_server(arguments, examples, done):
     }
 
     def ask(position, example):
+        messages = make_messages(arguments, example, position)
         seed = seed_of(arguments, position)
-        try:
-            messages = make_messages(arguments, example, position)
-            return Answer(chat(client, arguments.api_retries, messages, seed=seed, **settings))
-        except MediaError as error:
-            return Answer(error=f"unreadable media: {error}")
-        except ServerError as error:
-            return Answer(error=str(error))
+        return {"output": chat(client, arguments.api_retries, messages, seed=seed, **settings)}
 
     tasks = [task for task in enumerate(examples) if task[1].id not in done]
-    for (_, example), future in in_threads(arguments, ask, tasks, "ask", "question"):
-        yield [(example, future.result())]
+    for (_, example), answer in in_threads(arguments, ask, tasks, "ask"):
+        yield {example.id: answer}
 
 
 # --------------------------------------------------------------------- a judge of the reasoning
@@ -807,7 +739,7 @@ Options:
 {options}
 
 Final answer:
-{answer}"""
+{text}"""
 READ_CONCLUSION = """Below are the options of a question (none when it asks for a number) and \
 somebody's reasoning about it. Say which
 option the reasoning itself concludes. The last explicit conclusion counts; the exact text of an \
@@ -819,7 +751,7 @@ Options:
 {options}
 
 Reasoning:
-{reasoning}"""
+{text}"""
 RATE_ATTENTION = """Below are a question about a video and somebody's reasoning about it. Rate \
 from 0 to 10 how far the reasoning claims
 concrete visual evidence from the video. Whether the claims or the answer are true does not matter.
@@ -837,12 +769,6 @@ Reasoning:
 {reasoning}"""
 
 
-def rating_of(reply):
-    """Read a reply to RATE_ATTENTION: 0 to 10, None without a score."""
-    rating = re.search(r'"score"\s*:\s*(-?\d+(?:\.\d+)?)', reply)
-    return min(10.0, max(0.0, float(rating[1]))) if rating else None
-
-
 def judge_one(arguments, client, record):
     """Ask the judge about one output.
 
@@ -852,44 +778,36 @@ def judge_one(arguments, client, record):
     Raises:
         ServerError.
     """
+    settings = {"model": arguments.judge_model, "max_tokens": 256, "temperature": 0.0, "top_p": 1.0}
 
     def ask(prompt):
         messages = [{"role": "user", "content": prompt}]
-        settings = {"model": arguments.judge_model, "max_tokens": 256}
-        text = chat(client, arguments.api_retries, messages, temperature=0.0, top_p=1.0, **settings)
+        text = chat(client, arguments.api_retries, messages, **settings)
         # A judge may think, too.
         return text.rpartition("</think>")[2].strip()
 
-    def read(prompt):
-        reply = ask(prompt)
-        return "" if reply.upper().startswith("UNKNOWN") else reply.strip("()*. ")
-
-    # Without reasoning there is no attention to the video: 0 of 10.
-    replies = {"answer": "", "conclusion": "", "vas": 0.0}
+    replies = {"answer": "", "conclusion": ""}
     options = "\n".join(record["options"]) or "(none)"
-    answer = scores.last_block(record["output"], "answer")
-    if answer:
-        replies["answer"] = read(READ_ANSWER.format(options=options, answer=answer))
-    think = scores.last_block(record["output"], "think")
-    if think:
-        prompt = READ_CONCLUSION.format(options=options, reasoning=think)
-        replies["conclusion"] = read(prompt)
-    # Video-R2 rates the first think block, and reads the conclusion of the last.
-    first_think = reward.extract_think(record["output"])
-    if first_think:
+    prompts = {"answer": READ_ANSWER, "conclusion": READ_CONCLUSION}
+    for name, tag in (("answer", "answer"), ("conclusion", "think")):
+        text = scores.last_block(record["output"], tag)
+        reply = ask(prompts[name].format(options=options, text=text)) if text else "UNKNOWN"
+        if not reply.upper().startswith("UNKNOWN"):
+            replies[name] = reply.strip("()*. ")
+    # Video-R2 rates the first think block. Without one there is no attention: 0 of 10.
+    replies["vas"] = 0.0
+    reasoning = reward.extract_think(record["output"])
+    if reasoning:
+        replies["vas"] = None
         question = "\n".join([record["problem"], *record["options"]])
-        prompt = RATE_ATTENTION.format(question=question, reasoning=first_think)
-        replies["vas"] = rating_of(ask(prompt))
-        if replies["vas"] is None:
-            replies["vas"] = rating_of(ask(f"{prompt}\n\nJSON only."))
+        prompt = RATE_ATTENTION.format(question=question, reasoning=reasoning)
+        # A judge that gave no score is asked once more.
+        for reminder in ("", "\n\nJSON only."):
+            rating = re.search(r'"score"\s*:\s*(-?\d+(?:\.\d+)?)', ask(prompt + reminder))
+            if rating:
+                replies["vas"] = min(10.0, max(0.0, float(rating[1])))
+                break
     return replies
-
-
-def can_compare(record):
-    """Whether the solution is a letter or a number, to be compared with a judge's reply."""
-    if record["problem_type"] == "multiple choice":
-        return not scores.several_letters(record["solution"])
-    return record["problem_type"] in ("numerical", "regression")
 
 
 def judge_report(arguments, report):
@@ -902,122 +820,63 @@ def judge_report(arguments, report):
     """
     judge = {"judge_model": arguments.judge_model, "judge_base": arguments.judge_base}
     file = ShardedLines(Path(arguments.output).with_suffix(".judged.jsonl"), 0, 1)
-    # What this judge read in earlier runs is not asked again; errors are.
-    judged = {}  # (problem_id, output): replies
+    # What this judge read in earlier runs is not asked again.
+    replies = {}  # (problem_id, output): dict of judge_one
     for row in stored_rows(file.path):
-        same = [row[name] for name in judge] == list(judge.values())
-        if same and "error" not in row["told"]:
-            judged[row["problem_id"], row["output"]] = row["told"]
-    client = server(arguments.judge_base, "JUDGE_API_KEY", arguments)
-    outputs = []
+        if judge.items() <= row.items():
+            replies[row["problem_id"], row["output"]] = row["told"]
+    client = connect(arguments, arguments.judge_base, "JUDGE_API_KEY")
     tasks = []
-    for record in report["results"]:
-        # Outputs that exist are judged, right or wrong.
-        if record["output"].strip() and not record["error"]:
-            outputs.append(record)
-            if (record["problem_id"], record["output"]) not in judged:
-                tasks.append((arguments, client, record))
+    for record in filter(scores.has_output, report["results"]):
+        if (record["problem_id"], record["output"]) not in replies:
+            tasks.append((arguments, client, record))
     failed = {}
-    for (_, _, record), future in in_threads(arguments, judge_one, tasks, "judge", "answer"):
-        row = {"problem_id": record["problem_id"], "output": record["output"], **judge}
-        try:
-            row["told"] = future.result()
-        except ServerError as error:
-            failed[record["problem_id"]] = str(error)
-            continue
-        judged[record["problem_id"], record["output"]] = row["told"]
-        file.append([row])
+    for (_, _, record), told in in_threads(arguments, judge_one, tasks, "judge"):
+        question = {"problem_id": record["problem_id"], "output": record["output"]}
+        if "error" in told:
+            failed[record["problem_id"]] = told["error"]
+        else:
+            replies[tuple(question.values())] = told
+            file.append([{**question, **judge, "told": told}])
     file.close()
-    if failed and len(failed) == len(outputs):
+    if failed and not replies:
         first = next(iter(failed.values()))
         raise DataError(
             f"{arguments.judge_base} judged none of {len(failed)} answers; the first: {first}"
         )
-
-    # TAC is over the answers that have one letter or a number, VAS over all.
-    readings = {}
-    ratings = []
-    for record in report["results"]:
-        name = record["problem_id"]
-        if name in failed:
-            continue
-        # Without an output there is nothing to read.
-        nothing = {"answer": "", "conclusion": "", "vas": None}
-        replies = judged.get((name, record["output"]), nothing)
-        if replies["vas"] is not None:
-            ratings.append(replies["vas"])
-        if can_compare(record):
-            readings[name] = (replies["answer"], replies["conclusion"])
-    metrics = scores.reasoning_metrics(report["results"], readings, judge=arguments.judge_model)
-    return metrics | {
-        "VAS": {
-            "value": 10 * scores.mean(ratings) if ratings else None,
-            "n": len(ratings),
-            "not_rated": len(outputs) - len(ratings),
-            "reason": "mean of the judge's 0 to 10, times 10, over outputs that were rated",
-        },
-        "failed": failed,
-    }
+    metrics = scores.reasoning_metrics(report["results"], replies, arguments.judge_model)
+    return {**metrics, "failed": failed}
 
 
 # ------------------------------------------------------------------------ reports, comparisons
 
 
-def share(value):
-    return "     -" if value is None else f"{value:.4f}"
-
-
-def listed(numbers):
-    """Write numbers with their names in a line, without counts and tables."""
+def print_numbers(name, numbers):
+    """Print the numbers of a dict in a line, and those of each dict inside in another."""
     words = []
-    for name, value in numbers.items():
-        if name not in ("n", "tasks"):
-            words.append(f"{name} {share(value)}")
-    return ", ".join(words)
+    for key, value in numbers.items():
+        if isinstance(value, dict):
+            print_numbers(f"{name}, {key}", value)
+        else:
+            words.append(f"{key} {value:.4f}" if isinstance(value, float) else f"{key} {value}")
+    print(f"{name}: {', '.join(words)}")
 
 
 def print_report(report):
-    """Print the report's numbers as tables, and its warnings on stderr."""
-    # One row for all questions, then one for each group.
-    print(f"{'':32s}{'n':>7s}{'correct':>9s}{'accuracy':>10s}{'video_r1':>10s}{'format':>8s}")
+    """Print the report's numbers, and its warnings on stderr."""
     rows = {"all": report}
     for name, groups in report.items():
-        if name == "by_type" or (name.startswith("by_") and len(groups) > 1):
-            for value, row in groups.items():
-                rows[f"  {value}"] = row
+        if name.startswith("by_"):
+            rows |= groups
+    print(f"{'':32s}      n  correct  accuracy  video_r1  format")
     for name, row in rows.items():
         print(
-            f"{name[:31]:32s}{row['n']:7d}{row['correct']:9d}{share(row['accuracy']):>10s}"
-            f"{share(row['accuracy_video_r1']):>10s}{share(row['format_rate']):>8s}"
+            f"{name[:31]:32s}{row['n']:7d}{row['correct']:9d}{row['accuracy']:10.4f}"
+            f"{row['accuracy_video_r1']:10.4f}{row['format_rate']:8.4f}"
         )
-    for name, row in report.get("frame_use", {}).items():
-        print(f"frame use, {name} ({row['n']}): {listed(row)}")
-    for key, name in (("grounding", "cited times"), ("grounding_by_frame_use", "frame use")):
-        if key in report:
-            row = report[key]
-            print(
-                f"grounding by {name}, {row['predicted']} of {row['n']} have one: "
-                f"Acc@GQA {share(row['acc_gqa'])}, mIoP {share(row['mIoP'])}, "
-                f"mIoU {share(row['mIoU'])}"
-            )
-    for mode, row in report.get("vsi_bench", {}).items():
-        print(f"VSI-Bench, {mode}: {listed(row)}")
-    for name, row in report.get("several_letters", {}).items():
-        if name != "per_option_accuracy":
-            print(
-                f"{name}: {row['n']} questions, all letters right in "
-                f"{share(row['per_question_accuracy'])}, with partial credit "
-                f"{share(row['partial_accuracy'])}"
-            )
-    judged = report["judged"]
-    if judged["judge"]:
-        numbers = {**judged["TAC"], "consistency rate": judged["consistency_rate"]}
-        vas = judged["VAS"]["value"]
-        print(
-            f"reasoning, read by {judged['judge']}: {judged['no_conclusion']} of "
-            f"{judged['outputs']} never conclude; {listed(numbers)}"
-            + ("" if vas is None else f", VAS {vas:.1f}")
-        )
+    for name in ("vsi_bench", "grounding", "frame_use", "judged"):
+        if name in report:
+            print_numbers(name, report[name])
     for kind, causes in report["errors"].items():
         problem, cause = next(iter(causes.items()))
         print(f"{len(causes)} count as wrong, {kind}; the first is {problem}: {cause}")
@@ -1031,7 +890,6 @@ def write_json(path, document):
 
 def finish(arguments, report, settings):
     """Have the report judged if a judge is given, print it and write it."""
-    Path(arguments.output).parent.mkdir(parents=True, exist_ok=True)
     if arguments.judge_base:
         report["judged"] = judge_report(arguments, report)
     print_report(report)
@@ -1045,20 +903,14 @@ def rescored(path):
     Returns:
         (report, settings in the file).
     """
-    items, repeated, source = scores.read_predictions(path)
-    rows, settings = scores.read_json(path)
-    # Lines of a predictions file have their settings each.
-    first = rows[0].get("settings")
-    if first and not settings and all(row.get("settings") == first for row in rows):
-        settings = first
+    items, repeated, settings = scores.read_predictions(path)
     benchmark = scores.benchmark_of(path, items)
     if not benchmark:
-        benchmark = scores.benchmark_of(settings.get("dataset_name", ""), items)
-    report = scores.make_report(items, benchmark, repeated)
-    return report, {**settings, "rescored": str(path), "format": source}
+        benchmark = scores.benchmark_of(settings.get("dataset_name", ""))
+    return scores.make_report(items, benchmark, repeated), {**settings, "rescored": str(path)}
 
 
-def run_compare(first, second, output=None, seed=0):
+def run_compare(first, second, output, seed):
     """Print what changed between two files of predictions or reports, and write it to `output`."""
     a, a_settings = rescored(first)
     b, b_settings = rescored(second)
@@ -1073,13 +925,14 @@ def run_compare(first, second, output=None, seed=0):
     result["settings_that_differ"] = differ
     low, high = result["interval_95"]
     before, after = result["accuracy"]
+    gain = result["normalised_gain"]
     print(
         f"{result['n']} questions are in both files, {result['only_in_first']} only in the first, "
         f"{result['only_in_second']} only in the second\n"
         f"accuracy {before:.4f} and {after:.4f}; the second has {len(result['gains'])} gains and "
         f"{len(result['losses'])} losses\n"
         f"difference {result['difference']:+.4f}, 95 % interval {low:+.4f} to {high:+.4f} (paired "
-        f"bootstrap, seed {seed}); normalised gain {share(result['normalised_gain']).strip()}; "
+        f"bootstrap, seed {seed}); normalised gain {gain and round(gain, 4)}; "
         f"McNemar's exact p = {result['mcnemar_p']:.4g}"
     )
     for name, (one, other) in differ.items():
@@ -1089,13 +942,9 @@ def run_compare(first, second, output=None, seed=0):
 
 
 def parse_compare(words):
-    parser = argparse.ArgumentParser(
-        "evaluate.py compare",
-        allow_abbrev=False,
-        formatter_class=Help,
-        description="Pair the questions of two reports or prediction files by problem_id: gains, "
-        "losses, and whether they are more than noise.",
-    )
+    description = "Pair the questions of two reports or prediction files by problem_id: gains, "
+    description += "losses, and whether they are more than noise."
+    parser = Parser((), description, prog="evaluate.py compare")
     parser.add_argument("first", help="report or predictions of one run")
     parser.add_argument("second", help="of the other, over the same questions")
     parser.add_argument("--output", help="JSON file for gains, losses and the numbers")
@@ -1121,12 +970,11 @@ def cited_tokens(example, processor):
     intervals = {}
     for sentence in re.finditer(r"[^.<>]*\.", text):
         # One claim inside one known interval: then it is certain which scene the sentence is about.
+        spans = []
         claims = reward.parse_claims(sentence.group())
-        if len(claims) != 1:
-            continue
-        cited = claims[0][0]
-        spans = [(start, end) for start, end, _ in example.grounding if start <= cited < end]
-        if len(spans) != 1:
+        for cited, _, _ in claims:
+            spans += [(start, end) for start, end, _ in example.grounding if start <= cited < end]
+        if not len(claims) == len(spans) == 1:
             continue
         for index, (begin, stop) in enumerate(encoded["offset_mapping"]):
             if sentence.start() <= begin and stop <= sentence.end():
@@ -1138,52 +986,39 @@ def score_layers(policy, prompts, ids):
     """Run a completion through the model once a layer: a forward returns one layer's attention.
 
     Returns:
-        {layer: attention (1, 1, T, P)}, {layer: hidden states (1, P + T, D)}.
+        {name of the score: arguments of grpo.rollout_frame_use}.
     """
     layers = policy.model.config.text_config.num_hidden_layers
     completion = torch.tensor([[ids]], device=prompts.input_ids.device)  # (1, 1, T)
     mask = torch.ones_like(completion)
-    attention = {}
+    uses = {}
     hidden = {}
     for layer in range(1, layers + 1):
         # All hidden states come with the first.
         asked = (*range(layers), -1) if layer == 1 else ()
         scored = policy(prompts, completion, mask, hidden_layers=asked, attention_layer=layer)
-        attention[layer] = scored.attention
+        uses[f"attention, layer {layer}"] = {"attention": scored.attention}
         hidden |= scored.hidden
-    return attention, hidden
-
-
-def uses_of_token(prompts, index, attention, hidden, tau=0.1):
-    """Frame use of a token of the completion by every layer -> {name of the score: (t,)}."""
-    slots = prompts.slots[0]
-    columns = prompts.visual[0].nonzero().squeeze(1)  # (t*M,)
-    uses = {}
-    for layer, weights in attention.items():
-        row = weights[:, 0, index : index + 1][..., columns]  # (1, 1, t*M)
-        uses[f"attention, layer {layer}"] = reward.attention_use(row, slots)
     for layer, states in hidden.items():
-        token = states[:, prompts.input_ids.shape[1] + index]  # (1, D)
-        patches = states[0, columns].unflatten(0, (slots, -1))  # (t, M, D)
         for pool in ("max", "mean"):
-            frames = reward.pool_frames(patches, pool)  # (t, D)
-            uses[f"hidden, layer {layer}, {pool} pool"] = reward.frame_use(token, frames, tau)
+            uses[f"hidden, layer {layer}, {pool} pool"] = {"hidden": states, "pool": pool}
     return uses
 
 
 @torch.no_grad()
-def check_frame_use(model, processor, encoder, examples):
+def run_check(arguments):
     """Compare the frame use of tokens that describe a known scene with where the scene is.
 
-    Returns:
-        {name of the score: (share of tokens whose most used slot is in the scene, mass in the scene
-        over chance)}, the last one is chance itself; number of tokens; {problem_id: cause} of
-        unreadable examples.
-    Raises:
-        DataError: there are no such tokens.
+    Print and write for every score {name: (share of the tokens whose most used slot is in the
+    scene, mass in the scene over chance)}.
     """
-    policy = Policy(model)
-    sums = defaultdict(lambda: torch.zeros(3, dtype=torch.float64))  # hits, mass, chance
+    examples = load_examples(arguments.dataset_name, arguments.media_root)
+    settings = score_settings(arguments)
+    model, processor = load_model(arguments.model_name_or_path)
+    encoder = make_encoder(arguments, processor)
+    hits = Counter()
+    mass = Counter()
+    chance = 0.0
     count = 0
     broken = {}
     for example in tqdm(examples, desc="frame use", unit="question"):
@@ -1193,42 +1028,33 @@ def check_frame_use(model, processor, encoder, examples):
             broken[example.id] = str(error)
             continue
         ids, intervals = cited_tokens(example, processor)
-        if not intervals or not item.times:
-            continue
         prompts = collate([item], model).to(model.device)
-        layers = score_layers(policy, prompts, ids)
+        slots = prompts.slots[0]
+        # In a video of one slot there is nothing to choose.
+        if not intervals or slots < 2:
+            continue
+        layers = score_layers(Policy(model), prompts, ids)
         # Each token is scored by itself: sentences describe different scenes.
         for index, span in intervals.items():
-            inside = slot_shares(item.times, [span], prompts.slots[0])  # (t,)
-            chance = float(inside.mean())
-            for name, use in uses_of_token(prompts, index, *layers).items():
-                hit = float(inside[use.argmax()] > 0.5)
-                mass = float(use.cpu() @ inside)
-                sums[name] += torch.tensor([hit, mass, chance])
+            inside = slot_shares(item.times, [span], slots)  # (t,)
+            chance += float(inside.mean())
+            token = torch.arange(len(ids))[None, None] == index  # (1, 1, T)
+            for name, layer in layers.items():
+                use = rollout_frame_use(prompts, token, **layer)[0][0].cpu()  # (t,)
+                hits[name] += float(inside[use.argmax()] > 0.5)
+                mass[name] += float(use @ inside)
         count += len(intervals)
     if not count:
         raise DataError(
             "--frame_use_check found no reasoning sentence that cites a time inside a grounding "
             "interval"
         )
-    table = {}
-    for name, (hits, mass, chance) in sums.items():
-        table[name] = ((hits / count).item(), (mass / chance).item())
-    table["chance"] = ((chance / count).item(), 1.0)
-    return table, count, broken
-
-
-def run_check(arguments):
-    """Print and write how well every layer's frame use finds known evidence."""
-    examples = load_examples(arguments.dataset_name, arguments.media_root)
-    settings = score_settings(arguments)
-    model, processor = load_model(arguments.model_name_or_path)
-    encoder = make_encoder(arguments, processor)
-    table, count, broken = check_frame_use(model, processor, encoder, examples)
+    table = {name: (hits[name] / count, mass[name] / chance) for name in hits}
+    table["chance"] = (chance / count, 1.0)
     print(f"{count} tokens that describe a known scene")
     print(f"{'frame use from':32s}{'argmax inside':>14s}{'mass over chance':>18s}")
-    for name, (hits, mass) in sorted(table.items(), key=lambda row: -row[1][1]):
-        print(f"{name:32s}{hits:14.3f}{mass:18.2f}")
+    for name, (inside, over) in sorted(table.items(), key=lambda row: -row[1][1]):
+        print(f"{name:32s}{inside:14.3f}{over:18.2f}")
     report = {"tokens": count, "frame_use": table, "errors": broken, "settings": settings}
     write_json(arguments.output, report)
 

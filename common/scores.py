@@ -1,6 +1,6 @@
 """Scoring rules of stage 5: stored answers in, numbers out, by pure functions. No model, no video.
 
-    items, repeated, source = read_predictions("eval_mmvu_greedy_output.json")  # any known format
+    items, repeated, settings = read_predictions("eval_mmvu_greedy_output.json")  # any format
     report = make_report(items, "mmvu")  # accuracy, per type and task
 
 evaluate.py is the command line. Every answer gets two scores:
@@ -18,6 +18,7 @@ output; official does so only where the output has no think block either.
 import hashlib
 import json
 import math
+import operator
 import re
 from collections import Counter, defaultdict
 from dataclasses import dataclass, field
@@ -68,25 +69,10 @@ VSI_TASKS = (
     "object_rel_direction",
     *VSI_NUMBERS,
 )
-TASK_FIELDS = (
-    "original_question_type",
-    "task_type",
-    "task",
-    "task_name",
-    "question_type",
-    "type",
-    "subdomain",
-    "dim",
-    "kind",
-)
+TASK_FIELDS = """original_question_type task_type task task_name question_type type subdomain dim
+    kind""".split()
 # Fields whose values, where they are texts, get a score each.
 BREAKDOWNS = ("duration", "domain", "sub_category")
-SCORING = {
-    "accuracy": "mean of `reward`: letters and numbers as they are meant, mean relative accuracy "
-    "with <=, OCR and free-form by overlap",
-    "accuracy_video_r1": "mean of `reward_video_r1`: eval_bench.py's rules, mean relative accuracy "
-    "with <, OCR and free-form are 0",
-}
 
 
 @dataclass
@@ -101,7 +87,7 @@ class Item:
     options: list[str] = field(default_factory=list)
     task: str = ""
     evidence: list[tuple[float, float]] = field(default_factory=list)  # (start s, end s), if known
-    frame_use: dict | None = None  # where the answer looked: see frame_use_numbers
+    frame_use: dict | None = None  # where the answer looked: see evaluate.use_row
     error: str | None = None  # why there is no output
     # Set by score_item.
     prediction: str = ""  # the text that is scored
@@ -120,10 +106,8 @@ class Item:
 
 def first_field(row, names):
     """Return the first non-empty of a row's fields as text, "" if there is none."""
-    for name in names:
-        if row.get(name) not in (None, ""):
-            return str(row[name])
-    return ""
+    found = (str(row[name]) for name in names if row.get(name) not in (None, ""))
+    return next(found, "")
 
 
 def short_hash(content):
@@ -139,58 +123,53 @@ def item_of(row):
         DataError: a field is missing or malformed.
     """
     options = row.get("options") or []
-    output = row.get("output")
-    if not isinstance(options, list) or not isinstance(output, str | None):
+    output = row.get("output") or ""
+    error = first_field(row, ["error"]) or None
+    if not isinstance(options, list) or not isinstance(output, str):
         raise DataError("has options that are not a list, or an output that is not text")
     # A question without an answer may lack the rest, too.
-    if not row.get("error"):
-        missing = [name for name in ("problem_type", "solution") if row.get(name) in (None, "")]
-        if "output" not in row:
-            missing.append("output")
-        if missing:
-            raise DataError(f"has no {', '.join(missing)}")
+    missing = [name for name in ("problem_type", "solution") if not first_field(row, [name])]
+    if "output" not in row:
+        missing.append("output")
+    if missing and not error:
+        raise DataError(f"has no {', '.join(missing)}")
+    # eval_bench.py stores this for a whole batch of which one video is unreadable.
+    if output.strip() == "<answer>error</answer>":
+        error = error or "stored as error: the file has <answer>error</answer>"
+    # Two runs over the same question must name it alike, in whatever order their files are.
+    problem = first_field(row, ("problem", "question"))
+    medium = row.get("video") or row.get("path")
+    options = [str(option) for option in options]
     item = Item(
-        problem_id=first_field(row, ("problem_id", "sample_id")),
-        problem_type=first_field(row, ("problem_type",)),
-        solution=reward.solution_answer(first_field(row, ("solution",))),
-        output=output or "",
-        problem=first_field(row, ("problem", "question")),
-        options=[str(option) for option in options],
-        task=first_field(row, TASK_FIELDS),
+        first_field(row, ("problem_id", "sample_id")) or short_hash([problem, medium, options]),
+        first_field(row, ["problem_type"]),
+        reward.solution_answer(first_field(row, ["solution"])),
+        output,
+        problem,
+        options,
+        first_field(row, TASK_FIELDS),
         frame_use=row.get("frame_use"),
+        error=error,
     )
     for start, end in row.get("evidence") or row.get("glue") or []:
         item.evidence.append((float(start), float(end)))
     for name in BREAKDOWNS:
-        if isinstance(row.get(name), str) and row[name]:
+        if isinstance(row.get(name), str):
             item.groups[name] = row[name]
-    stored = row.get("reward")
-    if isinstance(stored, int | float) and math.isfinite(stored):
-        item.stored = float(stored)
+    if isinstance(row.get("reward"), int | float):
+        item.stored = float(row["reward"])
     # Solutions are written as "(A)", "A. red" or "red", too.
     if item.problem_type == "multiple choice":
-        item.solution = solution_letters(item.solution, item.options) or item.solution
-    if row.get("error"):
-        item.error = str(row["error"])
-    elif item.output.strip() == "<answer>error</answer>":
-        # eval_bench.py stores this for a whole batch of which one video is unreadable.
-        item.error = "stored as error: the file has <answer>error</answer>"
-    if not item.problem_id:
-        # Two runs over the same question must name it alike, in whatever order their files are.
-        medium = row.get("video") or row.get("path")
-        item.problem_id = short_hash([item.problem, medium, item.options])
+        item.solution = solution_letters(item.solution, options) or item.solution
     return item
 
 
 def from_tw_grpo_log(row):
     """Read a line of TW-GRPO's log: the data set's row under `question`, its output."""
-    output = row["model_output"] or ""
-    # Some outputs repeat the prompt first.
-    begin = output.find("system")
-    if begin >= 0:
-        output = output[begin:].partition("assistant\n")[2] or output
     fields = from_tw_grpo(row["question"])
-    fields["output"] = output
+    # Some outputs repeat the prompt first.
+    output = row["model_output"] or ""
+    fields["output"] = re.sub(r"\A.*?system.*?assistant\n", "", output, flags=re.DOTALL)
     fields["reward"] = row.get("accuracy_score")
     fields["solution"] = fields.get("solution") or row["ground_truth"]
     item = item_of(fields)
@@ -200,16 +179,15 @@ def from_tw_grpo_log(row):
 
 def lmms_eval_score(row):
     """Return the score that lmms-eval stored in a line of samples, None if there is none."""
-    for name, score in row.items():
-        if not name.endswith(("_score", "accuracy", "_acc")):
-            continue
-        if isinstance(score, dict):
-            if "answer" in score:
-                predicted = score.get("pred_answer", score.get("parsed_pred"))
-                score = {"correct": str(predicted) == str(score["answer"]), **score}
-            return score.get("score", score.get("correct"))
+    ends = ("_score", "accuracy", "_acc")
+    score = next((row[name] for name in row if name.endswith(ends)), None)
+    if not isinstance(score, dict):
         return score
-    return None
+    # Some tasks store the answer that they read, and not whether it is right.
+    if "answer" in score:
+        predicted = score.get("pred_answer", score.get("parsed_pred"))
+        score = {"correct": str(predicted) == str(score["answer"]), **score}
+    return score.get("score", score.get("correct"))
 
 
 def from_lmms_eval(row):
@@ -221,21 +199,20 @@ def from_lmms_eval(row):
         output = output[0] if output else ""
     options = doc.get("options") or doc.get("candidates") or doc.get("choices") or []
     if isinstance(options, dict):
-        options = list(options.values())
+        options = options.values()
     # Some tasks have their options in the prompt alone.
     if isinstance(options, str) or not any(options):
         options = split_options(row.get("input") or "")[1]
     options = with_letters([str(option) for option in options])
     target = str(row["target"])
     # The samples do not name the type of a question.
+    kind = "free-form"
     if first_field(doc, TASK_FIELDS) in VSI_NUMBERS:
         kind = "regression"
     elif options or re.fullmatch(r"[A-Z]", target):
         kind = "multiple choice"
     elif exact_number(target) is not None:
         kind = "numerical"
-    else:
-        kind = "free-form"
     # MVBench's target is the right option's text, which may be another option's letter.
     letters = [letter for letter, text in option_texts(options).items() if text == target]
     fields = {
@@ -258,39 +235,35 @@ def read_json(path):
     Args:
         path: a JSON document, or JSON lines whatever the file's name.
     Returns:
-        (list of rows, settings of a report of evaluate.py or {}).
+        (list of rows, the settings that a report, or every line of a run, has, else {}).
     Raises:
         DataError: there are no rows of predictions.
     """
-    file = Path(path)
-    if not file.is_file():
-        raise DataError(f"{file} not found")
+    if not Path(path).is_file():
+        raise DataError(f"{path} not found")
     try:
-        text = file.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise DataError(f"{file} cannot be read: {error}") from error
-    try:
-        rows = json.loads(text)
-    except ValueError:
-        rows = []
-        for number, line in enumerate(text.split("\n"), 1):
-            try:
-                if line.strip():
-                    rows.append(json.loads(line))
-            except ValueError as error:
-                cause = f"line {number}: {error}"
-                raise DataError(f"{file} is neither JSON nor JSON lines: {cause}") from error
-    settings = {}
+        text = Path(path).read_text(encoding="utf-8")
+        try:
+            rows = json.loads(text)
+        except ValueError:
+            # An array of all lines, so that an error names the line.
+            lines = [line for line in text.split("\n") if line.strip()]
+            rows = json.loads("[" + ",\n".join(lines) + "]")
+    except ValueError as error:  # not JSON, or not UTF-8
+        raise DataError(f"{path} is neither JSON nor JSON lines: {error}") from error
+    settings = None
     if isinstance(rows, dict):
-        if isinstance(rows.get("settings"), dict):
-            settings = rows["settings"]
+        settings = rows.get("settings")
         rows = rows.get("results", [rows])
     if not isinstance(rows, list) or not rows or not all(isinstance(row, dict) for row in rows):
         raise DataError(
-            f"{file} holds no predictions (a list of objects, or an object with results, "
+            f"{path} holds no predictions (a list of objects, or an object with results, "
             "is expected)"
         )
-    return rows, settings
+    first = rows[0].get("settings")
+    if all(row.get("settings") == first for row in rows):
+        settings = settings or first
+    return rows, settings or {}
 
 
 def read_predictions(path):
@@ -300,23 +273,22 @@ def read_predictions(path):
     and prediction lines of evaluate.py; TW-GRPO's log; lmms-eval's samples.
 
     Returns:
-        (list of Item, list of repeated problem_ids, name of the format).
+        (list of Item, list of repeated problem_ids, settings of read_json with the `format`).
     Raises:
         DataError: with the number of the malformed row.
     """
-    rows, _ = read_json(path)
+    rows, settings = read_json(path)
     items = {}
     repeated = []
     for index, row in enumerate(rows):
+        source = "Video-R1"
+        read = item_of
         if "model_output" in row:
             source = "TW-GRPO"
             read = from_tw_grpo_log
         elif "doc" in row:
             source = "lmms-eval"
             read = from_lmms_eval
-        else:
-            source = "Video-R1"
-            read = item_of
         try:
             item = read(row)
         except DataError as error:
@@ -324,11 +296,9 @@ def read_predictions(path):
         except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
             cause = f"{type(error).__name__}: {error}"
             raise DataError(f"{path}: row {index} is no {source} prediction ({cause})") from error
-        first = items.setdefault(item.problem_id, item)
-        if first is not item:
-            other = " (another question)" if first.problem != item.problem else ""
-            repeated.append(item.problem_id + other)
-    return list(items.values()), repeated, source
+        if items.setdefault(item.problem_id, item) is not item:
+            repeated.append(item.problem_id)
+    return list(items.values()), repeated, {**settings, "format": source}
 
 
 def benchmark_of(path, items=()):
@@ -375,9 +345,10 @@ def exact_number(text):
     return Fraction(value) if value.is_finite() and abs(value.adjusted()) < 300 else None
 
 
-def same_to_cents(first, second):
-    """Whether two numbers are equal after rounding to two decimals."""
-    return round(float(first), 2) == round(float(second), 2)
+def same_number(first, second):
+    """Whether two texts are numbers that are equal after rounding to two decimals."""
+    numbers = [exact_number(first), exact_number(second)]
+    return None not in numbers and round(float(numbers[0]), 2) == round(float(numbers[1]), 2)
 
 
 def mean_relative_accuracy(answer, truth, strict=False):
@@ -392,18 +363,15 @@ def mean_relative_accuracy(answer, truth, strict=False):
     """
     y_hat = exact_number(answer)
     y = exact_number(truth)
-    if y_hat is None or y is None:
+    if None in (y_hat, y):
         return 0.0
     # Also where y is 0 and the relative error is not defined.
     if y_hat == y:
         return 1.0
     # Tolerances are k * 5 %, compared without division.
     error = 20 * abs(y_hat - y)
-    within = 0
-    for k in range(1, 11):
-        bound = k * abs(y)
-        within += error < bound or (error == bound and not strict)
-    return within / 10
+    within = operator.lt if strict else operator.le
+    return sum(within(error, k * abs(y)) for k in range(1, 11)) / 10
 
 
 def several_letters(truth):
@@ -420,17 +388,13 @@ def official_score(answer, item):
             return float(reward.multi_choice_reward(answer, truth) == 1.0)
         return float(answer == truth or read_choice(answer, item.options) == truth.upper())
     if item.problem_type == "numerical":
-        number = exact_number(answer)
-        right = exact_number(truth)
-        return float(None not in (number, right) and same_to_cents(number, right))
+        return float(same_number(answer, truth))
     if item.problem_type == "regression":
         # VSI-Bench takes the first word of "5 meters".
-        word = (answer.split() or [""])[0].rstrip(".")
-        return mean_relative_accuracy(word, truth)
-    if not answer:
-        return 0.0
-    rule = reward.ocr_reward if item.problem_type == "OCR" else reward.rouge_reward
-    return rule(answer, truth)
+        return mean_relative_accuracy(answer.split()[0].rstrip("."), truth)
+    if item.problem_type == "OCR":
+        return reward.ocr_reward(answer, truth)
+    return reward.rouge_reward(answer, truth)
 
 
 def video_r1_score(answer, item):
@@ -452,13 +416,13 @@ def score_item(item):
     """
     item.format = reward.format_reward(item.output)
     item.prediction = find_answer(item)
-    # eval_bench.py scores everything that was said where it finds no answer.
-    whole = reward.extract_answer(item.output) or item.output.strip()
-    if item.prediction and item.problem_type in PROBLEM_TYPES and not item.error:
-        item.reward = official_score(item.prediction, item)
-        item.correct = item.reward == 1.0
-    if whole and not item.error:
+    if item.problem_type in PROBLEM_TYPES and not item.error:
+        if item.prediction:
+            item.reward = official_score(item.prediction, item)
+        # eval_bench.py scores everything that was said where it finds no answer.
+        whole = reward.extract_answer(item.output) or item.output.strip()
         item.reward_video_r1 = video_r1_score(whole, item)
+    item.correct = item.reward == 1.0
     record = vars(item) | item.groups
     for name in ("groups", "stored", "tw_grpo"):
         del record[name]
@@ -481,67 +445,90 @@ def agrees(reply, truth, problem_type):
     """Whether two letters are the same, or two numbers: to 5 % in a regression, else to cents."""
     if problem_type == "multiple choice":
         return reply != "" and reply == truth.upper()
+    if problem_type == "numerical":
+        return same_number(reply, truth)
     number = exact_number(reply)
     right = exact_number(truth)
-    if None in (number, right):
-        return False
-    if problem_type == "regression":
-        return 20 * abs(number - right) <= abs(right)
-    return same_to_cents(number, right)
+    return None not in (number, right) and 20 * abs(number - right) <= abs(right)
+
+
+def has_output(record):
+    """Whether there is anything to judge, right or wrong."""
+    return bool(record["output"].strip()) and not record["error"]
+
+
+def can_compare(record):
+    """Whether the solution is a letter or a number, to be compared with a judge's reply."""
+    if record["problem_type"] == "multiple choice":
+        return not several_letters(record["solution"])
+    return record["problem_type"] in ("numerical", "regression")
 
 
 def ratio(part, whole):
     return part / whole if whole else None
 
 
-def reasoning_metrics(records, readings, judge):
-    """Compute TAC (Video-R2) and the consistency rate (GRPO-CARE): do answer and reasoning agree?
+def reasoning_metrics(records, replies, judge):
+    """Compute TAC and VAS (Video-R2) and the consistency rate (GRPO-CARE) from a judge's replies.
 
     With a = the answer is right and t = the conclusion of the reasoning is right, TP counts both,
-    TN neither, FP only t, FN only a, over the N questions that have an output. Video-R2's code
-    exports two formulas: answer_to_thinking_correlation = (TP + TN) / N, in which two different
-    wrong letters agree, and consistency_accuracy = TP / (TP + FN), more likely the published one.
-    consistency_rate is the share of all read questions, also those without an output, whose
-    conclusion is the answer.
+    TN neither, FP only t, FN only a, over the N questions that have an output and one letter or
+    number as the solution. Video-R2's code exports two formulas: answer_to_thinking_correlation =
+    (TP + TN) / N, in which two different wrong letters agree, and consistency_accuracy =
+    TP / (TP + FN), more likely the published one. consistency_rate is the share of these questions,
+    with or without an output, whose conclusion is the answer. VAS is over all rated outputs.
 
     Args:
-        readings: {problem_id: (answer, conclusion of the reasoning)}, the judge's replies: a letter
-            ("B", "B. blue") or number each, "" for none.
+        records: make_report's results.
+        replies: {(problem_id, output): dict of evaluate.judge_one}; none where the judge failed.
         judge: name of the judge.
     Returns:
         dict of counts and the metrics.
     """
     counts = Counter()
+    ratings = []
     for record in records:
-        if record["problem_id"] not in readings:
+        judged = has_output(record)
+        reply = replies.get((record["problem_id"], record["output"]))
+        # Without an output there is nothing to read; on others the judge has failed.
+        if reply is None and judged:
+            continue
+        reply = reply or {"answer": "", "conclusion": "", "vas": None}
+        ratings.append(reply["vas"])
+        if not can_compare(record):
             continue
         kind = record["problem_type"]
-        answer, conclusion = readings[record["problem_id"]]
+        answer = reply["answer"]
+        conclusion = reply["conclusion"]
         # Judges may name the option in full. A reply that names none is kept: it is wrong.
         if kind == "multiple choice":
             answer = read_choice(answer, record["options"]) or answer
             conclusion = read_choice(conclusion, record["options"]) or conclusion
+        counts["n"] += 1
         counts["consistent"] += agrees(conclusion, answer, kind)
-        if record["output"].strip() and not record["error"]:
+        if judged:
             counts["outputs"] += 1
-            counts["silent"] += conclusion == ""
+            counts["no_conclusion"] += conclusion == ""
             # Against the solution, and not against each other.
             a = agrees(answer, record["solution"], kind)
             t = agrees(conclusion, record["solution"], kind)
             counts[("TN", "FP", "FN", "TP")[2 * a + t]] += 1
-    agreeing = counts["TP"] + counts["TN"]
+    rated = [rating for rating in ratings if rating is not None]
+    names = ("n", "outputs", "no_conclusion", "TP", "TN", "FP", "FN")
     return {
         "judge": judge,
-        "n": len(readings),
-        "not_read": len(records) - len(readings),
-        "outputs": counts["outputs"],
-        "no_conclusion": counts["silent"],
-        **{name: counts[name] for name in ("TP", "TN", "FP", "FN")},
+        **{name: counts[name] for name in names},
+        "not_read": len(records) - counts["n"],
         "TAC": {
-            "answer_to_thinking_correlation": ratio(agreeing, counts["outputs"]),
+            "answer_to_thinking_correlation": ratio(counts["TP"] + counts["TN"], counts["outputs"]),
             "consistency_accuracy": ratio(counts["TP"], counts["TP"] + counts["FN"]),
         },
-        "consistency_rate": ratio(counts["consistent"], len(readings)),
+        "consistency_rate": ratio(counts["consistent"], counts["n"]),
+        "VAS": {
+            "value": 10 * mean(rated) if rated else None,
+            "n": len(rated),
+            "not_rated": sum(map(has_output, records)) - len(rated),
+        },
     }
 
 
@@ -549,45 +536,43 @@ def reasoning_metrics(records, readings, judge):
 
 
 def mean(values):
-    """Mean of numbers, None if there are none."""
-    values = list(values)
-    return ratio(sum(values), len(values))
+    """Mean of the values that are known, None if there are none."""
+    known = [value for value in values if value is not None]
+    return ratio(sum(known), len(known))
 
 
-def mean_of(items, name):
-    """Mean of a field of the items, None if there are none."""
-    return mean(getattr(item, name) for item in items)
+def mean_of(records, name):
+    """Mean of a field over the records in which it is known, None if there are none."""
+    return mean(record.get(name) for record in records)
 
 
-def summary(items):
-    """Numbers of a list of items."""
+def summary(records):
+    """Numbers of a list of records."""
     return {
-        "n": len(items),
-        "correct": sum(item.correct for item in items),
-        "accuracy": mean_of(items, "reward"),
-        "accuracy_video_r1": mean_of(items, "reward_video_r1"),
-        "format_rate": mean_of(items, "format"),
+        "n": len(records),
+        "correct": sum(record["correct"] for record in records),
+        "accuracy": mean_of(records, "reward"),
+        "accuracy_video_r1": mean_of(records, "reward_video_r1"),
+        "format_rate": mean_of(records, "format"),
     }
 
 
-def grouped(items, name):
-    """{value of a field: summary of the items that have it}, in alphabetical order."""
+def group_by(records, name):
+    """{value of a field: records that have it}, in order of appearance; without empty values."""
     groups = defaultdict(list)
-    for item in items:
-        value = item.groups.get(name) or getattr(item, name, "")
-        if value:
-            groups[value].append(item)
-    return {value: summary(group) for value, group in sorted(groups.items())}
+    for record in records:
+        if record.get(name):
+            groups[record[name]].append(record)
+    return groups
 
 
-def eval_bench_means(items, reward_name):
+def eval_bench_means(records, reward_name):
     """What eval_bench.py prints: mean_mra of the regression questions, mean_acc of all others."""
-    accuracies = []
-    mras = []
-    for item in items:
-        values = mras if item.problem_type == "regression" else accuracies
-        values.append(getattr(item, reward_name))
-    return {"mean_acc": mean(accuracies), "mean_mra": mean(mras)}
+    groups = {"mean_acc": [], "mean_mra": []}
+    for record in records:
+        name = "mean_mra" if record["problem_type"] == "regression" else "mean_acc"
+        groups[name].append(record[reward_name])
+    return {name: mean(values) for name, values in groups.items()}
 
 
 def vsi_task(name):
@@ -596,60 +581,29 @@ def vsi_task(name):
     return task if task in VSI_TASKS else ""
 
 
-def vsi_numbers(items, reward_name):
+def vsi_numbers(records, reward_name):
     """VSI-Bench's numbers: eval_bench.py's two, their mean over questions, and the official one.
 
     official is the mean over the eight tasks; each level of a direction counts the same.
     """
     # First the levels of a direction, then tasks of one or several levels.
-    levels = defaultdict(list)
-    for item in items:
-        levels[item.task].append(getattr(item, reward_name))
     tasks = defaultdict(list)
-    for name, values in levels.items():
-        tasks[vsi_task(name)].append(mean(values))
+    for name, level in group_by(records, "task").items():
+        tasks[vsi_task(name)].append(mean_of(level, reward_name))
     scores = {name: mean(tasks[name]) for name in VSI_TASKS if name in tasks}
     return {
-        **eval_bench_means(items, reward_name),
-        "sample_weighted_mean": mean_of(items, reward_name),
+        **eval_bench_means(records, reward_name),
+        "sample_weighted_mean": mean_of(records, reward_name),
         "official": mean(scores.values()),
         "tasks": scores,
     }
 
 
-def partial_credit(item):
+def partial_credit(record):
     """TW-GRPO's share of the right letters, 0 with a wrong letter."""
-    if item.error:
+    if record["error"]:
         return 0.0
-    return reward.multi_choice_reward(item.prediction, item.solution)
-
-
-def options_right(item):
-    """For each option, whether the answer takes or leaves it rightly; False without an answer."""
-    given = re.split(r"\s*,\s*", item.prediction)
-    right = re.split(r"\s*,\s*", item.solution)
-    answered = item.prediction != "" and not item.error
-    # CLEVRER counts an option that is rightly left out.
-    letters = option_texts(item.options)
-    return [answered and (letter in given) == (letter in right) for letter in letters]
-
-
-def several_letter_numbers(items):
-    """Accuracy per option, per question and with partial credit (CLEVRER)."""
-    groups = {"overall": items, "single answer": [], "several answers": []}
-    per_option = []
-    for item in items:
-        per_option += options_right(item)
-        several = several_letters(item.solution)
-        groups["several answers" if several else "single answer"].append(item)
-    numbers = {"per_option_accuracy": mean(per_option)}
-    for name, group in groups.items():
-        numbers[name] = {
-            "n": len(group),
-            "per_question_accuracy": mean_of(group, "reward"),
-            "partial_accuracy": mean(map(partial_credit, group)),
-        }
-    return numbers
+    return reward.multi_choice_reward(record["prediction"], record["solution"])
 
 
 def overlap(predicted, spans):
@@ -673,46 +627,32 @@ def overlap(predicted, spans):
     return max(inside), max(union)
 
 
-def cited_interval(item):
-    """(start s, end s): hull of all times that the reasoning cites; None without one."""
-    if item.error:
-        return None
-    claims = reward.parse_claims(last_block(item.output, "think"))
-    if not claims:
-        return None
-    return min(claim[0] for claim in claims), max(claim[1] for claim in claims)
+def grounding_numbers(records):
+    """NExT-GQA's metrics over the questions with known intervals, None if there are none.
 
-
-def frame_use_interval(item):
-    """(start s, end s) around the most used slot (evaluate.used_interval); None if not measured."""
-    return item.frame_use["interval"] if item.frame_use else None
-
-
-def grounding_numbers(items, interval=cited_interval):
-    """NExT-GQA's metrics over the questions with known intervals.
-
-    Args:
-        interval: function of an Item that predicts (start s, end s) or None, which counts as 0.
-    Returns:
-        dict; acc_gqa is the share of questions answered right with IoP >= 0.5.
+    The prediction is the hull of all times that the reasoning cites; without one it scores 0.
+    acc_gqa is the share of questions answered right with IoP >= 0.5.
     """
-    # Questions without a known interval are not in any figure.
-    known = [item for item in items if item.evidence]
-    shares = {"IoP": [], "IoU": []}
-    predicted = 0
-    right = 0
-    for item in known:
-        span = interval(item)
-        inside, union = overlap(span, item.evidence) if span else (0.0, 0.0)
-        shares["IoP"].append(inside)
-        shares["IoU"].append(union)
-        predicted += span is not None
-        right += item.correct and inside >= 0.5
-    numbers = {"n": len(known), "predicted": predicted, "acc_gqa": right / len(known)}
-    for name, values in shares.items():
-        numbers[f"m{name}"] = mean(values)
+    rows = []
+    for record in records:
+        if not record["evidence"]:
+            continue
+        claims = reward.parse_claims(last_block(record["output"], "think"))
+        row = {"predicted": bool(claims) and not record["error"], "IoP": 0.0, "IoU": 0.0}
+        if row["predicted"]:
+            hull = (min(claim[0] for claim in claims), max(claim[1] for claim in claims))
+            row["IoP"], row["IoU"] = overlap(hull, record["evidence"])
+        row["right"] = record["correct"] and row["IoP"] >= 0.5
+        rows.append(row)
+    numbers = {
+        "n": len(rows),
+        "predicted": sum(row["predicted"] for row in rows),
+        "acc_gqa": mean_of(rows, "right"),
+    }
+    for name in ("IoP", "IoU"):
+        numbers[f"m{name}"] = mean_of(rows, name)
         for bound in (0.3, 0.5):
-            numbers[f"{name}@{bound}"] = mean(value >= bound for value in values)
+            numbers[f"{name}@{bound}"] = mean(row[name] >= bound for row in rows)
     return numbers
 
 
@@ -735,63 +675,31 @@ def event_enrichment(events, slots, chosen):
     return sum(event % slots in chosen for event in events) / len(events) / (len(chosen) / slots)
 
 
-def use_means(uses):
-    """Means over a list of frame uses; entropy is divided by log t, so that 1 is even use."""
-    entropies = []
-    for use in uses:
-        nats = -sum(share * math.log(share) for share in use["slots"] if share > 0)
-        entropies.append(nats / math.log(len(use["slots"])))
-    means = {"n": len(uses), "entropy": mean(entropies)}
-    # Each over the questions where it is known.
+def use_means(records):
+    """Means of the fields of evaluate.use_row, each over the records where it is known."""
+    numbers = {"n": len(records)}
     for name in ("consensus", "enrichment", "evidence", "chance"):
-        means[name] = mean(use[name] for use in uses if use.get(name) is not None)
-    return means
+        numbers[name] = mean(record["frame_use"].get(name) for record in records)
+    return numbers
 
 
-def frame_use_numbers(items):
-    """Where the answers looked, in videos of two slots or more: over all, right and wrong answers.
-
-    An item's frame_use (evaluate.use_row) has slots, (t,) shares of the temporal slots that sum to
-    1; interval, (start s, end s) around the most used slot; consensus, the agreement with the prior
-    (Eq. 6); enrichment, see event_enrichment, with its tokens and consensus_slots; evidence, the
-    share on the slots that the answer rests on, and chance, that of even use. They are None where
-    the prior or the evidence is unknown.
-    """
-    uses = {"all": [], "right": [], "wrong": []}
-    for item in items:
-        if item.frame_use:
-            uses["all"].append(item.frame_use)
-            uses["right" if item.correct else "wrong"].append(item.frame_use)
-    return {name: use_means(group) for name, group in uses.items()}
-
-
-def find_warnings(items, benchmark, repeated, vsi_tasks):
+def find_warnings(items, benchmark, repeated):
     """What makes a report's numbers incomparable or incomplete -> list of sentences."""
     warnings = []
-    if benchmark and len(items) not in SIZES[benchmark]:
-        sizes = " or ".join(map(str, SIZES[benchmark]))
+    sizes = SIZES.get(benchmark, [len(items)])
+    if len(items) not in sizes:
         warnings.append(
-            f"{benchmark} has {sizes} questions, this file {len(items)}: "
+            f"{benchmark} has {' or '.join(map(str, sizes))} questions, this file {len(items)}: "
             "not comparable with published numbers"
         )
     # No rule would score these, and 0 would look like a wrong answer.
-    unknown = Counter()
-    for item in items:
-        if item.problem_type not in PROBLEM_TYPES and not item.error:
-            unknown[item.problem_type] += 1
+    kinds = Counter(item.problem_type for item in items if not item.error)
+    unknown = {kind: n for kind, n in kinds.items() if kind not in PROBLEM_TYPES}
     if unknown:
-        warnings.append(f"problem types that no rule scores count as wrong: {dict(unknown)}")
+        warnings.append(f"problem types that no rule scores count as wrong: {unknown}")
     if repeated:
-        text = f"{len(repeated)} rows repeat the problem_id of an earlier one and were left out"
-        others = sum(name.endswith("(another question)") for name in repeated)
-        if others:
-            text += f"; {others} of them ask something else: is this one benchmark?"
-        warnings.append(text)
-    missing = [task for task in VSI_TASKS if task not in vsi_tasks]
-    if benchmark == "vsibench" and missing:
-        there = len(VSI_TASKS) - len(missing)
         warnings.append(
-            f"VSI-Bench's own mean is over {there} of its 8 tasks; no {', '.join(missing)}"
+            f"{len(repeated)} rows repeat the problem_id of an earlier one and were left out"
         )
     return warnings
 
@@ -805,45 +713,37 @@ def make_report(items, benchmark="", repeated=()):
         repeated: problem_ids of rows that were left out.
     Returns:
         dict for JSON: every number with its denominator.
-    Raises:
-        DataError: there are no items.
     """
-    if not items:
-        raise DataError("there are no predictions to score")
     records = [score_item(item) for item in items]
     report = {
         "benchmark": benchmark or None,
-        **summary(items),
-        "scoring": SCORING,
-        "video_r1": {
-            **eval_bench_means(items, "reward_video_r1"),
-            "correct": sum(item.reward_video_r1 == 1.0 for item in items),
-        },
-        "by_type": grouped(items, "problem_type"),
-        "by_task": grouped(items, "task"),
+        **summary(records),
+        "video_r1": eval_bench_means(records, "reward_video_r1"),
     }
-    report["task_mean"] = mean(row["accuracy"] for row in report["by_task"].values())
-    for name in BREAKDOWNS:
-        groups = grouped(items, name)
-        if groups:
-            report[f"by_{name}"] = groups
+    for name in ("problem_type", "task", *BREAKDOWNS):
+        groups = group_by(records, name)
+        if groups or name == "task":
+            table = {value: summary(groups[value]) for value in sorted(groups)}
+            report[f"by_{name.removeprefix('problem_')}"] = table
+    report["task_mean"] = mean_of(report["by_task"].values(), "accuracy")
 
     # Numbers that only some benchmarks or runs have.
-    tasks = {}
     if benchmark == "vsibench":
-        official = vsi_numbers(items, "reward")
-        tasks = official["tasks"]
-        video_r1 = vsi_numbers(items, "reward_video_r1")
-        report["vsi_bench"] = {"official": official, "video_r1": video_r1}
-    if any(several_letters(item.solution) for item in items):
-        report["several_letters"] = several_letter_numbers(items)
-    looked = any(item.frame_use for item in items)
-    if any(item.evidence for item in items):
-        report["grounding"] = grounding_numbers(items)
-        if looked:
-            report["grounding_by_frame_use"] = grounding_numbers(items, frame_use_interval)
+        report["vsi_bench"] = {
+            "official": vsi_numbers(records, "reward"),
+            "video_r1": vsi_numbers(records, "reward_video_r1"),
+        }
+    if any(several_letters(record["solution"]) for record in records):
+        report["partial_accuracy"] = mean(map(partial_credit, records))
+    if any(record["evidence"] for record in records):
+        report["grounding"] = grounding_numbers(records)
+    looked = [record for record in records if record["frame_use"]]
     if looked:
-        report["frame_use"] = frame_use_numbers(items)
+        report["frame_use"] = {
+            "all": use_means(looked),
+            "right": use_means([record for record in looked if record["correct"]]),
+            "wrong": use_means([record for record in looked if not record["correct"]]),
+        }
     stored = [item.stored for item in items]
     if None not in stored:
         report["accuracy_as_stored"] = mean(stored)
@@ -852,8 +752,7 @@ def make_report(items, benchmark="", repeated=()):
     errors = defaultdict(dict)
     for item in items:
         if item.error:
-            kind = item.error.partition(":")[0]
-            errors[kind][item.problem_id] = item.error
+            errors[item.error.partition(":")[0]][item.problem_id] = item.error
     return report | {
         "empty_outputs": sum(not item.output.strip() for item in items),
         "errors": errors,
@@ -862,7 +761,7 @@ def make_report(items, benchmark="", repeated=()):
             **dict.fromkeys(("judge", "TAC", "consistency_rate", "VAS")),
             "reason": "no judge was asked (--judge_base, --judge_model)",
         },
-        "warnings": find_warnings(items, benchmark, repeated, tasks),
+        "warnings": find_warnings(items, benchmark, repeated),
         "results": records,
     }
 
@@ -922,25 +821,26 @@ def compare(first, second, seed=0):
     losses = []
     differences = []
     for a, b in pairs:
-        same = (a["solution"], a["problem_type"]) == (b["solution"], b["problem_type"])
-        if not same and not a["error"] and not b["error"]:
+        same = all(a[name] == b[name] for name in ("solution", "problem_type"))
+        if not (same or a["error"] or b["error"]):
             raise DataError(
                 f"problem_id {a['problem_id']} is another question in each file: {a['solution']!r} "
                 f"is right in the first, {b['solution']!r} in the second"
             )
         differences.append(b["reward"] - a["reward"])
-        if b["correct"] and not a["correct"]:
+        if b["correct"] > a["correct"]:
             gains.append(b["problem_id"])
-        elif a["correct"] and not b["correct"]:
+        elif a["correct"] > b["correct"]:
             losses.append(a["problem_id"])
     before = mean(a["reward"] for a, _ in pairs)
+    difference = mean(differences)
     return {
         "n": len(pairs),
         "only_in_first": len(first) - len(pairs),
         "only_in_second": len(second) - len(pairs),
         "accuracy": [before, mean(b["reward"] for _, b in pairs)],
-        "difference": mean(differences),
-        "normalised_gain": ratio(mean(differences), 1 - before),
+        "difference": difference,
+        "normalised_gain": ratio(difference, 1 - before),
         "interval_95": paired_bootstrap(differences, seed=seed),
         "mcnemar_p": mcnemar(len(gains), len(losses)),
         "gains": gains,

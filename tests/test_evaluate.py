@@ -200,7 +200,7 @@ def test_video_r1_results(tmp_path, monkeypatch, capsys):
     assert report["accuracy"] == pytest.approx(2.6 / 6) and report[
         "accuracy_video_r1"
     ] == pytest.approx(1.5 / 6)
-    assert report["video_r1"] == {"mean_acc": pytest.approx(1 / 5), "mean_mra": 0.5, "correct": 1}
+    assert report["video_r1"] == {"mean_acc": pytest.approx(1 / 5), "mean_mra": 0.5}
     assert report["accuracy_as_stored"] == pytest.approx(1.5 / 6)
     assert (
         report["by_type"]["multiple choice"]["n"] == 4 and report["by_type"]["OCR"]["accuracy"] == 1
@@ -212,17 +212,13 @@ def test_video_r1_results(tmp_path, monkeypatch, capsys):
     assert report["by_task"]["colour"]["accuracy"] == 0.5 and report["task_mean"] == pytest.approx(
         0.55
     )
-    assert report["duplicates"] == ["1", "3 (another question)"]
+    assert report["duplicates"] == ["1", "3"]
     assert (
         report["empty_outputs"] == 1
         and list(report["errors"]) == ["stored as error"]
         and "multiple choice" in out
     )
-    assert (
-        "2 rows repeat the problem_id" in err
-        and "1 of them ask something else" in err
-        and "mmvu has 625 questions, this file 6" in err
-    )
+    assert "2 rows repeat the problem_id" in err and "mmvu has 625 questions, this file 6" in err
 
 
 def test_a_report_is_a_prediction_file_too(tmp_path, monkeypatch, capsys):
@@ -303,18 +299,7 @@ def test_tw_grpo_log(tmp_path, monkeypatch, capsys):
         True,
     ]
     assert report["results"][4]["prediction"] == "I" and len(report["duplicates"]) == 1
-    numbers = report["several_letters"]
-    assert numbers["overall"] == {
-        "n": 7,
-        "per_question_accuracy": 3 / 7,
-        "partial_accuracy": pytest.approx(3.5 / 7),
-    }
-    assert numbers["several answers"] == {
-        "n": 3,
-        "per_question_accuracy": 1 / 3,
-        "partial_accuracy": 0.5,
-    }
-    assert numbers["single answer"]["n"] == 4 and 0 < numbers["per_option_accuracy"] < 1
+    assert report["accuracy"] == 3 / 7 and report["partial_accuracy"] == pytest.approx(3.5 / 7)
     assert report["accuracy_as_stored"] == pytest.approx(3.5 / 7)
     assert report["accuracy_video_r1"] == pytest.approx(
         2 / 7
@@ -407,11 +392,7 @@ def test_vsi_bench_has_four_numbers(tmp_path, monkeypatch, capsys):
         pytest.approx(0.45),
         pytest.approx((0.5 + 1 + 0.5 + 0.4) / 4),
     )
-    assert (
-        "4 of its 8 tasks" in err
-        and "vsibench has 5130 questions" in err
-        and "VSI-Bench, video_r1" in out
-    )
+    assert "vsibench has 5130 questions" in err and "vsi_bench, video_r1: mean_acc 0.75" in out
 
 
 @pytest.mark.parametrize(
@@ -491,23 +472,32 @@ def test_bad_command_lines_get_a_sentence(words, said, monkeypatch, capsys):
 # --------------------------------------------------------------------------------------- reasoning
 
 
+def replies(records, readings):
+    """Replies of a judge that rates nothing, as evaluate.judge_one returns them."""
+    told = {}
+    for record, (answer, conclusion) in zip(records, readings, strict=False):
+        reply = {"answer": answer, "conclusion": conclusion, "vas": None}
+        told[record["problem_id"], record["output"]] = reply
+    return told
+
+
 def test_tac_and_consistency():
-    # problem_id -> the answer and what its reasoning concludes; B is right everywhere
-    readings = {
-        "1": ("B", "B"),
-        "2": ("B", "B"),
-        "3": ("B", "C"),
-        "4": ("C", "B"),
-        "5": ("C", "A"),
-        "6": ("C", "C"),
-        "7": ("B", ""),
-        "8": ("", ""),
-    }
+    # The answer and what its reasoning concludes, of problem_ids 1 to 8; B is right everywhere.
+    readings = [
+        ("B", "B"),
+        ("B", "B"),
+        ("B", "C"),
+        ("C", "B"),
+        ("C", "A"),
+        ("C", "C"),
+        ("B", ""),
+        ("", ""),
+    ]
     outputs = ["told"] * 7 + [""]  # no output: not in N, and not consistent
     rows = [row(number, output, "B") for number, output in enumerate(outputs, start=1)]
     rows.append(row(9, "<answer>w</answer>", "w", "OCR"))  # of a type that nobody reads
     records = [scores.score_item(scores.item_of(each)) for each in rows]
-    metrics = scores.reasoning_metrics(records, readings, "somebody")
+    metrics = scores.reasoning_metrics(records, replies(records, readings), "somebody")
     assert {name: metrics[name] for name in ("TP", "TN", "FP", "FN")} == {
         "TP": 2,
         "TN": 2,
@@ -542,16 +532,18 @@ def test_tac_and_consistency():
 def test_tac_of_numbers_is_within_five_percent(kind, solution, read, right):
     """Of a regression; a numerical answer is compared after rounding to two decimals."""
     record = scores.score_item(scores.item_of(row(1, "told", solution, kind)))
-    assert scores.reasoning_metrics([record], {"1": read}, "somebody")[right] == 1
+    assert scores.reasoning_metrics([record], replies([record], [read]), "somebody")[right] == 1
 
 
 def test_a_judge_may_name_the_option_in_full():
     records = [scores.score_item(scores.item_of(row(1, "told", "B")))]
     for reply in ("B", "b", "(B) blue", "B. blue", "blue"):
-        metrics = scores.reasoning_metrics(records, {"1": (reply, "B: blue")}, "somebody")
+        told = replies(records, [(reply, "B: blue")])
+        metrics = scores.reasoning_metrics(records, told, "somebody")
         assert (metrics["TP"], metrics["consistency_rate"]) == (1, 1)
     # A reply that names no option is not UNKNOWN: it is a conclusion, and wrong.
-    metrics = scores.reasoning_metrics(records, {"1": ("B", "It is B, or C.")}, "somebody")
+    told = replies(records, [("B", "It is B, or C.")])
+    metrics = scores.reasoning_metrics(records, told, "somebody")
     assert (metrics["FN"], metrics["no_conclusion"]) == (1, 0)
 
 
@@ -574,7 +566,7 @@ def test_without_a_judge_the_report_says_so(tmp_path, monkeypatch, capsys):
         "VAS": None,
         "reason": "no judge was asked (--judge_base, --judge_model)",
     }
-    assert "read by" not in out and "reasoning" not in report
+    assert "judge None" in out and "reasoning" not in report
 
 
 # -------------------------------------------------------------------------------------- comparison
@@ -1378,7 +1370,7 @@ def test_a_judge_gives_tac_and_vas(serve, tmp_path, monkeypatch, capsys):
         "judge-1",
         {},
     )
-    assert "read by judge-1" in out and "VAS 70.0" in out
+    assert "judged: judge judge-1" in out and "judged, VAS: value 70.0000" in out
     asked_before = len(server.requests)
     again, _, _ = rescore(
         path, monkeypatch, capsys, "--judge_base", server.base, "--judge_model", "judge-1"
@@ -1454,7 +1446,7 @@ def test_grounding_by_the_times_that_the_reasoning_cites(tmp_path, monkeypatch, 
     assert (
         grounding["mIoU"] == pytest.approx((0.5 + 0 + 0.5 + 0) / 4)
         and grounding["IoU@0.3"] == 0.5
-        and "Acc@GQA 0.5000" in out
+        and "acc_gqa 0.5000" in out
     )
 
 
@@ -1520,21 +1512,8 @@ def test_what_a_prediction_keeps_of_its_events():
     assert "events" not in evaluate.use_row(example, times, looked, None)
 
 
-def test_the_interval_that_is_used():
-    times = [0.0, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0]  # four slots, the last has one frame
-    for use, interval in (
-        ([0.1, 0.3, 0.5, 0.1], [2, 6]),
-        ([0.7, 0.1, 0.1, 0.1], [0, 2]),
-        ([0.1, 0.1, 0.3, 0.5], [4, 7]),
-        ([0.3, 0.1, 0.2, 0.4], [6, 7]),
-        ([0.26, 0.24, 0.25, 0.25], [0, 2]),
-    ):
-        assert evaluate.used_interval(torch.tensor(use), times) == interval
-
-
 def test_frame_use_of_the_answers(flags, bench, undisturbed, tmp_path, monkeypatch, capsys):
     """Frame use is stored and changes no answer; a prior of other frames is refused."""
-    import math
 
     from common.data import load_examples
 
@@ -1574,22 +1553,8 @@ def test_frame_use_of_the_answers(flags, bench, undisturbed, tmp_path, monkeypat
     assert first["consensus"] == pytest.approx(
         0.8 * first["slots"][0] + 0.2 * first["slots"][1], abs=1e-5
     )  # four frames in two slots
-    known = [record for record in report["results"] if record["evidence"]]
-    inside = [
-        scores.overlap(used[record["problem_id"]]["interval"], record["evidence"])[0]
-        if record["problem_id"] in used
-        else 0
-        for record in known
-    ]
-    assert (
-        report["grounding_by_frame_use"]["mIoP"] == pytest.approx(sum(inside) / len(known))
-        and max(inside) > 0
-    )
     numbers = report["frame_use"]["all"]
-    entropies = [-sum(p * math.log(p) for p in use["slots"]) / math.log(2) for use in used.values()]
-    assert numbers["n"] == len(video) and numbers["entropy"] == pytest.approx(
-        sum(entropies) / len(video)
-    )
+    assert numbers["n"] == len(video)
     assert (
         first["enrichment"] is not None and 0 <= numbers["enrichment"] <= 2
     )  # one slot of two has more than an even share
