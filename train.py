@@ -22,24 +22,26 @@ import shutil
 import subprocess
 import sys
 import time
+import uuid
 from collections import Counter, defaultdict
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import deepspeed
 import torch
 import torch.distributed as dist
+from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 from transformers import AutoConfig, AutoProcessor, set_seed
 from transformers.utils import logging as hf_logging
 
 import prior
 import toy
-from common.checkpoints import LENGTHS, Checkpoints, checkpoints, find_checkpoint, save_model
+from common.checkpoints import Checkpoints, checkpoints, find_checkpoint, save_model
 from common.data import (
     DataError,
-    Example,
+    first_words,
     invert_question,
     load_examples,
     plain_ids,
@@ -48,6 +50,7 @@ from common.data import (
 )
 from common.engine import (
     Inputs,
+    Ready,
     Tracker,
     check_deepspeed_file,
     set_learning_rate,
@@ -56,12 +59,12 @@ from common.engine import (
     write_shards,
 )
 from common.flags import Parser, flag
-from common.media import Encoder, ModelInputs
+from common.media import Encoder
 from common.policy import FAMILIES, PACKED_FAMILIES, Policy, collate
 from common.ranks import (
     average,
     check_finite,
-    fewest_on_any_rank,
+    gather,
     is_main,
     log_main,
     name_skipped,
@@ -70,7 +73,7 @@ from common.ranks import (
 )
 from common.rollout import Sampling, read_turn, sample_texts, sampling, stop_tokens
 from common.run_page import run_report
-from common.workers import append_lines, write_lines
+from common.workers import write_lines
 from grpo import (
     Rollouts,
     accuracies,
@@ -87,40 +90,39 @@ from grpo import (
 
 # Accuracy and format alone; no prior is needed.
 PLAIN = dict(cfr_weight=0.0, temporal=False, length_bonus=0.0, prior="uniform")
-# What each recipe changes in the defaults above.
+# What the code of all releases sets.
+RELEASED = dict(learning_rate=1e-6, top_k=50)
+# What each recipe changes in the defaults below.
 RECIPES = {
     "cfgrpo": {},
     "grpo": PLAIN,
-    "tgrpo": dict(cfr_weight=0.0, prior="uniform", learning_rate=1e-6, top_k=50),
-    "care": dict(
-        PLAIN, consistency_coef=0.5, ema_decay=0.995, beta=0.0, learning_rate=1e-6, top_k=50
-    ),
+    "tgrpo": dict(RELEASED, cfr_weight=0.0, prior="uniform"),
+    "care": dict(PLAIN, **RELEASED, consistency_coef=0.5, ema_decay=0.995, beta=0.0),
     "tw": dict(
         PLAIN,
+        **RELEASED,
         token_weight_alpha=1.7,
         reduction="token",
         clip_high=0.28,
         invert_questions=0.5,
         beta=0.0,
-        learning_rate=1e-6,
         top_p=1.0,
-        top_k=50,
         freeze_vision=True,
         max_completion_length=4096,
     ),
     "video_r2": dict(
         PLAIN,
+        **RELEASED,
         alignment_weight=1.0,
-        learning_rate=1e-6,
         temperature=0.9,
         top_p=1.0,
-        top_k=50,
         freeze_vision=True,
         frames=32,
         fps=2.0,
         max_completion_length=1024,
     ),
     "release": dict(
+        RELEASED,
         cfr_weight=5.0,
         gate="hard",
         frame_use="hidden",
@@ -128,8 +130,6 @@ RECIPES = {
         tau=0.5,
         use_order="softmax_mean",
         temporal_ratio=0.8,
-        learning_rate=1e-6,
-        top_k=50,
     ),
 }
 
@@ -167,7 +167,7 @@ class TrainArguments:
     )
     eval_priors: str | None = flag(
         None,
-        "Priors file of the held-out questions. None: their rows in --priors, else computed.",
+        "Priors file of the held-out questions; what it lacks is computed.",
     )
     toy_dir: str | None = flag(None, "Folder of the toy. Default: toy-seedN, made on first use.")
     prompt_template: str | None = flag(
@@ -186,7 +186,6 @@ class TrainArguments:
         "frames), none.",
         choices=["none", "text", "drawn"],
     )
-    media_cache_gb: float = flag(2.0, "Memory for decoded media, per process that decodes.")
     decode_workers: int = flag(
         2, "Processes per rank that decode the next step's media; 0: none. Default for the toy: 0."
     )
@@ -233,7 +232,7 @@ class TrainArguments:
 
     priors: str | None = flag(
         None,
-        "Priors file made by prior.py for the training questions. None: computed first.",
+        "Priors file made by prior.py for the training questions; what it lacks is computed.",
         group="GRPO: questions and rollouts",
     )
     num_generations: int = flag(8, "G, rollouts per question.")
@@ -377,6 +376,9 @@ def toy_defaults(folder, world_size):
     model needs to move in 80 steps, whatever no reward asks for drifts.
     """
     return dict(
+        dataset_name=f"{folder}/train.json",
+        eval_dataset_name=f"{folder}/heldout.json",
+        model_name_or_path=f"{folder}/model",
         toy_dir=folder,
         clip=f"local-dir:{folder}/clip",
         min_pixels=56 * 56,
@@ -401,115 +403,108 @@ def toy_defaults(folder, world_size):
 
 
 @dataclass
-class Run:
-    """What every stage of a run uses."""
-
-    args: TrainArguments
-    processor: object  # of the checkpoint that the run starts from
-    encoder: Encoder
-    checkpoint: Checkpoints
-    tracker: Tracker
-    files: dict  # {name: open file} on rank 0, else {}
-
-    def log(self, record):
-        """A line of metrics.jsonl, and the trackers that the DeepSpeed file names."""
-        self.write("metrics.jsonl", [record])
-        self.tracker.show(record)
-
-    def write(self, name, records):
-        if is_main():
-            self.files[name].writelines(json.dumps(record) + "\n" for record in records)
-            self.files[name].flush()
-
-
-@dataclass
 class Questions:
     """Examples of a stage or of the held-out set, with their priors."""
 
-    examples: list  # those that can be used; of GRPO in the order of training, with repeats
+    examples: list  # those that can be used; of a stage in the order of training, with repeats
     source: Path | None = None  # their file
     priors: dict = field(default_factory=dict)  # {problem_id: Prior}
     skipped: dict = field(default_factory=dict)  # {problem_id: cause} of those that cannot
 
+    def request(self, place):
+        """The example at a place, to be decoded."""
+        example = self.examples[place]
+        return Ready(place, example, self.priors.get(example.id))
+
+    def leave_out(self, causes):
+        """Names unusable examples {problem_id: cause} and takes them out."""
+        self.skipped.update(causes)
+        name_skipped(self.skipped)
+        self.examples = [e for e in self.examples if e.id not in self.skipped]
+
 
 @dataclass
-class Ready:
-    """An example whose turn it is, with what the processor made of it."""
+class Run:
+    """What a run has read, and where it writes."""
 
-    place: int  # in the run's order of examples; seeds what is random about it
-    example: Example
-    prior: object  # Prior; None for text and for demonstrations
-    inputs: ModelInputs
-    control: ModelInputs | None  # the same with shuffled frames
+    args: TrainArguments
+    processor: object  # of the checkpoint that the run starts from
+    encoder: Encoder
+    heldout: Questions
+    result: dict  # beginning of result.json
+    demonstrations: object = None  # Questions of SFT, if it is still to be run
+    training: object = None  # Questions of GRPO
+    checkpoint: object = None  # Checkpoints
+    tracker: object = None  # Tracker
+    files: dict = field(default_factory=dict)  # {name: open file} on rank 0
+
+    def write(self, name, records):
+        if is_main():
+            self.files[name].writelines(json.dumps(record) + "\n" for record in records)
 
 
-class Batches:
-    """This rank's examples, step by step: decoded ahead, with as many forwards on every rank."""
+@dataclass
+class Schedule:
+    """How a stage goes through its examples."""
 
-    def __init__(self, run, questions, steps, batch, accumulation, shuffle=False):
-        args = run.args
-        self.run = run
-        self.questions = questions
-        self.steps = steps
-        self.batch = batch
-        self.accumulation = accumulation
-        self.shuffle = shuffle  # a control with shuffled frames goes with every video
-        self.lost = 0  # examples of this run that could not be used, on all ranks
-        self.inputs = Inputs(run.encoder, args.decode_workers, args.decode_timeout)
+    max_steps: int  # -1: `epochs` decides
+    epochs: float
+    batch: int  # examples per rank and forward
+    accumulation: int  # forwards per step
+    learning_rate: float  # its peak
 
-    def requests(self, step):
-        """What to decode for each forward of a step: (place, example, prior, frame order) each."""
-        forwards = []
-        if step >= self.steps:
-            return forwards
-        for micro in range(self.accumulation):
-            # Ranks take turns, so that the order does not depend on their number.
-            number = (step * self.accumulation + micro) * dist.get_world_size() + dist.get_rank()
-            begin = number * self.batch
-            part = []
-            for place in range(begin, begin + self.batch):
-                example = self.questions.examples[place]
-                row = self.questions.priors.get(example.id)
-                # The control's order of frames depends on the question's place alone.
-                order = None
-                if self.shuffle and example.media_type == "video":
-                    frames = range(len(row.frames))
-                    order = random.Random(run_seed(self.run.args, place)).sample(
-                        frames, len(frames)
-                    )
-                part.append((place, example, row, order))
-            forwards.append(part)
-        return forwards
+    @property
+    def per_step(self):
+        return self.batch * self.accumulation * dist.get_world_size()
 
-    def ahead(self, step):
-        """Starts the decoding of a step."""
-        for part in self.requests(step):
-            self.inputs.ahead(part)
+    def order(self, examples, seed):
+        """The examples in the order of training, shuffled anew in every epoch.
 
-    def take(self, step, device):
-        """Lists of Ready, one a forward; one in which a rank has nothing is left out on all."""
-        # Workers decode the next step while this one trains.
-        self.ahead(step + 1)
-        forwards = []
-        for part in self.requests(step):
-            usable = self.inputs.usable(
-                part, self.run.args.max_prompt_length, self.questions.skipped
+        A longer run begins with the examples of a shorter one.
+        """
+        count = int(self.epochs * len(examples))
+        if self.max_steps > 0:
+            count = self.max_steps * self.per_step
+        # All of it is drawn at once, so that a resumed run finds its place by the step alone.
+        rng = random.Random(seed)
+        order = []
+        while examples and len(order) < count:
+            order += rng.sample(examples, len(examples))
+        return order[:count]
+
+    def steps(self, questions):
+        """Number of steps. Errors: DataError if the examples are too few for one."""
+        usable = len(questions.examples)
+        if usable < self.per_step:
+            raise DataError(
+                f"{usable} usable questions of {questions.source} ({len(questions.skipped)} "
+                f"skipped) are fewer than one step's {self.per_step}"
             )
-            # Collectives must match: a forward that one rank cannot fill is left out on all.
-            fewest, everywhere = fewest_on_any_rank(len(usable), device)
-            self.lost += self.batch * dist.get_world_size() - everywhere
-            if fewest > 0:
-                priors = self.questions.priors
-                forwards.append(
-                    [
-                        Ready(place, example, priors.get(example.id), inputs, control)
-                        for place, example, inputs, control in usable
-                    ]
-                )
-        return forwards
+        return usable // self.per_step
 
-    def stop(self):
-        self.inputs.stop()
+
+# Flags of each stage, in the order of Schedule.
+SCHEDULES = {
+    "sft": (
+        "sft_max_steps",
+        "sft_num_train_epochs",
+        "sft_per_device_batch_size",
+        "sft_gradient_accumulation_steps",
+        "sft_learning_rate",
+    ),
+    "grpo": (
+        "max_steps",
+        "num_train_epochs",
+        "per_device_train_batch_size",
+        "gradient_accumulation_steps",
+        "learning_rate",
+    ),
+}
+
+
+def schedule(args, stage):
+    """The Schedule of "sft" or "grpo"."""
+    return Schedule(*[getattr(args, name) for name in SCHEDULES[stage]])
 
 
 class StepLog:
@@ -533,13 +528,96 @@ class StepLog:
         """Adds the seconds of a block to time/NAME."""
         begin = time.perf_counter()
         yield
-        spent = time.perf_counter() - begin
-        self.values[f"time/{name}"] = [sum(self.values[f"time/{name}"]) + spent]
+        key = f"time/{name}"
+        self.values[key] = [sum(self.values[key]) + time.perf_counter() - begin]
 
-    def means(self, device):
-        """{metric: mean over the values of all ranks}."""
-        self.values["time/step"] = [time.perf_counter() - self.begin]
-        return average(self.values, device)
+
+# Metrics on the progress bar.
+SHOWN = ("loss/sft", "reward/total", "reward/accuracy", "consensus/score", "data/skipped")
+
+
+def step_requests(run, name, questions, step):
+    """This rank's examples of a step, a list of Ready for each forward."""
+    plan = schedule(run.args, name)
+    forwards = []
+    for micro in range(plan.accumulation):
+        # Ranks take turns, so that the order does not depend on their number.
+        number = step * plan.accumulation + micro
+        first = (number * dist.get_world_size() + dist.get_rank()) * plan.batch
+        part = []
+        for place in range(first, first + plan.batch):
+            one = questions.request(place)
+            if name == "grpo" and run.args.temporal and one.example.media_type == "video":
+                # The control's order of frames depends on the question's place alone.
+                frames = range(len(one.prior.frames))
+                one.order = random.Random(run_seed(run.args, place)).sample(frames, len(frames))
+            part.append(one)
+        forwards.append(part)
+    return forwards
+
+
+def stage_steps(run, name, engine, questions, done, kept):
+    """Goes through the steps of a stage that are left; logs and saves each when its turn is over.
+
+    Args:
+        name: "sft" or "grpo".
+        questions: Questions in the order of training.
+        done, kept: of Checkpoints.load.
+    Yields:
+        StepLog; the step's forwards on this rank, a list of Ready each.
+    """
+    args = run.args
+    plan = schedule(args, name)
+    steps = plan.steps(questions)
+    inputs = Inputs(run.encoder, args.decode_workers, args.decode_timeout)
+    # What the interrupted run could not use; a checkpoint keeps the same dictionary.
+    questions.skipped.update(kept.get("skipped", {}))
+    kept["skipped"] = questions.skipped
+
+    def begin(step):
+        """Starts the decoding of a step; returns its forwards."""
+        forwards = step_requests(run, name, questions, step) if step < steps else []
+        for part in forwards:
+            inputs.ahead(part)
+        return forwards
+
+    coming = begin(done)
+    left = range(done, steps)
+    bar = tqdm(left, name.upper(), steps, initial=done, disable=not is_main())
+    for step in bar:
+        log = StepLog(name, step)
+        parts = coming
+        # Workers decode the next step while this one trains.
+        coming = begin(step + 1)
+        forwards = []
+        for part in parts:
+            with log.seconds("media"):
+                usable = inputs.usable(part, args.max_prompt_length, questions.skipped)
+            # Collectives must match: a forward that one rank cannot fill is left out on all.
+            if min(gather(len(usable))) > 0:
+                forwards.append(usable)
+        set_learning_rate(engine, step, steps, plan.learning_rate, args.warmup_ratio)
+        yield log, forwards
+        # The caller has trained: a line of metrics.jsonl, the bar, a checkpoint if it is time to.
+        log.add("time/step", [time.perf_counter() - log.begin])
+        log.add("train/learning_rate", engine.get_lr()[:1])
+        log.add("data/skipped", [len(questions.skipped)])
+        record = {"stage": name, "step": step, **average(log.values)}
+        run.write("metrics.jsonl", [record])
+        run.tracker.show(record)
+        shown = {metric: record[metric] for metric in SHOWN if metric in record}
+        bar.set_postfix(shown, refresh=False)
+        run.checkpoint.after_step(engine, name, step + 1, steps, kept)
+    inputs.stop()
+
+
+def finish_stage(run, name, engine):
+    """Saves the model of a stage; returns its folder."""
+    run.checkpoint.release()
+    folder = Path(run.args.output_dir) / name
+    save_model(engine, run.processor, folder)
+    engine.destroy()
+    return folder
 
 
 def run_seed(args, place):
@@ -560,80 +638,31 @@ def batch_targets(examples, processor):
     targets = []
     for example in examples:
         text = target_text(example).removeprefix(turn.opening.strip())
-        targets.append([*plain_ids(processor.tokenizer, text), turn.end])
+        targets.append(torch.tensor([*plain_ids(processor.tokenizer, text), turn.end]))
     # Right-padded with the end of the turn, which the mask leaves out.
-    length = max(len(ids) for ids in targets)
-    completions = torch.full((len(targets), 1, length), turn.end)
-    mask = torch.zeros(len(targets), 1, length, dtype=torch.bool)
-    for row, ids in enumerate(targets):
-        completions[row, 0, : len(ids)] = torch.tensor(ids)
-        mask[row, 0, : len(ids)] = True
-    return completions, mask
+    completions = pad_sequence(targets, batch_first=True, padding_value=turn.end)
+    mask = pad_sequence([torch.ones_like(ids) for ids in targets], batch_first=True)
+    return completions[:, None], mask[:, None].bool()
 
 
-def sft_steps(args, count):
-    """Optimizer steps of SFT on `count` demonstrations, and demonstrations of a step.
-
-    Errors: DataError if there are too few for one step.
-    """
-    forward = args.sft_per_device_batch_size * dist.get_world_size()
-    per_step = forward * args.sft_gradient_accumulation_steps
-    if per_step > count:
-        raise DataError(f"SFT has {count} usable demonstrations, fewer than one step of {per_step}")
-    if args.sft_max_steps > 0:
-        return args.sft_max_steps, per_step
-    return max(1, int(args.sft_num_train_epochs * count) // per_step), per_step
-
-
-def in_epochs(examples, count, seed):
-    """The first `count` of the examples, shuffled anew in every epoch.
-
-    A longer run begins with the examples of a shorter one.
-    """
-    # The whole order is drawn at once, so that a resumed run finds its place by the step alone.
-    rng = random.Random(seed)
-    order = []
-    while examples and len(order) < count:
-        order += rng.sample(examples, len(examples))
-    return order
-
-
-def train_sft(run, model_path, demonstrations):
+def train_sft(run):
     """Cold start: reasoning and answer as target, prompt masked, mean over the tokens of all ranks.
 
     Returns the folder of the trained checkpoint.
     """
     args = run.args
-    accumulation = args.sft_gradient_accumulation_steps
-    batch = args.sft_per_device_batch_size
-    steps, per_step = sft_steps(args, len(demonstrations.examples))
-    engine = start_engine(args, model_path, batch, accumulation, args.sft_learning_rate)
-    done, state = run.checkpoint.load(engine, "sft")
-
-    # The order of all steps, and what an interrupted run had counted.
-    order = in_epochs(demonstrations.examples, steps * per_step, args.seed)
-    demonstrations = replace(demonstrations, examples=order)
-    batches = Batches(run, demonstrations, steps, batch, accumulation)
-    if state:
-        batches.lost = state["lost"]
-        demonstrations.skipped.update(state["skipped"])
-
-    batches.ahead(done)
-    bar = progress_bar("sft", done, steps)
-    for step in bar:
-        log = StepLog("sft", step)
-        forwards = batches.take(step, engine.device)
+    engine = start_engine(
+        args,
+        args.model_name_or_path,
+        args.sft_per_device_batch_size,
+        args.sft_gradient_accumulation_steps,
+        args.sft_learning_rate,
+    )
+    resumed = run.checkpoint.load(engine, "sft")
+    for log, forwards in stage_steps(run, "sft", engine, run.demonstrations, *resumed):
         if forwards:
-            set_learning_rate(engine, step, steps, args.sft_learning_rate, args.warmup_ratio)
             sft_step(run, engine, forwards, log)
-            record = step_record(log, engine, batches.lost)
-            run.log(record)
-            show_metrics(bar, record)
-        run.checkpoint.after_step(
-            engine, "sft", step + 1, steps, skipped=demonstrations.skipped, lost=batches.lost
-        )
-    batches.stop()
-    return finish_stage(run, engine, "sft")
+    return finish_stage(run, "sft", engine)
 
 
 def sft_step(run, engine, forwards, log):
@@ -656,7 +685,7 @@ def sft_step(run, engine, forwards, log):
         logp = engine(prompts, completions, mask).logp  # (B, 1, T)
         loss = -(logp * mask).sum() / tokens
         total += loss.item()
-        with run.checkpoint.stop_on_nan("sft", log.step, [one.example for one in ready]):
+        with run.checkpoint.stop_on_nan(log, [one.example for one in ready]):
             check_finite(loss.item(), "loss")
         # DeepSpeed averages over ranks and forwards; the loss is their sum.
         engine.backward(loss * world * run.args.sft_gradient_accumulation_steps)
@@ -671,34 +700,6 @@ def log_norm(engine, log):
     if norm:
         log.values["loss/grad_norm"] = [norm]
     return norm
-
-
-def finish_stage(run, engine, stage):
-    """Saves the model of a stage; returns its folder."""
-    run.checkpoint.release()
-    folder = Path(run.args.output_dir) / stage
-    save_model(engine, run.processor, folder)
-    engine.destroy()
-    return folder
-
-
-def step_record(log, engine, lost):
-    """A step's line of metrics.jsonl."""
-    metrics = log.means(engine.device)
-    metrics["train/learning_rate"] = engine.get_lr()[0]
-    return {"stage": log.stage, "step": log.step, **metrics, "data/skipped": lost}
-
-
-def progress_bar(stage, done, steps):
-    return tqdm(
-        range(done, steps),
-        desc=stage.upper(),
-        unit="step",
-        mininterval=1,
-        initial=done,
-        total=steps,
-        disable=not is_main(),
-    )
 
 
 # ------------------------------------------------------------------------------------------ GRPO
@@ -737,7 +738,7 @@ def sample(run, model, ready):
         with torch.no_grad():
             prompts.features = Policy(model).encode(prompts)
     tokens, mask, logp, texts = sample_texts(
-        model, run.processor, prompts, counts, seeds, sampling_settings(args)
+        model, run.processor, prompts, counts, seeds, sampling_settings(args, args.temperature)
     )
 
     # The group's own rows come first; they are cut to their longest completion.
@@ -749,8 +750,10 @@ def sample(run, model, ready):
     stop = torch.tensor(stop_tokens(model, run.processor), device=device)
     ended = torch.isin(tokens[:rows], stop) & mask
     own_prompts = collate(inputs, model)
-    if prompts.features is not None:
-        own_prompts.features = own_features(prompts, len(ready))
+    own_prompts.features = prompts.features
+    visual = int(prompts.visual[: len(ready)].sum())
+    if args.freeze_vision and visual > 0:  # text alone has the features of a blank image
+        own_prompts.features = [feature[:visual] for feature in prompts.features]
     # Behind the group's rows come the controls', half a group each.
     control_texts = [None] * len(ready)
     for number, b in enumerate(controls):
@@ -768,19 +771,10 @@ def sample(run, model, ready):
     )
 
 
-def sampling_settings(args):
-    """How the run samples its rollouts."""
-    return Sampling(
-        args.max_completion_length, args.temperature, args.top_p, args.top_k, args.cuda_graph
-    )
-
-
-def own_features(prompts, count):
-    """The frozen vision tower's features of the first `count` prompts, without the controls'."""
-    visual = int(prompts.visual[:count].sum())
-    if visual == 0:  # text alone: the features are of a blank image
-        return prompts.features
-    return [feature[:visual] for feature in prompts.features]
+def sampling_settings(args, temperature):
+    """How the run samples, at a temperature."""
+    length = args.max_completion_length
+    return Sampling(length, temperature, args.top_p, args.top_k, args.cuda_graph)
 
 
 def asked_layers(args):
@@ -805,7 +799,7 @@ def frame_uses(args, prompts, mask, scored):
     return own, paper
 
 
-def weigh_forwards(args, step_rollouts, device):
+def weigh_forwards(args, step_rollouts):
     """Sets each forward's learned tokens and the share of its loss in the step's.
 
     A step's gradient is the same however it is split into forwards and ranks: a forward's loss is
@@ -814,23 +808,20 @@ def weigh_forwards(args, step_rollouts, device):
     step. "constant" (Dr. GRPO) divides by --max_completion_length, not by the longest completion
     at hand.
     """
-    counts = []
     for rollouts in step_rollouts:
         rollouts.learned = rollouts.mask
         if args.mask_truncated_completions:
             rollouts.learned = rollouts.mask & ~rollouts.truncated[..., None]
+        rollouts.share = float(rollouts.truncated.numel())
         if args.reduction == "token":
-            counts.append(float(rollouts.learned.sum()))
-        else:
-            counts.append(float(rollouts.truncated.numel()))
-    total = torch.tensor(sum(counts), device=device)
-    dist.all_reduce(total)
+            rollouts.share = float(rollouts.learned.sum())
+    total = sum(gather(sum(rollouts.share for rollouts in step_rollouts)))
     splits = dist.get_world_size() * args.gradient_accumulation_steps
-    for rollouts, count in zip(step_rollouts, counts, strict=True):
+    for rollouts in step_rollouts:
         scale = 1.0
         if args.reduction == "constant":
             scale = rollouts.mask.shape[2] / args.max_completion_length
-        rollouts.share = count * scale * splits / max(total.item(), 1.0)
+        rollouts.share = rollouts.share * scale * splits / max(total, 1.0)
 
 
 def grpo_step(run, engine, reference, forwards, log):
@@ -846,12 +837,12 @@ def grpo_step(run, engine, reference, forwards, log):
     # 1. Sample. The whole step before anything is learned: one gathering of the parameters.
     with log.seconds("rollout"), sampling(engine) as model:
         step_rollouts = [sample(run, model, ready) for ready in forwards]
-    weigh_forwards(args, step_rollouts, engine.device)
+    weigh_forwards(args, step_rollouts)
 
     for _ in range(args.num_iterations):
         for number, rollouts in enumerate(step_rollouts, 1):
             engine.set_gradient_accumulation_boundary(number == len(step_rollouts))
-            with run.checkpoint.stop_on_nan("grpo", log.step, rollouts.examples):
+            with run.checkpoint.stop_on_nan(log, rollouts.examples):
                 learn(run, engine, reference, rollouts, log)
                 with log.seconds("update"):
                     engine.step()
@@ -862,16 +853,19 @@ def learn(run, engine, reference, rollouts, log):
     """Score, reward and learn from one forward's rollouts; from the second time on learn alone."""
     args = run.args
     first_time = rollouts.advantages is None
+    packed = (rollouts.prompts, rollouts.completions, rollouts.mask)
+    # What the forward returns beside log-probabilities and entropy.
     asked = {}
     if args.token_weight_alpha != 1:
         asked["weight_alpha"] = args.token_weight_alpha
     if first_time:
         asked.update(asked_layers(args))
-        with log.seconds("reference"):
-            rollouts.reference_logp = reference_logps(reference, rollouts)
+        with log.seconds("reference"), torch.no_grad():
+            if reference is not None:
+                rollouts.reference_logp = reference(*packed).logp
     with log.seconds("policy"):
         # 2. Score: one packed forward gives log-probabilities and what frame use is read from.
-        scored = engine(rollouts.prompts, rollouts.completions, rollouts.mask, **asked)
+        scored = engine(*packed, **asked)
         # 3. Reward (Eq. 3-8), advantages (Eq. 9).
         if first_time:
             reward_rollouts(run, rollouts, scored, log)
@@ -880,20 +874,13 @@ def learn(run, engine, reference, rollouts, log):
         engine.backward(loss * rollouts.share)
 
 
-def reference_logps(reference, rollouts):
-    """(B, G, T) log-probabilities of the completions by the reference model; None without one."""
-    if reference is None:
-        return None
-    with torch.no_grad():
-        return reference(rollouts.prompts, rollouts.completions, rollouts.mask).logp
-
-
 def reward_rollouts(run, rollouts, scored, log):
     """Rewards and advantages of one forward's rollouts, logged (Eq. 3-9)."""
     args = run.args
     logp = scored.logp.detach()  # (B, G, T)
     check_finite(logp[rollouts.mask].sum().item(), "policy's log-probability")
-    uses, paper_uses = frame_uses(args, rollouts.prompts, rollouts.mask, scored)
+    both = frame_uses(args, rollouts.prompts, rollouts.mask, scored)
+    uses = both[0]
     terms = rewards(rollouts, uses, run.processor.tokenizer, args)
 
     # Eq. 9, in float32 on the device as the loss.
@@ -913,12 +900,8 @@ def reward_rollouts(run, rollouts, scored, log):
     # Metrics are named after the terms: a new term needs no second list.
     for name, values in terms.items():
         log.add(f"reward/{name}", values)
-    rows = rollouts.priors
-    # The paper's frame use is logged beside the run's own.
-    names = ("consensus/score", "consensus/evidence_use")
-    log_frame_use(log, names, rollouts.examples, rows, uses)
-    names = ("consensus/paper_score", "consensus/paper_evidence_use")
-    log_frame_use(log, names, rollouts.examples, rows, paper_uses)
+    names = ("consensus/{}score", "consensus/{}evidence_use")
+    log_frame_use(log, *names, rollouts.examples, rollouts.priors, both)
     for example, texts in zip(rollouts.examples, rollouts.control_texts, strict=True):
         if texts:
             log.add("rollout/shuffled_accuracy", accuracies(example, texts))
@@ -935,31 +918,30 @@ def per_token(values, rollouts):
     return (values * rollouts.mask).sum(-1) / rollouts.lengths
 
 
-def log_frame_use(log, names, examples, rows, uses):
+def log_frame_use(log, score, evidence, examples, rows, both):
     """Logs the consensus (Eq. 6) and the mass on known evidence of every rollout's frame use.
 
     Args:
-        names: metrics of the two.
-        uses: of rollout_frame_use.
+        score, evidence: metrics of the two, with {} for "paper_" in those of the paper's frame use.
+        both: of frame_uses.
     """
-    score_name, evidence_name = names
-    for example, row, use in zip(examples, rows, uses, strict=True):
-        if use[0] is None:
-            continue
-        log.add(score_name, overlaps(row, use))
-        if example.evidence:
-            # The data set knows where the answer is: how much of the looking was there?
-            log.add(evidence_name, evidence_shares(example, row, use))
+    for prefix, uses in zip(("", "paper_"), both, strict=True):
+        for example, row, use in zip(examples, rows, uses, strict=True):
+            if use[0] is None:
+                continue
+            log.add(score.format(prefix), overlaps(row, use))
+            if example.evidence:
+                # The data set knows where the answer is: how much of the looking was there?
+                log.add(evidence.format(prefix), evidence_shares(example, row, use))
 
 
 def rollouts_loss(args, rollouts, scored, log):
     """Eq. 10 of one forward: a scalar, logged."""
     # --degenerate drop: groups without a signal weigh 0, their KL too.
     weights = scored.weights
-    if rollouts.dropped.any():
-        if weights is None:
-            weights = torch.ones_like(scored.logp)
-        weights = weights * ~rollouts.dropped[:, None, None]
+    if weights is None:
+        weights = torch.ones_like(scored.logp)
+    weights = weights * ~rollouts.dropped[:, None, None]
 
     def flat(tensor):  # (B, G, T) -> (N, T)
         return None if tensor is None else tensor.flatten(0, 1)
@@ -1008,95 +990,46 @@ def rollout_lines(rollouts, uses, step):
     return lines
 
 
-def train_grpo(run, model_path, questions, heldout):
-    """CF-GRPO with the starting checkpoint as reference. Returns the trained one's folder.
-
-    Args:
-        questions: Questions in the order of training.
-        heldout: Questions that --eval_steps scores.
-    """
+def train_grpo(run, model_path):
+    """CF-GRPO with the starting checkpoint as reference. Returns the trained one's folder."""
     args = run.args
-    batch = args.per_device_train_batch_size
-    accumulation = args.gradient_accumulation_steps
-    steps = len(questions.examples) // (batch * accumulation * dist.get_world_size())
-    engine = start_engine(args, model_path, batch, accumulation, args.learning_rate)
+    engine = start_engine(
+        args,
+        model_path,
+        args.per_device_train_batch_size,
+        args.gradient_accumulation_steps,
+        args.learning_rate,
+    )
     # The reference is loaded only if a term asks it.
     reference = None
     if args.beta > 0 or args.consistency_coef:
         reference = start_engine(args, model_path)
-    batches = Batches(run, questions, steps, batch, accumulation, shuffle=args.temporal)
-    batches.lost = len(questions.skipped)
-    averages = {}  # of the reference's parameters, with --ema_decay
-    done, state = run.checkpoint.load(engine, "grpo")
-    if state:
-        # A longer run may have come to further questions that cannot be used.
-        new = questions.skipped.keys() - state["skipped"].keys()
-        batches.lost = state["lost"] + len(new)
-        questions.skipped.update(state["skipped"])
-        averages = state["averages"]
-        if averages:
-            write_shards(reference, averages)
+    done, kept = run.checkpoint.load(engine, "grpo")
+    averages = kept.setdefault("averages", {})  # of the reference's parameters, with --ema_decay
+    if averages:
+        write_shards(reference, averages)
 
-    batches.ahead(done)
-    bar = progress_bar("grpo", done, steps)
-    for step in bar:
-        log = StepLog("grpo", step)
-        set_learning_rate(engine, step, steps, args.learning_rate, args.warmup_ratio)
-        with log.seconds("rollout"):
-            forwards = batches.take(step, engine.device)
+    for log, forwards in stage_steps(run, "grpo", engine, run.training, done, kept):
+        done = log.step + 1
         if forwards:
             grpo_step(run, engine, reference, forwards, log)
-        if reference is not None and args.ema_decay < 1 and (step + 1) % args.ema_steps == 0:
+        if reference is not None and args.ema_decay < 1 and done % args.ema_steps == 0:
             update_reference(reference, engine, averages, args.ema_decay)
-        record = step_record(log, engine, batches.lost)
-        if heldout.examples and args.eval_steps and (step + 1) % args.eval_steps == 0:
-            scores = score_heldout(run, engine, heldout)
-            record.update({f"eval/{name}": value for name, value in scores.items()})
-        run.log(record)
-        show_metrics(bar, record)
-        run.checkpoint.after_step(
-            engine,
-            "grpo",
-            step + 1,
-            steps,
-            skipped=questions.skipped,
-            lost=batches.lost,
-            averages=averages,
-        )
-    batches.stop()
-    return finish_stage(run, engine, "grpo")
-
-
-# Short names on the progress bar.
-SHOWN = {
-    "loss": "loss/sft",
-    "reward": "reward/total",
-    "acc": "reward/accuracy",
-    "cfr": "consensus/score",
-    "len": "rollout/length",
-    "kl": "loss/kl",
-    "same": "loss/zero_variance_groups",
-    "skipped": "data/skipped",
-}
-
-
-def show_metrics(bar, record):
-    shown = {}
-    for short, name in SHOWN.items():
-        if name in record:
-            shown[short] = f"{record[name]:.3g}"
-    bar.set_postfix(shown, refresh=False)
+        if run.heldout.examples and args.eval_steps and done % args.eval_steps == 0:
+            for name, value in score_heldout(run, engine).items():
+                log.add(f"eval/{name}", [value])
+    return finish_stage(run, "grpo", engine)
 
 
 # --------------------------------------------------------------------------------- held-out score
 
 
-def score_checkpoint(run, model_path, heldout):
+def score_checkpoint(run, model_path):
     """score_heldout of a saved model; {} without held-out questions."""
-    if not heldout.examples:
+    if not run.heldout.examples:
         return {}
     engine = start_engine(run.args, model_path)
-    scores = score_heldout(run, engine, heldout)
+    scores = score_heldout(run, engine)
     engine.destroy()
     return scores
 
@@ -1104,126 +1037,106 @@ def score_checkpoint(run, model_path, heldout):
 HELDOUT_BATCH = 32  # questions answered at a time: the cache of the toy's answers stays small
 
 
-def drop_unusable_heldout(args, encoder, heldout, resume):
-    """Leaves out held-out questions with a broken medium or too long a prompt.
+def score_heldout(run, engine):
+    """Scores answers to questions that are never trained on, every rank its share.
 
-    Asked once, before the first scoring, so that all scorings of a run are of the same questions.
+    The first scoring leaves out questions with a broken medium or too long a prompt, so that all
+    scorings but it are of the same questions.
 
-    Errors: DataError if no question is left, or if one that was scored before can no longer be.
+    Returns:
+        {name: mean over all ranks}.
+    Errors: DataError if a question that was scored before can no longer be.
     """
-    # Every rank decodes its share; all of them learn what the others could not use.
-    inputs = Inputs(encoder, args.decode_workers, args.decode_timeout)
-    world = dist.get_world_size()
+    args = run.args
+    heldout = run.heldout
+    log = StepLog("heldout", 0)
+    # A worker decodes, so that a decoder that hangs costs its question alone.
+    inputs = Inputs(run.encoder, args.decode_workers, args.decode_timeout)
     unusable = {}
-    requests = []
-    for place, example in enumerate(heldout.examples):
-        requests.append((place, example, heldout.priors.get(example.id), None))
-    starts = range(0, len(requests), HELDOUT_BATCH * world)
-    for start in tqdm(starts, desc="held-out", unit="batch", disable=not is_main(), leave=False):
-        mine = requests[start : start + HELDOUT_BATCH * world][dist.get_rank() :: world]
-        inputs.ahead(mine)
-        inputs.usable(mine, args.max_prompt_length, unusable)
+    world = dist.get_world_size()
+    count = len(heldout.examples)
+    starts = range(0, count, HELDOUT_BATCH * world)
+    with sampling(engine) as model:
+        for start in tqdm(starts, "held-out", disable=not is_main(), leave=False):
+            end = min(start + HELDOUT_BATCH * world, count)
+            places = range(start + dist.get_rank(), end, world)
+            mine = [heldout.request(place) for place in places]
+            inputs.ahead(mine)
+            ready = inputs.usable(mine, args.max_prompt_length, unusable)
+            if ready:
+                score_answers(run, model, ready, log)
     inputs.stop()
-
-    # The score before GRPO is not repeated: the one after must be of the same questions.
-    if unusable and resume.get("stage") == "grpo" and "heldout_skipped" in resume:
+    if unusable and "before" in run.checkpoint.shared:
         raise DataError(
             f"{len(unusable)} held-out question(s) scored before GRPO can no longer be; the "
             f"first: {next(iter(unusable.values()))}"
         )
-    heldout.examples = [e for e in heldout.examples if e.id not in unusable]
-    heldout.skipped.update(unusable)
-    if not heldout.examples:
-        first = next(iter(heldout.skipped.values()))
-        raise DataError(f"no question of {heldout.source} can be used; the first: {first}")
+    heldout.leave_out(unusable)
     log_main(f"held-out: {len(heldout.examples)} question(s); unusable: {len(heldout.skipped)}")
+    return average(log.values)
 
 
 @torch.no_grad()
-def score_heldout(run, engine, heldout):
-    """Greedy and sampled answers to questions that are never trained on, every rank its share.
+def score_answers(run, model, ready, log):
+    """Logs greedy and sampled answers to a batch of held-out questions.
 
     Frame use is read on the sampled answers. "conflict" are the questions whose asked and most
     salient evidence differ.
-
-    Returns:
-        {name: mean over all ranks}.
     """
     args = run.args
-    log = StepLog("heldout", 0)
-    mine = list(enumerate(heldout.examples))[dist.get_rank() :: dist.get_world_size()]
-    starts = range(0, len(mine), HELDOUT_BATCH)
-    bar = tqdm(starts, desc="held-out", unit="batch", disable=not is_main(), leave=False)
-    with sampling(engine) as model:
-        for start in bar:
-            places, examples = zip(*mine[start : start + HELDOUT_BATCH], strict=True)
-            rows = [heldout.priors.get(example.id) for example in examples]
-            inputs = [
-                run.encoder.encode(example, row)
-                for example, row in zip(examples, rows, strict=True)
-            ]
-            # The same prompts answered greedily and sampled; frame use is read on the latter.
-            prompts = collate(inputs, model).to(engine.device)
-            seeds = [run_seed(args, place) for place in places]
-            for decoding, temperature in (("greedy", 0.0), ("sampled", args.temperature)):
-                settings = replace(sampling_settings(args), temperature=temperature)
-                tokens, mask, _, texts = sample_texts(
-                    model, run.processor, prompts, [1] * len(examples), seeds, settings
-                )
-                log_answers(log, decoding, examples, texts)
-            log.add("length", mask.sum(-1))
-            mask = mask[:, None]  # (B, 1, T)
-            scored = Policy(model)(prompts, tokens[:, None], mask, **asked_layers(args))
-            uses, paper_uses = frame_uses(args, prompts, mask, scored)
-            log_frame_use(log, ("consensus", "evidence_use"), examples, rows, uses)
-            names = ("paper_consensus", "paper_evidence_use")
-            log_frame_use(log, names, examples, rows, paper_uses)
-            for example, row, use in zip(examples, rows, uses, strict=True):
-                if example.evidence and use[0] is not None:
-                    shares = slot_shares(row.times, example.evidence, len(use[0]))
-                    log.add("evidence_chance", [float(shares.mean())])  # uniform use's mass
-    return average(log.values, engine.device)
+    examples = [one.example for one in ready]
+    rows = [one.prior for one in ready]
+    seeds = [run_seed(args, one.place) for one in ready]
+    # The same prompts answered greedily and sampled; frame use is read on the latter.
+    prompts = collate([one.inputs for one in ready], model)
+    prompts = prompts.to(model.get_input_embeddings().weight.device)
+    for decoding, temperature in (("greedy", 0.0), ("sampled", args.temperature)):
+        settings = sampling_settings(args, temperature)
+        tokens, mask, _, texts = sample_texts(
+            model, run.processor, prompts, [1] * len(ready), seeds, settings
+        )
+        for example, text in zip(examples, texts, strict=True):
+            accuracy = accuracies(example, [text])
+            # The toy's own kind, elsewhere the problem type.
+            kind = example.extra.get("kind", example.problem_type)
+            log.add(decoding, accuracy)
+            log.add(f"{decoding}/{kind}", accuracy)
+            if example.extra.get("salient_is_asked") is False:
+                log.add(f"{decoding}/conflict", accuracy)
+    log.add("length", mask.sum(-1))
+    mask = mask[:, None]  # (B, 1, T)
+    scored = Policy(model)(prompts, tokens[:, None], mask, **asked_layers(args))
+    both = frame_uses(args, prompts, mask, scored)
+    log_frame_use(log, "{}consensus", "{}evidence_use", examples, rows, both)
+    for example, row, use in zip(examples, rows, both[0], strict=True):
+        if example.evidence and use[0] is not None:
+            shares = slot_shares(row.times, example.evidence, len(use[0]))
+            log.add("evidence_chance", [float(shares.mean())])  # uniform use's mass
 
 
-def log_answers(log, decoding, examples, texts):
-    """Accuracy of answers to the held-out questions: all, by kind, and of conflicts."""
-    for example, text in zip(examples, texts, strict=True):
-        accuracy = accuracies(example, [text])
-        log.add(decoding, accuracy)
-        log.add(f"{decoding}/{kind(example)}", accuracy)
-        if example.extra.get("salient_is_asked") is False:
-            log.add(f"{decoding}/conflict", accuracy)
-
-
-def kind(example):
-    """A question's row in the table: the toy's own kind, elsewhere its problem type."""
-    return example.extra.get("kind", example.problem_type)
-
-
-def print_table(args, before, after, seconds):
+def print_table(args, result):
     """The end of a run, for people; result.json holds the same numbers."""
     # Rows in the order in which a reader wants them: accuracy, its parts, where it looked.
     use = f"{args.frame_use}, layer {args.frame_use_layer}"
-    lines = {"greedy": "held-out accuracy, greedy"}
-    lines["greedy/conflict"] = "  asked and salient evidence differ"
-    for name in sorted(after):
-        if name.startswith("greedy/") and name not in lines:
-            lines[name] = f"  {name.partition('/')[2]}"
-    lines["sampled"] = "held-out accuracy, sampled"
-    lines["sampled/conflict"] = "  asked and salient evidence differ"
-    lines["consensus"] = f"consensus score ({use})"
-    lines["evidence_use"] = f"frame use on the true evidence ({use})"
-    lines["paper_consensus"] = "consensus score (the paper's)"
-    lines["paper_evidence_use"] = "frame use on the true evidence (paper's)"
-    lines["evidence_chance"] = "  chance (uniform use)"
-    lines["length"] = "completion length, tokens"
+    kinds = result["after"].keys() - {"greedy/conflict"}
+    lines = {
+        "greedy": "held-out accuracy, greedy",
+        "greedy/conflict": "  asked and salient evidence differ",
+        # The kinds of questions, without "greedy/".
+        **{name: f"  {name[7:]}" for name in sorted(kinds) if "greedy/" in name},
+        "sampled": "held-out accuracy, sampled",
+        "sampled/conflict": "  asked and salient evidence differ",
+        "consensus": f"consensus score ({use})",
+        "evidence_use": f"frame use on the true evidence ({use})",
+        "paper_consensus": "consensus score (the paper's)",
+        "paper_evidence_use": "frame use on the true evidence (paper's)",
+        "evidence_chance": "  chance (uniform use)",
+        "length": "completion length, tokens",
+    }
     log_main(f"\n{'':52s}{'before GRPO':>12s}{'after':>10s}")
     for name, text in lines.items():
-        if name in after:
-            log_main(f"{text:52s}{before[name]:12.3f}{after[name]:10.3f}")
-    log_main(
-        "seconds: " + ", ".join(f"{name} {value:.0f}" for name, value in seconds.items()) + "\n"
-    )
+        if name in result["after"]:
+            log_main(f"{text:52s}{result['before'][name]:12.3f}{result['after'][name]:10.3f}")
 
 
 # ------------------------------------------------------------------------- questions and priors
@@ -1250,208 +1163,120 @@ def load_questions(args, path, scored=True):
         scored: whether answers will be scored; then questions that no answer can earn are skipped.
     """
     errors = []
-    questions = Questions([], path)
-    examples = load_examples(path, args.media_root, errors)
-    for error in errors:
-        questions.skipped[error["problem_id"]] = error["cause"]
-    for example in examples:
+    questions = Questions(load_examples(path, args.media_root, errors), path)
+    causes = {error["problem_id"]: error["cause"] for error in errors}
+    # A question that cannot be won teaches nothing.
+    for example in questions.examples:
         cause = unearnable(example) if scored else None
         if cause:
-            questions.skipped[example.id] = cause
-        else:
-            questions.examples.append(example)
-    name_skipped(questions.skipped)
+            causes[example.id] = cause
+    questions.leave_out(causes)
     return questions
 
 
-def questions_per_step(args):
-    batch = args.per_device_train_batch_size * args.gradient_accumulation_steps
-    return batch * dist.get_world_size()
+def load_demonstrations(args, data):
+    """Rows of a data set file that have reasoning, in the order in which SFT takes them."""
+    questions = load_questions(args, data, scored=False)
+    # SFT imitates; a row without reasoning has nothing to imitate.
+    reasoned = [example for example in questions.examples if example.reasoning]
+    if not reasoned:
+        raise DataError(f"{data} has no reasoning traces (field `process`) for --stage sft")
+    rows = len(questions.examples) + len(questions.skipped)
+    plan = schedule(args, "sft")
+    questions.examples = plan.order(reasoned, args.seed)
+    log_main(
+        f"SFT: {len(reasoned)} of {rows} rows have reasoning, {plan.steps(questions)} step(s) of "
+        f"{plan.per_step}"
+    )
+    return questions
 
 
-def questions_wanted(args, count):
-    """Questions that GRPO takes, with repeats, from a data set of `count`."""
-    if args.max_steps > 0:
-        return args.max_steps * questions_per_step(args)
-    return int(args.num_train_epochs * count)
-
-
-def question_stream(args, examples):
-    """GRPO's questions in order, shuffled epoch by epoch."""
-    wanted = questions_wanted(args, len(examples))
-    return in_epochs(examples, wanted, args.seed)[:wanted]
-
-
-def check_stream(args, questions):
-    """Errors: DataError if too few questions are left for a step, or alignment has no reference."""
-    per_step = questions_per_step(args)
-    stream = questions.examples
-    if len(stream) < per_step:
-        raise DataError(
-            f"{len(stream)} usable questions ({len(questions.skipped)} skipped) are fewer than one "
-            f"step's {per_step}"
-        )
-    if args.alignment_weight and not any(example.grounding for example in stream):
+def load_training(args):
+    """GRPO's questions in the order of training; refused here if that is too few, or useless."""
+    questions = load_questions(args, args.dataset_name)
+    plan = schedule(args, "grpo")
+    questions.examples = plan.order(questions.examples, args.seed)
+    plan.steps(questions)
+    if args.alignment_weight and not any(example.grounding for example in questions.examples):
         raise DataError(
             "--alignment_weight needs claims to compare with, and no question of "
             f"{questions.source} has the field grounding"
         )
+    return questions
 
 
-def grpo_plan(args, count, stream, skipped):
-    """Sentence about what GRPO will do; steps and questions that go missing are counted."""
-    per_step = questions_per_step(args)
-    planned = questions_wanted(args, count) // per_step
-    steps = len(stream) // per_step
-    left_over = len(stream) % per_step
-    words = f"GRPO: {steps} step(s) "
-    if steps < planned:
-        words += f"instead of {planned} "
-    words += f"of {per_step} question(s)"
-    if skipped:
-        words += f"; {len(skipped)} question(s) unusable"
-    if left_over:
-        words += f"; {left_over} left over, too few for a step"
-    return words
-
-
-def invert_share(stream, share, seed):
+def invert_share(args, stream):
     """TW-GRPO's question-answer inversion of a share of the stream, in place.
 
     Returns:
-        number of inverted questions, number of chosen ones that cannot be inverted.
+        counts for result.json: inverted questions, chosen ones that cannot be inverted.
     """
-    inverted = 0
-    unchanged = 0
-    for place, example in enumerate(stream if share else []):
-        rng = random.Random(f"{seed}-{place}")
-        if rng.random() < share:
+    counts = {"inverted": 0, "not_invertible": 0}
+    for place, example in enumerate(stream):
+        rng = random.Random(f"{args.seed}-{place}")
+        if rng.random() < args.invert_questions:
             new = invert_question(example, rng)
             if new is None:
-                unchanged += 1
+                counts["not_invertible"] += 1
             else:
-                inverted += 1
+                counts["inverted"] += 1
                 stream[place] = new
-    return inverted, unchanged
+    return counts
 
 
-def priors_for(args, settings, questions, name, resume, file=None, shared=None):
-    """Adds the priors of the questions, and to `skipped` those whose medium cannot be read.
+def add_priors(args, settings, questions, name, file, resume):
+    """Reads the priors of the questions, or computes them; leaves out unreadable media.
 
     Args:
         settings: prior.PriorSettings.
         name: "training" or "held-out".
+        file: priors file of the command line, or None.
         resume: state of the checkpoint that this run continues, {} without one.
-        file: a priors file that has all of them. Without one they are collected and computed into
-            output/priors_NAME.jsonl (see collect_priors).
-        shared: a priors file that may have some.
     """
     made = Path(args.output_dir) / f"priors_{name}.jsonl"
-    asked = {e.id: e for e in questions.examples if e.id not in questions.skipped}
-    asked = list(asked.values())  # each once: a stream repeats them
+    examples = list({e.id: e for e in questions.examples}.values())  # without the stream's repeats
 
-    def look_for_missing():
-        return prior.check_missing(file, asked, settings, args.decode_workers, args.decode_timeout)
+    def compute():
+        """What neither the given file nor that of the run that goes on has."""
+        old = []
+        done = {}
+        if file is not None:
+            done = prior.load_priors(file, examples, settings)
+        if made.is_file() and (resume or str(made) == file):
+            old = list(prior.read_priors(made))
+            done.update(prior.load_priors(made, examples, settings))
+        left = [e for e in examples if e.media_type != "text" and e.id not in done]
+        rows, errors = compute_priors(settings, left, name)
+        if rows or not old:
+            write_lines(made, [*old, *rows])
+        return errors
 
-    def collect():
-        return collect_priors(made, settings, asked, name, resume, shared)
-
-    # Rank 0 reads and writes, the others are told; then every rank reads the file.
-    errors = on_main_first(look_for_missing if file else collect)
-    for error in errors:
-        questions.skipped[error["problem_id"]] = error["cause"]
-    skipped = questions.skipped
-    name_skipped({e.id: skipped[e.id] for e in questions.examples if e.id in skipped})
-    questions.examples = [e for e in questions.examples if e.id not in skipped]
-    questions.priors = prior.load_priors(file or made, questions.examples, settings)
+    # Rank 0 reads and writes, the others are told; then every rank reads the files.
+    errors = on_main_first(compute)
+    questions.leave_out({error["problem_id"]: error["cause"] for error in errors})
+    for source in [made] if file is None else [file, made]:
+        questions.priors.update(prior.load_priors(source, questions.examples, settings))
 
 
-def collect_priors(made, settings, examples, name, resume, shared):
-    """Writes the examples' priors to a file, each from the first of these sources that has it.
-
-    1. that file, of the run that this run continues;
-    2. `shared`, a priors file that may have some;
-    3. the examples' own frame_sets, the release's field;
-    4. that file, of a start that was refused;
-    5. computed now.
-
-    Returns:
-        error lines of examples whose medium cannot be read.
-    """
-    # 1.
-    old = list(prior.read_priors(made)) if made.is_file() else []
-    done = prior.load_priors(made, examples, settings) if resume and old else {}
-    left = [e for e in examples if e.media_type != "text" and e.id not in done]
-    new = []
-
-    # 2.
-    if shared is not None:
-        rows = prior.rows_for(shared, left)
-        new += prior.load_priors(shared, [e for e in left if e.id in rows], settings).values()
-        left = [e for e in left if e.id not in rows]
-
-    # 3.
-    rows, errors = prior.frame_set_rows([e for e in left if "frame_sets" in e.extra], settings)
-    new += rows
-    left = [e for e in left if "frame_sets" not in e.extra]
-
-    # 4.
-    if old and not resume:
-        rows = prior.rows_for(made, left)
-        for problem, row in list(rows.items()):
-            if row.settings != prior.settings_of(settings):
-                del rows[problem]
-        new += rows.values()
-        left = [e for e in left if e.id not in rows]
-
-    # 5.
-    if left:
-        log_main(
-            f"computing the priors of {len(left)} {name} questions (prior.py does this ahead, "
-            "--priors or --eval_priors reuses it)"
-        )
-        videos = [e for e in left if e.media_type == "video"]
+def compute_priors(settings, examples, name):
+    """Priors of video and image examples: list of Prior, error lines of unreadable media."""
+    # The release's field frame_sets comes before our own cues.
+    with_sets = [e for e in examples if "frame_sets" in e.extra]
+    others = [e for e in examples if "frame_sets" not in e.extra]
+    rows, errors = prior.frame_set_rows(with_sets, settings)
+    if others:
+        log_main(f"computing the priors of {len(others)} {name} questions (prior.py does it ahead)")
         clip = None
-        # CLIP is loaded only if there is a video that can be read.
-        if settings.has_semantic and prior.look_at(videos, settings)[1] is not None:
+        if settings.has_semantic and any(e.media_type == "video" for e in others):
             device = deepspeed.get_accelerator().current_device_name()
             clip = prior.load_clip(settings.clip, settings.clip_pretrained, device)
-        rows, more_errors = prior.build_priors(left, clip, settings)
-        new += rows
-        errors += more_errors
-    write_lines(made, [*(old if resume else []), *new])
-    with open(f"{made}.errors.jsonl", "ab" if resume else "wb", buffering=0) as file:
-        append_lines(file, errors)
-    return errors
+        computed, unreadable = prior.build_priors(others, clip, settings)
+        rows += computed
+        errors += unreadable
+    return rows, errors
 
 
 # ----------------------------------------------------------------------------------------- a run
-
-
-@dataclass
-class Plan:
-    """What a run reads, all of it known to be good before the first byte is written."""
-
-    model_path: str | Path
-    demonstrations: Questions | None  # of SFT, when it is to be run
-    training: Questions | None  # of GRPO
-    heldout: Questions
-    steps: int = 0  # of the last stage
-    without_prior: dict = field(default_factory=dict)  # {problem_id: cause} of GRPO's questions
-    result: dict = field(default_factory=dict)  # beginning of result.json
-
-
-class Laps:
-    """Seconds of each stage of a run."""
-
-    def __init__(self):
-        self.seconds = {}
-        self.begin = time.perf_counter()
-
-    def end(self, name):
-        now = time.perf_counter()
-        self.seconds[name] = now - self.begin
-        self.begin = now
 
 
 def run(args, settings):
@@ -1462,187 +1287,118 @@ def run(args, settings):
         settings: prior.PriorSettings.
     Errors: DataError, one sentence, for everything that a user can mend.
     """
-    laps = Laps()
     output = Path(args.output_dir)
     check_deepspeed_file(args)
     resume = on_main_first(lambda: find_start(output, args))
     if resume is None:
         return
     set_seed(args.seed)
-    plan, processor, encoder = read_inputs(args, settings, resume, laps)
-    last_stage = "grpo" if plan.training else "sft"
-    if resume.get("finished") and resume["stage"] == last_stage and resume["step"] >= plan.steps:
-        log_main(
-            f"{output} holds a finished run of {resume['step']} {last_stage} steps, this command "
-            f"has {plan.steps}; nothing to do"
-        )
-        return
-    if plan.heldout.examples:
-        drop_unusable_heldout(args, encoder, plan.heldout, resume)
-
+    this = read_inputs(args, settings, resume)
     # From here on the output folder is written.
-    on_main_first(lambda: prepare_output(output, args, settings, resume))
-    files = {}
+    shown = on_main_first(lambda: prepare_output(output, args, settings, resume))
     if is_main():
-        for name in ("metrics.jsonl", "rollouts.jsonl"):
-            files[name] = open(output / name, "a", encoding="utf-8")
-    checkpoint = Checkpoints(args, processor, files, resume)
-    checkpoint.shared["heldout_skipped"] = plan.heldout.skipped
-    checkpoint.shared["without_prior"] = plan.without_prior
-    this = Run(args, processor, encoder, checkpoint, Tracker(args), files)
+        for name in LOGS:
+            this.files[name] = open(output / name, "a", 1, encoding="utf-8")
+    this.checkpoint = Checkpoints(args, this.processor, this.files, resume)
+    shared = this.checkpoint.shared
+    shared["heldout_skipped"] = this.heldout.skipped
+    # A resumed run leaves out the same questions, so that the others keep their places.
+    if this.training:
+        shared["without_prior"] = dict(this.training.skipped)
+    shared["wandb_run_id"] = resume.get("wandb_run_id") or uuid.uuid4().hex[:8]
+    this.tracker = Tracker(args, shared["wandb_run_id"], shown)
 
     # SFT, the score between the two, GRPO, the score after it.
-    model_path = plan.model_path
-    skipped = {}
-    if args.stage in ("sft", "both"):
-        if plan.demonstrations:
-            model_path = train_sft(this, model_path, plan.demonstrations)
-            skipped.update(plan.demonstrations.skipped)
-        else:
-            model_path = output / "sft"
-        laps.end("SFT")
-    if resume.get("stage") == "grpo":
-        before = resume["before"]
-    else:
-        before = score_checkpoint(this, model_path, plan.heldout)
-    checkpoint.shared["before"] = before
-    laps.end("scoring before")
-    after = before
-    if plan.training:
-        model_path = train_grpo(this, model_path, plan.training, plan.heldout)
-        skipped.update(plan.training.skipped)
-        laps.end("GRPO")
-        after = score_checkpoint(this, model_path, plan.heldout)
-        laps.end("scoring after")
-    result = {**plan.result, "before": before, "after": after, "seconds": laps.seconds}
-    finish_run(args, result, skipped, plan.heldout)
-
-
-def read_inputs(args, settings, resume, laps):
-    """Reads and checks everything that a run needs; says what will be trained.
-
-    Returns:
-        Plan, processor, Encoder.
-    """
-    # Your data, or the toy's, which is made on first use.
-    data = args.dataset_name
-    sft_data = data
-    heldout_data = args.eval_dataset_name
+    result = this.result
+    result["skipped"] = {}
     model_path = args.model_name_or_path
-    if data is None:
-        folder = Path(args.toy_dir)
-        on_main_first(
-            lambda: toy.make_toy(toy.ToyArguments(output_dir=str(folder), seed=args.seed))
-        )
-        sft_data = folder / "train_cot.json"
-        data = folder / "train.json"
-        heldout_data = heldout_data or folder / "heldout.json"
-        model_path = model_path or folder / "model"
-        laps.end("toy")
-    if args.eval_priors and not heldout_data:
-        raise DataError("--eval_priors without held-out questions; give --eval_dataset_name")
+    if args.stage != "grpo":
+        model_path = output / "sft"
+        if this.demonstrations:
+            train_sft(this)
+            result["skipped"].update(this.demonstrations.skipped)
+    if resume.get("stage") == "grpo":
+        result["before"] = resume["before"]
+    else:
+        result["before"] = score_checkpoint(this, model_path)
+    shared["before"] = result["before"]
+    # Without GRPO both columns of the table are the same.
+    result["after"] = result["before"]
+    if this.training:
+        model_path = train_grpo(this, model_path)
+        result["skipped"].update(this.training.skipped)
+        result["after"] = score_checkpoint(this, model_path)
+    finish_run(this)
+
+
+def read_inputs(args, settings, resume):
+    """Reads and checks everything that a run needs; says what will be trained. Returns the Run."""
+    sft_data = args.dataset_name
+    # The toy is made on first use; its demonstrations are a file of their own.
+    if args.toy_dir:
+        arguments = toy.ToyArguments(output_dir=args.toy_dir, seed=args.seed)
+        on_main_first(lambda: toy.make_toy(arguments))
+        sft_data = f"{args.toy_dir}/train_cot.json"
     # The checkpoint's own processor makes the model inputs.
-    processor = load_processor(args, model_path)
+    processor = load_processor(args, args.model_name_or_path)
     encoder = Encoder(
         processor,
         args.min_pixels,
         args.max_pixels,
-        frames=settings.frames,
-        template=read_template(args.prompt_template),
-        cache_gb=args.media_cache_gb,
+        settings.frames,
+        read_template(args.prompt_template),
         frame_times=args.frame_times,
         system_prompt=args.system_prompt,
     )
+    # result.json gets its further entries in run().
+    result = {"command": sys.argv, "seed": args.seed}
+    this = Run(args, processor, encoder, Questions([]), result)
     # Questions of every stage, before the slow part.
-    heldout = Questions([])
-    if heldout_data:
-        heldout = load_questions(args, heldout_data)
-    plan = Plan(model_path, None, None, heldout)
-    plan.result = {"command": sys.argv, "seed": args.seed}
-    if args.stage in ("sft", "both") and resume.get("stage") != "grpo":
-        plan.demonstrations = load_demonstrations(args, sft_data)
-        plan.steps, _ = sft_steps(args, len(plan.demonstrations.examples))
-    count = 0
-    if args.stage in ("grpo", "both"):
-        plan.training = load_questions(args, data)
-        count = len(plan.training.examples) + len(plan.training.skipped)
-        plan.training.examples = question_stream(args, plan.training.examples)
-        check_stream(args, plan.training)
+    if args.eval_dataset_name:
+        this.heldout = load_questions(args, args.eval_dataset_name)
+        # What could not be read before stays out.
+        this.heldout.leave_out(resume.get("heldout_skipped", {}))
+    if args.stage != "grpo" and resume.get("stage") != "grpo":
+        this.demonstrations = load_demonstrations(args, sft_data)
+    if args.stage != "sft":
+        this.training = load_training(args)
     # Priors, the slow part where they are not given.
-    if heldout_data:
-        heldout.skipped.update(resume.get("heldout_skipped", {}))
-        priors_for(args, settings, heldout, "held-out", resume, args.eval_priors, args.priors)
-        laps.end("held-out priors")
-    if plan.training:
-        read_training_priors(args, settings, plan, resume, count)
-        laps.end("training priors")
-    return plan, processor, encoder
+    if args.eval_dataset_name:
+        add_priors(args, settings, this.heldout, "held-out", args.eval_priors, resume)
+    if this.training:
+        read_training_priors(this, settings, resume)
+    return this
 
 
-def load_demonstrations(args, data):
-    """Rows of a data set file that have reasoning, for SFT."""
-    demonstrations = load_questions(args, data, scored=False)
-    rows = len(demonstrations.examples) + len(demonstrations.skipped)
-    demonstrations.examples = [e for e in demonstrations.examples if e.reasoning]
-    if not demonstrations.examples:
-        raise DataError(f"{data} has no reasoning traces (field `process`) for --stage sft")
-    steps, per_step = sft_steps(args, len(demonstrations.examples))
+def read_training_priors(run, settings, resume):
+    """Priors of GRPO's questions, inversion of a share of them, and what will be trained."""
+    args = run.args
+    training = run.training
+    wanted = len(training.examples)
+    # What could not be read before stays out, so that the other questions keep their places.
+    training.leave_out(resume.get("without_prior", {}))
+    add_priors(args, settings, training, "training", args.priors, resume)
+    run.result.update(invert_share(args, training.examples))
+    plan = schedule(args, "grpo")
     log_main(
-        f"SFT: {len(demonstrations.examples)} of {rows} rows have reasoning, {steps} step(s) of "
-        f"{per_step}"
+        f"GRPO: {plan.steps(training)} of {wanted // plan.per_step} planned step(s) of "
+        f"{plan.per_step} question(s); {len(training.skipped)} unusable, "
+        f"{run.result['inverted']} inverted, {run.result['not_invertible']} not invertible"
     )
-    return demonstrations
 
 
-def read_training_priors(args, settings, plan, resume, count):
-    """Priors of GRPO's questions, inversion of a share of them, and what will be trained.
-
-    Args:
-        count: rows of the data set.
-    """
-    training = plan.training
-    malformed = dict(training.skipped)
-    training.skipped.update(resume.get("without_prior", {}))
-    priors_for(args, settings, training, "training", resume, args.priors)
-    for problem, cause in training.skipped.items():
-        if problem not in malformed:
-            plan.without_prior[problem] = cause
-    inverted, unchanged = invert_share(training.examples, args.invert_questions, args.seed)
-    plan.result["inverted"] = inverted
-    plan.result["not_invertible"] = unchanged
-    check_stream(args, training)
-    if args.invert_questions and not inverted:
-        raise DataError(
-            f"--invert_questions: none of the chosen questions of {training.source} can be inverted"
-        )
-    if args.alignment_weight:
-        claims = sum(bool(example.grounding) for example in training.examples)
-        log_main(f"{claims} of {len(training.examples)} questions have timed claims (grounding)")
-    if args.invert_questions:
-        log_main(
-            f"{inverted} questions are inverted; {unchanged} chosen ones cannot be and stay as "
-            "they are"
-        )
-    plan.steps = len(training.examples) // questions_per_step(args)
-    log_main(grpo_plan(args, count, training.examples, training.skipped))
-
-
-def finish_run(args, result, skipped, heldout):
-    """Writes result.json and the report, prints the table; counts what was skipped on all ranks."""
-    output = Path(args.output_dir)
-    # A rank knows only what it came across itself.
-    everyone = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, skipped)
-    result["skipped"] = {}
-    for causes in everyone:
-        result["skipped"].update(causes)
+def finish_run(run):
+    """Writes result.json and the report, prints the table, and what was skipped by cause."""
+    output = Path(run.args.output_dir)
+    result = run.result
+    # Equal causes are counted together, the most frequent one first.
     causes = Counter(plain_cause(cause) for cause in result["skipped"].values())
     result["skipped_by_cause"] = dict(causes.most_common())
-    result["heldout_skipped"] = heldout.skipped
+    result["heldout_skipped"] = run.heldout.skipped
     for cause, count in causes.most_common():
         log_main(f"{count} skipped: {cause}")
-    if heldout.examples:
-        print_table(args, result["before"], result["after"], result["seconds"])
+    if run.heldout.examples:
+        print_table(run.args, result)
     if is_main():
         text = json.dumps(result, indent=1)
         (output / "result.json").write_text(text, encoding="utf-8")
@@ -1650,78 +1406,69 @@ def finish_run(args, result, skipped, heldout):
             run_report([output], command=f"python visualize.py run {shlex.quote(str(output))}")
         except (DataError, OSError) as error:  # the run itself is whole
             log_main(f"no report.html: {error}")
-    log_main(
-        f"all of it is in {output}/: report.html, result.json, metrics.jsonl, rollouts.jsonl, "
-        "checkpoints"
-    )
+    log_main(f"\nall of it is in {output}/, docs/metrics.md describes the files")
 
 
 def plain_cause(cause):
-    """Why something was skipped, without its names, numbers and solutions, so that equal causes
-    count together."""
-    cause = re.sub(r"solution (['\"]).*\1", "solution ...", cause)
-    if cause.startswith("row "):
-        cause = re.sub(r"^row \d+ (\(problem_id .*?\))?:? ?", "", cause)
-    else:
-        cause = cause.partition(": ")[2] or cause
-    cause = re.sub(r"\S*/\S*", "FILE", cause)
-    return re.sub(r"\d[\d,.]*", "N", cause)
+    """A cause without its names, numbers and solutions, so that equal causes count together."""
+    cause = re.sub(r"(?<=solution )(['\"]).*\1|[^\s:]*/[^\s:]*|\d[\d,.]*", "...", cause)
+    return re.sub(r"^row \S+ (\(problem_id .*?\))?:? ?|^.*?: ", "", cause)
+
+
+# Logs of a run, cut to their length at the checkpoint when it goes on.
+LOGS = ("metrics.jsonl", "rollouts.jsonl")
+
+
+# Settings that say how many steps there are.
+LENGTHS = ("max_steps", "num_train_epochs", "sft_max_steps", "sft_num_train_epochs")
 
 
 def find_start(output, args):
     """Finds where a run begins.
 
     Returns:
-        state.json of the checkpoint to continue from, with its folder and whether that run is
-        finished; {} at the beginning; None if there is nothing to do.
+        state.json of the checkpoint to continue from, with its folder; {} at the beginning; None if
+        there is nothing to do.
     Errors: DataError if the folder holds an earlier run, which is never overwritten, or cannot be
-        written.
+        made.
     """
-    resume_from = args.resume_from_checkpoint
-    finished = (output / "result.json").is_file()
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DataError(f"--output_dir {output} cannot be made: {error}") from error
+    # A start that was refused before its first step is no earlier run.
     log = output / "metrics.jsonl"
-    begun = log.is_file() and log.stat().st_size > 0
-    if resume_from is None and (finished or begun or checkpoints(output)):
+    if args.resume_from_checkpoint is None and log.is_file() and log.stat().st_size > 0:
         raise DataError(
             f"{output} holds an earlier run; remove it, choose another --output_dir, or "
             "--resume_from_checkpoint auto"
         )
-    # The first parent that exists must be a folder that can be written to.
-    candidates = (output.resolve(), *output.resolve().parents)
-    existing = next(folder for folder in candidates if folder.exists())
-    if not existing.is_dir() or not os.access(existing, os.W_OK):
-        raise DataError(
-            f"--output_dir {output}: {existing} is no folder that this program can write to"
-        )
     # A finished run goes on only if it was made longer.
-    if finished and resume_from == "auto":
+    if args.resume_from_checkpoint == "auto" and (output / "result.json").is_file():
         settings = json.loads((output / "run.json").read_text(encoding="utf-8"))
-        if all(settings.get(name) == getattr(args, name) for name in LENGTHS):
-            log_main(f"{output} holds a finished run (result.json); nothing to do")
+        as_long = all(settings.get(name) == getattr(args, name) for name in LENGTHS)
+        if as_long or not checkpoints(output):
+            log_main(f"{output} holds a finished run, as long or without checkpoints")
             return None
-        if not checkpoints(output):
-            raise DataError(
-                f"{output} holds a finished run without checkpoints (--save_steps 0): there is "
-                "none to go on from"
-            )
-    resume = find_checkpoint(args)
-    return {**resume, "finished": finished} if resume else {}
+    return find_checkpoint(args)
 
 
 def prepare_output(output, args, settings, resume):
-    """Makes the output folder with run.json, its files as they were at the checkpoint (resume)."""
-    output.mkdir(parents=True, exist_ok=True)
+    """Makes the output folder with run.json, its files as they were at the checkpoint (resume).
+
+    Returns:
+        number of steps in metrics.jsonl.
+    """
     (output / "result.json").unlink(missing_ok=True)  # from here on the run is not finished
     # Checkpoints of after the one to continue from belong to a run that will not have been.
-    names = [path.name for path in checkpoints(output)]
     later = []
     if resume:
-        later = names[names.index(Path(resume["folder"]).name) + 1 :]
-    for old in (*(output / name for name in later), *output.glob("*.unfinished")):
+        found = checkpoints(output)
+        later = found[found.index(output / Path(resume["folder"]).name) + 1 :]
+    for old in (*later, *output.glob("*.unfinished")):
         log_main(f"removing {old}, of after the checkpoint that this run goes on from")
         shutil.rmtree(old)
-    # The logs are cut to their length at the checkpoint.
-    for name in ("metrics.jsonl", "rollouts.jsonl"):
+    for name in LOGS:
         with open(output / name, "ab") as file:
             file.truncate(min(file.tell(), resume.get("sizes", {}).get(name, 0)))
     # Every setting, and what the numbers may depend on beside them.
@@ -1735,16 +1482,15 @@ def prepare_output(output, args, settings, resume):
         "versions": {name: importlib.metadata.version(name) for name in packages},
     }
     (output / "run.json").write_text(json.dumps(facts, indent=1), encoding="utf-8")
+    return (output / "metrics.jsonl").read_bytes().count(b"\n")
 
 
 def revision():
     """git's name of this code; None without git, or outside of a repository."""
-    if shutil.which("git") is None:
-        return None
-    command = ["git", "describe", "--always", "--dirty"]
-    folder = Path(__file__).parent
-    git = subprocess.run(command, cwd=folder, capture_output=True, text=True)
-    return git.stdout.strip() or None
+    # The shell says that git is missing, too.
+    folder = shlex.quote(str(Path(__file__).parent))
+    status, text = subprocess.getstatusoutput(f"git -C {folder} describe --always --dirty")
+    return text if status == 0 else None
 
 
 def load_processor(args, model_path):
@@ -1756,8 +1502,7 @@ def load_processor(args, model_path):
         processor = AutoProcessor.from_pretrained(model_path)
         family = AutoConfig.from_pretrained(model_path).model_type
     except (OSError, ValueError) as error:
-        words = " ".join(str(error).split())[:300]
-        raise DataError(f"model {model_path} cannot be loaded: {words}") from error
+        raise DataError(f"model {model_path} cannot be loaded: {first_words(error)}") from error
     if family not in FAMILIES:
         raise DataError(f"{model_path} is a {family} checkpoint, not one of {', '.join(FAMILIES)}")
     if args.frame_use == "attention" and family not in PACKED_FAMILIES:
@@ -1772,58 +1517,22 @@ def load_processor(args, model_path):
 # Flags of the releases' launch scripts, and what to give here in their place.
 FOREIGN_FLAGS = {
     "--len_control": "--length_bonus 0.2 turns it on, --length_bonus 0 off",
-    "--model_name": "--model_name_or_path",
     "--bf16": '"bf16" in the DeepSpeed configuration, on by itself on a GPU',
-    "--torch_dtype": '"bf16" in the DeepSpeed configuration',
     "--attn_implementation": "none, it is sdpa, with its flash kernel on a GPU",
     "--use_vllm": "none, it samples itself",
-    "--vllm_device": "none, it samples itself",
     "--report_to": '"tensorboard" or "wandb" in the DeepSpeed configuration',
-    "--logging_steps": "none, every step is in metrics.jsonl",
-    "--run_name": '"wandb" in the DeepSpeed configuration',
-    "--lr_scheduler_type": "none, see --warmup_ratio",
-    "--save_only_model": "--save_steps 0 keeps the final model alone",
-    "--frames_num": "--frames",
-    "--nframes": "--frames",
-    "--dataset_path": "--dataset_name",
-    "--eval_strategy": "--eval_dataset_name",
-    "--alpha": "--token_weight_alpha",
-    "--epsilon": "--clip_low and --clip_high",
-    "--epsilon_high": "--clip_high",
-    "--per_device_eval_batch_size": "none, held-out questions come 32 at a time",
-    "--data_seed": "--seed",
-}
-# GRPO's flags whose namesakes SFT reads.
-SFT_FLAGS = {
-    "learning_rate": "sft_learning_rate",
-    "max_steps": "sft_max_steps",
-    "num_train_epochs": "sft_num_train_epochs",
-    "per_device_train_batch_size": "sft_per_device_batch_size",
-    "gradient_accumulation_steps": "sft_gradient_accumulation_steps",
 }
 
 
-def flags_of(stage):
-    """Names of the settings under the headings that begin with a stage, "SFT" or "GRPO"."""
-    names = []
-    heading = ""
-    for setting in fields(TrainArguments):
-        heading = setting.metadata.get("group", heading)
-        if heading.startswith(stage):
-            names.append(setting.name)
-    return names
-
-
-def refuse_unread_flags(stage, given):
-    """Errors: DataError for a flag of the command line that this stage does not read."""
-    of_sft = {ours: grpo for grpo, ours in SFT_FLAGS.items()}
-    for name in given:
-        if stage == "sft" and name in SFT_FLAGS:
-            raise DataError(f"--stage sft does not read --{name}; its own is --{SFT_FLAGS[name]}")
-        if stage == "sft" and name in flags_of("GRPO"):
-            raise DataError(f"--stage sft does not read --{name}: it is GRPO's")
-        if stage == "grpo" and name in of_sft:
-            raise DataError(f"--stage grpo does not read --{name}; its own is --{of_sft[name]}")
+def refuse_unread_flags(stage):
+    """Errors: DataError for a flag of the command line whose namesake this stage reads."""
+    given = [word.partition("=")[0].replace("-", "_") for word in sys.argv]
+    # The two stages have a flag of the same meaning under two names.
+    for sft, grpo in zip(*SCHEDULES.values(), strict=True):
+        if stage == "sft" and f"__{grpo}" in given:
+            raise DataError(f"--stage sft does not read --{grpo}; its own is --{sft}")
+        if stage == "grpo" and f"__{sft}" in given:
+            raise DataError(f"--stage grpo does not read --{sft}; its own is --{grpo}")
 
 
 def parse_arguments():
@@ -1839,18 +1548,15 @@ def parse_arguments():
     )
     # A first look: which defaults are right depends on the model, the data and the recipe.
     first, unknown = parser.parse_known_args()
-    for word in unknown:
-        name = word.partition("=")[0]
-        if name in FOREIGN_FLAGS:
-            raise DataError(f"{name} is a flag of the releases; here: {FOREIGN_FLAGS[name]}")
     if unknown:
-        words = " ".join(unknown)
-        raise DataError(f"unknown: {words} (python train.py --help lists the flags)")
+        hint = FOREIGN_FLAGS.get(unknown[0].partition("=")[0], "python train.py --help lists all")
+        raise DataError(f"unknown: {' '.join(unknown)}; here: {hint}")
 
     # Without data: the toy.
     recipe = dict(RECIPES[first.recipe])
+    stage = "grpo" if first.model_name_or_path else "both"
     if first.dataset_name is None:
-        if first.model_name_or_path is None and first.stage == "grpo":
+        if stage == "both" and first.stage == "grpo":
             raise DataError(
                 "--stage grpo without a model would train an untrained toy; give "
                 "--model_name_or_path or leave --stage out"
@@ -1859,21 +1565,16 @@ def parse_arguments():
         parser.set_defaults(**toy_defaults(folder, int(os.environ.get("WORLD_SIZE", 1))))
         for name in NOT_FOR_THE_TOY:
             recipe.pop(name, None)
-    elif first.model_name_or_path is None:
+    elif stage == "both" or first.stage == "both" or first.toy_dir:
         raise DataError(
             "--dataset_name needs --model_name_or_path (a Qwen2-VL, Qwen2.5-VL or Qwen3-VL "
-            "checkpoint)"
-        )
-    elif first.stage == "both":
-        raise DataError(
-            "--stage both is for the toy; with your own data run --stage sft, then --stage grpo"
+            "checkpoint) and --stage sft, then --stage grpo; --toy_dir and both are for the toy"
         )
     if first.priors is not None:
         recipe.pop("prior", None)  # the file's cues are there to be looked at
-    parser.set_defaults(**recipe)
+    # The second look: the command line wins over what was set here.
+    parser.set_defaults(stage=stage, **recipe)
     args, settings = parser.parse_args_into_dataclasses()
-    if args.stage is None:
-        args.stage = "both" if args.model_name_or_path is None else "grpo"
     check_arguments(args)
     return args, settings
 
@@ -1886,19 +1587,15 @@ def check_arguments(args):
         )
     if args.cuda_graph and not torch.cuda.is_available():
         raise DataError("--cuda_graph needs a GPU")
-    if args.num_generations < 2 or args.save_total_limit < 1:
-        raise DataError("--num_generations must be at least 2 and --save_total_limit at least 1")
+    if args.num_generations < 2:
+        raise DataError("--num_generations must be at least 2")
     if args.freeze_vision and args.train_only_merger:
         raise DataError("--freeze_vision freezes the mergers too; give it or --train_only_merger")
-    given = []
-    for word in sys.argv[1:]:
-        if word.startswith("--"):
-            name = word[2:].partition("=")[0].replace("-", "_")
-            given.append(name.removeprefix("no_"))
-    refuse_unread_flags(args.stage, given)
+    refuse_unread_flags(args.stage)
 
 
 def main():
+    # transformers repeats warnings at every load.
     hf_logging.set_verbosity_error()
     try:
         args, settings = parse_arguments()

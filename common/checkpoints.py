@@ -1,10 +1,10 @@
 """Checkpoints of a run: whole or absent, named as their source names its weights, resumable.
 
 checkpoint = Checkpoints(arguments, processor, files, find_checkpoint(arguments))
-done, kept = checkpoint.load(engine, "grpo")          # 0, None at the beginning
+done, kept = checkpoint.load(engine, "grpo")          # 0, {} at the beginning
 for step in range(done, steps):
     ...
-    checkpoint.after_step(engine, "grpo", step + 1, steps, skipped=skipped)
+    checkpoint.after_step(engine, "grpo", step + 1, steps, kept)
 checkpoint.release()
 save_model(engine, processor, output / "grpo")
 
@@ -29,10 +29,11 @@ import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from transformers.core_model_loading import Transpose
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
+from transformers.utils.hub import get_checkpoint_shard_files
 
 from common.data import DataError, first_words
 from common.policy import MISNAMED
-from common.ranks import is_main, log_main
+from common.ranks import gather, is_main, log_main
 from common.rollout import stop_tokens
 
 
@@ -47,27 +48,13 @@ def weight_shapes(path):
     file = cached_file(path, SAFE_WEIGHTS_NAME, _raise_exceptions_for_missing_entries=False)
     files = [file]
     if file is None:
-        index = cached_file(path, SAFE_WEIGHTS_INDEX_NAME)
-        shards = json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"].values()
-        files = [cached_file(path, shard) for shard in sorted(set(shards))]
+        files, _ = get_checkpoint_shard_files(path, cached_file(path, SAFE_WEIGHTS_INDEX_NAME))
     shapes = {}
     for file in files:
         with safe_open(file, "pt") as weights:
             for name in weights.keys():
                 shapes[name] = weights.get_slice(name).get_shape()
     return shapes
-
-
-def right_name(name):
-    """Name of a weight without the fault that MISNAMED mends."""
-    for wrong, right in MISNAMED.items():
-        name = re.sub(wrong, right, name)
-    return name
-
-
-def is_transposition(conversion):
-    steps = getattr(conversion, "operations", [])
-    return len(steps) > 0 and all(isinstance(step, Transpose) for step in steps)
 
 
 def keep_names(policy, path):
@@ -80,16 +67,20 @@ def keep_names(policy, path):
     # of the family, not those that matched.
     used = []
     for conversion in policy.model._weight_conversions:
+        steps = {type(step) for step in getattr(conversion, "operations", [])}
         # Transposed experts are not always turned back, so in_layout() does it.
-        if not conversion.was_used() or is_transposition(conversion):
-            continue
-        # Mended names stay mended.
-        if conversion.target_patterns[0] not in MISNAMED.values():
-            used.append(conversion)
+        if conversion.was_used() and steps != {Transpose}:
+            # Mended names stay mended.
+            if conversion.target_patterns[0] not in MISNAMED.values():
+                used.append(conversion)
     policy.model._weight_conversions = used
-    shapes = weight_shapes(path)
     policy.source = path
-    policy.shapes = {right_name(name): shape for name, shape in shapes.items()}
+    policy.shapes = {}
+    shapes = weight_shapes(path)
+    for name, shape in shapes.items():
+        for wrong, right in MISNAMED.items():
+            name = re.sub(wrong, right, name)
+        policy.shapes[name] = shape
     if policy.shapes.keys() != shapes.keys():
         log_main(
             f"{path} has weights named model.model., as a fault of transformers made them; "
@@ -164,10 +155,11 @@ def save_model(engine, processor, folder):
     dist.barrier()
 
 
-def edit_json(file, edit):
-    """Calls edit(content) on the object in a JSON file and writes it back."""
+@contextmanager
+def edit_json(file):
+    """Gives the object in a JSON file to a block that changes it, and writes it back."""
     content = json.loads(file.read_text(encoding="utf-8"))
-    edit(content)
+    yield content
     text = json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False)
     file.write_text(text + "\n", encoding="utf-8")
 
@@ -176,10 +168,10 @@ def write_for_version_4(folder, attribute_map):
     """Repeats settings of transformers 5 where version 4, and servers built on it, look for them.
 
     Args:
+        folder: Path of a saved model.
         attribute_map: {old name: new name} of the text model's settings.
     """
-
-    def edit_config(config):
+    with edit_json(folder / "config.json") as config:
         text = config["text_config"]
         rope = dict(text["rope_parameters"])  # rope_type, mrope_section, ..., rope_theta
         text["rope_theta"] = rope.pop("rope_theta")
@@ -188,16 +180,12 @@ def write_for_version_4(folder, attribute_map):
             text[old] = text[new]
         # Version 4 looks only here, with False as default.
         text["tie_word_embeddings"] = config["tie_word_embeddings"]
-
-    def edit_tokenizer(config):
+    with edit_json(folder / "tokenizer_config.json") as config:
         if config["tokenizer_class"] == "TokenizersBackend":
             config["tokenizer_class"] = "PreTrainedTokenizerFast"
         # Version 4 expects a dict under this name.
         if isinstance(config.get("extra_special_tokens"), list):
             config["additional_special_tokens"] = config.pop("extra_special_tokens")
-
-    edit_json(Path(folder) / "config.json", edit_config)
-    edit_json(Path(folder) / "tokenizer_config.json", edit_tokenizer)
 
 
 def replace_folder(aside, folder):
@@ -259,12 +247,13 @@ class Checkpoints:
         """Restores an engine and the random states; from here on signals wait for after_step().
 
         Returns:
-            steps of the stage that are done; what after_step() kept on this rank, None at 0 steps.
+            steps of the stage that are done; what after_step() kept on this rank, {} at 0 steps.
         """
+        # A step in the middle cannot be saved.
         signal.signal(signal.SIGTERM, self.on_signal)
         signal.signal(signal.SIGINT, self.on_signal)
         if self.resume.get("stage") != stage:
-            return 0, None
+            return 0, {}
         folder = self.resume["folder"]
         engine.load_checkpoint(folder, tag="deepspeed")
         kept = torch.load(Path(folder) / f"rank{dist.get_rank()}.pt", weights_only=True)
@@ -274,27 +263,27 @@ class Checkpoints:
         log_main(f"going on after step {self.resume['step']} of {stage} ({folder})")
         return self.resume["step"], kept
 
-    def after_step(self, engine, stage, step, last, **kept):
+    def after_step(self, engine, stage, step, last, kept):
         """Saves if it is time to, and ends the run if a rank received a signal.
 
         Args:
             step: steps of the stage that are done, of `last`.
-            kept: what load() returns to this rank.
+            kept: dict that load() returns to this rank.
         """
-        stop = torch.tensor(max(self.signals, default=0), device=engine.device)
-        dist.all_reduce(stop, dist.ReduceOp.MAX)
+        # A signal may have reached one rank alone.
+        stop = max(gather(max(self.signals, default=0)))
         every = self.arguments.save_steps
         due = every > 0 and (step % every == 0 or step == last)
         if stop or due:
             self.save(engine, stage, step, kept)
         if stop:
-            name = signal.Signals(int(stop)).name
+            name = signal.Signals(stop).name
             log_main(
                 f"stopped by {name} after step {step} of {last} of {stage}; "
                 "--resume_from_checkpoint auto goes on from there"
             )
             dist.barrier()
-            sys.exit(128 + int(stop))
+            sys.exit(128 + stop)
 
     def save(self, engine, stage, step, kept):
         output = Path(self.arguments.output_dir)
@@ -308,8 +297,19 @@ class Checkpoints:
                 kept["cuda_rng"] = torch.cuda.get_rng_state()
             torch.save(kept, aside / f"rank{dist.get_rank()}.pt")
             if is_main():
-                self.write_state(aside / "state.json", stage, step)
+                sizes = {name: os.fstat(log.fileno()).st_size for name, log in self.files.items()}
+                state = {
+                    "stage": stage,
+                    "step": step,
+                    "ranks": dist.get_world_size(),
+                    "sizes": sizes,
+                    "settings": asdict(self.arguments),
+                    **self.shared,
+                }
+                text = json.dumps(state, indent=1)
+                (aside / "state.json").write_text(text, encoding="utf-8")
         except (OSError, RuntimeError, SafetensorError) as error:
+            # Room for the next try; the checkpoint before is whole.
             free = shutil.disk_usage(output).free / 1e6
             shutil.rmtree(aside, ignore_errors=True)
             shutil.rmtree(f"{aside}.unfinished", ignore_errors=True)  # save_model's
@@ -323,28 +323,19 @@ class Checkpoints:
             for old in checkpoints(output)[: -self.arguments.save_total_limit]:
                 replace_folder(None, old)
 
-    def write_state(self, file, stage, step):
-        state = {
-            "stage": stage,
-            "step": step,
-            "ranks": dist.get_world_size(),
-            "sizes": {name: os.fstat(log.fileno()).st_size for name, log in self.files.items()},
-            "settings": asdict(self.arguments),
-            **self.shared,
-        }
-        file.write_text(json.dumps(state, indent=1), encoding="utf-8")
-
     @contextmanager
-    def stop_on_nan(self, stage, step, examples):
+    def stop_on_nan(self, log, examples):
         """Ends the run if check_finite() fails inside, before the number reaches a checkpoint.
 
+        Args:
+            log: StepLog, which has the stage and the step.
         Errors: DataError with the step, the rank and the questions.
         """
         try:
             yield
         except FloatingPointError as error:
             names = ", ".join(dict.fromkeys(example.id for example in examples))
-            where = f"step {step} of {stage} (rank {dist.get_rank()}, questions {names})"
+            where = f"step {log.step} of {log.stage} (rank {dist.get_rank()}, questions {names})"
             raise DataError(f"{error} in {where}; {self.newest_checkpoint_text()}") from error
 
     def newest_checkpoint_text(self):
@@ -369,9 +360,6 @@ WHERE_A_RUN_IS = {
     "sft_gradient_accumulation_steps",
     "invert_questions",
 }
-
-# Settings that say how many steps there are; the order of the questions does not depend on them.
-LENGTHS = ("max_steps", "num_train_epochs", "sft_max_steps", "sft_num_train_epochs")
 
 
 def find_checkpoint(arguments):
@@ -416,21 +404,12 @@ def compare_settings(folder, state, arguments):
     settings = asdict(arguments)
     # A setting that is newer than the checkpoint had its default then.
     before = {**asdict(type(arguments)()), **state["settings"]}
-    changed = [name for name in sorted(settings) if before.get(name) != settings[name]]
-    # Flags of an older version of this program.
-    for name in sorted(before.keys() - settings.keys()):
+    # Flags that this version has not.
+    for name in before.keys() - settings.keys():
         log_main(f"the checkpoint's --{name} {before[name]} is no setting any more")
-    fixed = [f"--{name} ({before.get(name)})" for name in changed if name in WHERE_A_RUN_IS]
-    if fixed:
-        raise DataError(f"{folder} was written with another {', '.join(fixed)}")
-    for name in changed:
-        if name in ("resume_from_checkpoint", "local_rank"):
-            continue
-        log_main(f"going on with --{name} {settings[name]}, before it was {before.get(name)}")
-        if name.startswith("sft_") and state["stage"] == "grpo":
-            log_main(f"--{name} changes nothing any more: SFT is over")
-        elif name in LENGTHS:
-            log_main(
-                "the learning rate's schedule is stretched over the new number of steps, "
-                "from the next step on"
-            )
+    for name in sorted(settings):
+        changed = before[name] != settings[name]
+        if changed and name in WHERE_A_RUN_IS:
+            raise DataError(f"{folder} was written with another --{name} ({before[name]})")
+        if changed and name not in ("resume_from_checkpoint", "local_rank"):
+            log_main(f"going on with --{name} {settings[name]}, before it was {before[name]}")

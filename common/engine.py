@@ -8,14 +8,12 @@ inputs = Inputs(encoder, workers=2, timeout=300.0)
 import importlib.util
 import json
 import os
-import uuid
-from dataclasses import replace
+import pickle
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import deepspeed
-import numpy as np
 import torch
-import torch.distributed as dist
 from deepspeed.monitor.config import get_monitor_config
 from deepspeed.monitor.monitor import MonitorMaster
 from deepspeed.runtime.config import DeepSpeedConfig, DeepSpeedConfigError
@@ -24,9 +22,10 @@ from transformers.integrations import HfDeepSpeedConfig
 from transformers.integrations.deepspeed import HfTrainerDeepSpeedConfig
 
 from common.checkpoints import keep_names
-from common.data import DataError, MediaError
+from common.data import DataError, Example, MediaError, Prior
+from common.media import ModelInputs
 from common.policy import Policy, checkpoint_activations, load_weights
-from common.ranks import is_main, log_main, share_skipped
+from common.ranks import gather, log_main, name_skipped
 from common.workers import Pool
 
 # Sections of a DeepSpeed file that send metrics somewhere, and the package that each needs.
@@ -37,16 +36,7 @@ MONITORS = {
     "csv_monitor": "csv",
 }
 
-SECTIONS = (
-    "fp16",
-    "bf16",
-    "optimizer",
-    "optimizer.params",
-    "zero_optimization",
-    "zero_optimization.offload_optimizer",
-    "zero_optimization.offload_param",
-    *MONITORS,
-)
+SECTIONS = ("fp16", "bf16", "optimizer", "zero_optimization", *MONITORS)
 
 
 def read_deepspeed_file(arguments):
@@ -56,22 +46,20 @@ def read_deepspeed_file(arguments):
         HfTrainerDeepSpeedConfig, with "auto" where the file has it.
     Errors: DataError if it is missing, not JSON, or has something else where a section belongs.
     """
-    file = Path(arguments.deepspeed)
-    if not file.is_file():
-        raise DataError(f"DeepSpeed configuration {file} not found (--deepspeed)")
+    # Read anew by every caller, since each changes it.
+    file = arguments.deepspeed
     try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise DataError(f"DeepSpeed configuration {file} is not JSON: {error}") from error
+        config = json.loads(Path(file).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise DataError(
+            f"DeepSpeed configuration {file} is missing or not JSON: {error}"
+        ) from error
     if not isinstance(config, dict):
         raise DataError(f"DeepSpeed configuration {file} is not a JSON object")
     for name in SECTIONS:
-        # From outside inwards, since find_config_node expects objects.
-        place = config
-        for key in name.split("."):
-            place = place.get(key, {})
-        if not isinstance(place, dict):
-            raise DataError(f"{name} in {file} is {json.dumps(place)}, not an object")
+        section = config.get(name, {})
+        if not isinstance(section, dict):
+            raise DataError(f"{name} in {file} is {json.dumps(section)}, not an object")
     return HfTrainerDeepSpeedConfig(config)
 
 
@@ -184,37 +172,34 @@ def check_deepspeed_file(arguments):
     """
     name = arguments.deepspeed
     file = read_deepspeed_file(arguments)
+    # DeepSpeed would fail only when the first engine starts.
     for section, package in MONITORS.items():
         if file.is_true(f"{section}.enabled") and importlib.util.find_spec(package) is None:
             words = f"which is not installed: pip install {package}"
             raise DataError(f"{name} enables {section}, {words}")
-    training = deepspeed_config(arguments, hidden_size=1, learning_rate=arguments.learning_rate)
-    inference = deepspeed_config(arguments, hidden_size=1)
     try:
+        training = deepspeed_config(arguments, hidden_size=1, learning_rate=arguments.learning_rate)
         get_monitor_config(file.config)
         DeepSpeedConfig(training)
-        DeepSpeedConfig(inference)
+        DeepSpeedConfig(deepspeed_config(arguments, hidden_size=1))
+    except DataError:
+        raise
     except (AssertionError, AttributeError, DeepSpeedConfigError, TypeError, ValueError) as error:
         words = " ".join(str(error).split())
         raise DataError(f"DeepSpeed does not take {name}: {words}") from error
     log_overrides(arguments, file)
     if "optimizer" not in file.config:
         log_main(f"{name} has no optimizer: AdamW with betas 0.9, 0.95 as in ds_zero3.json")
-        return
-    ours = training["optimizer"]["params"].get("torch_adam")
-    if ours and not file.is_true("optimizer.params.torch_adam"):
-        log_main(f"{name}: without a GPU Adam is torch's, DeepSpeed would compile its own")
 
 
-# Keys of a DeepSpeed file that flags decide, SFT's before GRPO's.
-DECIDED_BY_FLAGS = {
-    "train_micro_batch_size_per_gpu": ("sft_per_device_batch_size", "per_device_train_batch_size"),
-    "gradient_accumulation_steps": (
-        "sft_gradient_accumulation_steps",
-        "gradient_accumulation_steps",
-    ),
-    "optimizer.params.lr": ("sft_learning_rate", "learning_rate"),
-}
+# Keys of a DeepSpeed file that flags decide.
+DECIDED_BY_FLAGS = (
+    "train_batch_size",
+    "train_micro_batch_size_per_gpu",
+    "gradient_accumulation_steps",
+    "optimizer.params.lr",
+    "scheduler",
+)
 # Keys that win over a flag.
 INSTEAD_OF_FLAGS = {
     "gradient_clipping": "max_grad_norm",
@@ -225,20 +210,10 @@ INSTEAD_OF_FLAGS = {
 def log_overrides(arguments, file):
     """Logs values of the DeepSpeed file that the run ignores, and those that replace a flag."""
     name = arguments.deepspeed
-    batch = arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps
-    batch *= dist.get_world_size()
-    value = file.get_value("train_batch_size", "auto")
-    if value not in ("auto", batch):
-        flags = "--per_device_train_batch_size x --gradient_accumulation_steps x ranks"
-        log_main(f"{name}: train_batch_size {value} is not used, {flags} is {batch}")
-    for key, flags in DECIDED_BY_FLAGS.items():
+    for key in DECIDED_BY_FLAGS:
         value = file.get_value(key, "auto")
-        used = [getattr(arguments, flag) for flag in flags]
-        if value != "auto" and used != [value, value]:
-            instead = f"--{flags[0]} is {used[0]}, --{flags[1]} is {used[1]}"
-            log_main(f"{name}: {key} {value} is not used, {instead}")
-    if "scheduler" in file.config:
-        log_main(f"{name}: its scheduler is not used, --warmup_ratio {arguments.warmup_ratio} is")
+        if value != "auto":
+            log_main(f"{name}: {key} {value} is not used, the flags of train.py decide it")
     for key, flag in INSTEAD_OF_FLAGS.items():
         value = file.get_value(key, "auto")
         if value not in ("auto", getattr(arguments, flag)):
@@ -261,18 +236,18 @@ def start_engine(arguments, model_path, micro_batch=1, accumulation=1, learning_
     model = load_weights(model_path, dtype)
     del partitioning
     policy = Policy(model)
+    # None: DeepSpeed gets no parameters to optimize.
+    trained = None
     if learning_rate is None:
         policy.requires_grad_(False)
-        engine, *_ = deepspeed.initialize(model=policy, config=config)
-        engine.eval()
-        return engine
-    keep_names(policy, model_path)
-    choose_trained(model, arguments)
-    if arguments.gradient_checkpointing:
-        checkpoint_activations(model)
-    trained = [parameter for parameter in policy.parameters() if parameter.requires_grad]
+    else:
+        keep_names(policy, model_path)
+        choose_trained(model, arguments)
+        if arguments.gradient_checkpointing:
+            checkpoint_activations(model)
+        trained = [parameter for parameter in policy.parameters() if parameter.requires_grad]
     engine, *_ = deepspeed.initialize(model=policy, config=config, model_parameters=trained)
-    engine.train()
+    engine.train(learning_rate is not None)
     return engine
 
 
@@ -300,58 +275,29 @@ def set_learning_rate(engine, step, steps, peak, warmup_ratio, decay_ratio=0.3):
 class Tracker:
     """Sends the records of metrics.jsonl to the trackers that the --deepspeed file enables.
 
-    One writer, on rank 0, for the whole run: GRPO's steps are numbered after SFT's. A resumed run
-    sends no step twice and continues its W&B run; tracker.json in the output folder has the last
-    step sent and the W&B run's id.
+    One writer, DeepSpeed's on rank 0, for the whole run: GRPO's steps are numbered after SFT's.
+
+    Args:
+        run_id: of the W&B run; a run that goes on keeps its id.
+        step: steps that the trackers already have.
     """
 
-    def __init__(self, arguments):
-        config = get_monitor_config(read_deepspeed_file(arguments).config)
-        self.file = Path(arguments.output_dir) / "tracker.json"
-        self.enabled = config.enabled and is_main()
-        self.sft_steps = 0
-        if not self.enabled:
-            return
-        self.state = {"wandb_run_id": uuid.uuid4().hex[:8], "shown": -1}
-        if arguments.resume_from_checkpoint is not None and self.file.is_file():
-            self.state = json.loads(self.file.read_text(encoding="utf-8"))
-            log_main(
-                f"{self.file}: the run's steps up to {self.state['shown']} are not shown again"
-            )
-        # It ends with the step of the checkpoint.
-        metrics = Path(arguments.output_dir) / "metrics.jsonl"
-        for line in metrics.read_text(encoding="utf-8").splitlines():
-            self.step_of(json.loads(line))
-        if config.wandb.enabled:
-            run_id = os.environ.setdefault("WANDB_RUN_ID", self.state["wandb_run_id"])
-            self.state["wandb_run_id"] = run_id
-            os.environ.setdefault("WANDB_RESUME", "allow")
-        self.monitor = MonitorMaster(config)
-
-    def step_of(self, record):
-        """Number of a record's step, counted over the whole run."""
-        if record["stage"] == "sft":
-            self.sft_steps = record["step"] + 1
-            return record["step"]
-        return self.sft_steps + record["step"]
+    def __init__(self, arguments, run_id, step):
+        os.environ.setdefault("WANDB_RUN_ID", run_id)
+        os.environ.setdefault("WANDB_RESUME", "allow")
+        config = read_deepspeed_file(arguments).config
+        self.monitor = MonitorMaster(get_monitor_config(config))
+        self.step = step
 
     def show(self, record):
-        """Sends a record {"stage", "step", metric: value, ...}, if it was not sent before."""
-        if not self.enabled:
-            return
-        step = self.step_of(record)
-        if step <= self.state["shown"]:
-            return
+        """Sends the record of a step {"stage", "step", metric: value, ...}."""
         events = []
         for name, value in record.items():
+            # Only metrics have a slash.
             if "/" in name:
-                events.append((f"{record['stage']}/{name}", value, step))
+                events.append((f"{record['stage']}/{name}", value, self.step))
         self.monitor.write_events(events)
-        # Written aside and renamed: a run that is killed here can go on.
-        self.state["shown"] = step
-        aside = self.file.with_suffix(".new")
-        aside.write_text(json.dumps(self.state), encoding="utf-8")
-        os.replace(aside, self.file)
+        self.step += 1
 
 
 def update_reference(reference, engine, averages, decay):
@@ -382,37 +328,36 @@ def write_shards(reference, averages):
         shard(parameter).copy_(averages[name])
 
 
+@dataclass
+class Ready:
+    """An example whose turn comes, and then what the processor has made of it."""
+
+    place: int  # in the run's order of examples; seeds what is random about it
+    example: Example
+    prior: Prior | None  # None for text and for demonstrations
+    order: list | None = None  # of the control's frames; None without a control
+    inputs: ModelInputs | None = None
+    control: ModelInputs | None = None  # the same with shuffled frames
+
+
 def keep_encoder(encoder):
     """Initializer of a worker: its encoder stays, with the media that it has decoded."""
     global worker_encoder
     worker_encoder = encoder
 
 
-def encode(example, row=None, order=None):
-    """Model inputs of an example and of its control, in a worker.
+def encode(example, prior, order):
+    """Model inputs of an example and of its control (or None), in a worker.
 
-    Args:
-        row: its Prior, or None.
-        order: order of the control's frames; None without a control.
     Returns:
-        [ModelInputs, ModelInputs or None] with arrays for tensors, which torch would pass on in
-        shared memory that lives as long as the worker.
+        bytes of a pickle: tensors as such would be passed on in shared memory that lives as long
+        as the worker.
     """
-    items = [worker_encoder.encode(example, row), None]
+    control = None
+    inputs = worker_encoder.encode(example, prior)
     if order is not None:
-        items[1] = worker_encoder.encode(example, row, shuffle=order)
-    return [convert(item, torch.Tensor, torch.Tensor.numpy) for item in items]
-
-
-def convert(item, kind, function):
-    """ModelInputs with function(value) in place of its values of a kind; None stays None."""
-    if item is None:
-        return None
-    values = vars(item).copy()
-    for name, value in values.items():
-        if isinstance(value, kind):
-            values[name] = function(value)
-    return replace(item, **values)
+        control = worker_encoder.encode(example, prior, shuffle=order)
+    return pickle.dumps((inputs, control))
 
 
 class Inputs:
@@ -435,50 +380,45 @@ class Inputs:
         self.tasks = {}
 
     def ahead(self, requests):
-        """Begins to encode examples.
+        """Begins to encode the examples of a list of Ready."""
+        for one in requests:
+            self.tasks[one.place] = self.pool.submit(encode, one.example, one.prior, one.order)
 
-        Args:
-            requests: (place in the run, example, Prior or None, order of the control's frames or
-                None) each; the last may be missing.
-        """
-        for place, *request in requests:
-            self.tasks[place] = self.pool.submit(encode, *request)
+    def take(self, one):
+        """Waits for the inputs of a Ready.
 
-    def take(self, place, example):
-        """Waits for the example requested for a place.
-
-        Returns:
-            [ModelInputs, those of its control or None].
         Errors: MediaError if its medium cannot be decoded.
         """
-        items = self.pool.result(self.tasks.pop(place), example.media)
-        return [convert(item, np.ndarray, torch.from_numpy) for item in items]
-
-    def stop(self):
-        self.pool.stop()
+        made = self.pool.result(self.tasks.pop(one.place), one.example.media)
+        one.inputs, one.control = pickle.loads(made)
 
     def usable(self, requests, limit, skipped):
         """Takes the requests; all ranks call it at the same time.
 
         Args:
-            requests: as ahead() got them.
+            requests: list of Ready, as ahead() got them.
             limit: most tokens of a prompt.
             skipped: {problem_id: cause}, gets the examples of all ranks that cannot be decoded or
                 are too long; they are logged.
         Returns:
-            list of (place, example, ModelInputs, those of the control or None).
+            the requests that have their inputs.
         """
         found = []
         broken = {}
-        for place, example, *_ in requests:
+        for one in requests:
             try:
-                item, control = self.take(place, example)
-                length = len(item.input_ids)
+                self.take(one)
+                length = len(one.inputs.input_ids)
                 if length > limit:
                     words = f"the prompt has {length} tokens (--max_prompt_length {limit})"
-                    raise MediaError(f"{example.media}: {words}")
-                found.append((place, example, item, control))
+                    raise MediaError(f"{one.example.media}: {words}")
+                found.append(one)
             except MediaError as error:
-                broken[example.id] = str(error)
-        share_skipped(broken, skipped)
+                broken[one.example.id] = str(error)
+        for causes in gather(broken):
+            skipped.update(causes)
+            name_skipped(causes)
         return found
+
+    def stop(self):
+        self.pool.stop()

@@ -45,6 +45,7 @@ class Parser(HfArgumentParser):
     """
 
     def __init__(self, dataclass_types=(), description=None, **more):
+        # Flags before the first heading stand under argparse's own.
         self.group = None
         super().__init__(
             dataclass_types,

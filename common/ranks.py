@@ -8,9 +8,7 @@ metrics = average(values, device)              # over all ranks
 import math
 import os
 import socket
-import tempfile
-from itertools import chain
-from pathlib import Path
+from collections import Counter
 
 import deepspeed
 import psutil
@@ -36,41 +34,21 @@ named = set()  # (problem_id, cause) of name_skipped()
 
 
 def name_skipped(causes):
-    """Logs unusable questions {problem_id: cause}, each once in the life of the process."""
+    """Logs unusable examples {problem_id: cause}, each once in the life of the process."""
     for problem, cause in causes.items():
         if (problem, cause) not in named:
             named.add((problem, cause))
             log_main(f"skipped {problem}: {cause}")
 
 
-def share_skipped(found, skipped):
-    """Adds the questions that any rank found unusable to `skipped` on all ranks, and logs them.
-
-    Args:
-        found: {problem_id: cause} of this rank; all ranks call at the same time.
-        skipped: {problem_id: cause} of the run.
-    """
+def gather(value):
+    """List of every rank's value, on all ranks; any object that pickle takes."""
     everyone = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, found)
-    for causes in everyone:
-        skipped.update(causes)
-        name_skipped(causes)
+    dist.all_gather_object(everyone, value)
+    return everyone
 
 
-def fewest_on_any_rank(count, device):
-    """Smallest count of usable examples of any rank: all ranks skip a micro-batch, or none does.
-
-    Returns:
-        fewest, total: ints over the ranks.
-    """
-    fewest = torch.tensor([count], device=device)
-    total = fewest.clone()
-    dist.all_reduce(fewest, op=dist.ReduceOp.MIN)
-    dist.all_reduce(total)
-    return int(fewest), int(total)
-
-
-def average(values, device):
+def average(values):
     """Means over the values of all ranks.
 
     Args:
@@ -78,20 +56,14 @@ def average(values, device):
     Returns:
         {name: mean} of the names with at least one value, in rank 0's order, then the other ranks'.
     """
-    everyone = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, list(values))
-    names = list(dict.fromkeys(chain(*everyone)))
-    rows = []
-    for name in names:
-        numbers = values.get(name, [])
-        rows.append([sum(numbers), len(numbers)])
-    table = torch.tensor(rows, dtype=torch.float64, device=device)  # (names, 2)
-    dist.all_reduce(table)
-    means = {}
-    for name, (total, count) in zip(names, table.tolist(), strict=True):
-        if count > 0:
-            means[name] = total / count
-    return means
+    # Sums in the order of the ranks, so that the result is the same on all of them.
+    totals = {}
+    counts = Counter()
+    for sums in gather({name: (sum(numbers), len(numbers)) for name, numbers in values.items()}):
+        for name, (total, count) in sums.items():
+            totals[name] = totals.get(name, 0.0) + total
+            counts[name] += count
+    return {name: totals[name] / counts[name] for name in totals if counts[name] > 0}
 
 
 def free_port():
@@ -101,34 +73,17 @@ def free_port():
         return str(free.getsockname()[1])
 
 
-def launcher_file():
-    """File through which the ranks of one deepspeed launcher on one machine agree on a port.
+def own_port():
+    """Sets a port that the ranks of one deepspeed launcher share and other runs do not.
 
-    Without --master_port the launcher gives every run the same port.
-
-    Returns:
-        Path named after the launcher's process; None under another launcher, on several machines,
-        or if the user chose a port.
+    Without --master_port the launcher gives every run on a machine the same port.
     """
     default = str(TORCH_DISTRIBUTED_DEFAULT_PORT)
-    if os.environ.get("CROSS_SIZE") != "1" or os.environ["MASTER_PORT"] != default:
-        return None
-    parents = psutil.Process().parents()
-    launchers = [one for one in parents if "deepspeed.launcher.launch" in one.cmdline()]
-    if not launchers:
-        return None
-    name = f"ranks-{launchers[0].pid}-{launchers[0].create_time()}"
-    return Path(tempfile.gettempdir()) / name
-
-
-def own_port(file):
-    """Port that rank 0 found free and the others read from the file, as text."""
-    # Without a number of workers the store leaves its file: two ranks that let go of it at once
-    # may both leave it anyway.
-    store = dist.FileStore(str(file))
-    if os.environ["RANK"] == "0":
-        store.set("port", free_port())
-    return store.get("port").decode()
+    if os.environ.get("CROSS_SIZE") == "1" and os.environ["MASTER_PORT"] == default:
+        for parent in psutil.Process().parents():
+            if "deepspeed.launcher.launch" in parent.cmdline():
+                # Below the ports that systems hand out.
+                os.environ["MASTER_PORT"] = str(20_000 + parent.pid % 12_000)
 
 
 def start_ranks():
@@ -136,16 +91,11 @@ def start_ranks():
     if "RANK" not in os.environ:
         alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
         os.environ.update(alone, MASTER_PORT=free_port())
-    file = launcher_file()
-    if file is not None:
-        os.environ["MASTER_PORT"] = own_port(file)
+    own_port()
     if torch.cuda.is_available():
         # NCCL's first collective comes before any engine.
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     deepspeed.init_distributed()
-    # All ranks are there, so all have read the port.
-    if file is not None and is_main():
-        file.unlink(missing_ok=True)
     if torch.cuda.is_available():
         return
     # A CPU computes with denormal numbers a hundred times slower.
@@ -162,14 +112,15 @@ def on_main_first(work):
         What it returned, on all ranks.
     Errors: DataError on all ranks if it raised one.
     """
-    outcome = [None, None]  # value, message
+    # A message instead of an exception, which would leave the other ranks waiting.
+    value = None
+    message = None
     if is_main():
         try:
-            outcome[0] = work()
+            value = work()
         except DataError as error:
-            outcome[1] = str(error)
-    dist.broadcast_object_list(outcome)
-    value, message = outcome
+            message = str(error)
+    value, message = gather((value, message))[0]
     if message is not None:
         raise DataError(message)
     return value

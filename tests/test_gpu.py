@@ -329,7 +329,7 @@ def test_groups_of_every_recipe(flags, toy_folder, toy_processor, talker, monkey
             if arguments.temporal and example.media_type == "video":
                 control = encoder.encode(example, row, shuffle=[3, 0, 2, 1])
             inputs = encoder.encode(example, row)
-            ready.append(train.Ready(place, example, rows["video"], inputs, control))
+            ready.append(train.Ready(place, example, rows["video"], None, inputs, control))
         lines = []
         run = SimpleNamespace(
             args=arguments,

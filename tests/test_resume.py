@@ -298,14 +298,14 @@ def test_every_third_item_broken_in_another_way(small_toy, first_run, tmp_path):
         ({"solution": "Z"}, "solution ... names none of the options"),
         (
             {"problem_type": "numerical", "solution": "50%"},
-            "its own solution ... scores N as numerical",
+            "its own solution ... scores ... as numerical",
         ),
         (
             {"problem_type": "regression", "solution": 0},
-            "its own solution ... scores N as regression",
+            "its own solution ... scores ... as regression",
         ),
         ({"problem": "why \ud83d"}, "has no valid Unicode in problem"),
-        ({"problem": "why " * 300}, "the prompt has N tokens (--max_prompt_length N)"),
+        ({"problem": "why " * 300}, "the prompt has ... tokens (--max_prompt_length ...)"),
     ]
     rows, expected = [], {}
     for index in range(60):
@@ -343,11 +343,7 @@ def test_every_third_item_broken_in_another_way(small_toy, first_run, tmp_path):
     result = json.loads((tmp_path / "out" / "result.json").read_text())
     found = {}
     for cause, count in result["skipped_by_cause"].items():
-        key = next(
-            words
-            for words in expected
-            if words.removesuffix(" N tokens (--max_prompt_length N)") in cause
-        )
+        key = next(words for words in expected if words in cause)
         found[key] = found.get(key, 0) + count
         assert f"{count} skipped: {cause}" in done.stdout
     assert found == expected and sum(found.values()) == len(result["skipped"]) == 20
@@ -427,28 +423,33 @@ def test_inputs_from_workers_are_those_of_this_process(small_toy, first_run):
             row = Prior("0", frames=[0, 20, 40, 60], times=[0.0, 5.0, 10.0, 15.0], prior=[0.25] * 4)
             rows = [row if one.media_type == "video" else None for one in examples]
             orders = [[2, 0, 3, 1] if row else None for row in rows]
-            requests = list(zip(range(8), examples, rows, orders))
+            requests = [engine.Ready(*all) for all in zip(range(8), examples, rows, orders)]
+            others = [engine.Ready(*all) for all in zip(range(8), examples, rows, orders)]
             inputs, alone = (engine.Inputs(encoder, workers, 60) for workers in (2, 0))
             inputs.ahead(requests)
-            alone.ahead(requests)
-            for place, example, *_ in requests:
-                for a, b in zip(inputs.take(place, example), alone.take(place, example)):
+            alone.ahead(others)
+            for one, other in zip(requests, others):
+                inputs.take(one)
+                alone.take(other)
+                for a, b in ((one.inputs, other.inputs), (one.control, other.control)):
                     assert (a is None) == (b is None)
                     for key, value in (vars(b) if b else {}).items():
                         own = getattr(a, key)
                         assert torch.equal(own, value) if torch.is_tensor(value) else own == value
-            inputs.ahead((place + 100, *rest) for place, *rest in requests)
+            inputs.ahead(requests)
             time.sleep(0.2)
             for child in multiprocessing.active_children():
                 # as a signal to the whole job does: a worker that dies costs no medium
                 child.terminate()
-            for place, example, *_ in requests:
-                assert inputs.take(place + 100, example)[0].times is not None
+            for one in requests:
+                one.inputs = None
+                inputs.take(one)
+                assert one.inputs.times is not None
             inputs.stop()
             slow = engine.Inputs(Hangs(encoder.processor, 3136, 3136), 1, 0.5)
             slow.ahead(requests[:1])
             try:
-                slow.take(0, examples[0])
+                slow.take(requests[0])
             except MediaError as error:
                 print("not decoded within 0.5 s" in str(error))
             slow.stop()"""
@@ -463,11 +464,11 @@ def test_causes_are_counted_without_names_and_numbers():
         "/d/my video 1.mp4: no such file": "no such file",
         "DATA/a b.mp4: no such file": "no such file",
         "/d/x.mp4: not a readable video (Error reading /d/x.mp4...)": (
-            "not a readable video (Error reading FILE"
+            "not a readable video (Error reading ..."
         ),
         "row 3 (problem_id a b) has no problem": "has no problem",
         "/d/x.mp4: the prompt has 1,234 tokens (--max_prompt_length 400)": (
-            "the prompt has N tokens (--max_prompt_length N)"
+            "the prompt has ... tokens (--max_prompt_length ...)"
         ),
     }
     for cause, plain in causes.items():

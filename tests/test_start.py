@@ -1,12 +1,13 @@
 """What train.py does before its first step: what it refuses, what it says, what it skips, and that
 a refusal leaves no trace. In this
-process: train.run() is the real one, its two trainers and the scoring are stand-ins."""
+process: train.run() is the real one, its two trainers and the answering are stand-ins."""
 
 import json
 import os
 import random
 import shutil
 import sys
+from contextlib import nullcontext
 from dataclasses import asdict, replace
 from types import SimpleNamespace
 
@@ -71,16 +72,16 @@ def place(alone, toy_folder, checkpoint, tmp_path, monkeypatch, capsys):
         train.run(*train.parse_arguments())
         return capsys.readouterr().out
 
-    def train_sft(run, model, demonstrations):
-        here.calls.append(("sft", [example.id for example in demonstrations.examples]))
-        run.log({"stage": "sft", "step": 0})
+    def train_sft(run):
+        here.calls.append(("sft", [example.id for example in run.demonstrations.examples]))
+        run.write("metrics.jsonl", [{"stage": "sft", "step": 0}])
         return here.output / "sft"
 
-    def train_grpo(run, model, questions, heldout):
-        here.calls.append(("grpo", [example.id for example in questions.examples]))
-        here.rows = questions.priors
-        run.log({"stage": "grpo", "step": 0})
-        steps = len(questions.examples)  # with one question a step
+    def train_grpo(run, model):
+        here.calls.append(("grpo", [example.id for example in run.training.examples]))
+        here.rows = run.training.priors
+        run.write("metrics.jsonl", [{"stage": "grpo", "step": 0}])
+        steps = len(run.training.examples)  # with one question a step
         if run.args.save_steps:
             folder = here.output / f"checkpoint-grpo-{steps}"
             state = {
@@ -94,12 +95,10 @@ def place(alone, toy_folder, checkpoint, tmp_path, monkeypatch, capsys):
             (folder / "state.json").write_text(json.dumps(state))
         return here.output / "grpo"
 
-    def score(run, model, heldout):
-        if not heldout.examples:
-            return {}
-        here.calls.append(("score", [example.id for example in heldout.examples]))
-        here.heldout_rows = heldout.priors
-        return {"greedy": 0.5}
+    def score_answers(run, model, ready, log):
+        here.calls.append(("score", [one.example.id for one in ready]))
+        here.heldout_rows = run.heldout.priors
+        log.add("greedy", [0.5])
 
     def load_clip(*names):
         here.clips.append(names)
@@ -107,7 +106,11 @@ def place(alone, toy_folder, checkpoint, tmp_path, monkeypatch, capsys):
     here.write, here.start = write, start
     monkeypatch.setattr(train, "train_sft", train_sft)
     monkeypatch.setattr(train, "train_grpo", train_grpo)
-    monkeypatch.setattr(train, "score_checkpoint", score)
+    engine = SimpleNamespace(destroy=lambda: None)
+    monkeypatch.setattr(train, "start_engine", lambda *_: engine)
+    monkeypatch.setattr(train, "sampling", nullcontext)
+    monkeypatch.setattr(train, "Tracker", lambda *_: None)  # DeepSpeed's ranks are not started
+    monkeypatch.setattr(train, "score_answers", score_answers)
     monkeypatch.setattr(prior, "load_clip", load_clip)
     return here
 
@@ -151,39 +154,36 @@ def test_an_example_without_a_row_is_looked_at(place):
     data = place.write("data.json", [a, b, c, absent(d)])
     said = place.start("--dataset_name", data, "--priors", file, *NO_CLIP)
     assert said.count(f"skipped {d['problem_id']}: ") == 1 and "absent.mp4: no such file" in said
-    assert "GRPO: 3 step(s) instead of 4 of 1 question(s); 1 question(s) unusable" in said
+    assert "GRPO: 3 of 4 planned step(s) of 1 question(s); 1 unusable" in said
     assert list(result(place)["skipped"]) == [d["problem_id"]] and sorted(
         place.calls[0][1]
     ) == sorted(row["problem_id"] for row in (a, b, c))
     shutil.rmtree(place.output)
-    # the same file, but the video is there: no cause to skip it
+    # the same file, but the video is there: its prior is computed
     data = place.write("data.json", [a, absent(b), d])
     workers.write_lines(
         file, [row for row in prior.read_priors(file) if row.problem_id == a["problem_id"]]
     )
-    message = refused(place, "--dataset_name", data, "--priors", file, *NO_CLIP)
-    assert (
-        f"no row for 2 of 3 examples, though the medium of {d['problem_id']} can be read" in message
-        and str(file) in message
-    )
-    assert not place.output.exists()
+    said = place.start("--dataset_name", data, "--priors", file, *NO_CLIP)
+    assert "computing the priors of 2 training questions" in said
+    assert set(place.rows) == {a["problem_id"], d["problem_id"]}
+    assert list(result(place)["skipped"]) == [b["problem_id"]]
 
 
-def test_rows_without_frame_sets_are_looked_at_and_load_clip_for_a_readable_video_alone(place):
+def test_rows_without_frame_sets_are_computed_and_load_clip(place):
     a, b, c, d = (questions[0] for questions in place.questions)
     sets = {"uniform": [0, 20, 40, 60], "scene": [20], "semantic": [40]}
-    data = place.write(
-        "data.json", [{**a, "frame_sets": sets}, {**b, "frame_sets": sets}, absent(c)]
-    )
-    said = place.start("--dataset_name", data, "--frames", 4)
-    assert place.clips == [] and said.count(f"skipped {c['problem_id']}: ") == 1
+    data = place.write("data.json", [{**a, "frame_sets": sets}, {**b, "frame_sets": sets}])
+    place.start("--dataset_name", data, "--frames", 4)
+    assert place.clips == []
     # Eq. 1-2 by hand: weights 0.1, 0.1 + 1, 0.1 + 3, 0.1 and their sum 4.4
     assert place.rows[a["problem_id"]].prior == pytest.approx(
         [0.1 / 4.4, 1.1 / 4.4, 3.1 / 4.4, 0.1 / 4.4]
     )
     shutil.rmtree(place.output)
     data = place.write("data.json", [{**a, "frame_sets": sets}, absent(b), c])
-    place.start("--dataset_name", data, "--frames", 4)
+    said = place.start("--dataset_name", data, "--frames", 4)
+    assert said.count(f"skipped {b['problem_id']}: ") == 1
     assert len(place.clips) == 1 and set(place.rows) == {a["problem_id"], c["problem_id"]}
 
 
@@ -242,16 +242,14 @@ def test_prior_refuses_other_settings_before_it_deletes_the_list_of_errors(
     assert (place.folder / "p.jsonl.errors.jsonl").read_text() == errors
 
 
-def test_held_out_priors_are_given_or_found_in_the_training_ones(place, monkeypatch):
+def test_held_out_priors_are_given_or_computed(place, monkeypatch):
     a, b, c, d = (questions[0] for questions in place.questions)
-    data, heldout = (
-        place.write("data.json", [a, b]),
-        place.write("heldout.json", [c, {**d, "problem_id": a["problem_id"]}]),
-    )
+    data = place.write("data.json", [a, b])
+    # d under a's id: another question than the training one of that id
+    heldout = place.write("heldout.json", [c, {**d, "problem_id": a["problem_id"]}])
     flags = ["--dataset_name", data, "--eval_dataset_name", heldout, *NO_CLIP]
-    both = priors_of(
-        place, [a, b, c]
-    )  # has a's id, for another question than the held-out one of that id
+    own = priors_of(place, [c, {**d, "problem_id": a["problem_id"]}], "held.jsonl")
+    flags += ["--priors", priors_of(place, [a, b]), "--eval_priors", own]
     decoded, read_cues = [], prior.read_cues
     monkeypatch.setattr(
         prior,
@@ -260,27 +258,14 @@ def test_held_out_priors_are_given_or_found_in_the_training_ones(place, monkeypa
             decoded.append(os.path.basename(medium[1])) or read_cues(medium, *others)
         ),
     )
-    place.start(*flags, "--priors", both)
-    assert decoded == [os.path.basename(d["path"])]  # c's was found
-    made = place.heldout_rows
-    assert (
-        made[c["problem_id"]]
-        == {row.problem_id: row for row in prior.read_priors(both)}[c["problem_id"]]
-    )
-    shutil.rmtree(place.output)
-    decoded.clear()
-    own = place.folder / "held.jsonl"
-    workers.write_lines(own, made.values())
-    place.start(*flags, "--priors", both, "--eval_priors", own)
+    place.start(*flags)
+    made = {row.problem_id: row for row in prior.read_priors(own)}
     assert decoded == [] and place.heldout_rows == made
     shutil.rmtree(place.output)
     workers.write_lines(own, [made[c["problem_id"]]])
-    assert "no row for 1 of 2 examples" in refused(
-        place, *flags, "--priors", both, "--eval_priors", own
-    )
-    assert "--eval_priors without held-out questions" in refused(
-        place, "--dataset_name", data, *NO_CLIP, "--eval_priors", own
-    )
+    said = place.start(*flags)
+    assert decoded == [os.path.basename(d["path"])] and place.heldout_rows == made
+    assert "computing the priors of 1 held-out questions" in said
 
 
 # ---------------------------------------------------------------------------------------- held out
@@ -319,16 +304,10 @@ def test_held_out_questions_that_cannot_be_asked_are_skipped_before_and_after(pl
     assert all(said.count(f"skipped {problem}: ") == 1 for problem in skipped)
     shutil.rmtree(place.output)
     heldout = place.write("heldout.json", [long])
-    assert "no question of" in refused(
-        place,
-        "--dataset_name",
-        data,
-        "--eval_dataset_name",
-        heldout,
-        "--max_prompt_length",
-        400,
-        *NO_CLIP,
-    )
+    flags = ["--eval_dataset_name", heldout, "--max_prompt_length", 400, *NO_CLIP]
+    said = place.start("--dataset_name", data, *flags)
+    assert "held-out: 0 question(s); unusable: 1" in said
+    assert result(place)["before"] == result(place)["after"] == {}
 
 
 # ---------------------------------------------------------------------- refusals, and what is said
@@ -352,13 +331,13 @@ def test_a_refused_start_leaves_nothing_behind(place, monkeypatch, tmp_path):
         (
             "--per_device_train_batch_size",
             3,
-        ): "2 usable questions (0 skipped) are fewer than one step's 3",
-        ("--stage", "sft", "--sft_per_device_batch_size", 3): "fewer than one step of 3",
-        ("--output_dir", data): "is no folder",
+        ): f"2 usable questions of {data} (0 skipped) are fewer than one step's 3",
+        ("--stage", "sft", "--sft_per_device_batch_size", 3): "are fewer than one step's 3",
+        ("--output_dir", data): "cannot be made",
     }
     for flags, words in bad.items():
         assert words in refused(place, *good, *flags), flags
-        assert not place.output.exists(), flags
+        assert not place.output.exists() or not list(place.output.iterdir()), flags
     # terms that could give nothing, and priors of other frames
     rows = [row for questions in place.questions for row in questions if not row["options"]]
     rows = [{key: value for key, value in row.items() if key != "grounding"} for row in rows]
@@ -369,19 +348,18 @@ def test_a_refused_start_leaves_nothing_behind(place, monkeypatch, tmp_path):
     other = priors_of(place, [a, b], frames=8)
     message = refused(place, *good, "--priors", other)
     assert "K=8" in message and "K=16" in message
-    assert not place.output.exists()
-    assert "can be inverted" in refused(place, "--dataset_name", plain, "--recipe", "tw")
+    assert not list(place.output.iterdir())
+    said = place.start("--dataset_name", plain, "--recipe", "tw")
+    assert "0 inverted, 0 not invertible" not in said and ", 0 inverted, " in said
     shutil.rmtree(place.output)  # with the priors that it computed
     # refused with its priors computed, then for want of a model's weights: neither is an
-    # earlier run, and the rows are used again
+    # earlier run, and its priors file may be given to another one
     broken = place.write("data.json", [a, absent(b)])
-    assert "1 usable questions (1 skipped)" in refused(
+    assert f"1 usable questions of {broken} (1 skipped)" in refused(
         place, "--dataset_name", broken, *NO_CLIP, "--per_device_train_batch_size", 2
     )
-    assert sorted(path.name for path in place.output.iterdir()) == [
-        "priors_training.jsonl",
-        "priors_training.jsonl.errors.jsonl",
-    ]
+    made = place.output / "priors_training.jsonl"
+    assert list(place.output.iterdir()) == [made]
 
     def fails(*_):
         raise OSError("no weights")
@@ -392,7 +370,7 @@ def test_a_refused_start_leaves_nothing_behind(place, monkeypatch, tmp_path):
             place.start(*good)
     assert (place.output / "run.json").is_file()
     place.write("data.json", [a, b])
-    said = place.start(*good)
+    said = place.start(*good, "--priors", made)
     assert "computing the priors of 1 training questions" in said  # b's, which was broken
     assert set(place.rows) == {
         a["problem_id"],
@@ -400,7 +378,8 @@ def test_a_refused_start_leaves_nothing_behind(place, monkeypatch, tmp_path):
     } and "holds an earlier run" in refused(place, *good)
 
 
-def test_rows_of_a_refused_start_with_other_settings_are_computed_again(place):
+def test_priors_of_a_refused_start_are_computed_again(place):
+    """With the settings of the new start."""
     a, b = place.questions[0][:2]
     data = place.write("data.json", [a, b])
     place.output.mkdir()
@@ -426,22 +405,20 @@ def test_what_will_be_trained_is_said_first(place, monkeypatch):
     place.calls.clear()
     place.start("--dataset_name", data, "--per_device_train_batch_size", 5, *NO_CLIP)
     assert (
-        "GRPO: 2 step(s) of 5 question(s); 1 question(s) unusable; 2 left over, too few for a step",
+        "GRPO: 2 of 2 planned step(s) of 5 question(s); 1 unusable, 0 inverted, 0 not invertible",
         0,
     ) in said
 
 
-def test_a_row_is_named_once_by_all_stages_epochs_and_ranks(alone, capsys):
+def test_a_row_is_named_once(alone, capsys):
     ranks.named.clear()
-    skipped = {}
     for _ in range(2):
-        ranks.share_skipped({"a": "a.mp4: no such file"}, skipped)
+        ranks.name_skipped({"a": "a.mp4: no such file"})
     ranks.name_skipped({"a": "a.mp4: no such file", "b": "row 1 has no problem"})
     assert capsys.readouterr().out.splitlines() == [
         "skipped a: a.mp4: no such file",
         "skipped b: row 1 has no problem",
     ]
-    assert skipped == {"a": "a.mp4: no such file"}
 
 
 def test_without_git_there_is_no_revision(monkeypatch, tmp_path):
@@ -464,7 +441,8 @@ def test_a_longer_run_begins_with_the_questions_of_a_shorter_one(toy_folder, alo
     streams = []
     for length in lengths:
         arguments = replace(train.TrainArguments(), per_device_train_batch_size=2, **length)
-        streams.append([example.id for example in train.question_stream(arguments, examples)])
+        order = train.schedule(arguments, "grpo").order(examples, 0)
+        streams.append([example.id for example in order])
     assert [len(stream) for stream in streams] == [4, 18, 7, 15]
     for stream in streams:
         assert streams[1][: len(stream)] == stream
@@ -485,27 +463,14 @@ def test_a_finished_run_is_planned_again(place):
     assert len(first) == 3 and (place.output / "checkpoint-grpo-3").is_dir()
     state = {path: path.read_bytes() for path in place.output.rglob("*") if path.is_file()}
     place.calls.clear()
-    assert "holds a finished run (result.json); nothing to do" in place.start(
-        *more, "--max_steps", 4
-    )
+    assert "holds a finished run, as long" in place.start(*more, "--max_steps", 4)
     assert {path: path.read_bytes() for path in place.output.rglob("*") if path.is_file()} == state
-    left = 2 - (
-        [example.id for example in load_examples(data)].index(d["problem_id"])
-        in random.Random(0).sample(range(4), 4)[:2]
-    )
-    assert (
-        f"holds a finished run of 3 grpo steps, this command has {left}; nothing to do"
-        in place.start(*more, "--max_steps", 2)
-    )
     assert place.calls == [] and (place.output / "result.json").is_file()
     # what could not be read stays out, also when it can be by now: the questions that were
     # trained keep their places
     shutil.copyfile(place.folder / d["path"], place.folder / "absent.mp4")
     said = place.start(*more, "--max_steps", -1, "--num_train_epochs", 2)
-    assert (
-        "going on with --num_train_epochs 2.0, before it was 1.0" in said
-        and "schedule is stretched" in said
-    )
+    assert "going on with --num_train_epochs 2.0, before it was 1.0" in said
     (_, second), (_, after) = place.calls  # the scores before are those of the first run
     assert (
         len(second) == 6
@@ -522,16 +487,11 @@ def test_a_finished_run_is_planned_again(place):
     shutil.rmtree(place.output)
     place.calls.clear()
     place.start("--dataset_name", place.write("data.json", [b, c]), *NO_CLIP, "--save_steps", 0)
-    assert "without checkpoints (--save_steps 0)" in refused(
-        place,
-        "--dataset_name",
-        data,
-        *NO_CLIP,
-        "--resume_from_checkpoint",
-        "auto",
-        "--num_train_epochs",
-        2,
-    )
+    place.calls.clear()
+    more = ["--dataset_name", data, *NO_CLIP, "--resume_from_checkpoint", "auto"]
+    said = place.start(*more, "--num_train_epochs", 2)
+    assert "holds a finished run, as long or without checkpoints" in said
+    assert place.calls == []
 
 
 def test_a_longer_run_computes_the_priors_that_it_lacks(place):
@@ -578,9 +538,7 @@ def test_a_finished_run_is_made_longer(small_toy, first_run, tmp_path):
     ]
     done = run_script("train.py", *flags, "--max_steps", 3, report=False)
     said = done.stdout + done.stderr
-    assert (
-        "going on with --max_steps 3, before it was 2" in said and "schedule is stretched" in said
-    )
+    assert "going on with --max_steps 3, before it was 2" in said
     assert "going on after step 2 of grpo" in said
     assert [record["step"] for record in metrics(output, "grpo")] == [0, 1, 2] and len(
         metrics(output, "sft")
