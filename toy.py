@@ -14,10 +14,9 @@ wrong evidence, and RL has to find the right one.
 
 import json
 import math
-import os
 import random
+import re
 import sys
-import time
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -27,6 +26,7 @@ import numpy as np
 import open_clip
 import torch
 import torch.nn.functional as F
+from open_clip import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
 from safetensors.torch import save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from torchvision.transforms.functional import normalize
@@ -57,7 +57,17 @@ COLOURS = {
     "cyan": (30, 220, 230),
     "pink": (245, 90, 200),
 }
-TEXTURES = ("plain", "striped", "barred", "dotted", "checked", "slanted")
+# The bright pixels of each texture. A period of 28 px becomes a patch of 14 px once a frame is
+# resized to 56x56.
+Y, X = np.mgrid[:SIZE, :SIZE]
+TEXTURES = {
+    "plain": X < 0,
+    "striped": Y // 14 % 2,
+    "barred": X // 14 % 2,
+    "dotted": (X % 28 - 14) ** 2 + (Y % 28 - 14) ** 2 < 64,
+    "checked": (X // 14 + Y // 14) % 2,
+    "slanted": (X + Y) // 14 % 2,
+}
 WORDS = ("sun", "moon", "star", "tree", "fish", "bird")
 
 
@@ -88,34 +98,10 @@ class Scene:
 
 @dataclass
 class Video:
-    path: str  # of the mp4, relative to the toy's folder
+    path: str  # relative to the toy's folder, without .mp4
     scenes: list[Scene]
     seed: list[int]  # of the pixels
     word: str | None  # written into the second scene
-
-    @property
-    def image(self):
-        """Path of a frame of the first scene, for the image questions."""
-        return self.path.replace(".mp4", ".png")
-
-
-def draw_texture(name, dark, bright):
-    """Background of a scene: (SIZE, SIZE) float32 with values dark and bright.
-
-    A period of 28 px becomes a patch of 14 px once the frame is resized to 56x56.
-    """
-    y, x = np.mgrid[:SIZE, :SIZE]
-    rows = y // 14 % 2
-    columns = x // 14 % 2
-    pattern = {
-        "plain": 0 * rows,
-        "striped": rows,
-        "barred": columns,
-        "checked": rows != columns,
-        "dotted": (x % 28 - 14) ** 2 + (y % 28 - 14) ** 2 < 64,
-        "slanted": (x + y) // 14 % 2,
-    }[name]
-    return np.where(pattern, bright, dark).astype(np.float32)
 
 
 def draw_scene(scene, rng, word=None):
@@ -131,17 +117,17 @@ def draw_scene(scene, rng, word=None):
     # The brightness differs between scenes: a cut shows even without texture.
     dark = rng.uniform(60, 90)
     bright = rng.uniform(140, 175)
-    background = draw_texture(scene.texture, dark, bright)
+    background = np.where(TEXTURES[scene.texture], bright, dark).astype(np.uint8)  # (SIZE, SIZE)
     # Each ball has its own quarter of the frame.
     quarters = np.array([(28, 28), (84, 28), (28, 84), (84, 84)])
     centres = quarters[rng.permutation(4)[: scene.balls]]
     balls = centres + rng.uniform(-5, 5, centres.shape)
-    ball_speeds = rng.uniform(-1.0, 1.0, centres.shape)
+    ball_speeds = rng.uniform(-1, 1, centres.shape)
     square = rng.uniform(10, 90, 2)
-    square_speed = rng.uniform(-3.0, 3.0, 2)
+    square_speed = rng.uniform(-3, 3, 2)
     frames = []
     for step in range((scene.end - scene.start) * FPS):
-        frame = np.repeat(background[..., None], 3, axis=2).astype(np.uint8)
+        frame = cv2.cvtColor(background, cv2.COLOR_GRAY2RGB)
         # The distractor moves faster than the balls.
         x, y = np.clip(square + square_speed * step, 4, SIZE - 14).astype(int)
         frame[y : y + 12, x : x + 12] = 30
@@ -149,8 +135,7 @@ def draw_scene(scene, rng, word=None):
         for x, y in np.clip(balls + ball_speeds * step, centres - 7, centres + 7).astype(int):
             cv2.circle(frame, (int(x), int(y)), 20, COLOURS[scene.colour], -1, cv2.LINE_AA)
         if word:
-            font = cv2.FONT_HERSHEY_SIMPLEX
-            cv2.putText(frame, word, (6, 104), font, 0.9, (0, 0, 0), 2, cv2.LINE_AA)
+            cv2.putText(frame, word, (6, 104), 0, 0.9, (0, 0, 0), 2, cv2.LINE_AA)
         # Camera noise: consecutive frames are never equal.
         frames.append(frame + rng.normal(0, 4, frame.shape))
     return np.clip(np.stack(frames), 0, 255).astype(np.uint8)
@@ -160,13 +145,13 @@ def plan_video(rng):
     """Plan four scenes of 2, 2, 4 and 8 s in random order -> list of Scene."""
     # The longest scene is half of the video, and so of its uniform frames.
     lengths = rng.permutation([2, 2, 4, 8]).tolist()
-    textures = rng.choice(TEXTURES, 4, replace=False).tolist()
+    textures = rng.choice(list(TEXTURES), 4, replace=False).tolist()
     colours = rng.choice(list(COLOURS), 4, replace=False).tolist()
     scenes = []
     start = 0
-    for texture, colour, length in zip(textures, colours, lengths, strict=True):
+    for index, length in enumerate(lengths):
         balls = int(rng.integers(1, 4))
-        scenes.append(Scene(texture, colour, balls, start, start + length))
+        scenes.append(Scene(textures[index], colours[index], balls, start, start + length))
         start += length
     return scenes
 
@@ -181,15 +166,14 @@ def write_video(path, frames, fps=FPS):
 
 
 def make_video(folder, video):
-    """Write a video, and the middle frame of its first scene as .png."""
+    """Write a video as .mp4, and the middle frame of its first scene as .png."""
     rng = np.random.default_rng(video.seed)
-    parts = []
-    for index, scene in enumerate(video.scenes):
-        # OCR questions ask for the second scene.
-        word = video.word if index == 1 else None
-        parts.append(draw_scene(scene, rng, word))
-    write_video(folder / video.path, np.concatenate(parts))
-    cv2.imwrite(str(folder / video.image), parts[0][len(parts[0]) // 2][..., ::-1])
+    # OCR questions ask for the second scene.
+    words = [None, video.word, None, None]
+    parts = [draw_scene(scene, rng, word) for scene, word in zip(video.scenes, words, strict=True)]
+    write_video(f"{folder}/{video.path}.mp4", np.concatenate(parts))
+    picture = parts[0][len(parts[0]) // 2]  # (SIZE, SIZE, 3)
+    cv2.imwrite(f"{folder}/{video.path}.png", picture[..., ::-1])
 
 
 # ------------------------------------------------------------------------------- questions
@@ -206,38 +190,36 @@ def listing(scenes):
     parts = []
     for scene in scenes:
         parts.append(f"{scene.start}s {scene}.")
-        for second in range(scene.start + 2, scene.end, 2):
-            parts.append(f"{second}s same.")
+        parts += [f"{second}s same." for second in range(scene.start + 2, scene.end, 2)]
     return " ".join(parts)
 
 
-def shuffled_options(texts, rng):
-    """Options in random order, with letters."""
-    # The position of an option must not give it away.
-    rng.shuffle(texts)
-    return add_letters(texts)
+def colour_options(asked, other, looked, trace, rng):
+    """Offer the colours of two scenes.
 
-
-def letter_of(options, text):
-    """Letter of the option with this text."""
-    return next(option[0] for option in options if option[3:] == text)
-
-
-def recite(options):
-    """Options with the text first, "red A. blue B.".
-
-    A trace can then continue from the text that it found to its letter.
+    Args:
+        asked, other: Scenes with the colours offered.
+        looked: the one of them whose colour the demonstration names.
+        trace: what the demonstration says up to that colour.
+        rng: random.Random.
+    Returns:
+        Options "A. blue", "B. red"; the letter of the looked scene's colour; the trace with the
+        options before it, and the step from the colour to its letter behind it.
     """
-    return " ".join(f"{option[3:]} {option[0]}." for option in options)
+    colours = [asked.colour, other.colour]
+    # The position of an option must not give it away.
+    rng.shuffle(colours)
+    options = add_letters(colours)
+    letter = "AB"[colours.index(looked.colour)]
+    # The colour first, "blue A. red B.": a trace can continue from the colour to its letter.
+    recited = f"{colours[0]} A. {colours[1]} B."
+    return options, letter, f"{recited} {trace} Option: {looked.colour} {letter}."
 
 
 def make_row(kind, question, options, answer, trace=""):
     """Row of Video-R1's format for a video, without path and problem_id."""
-    # The other kinds are problem types themselves.
-    problem_type = kind  # regression, free-form, OCR
-    if options:
-        problem_type = "multiple choice"
-    elif kind == "count":
+    problem_type = "multiple choice" if options else kind  # regression, free-form, OCR
+    if kind == "count":
         problem_type = "numerical"
     return {
         "problem": question,
@@ -251,14 +233,12 @@ def make_row(kind, question, options, answer, trace=""):
     }
 
 
-def evidence_fields(scenes, asked, salient_is_asked):
-    """Fields of a row that say where the answer is and what the video shows."""
-    spans = {f"{clock(scene.start)}-{clock(scene.end)}": str(scene) for scene in scenes}
-    return {
-        "evidence": [[asked.start, asked.end]],
-        "salient_is_asked": salient_is_asked,
-        "grounding": spans,
-    }
+def add_evidence(row, scenes, asked, salient_is_asked):
+    """Add the fields that say where the answer is and what the video shows."""
+    row["evidence"] = [[asked.start, asked.end]]
+    row["salient_is_asked"] = salient_is_asked
+    row["grounding"] = {f"{clock(one.start)}-{clock(one.end)}": str(one) for one in scenes}
+    return row
 
 
 def make_question(kind, scenes, rng, biased, dense_share=1.0):
@@ -292,51 +272,58 @@ def make_question(kind, scenes, rng, biased, dense_share=1.0):
         answer = looked.balls
     else:
         question = COLOUR_QUESTION.format(asked.texture)
-        options = shuffled_options([asked.colour, other.colour], rng)
-        answer = letter_of(options, looked.colour)
-        # From the text that it saw to the letter of that text.
-        trace = f"{recite(options)} {trace} Option: {looked.colour} {answer}."
+        options, answer, trace = colour_options(asked, other, looked, trace, rng)
     if kind == "order":
         question = ORDER_QUESTION.format(*rng.sample([asked.texture, other.texture], 2))
         trace = f"{asked.texture} then {other.texture}. {trace}"
     if rng.random() < dense_share:
         trace = f"{listing(scenes)} {trace}"
     row = make_row(kind, question, options, answer, trace)
-    return {**row, **evidence_fields(scenes, asked, asked is salient)}
+    return add_evidence(row, scenes, asked, asked is salient)
 
 
 def make_image_question(scenes, rng):
     """Ask for the colour in the picture of the first scene; see make_question."""
-    options = shuffled_options([scenes[0].colour, scenes[1].colour], rng)
-    letter = letter_of(options, scenes[0].colour)
-    trace = f"{recite(options)} Look: {scenes[0]}. Option: {scenes[0].colour} {letter}."
+    first, second = scenes[:2]
+    options, letter, trace = colour_options(first, second, first, f"Look: {first}.", rng)
     row = make_row("image", "What colour are the balls in the picture?", options, letter, trace)
-    return {**row, "data_type": "image", "salient_is_asked": True}
+    row["data_type"] = "image"
+    row["salient_is_asked"] = True
+    return row
 
 
-def make_other_type(scenes, rng, word):
+def make_other_type(video, rng):
     """Ask a question of a type that the tiny model is not trained on, for tests and evaluation."""
-    scene = rng.choice(scenes)
+    scene = rng.choice(video.scenes)
     kind = rng.choice(["regression", "free-form", "OCR"])
     if kind == "regression":
-        question = f"How many seconds does the {scene.texture} scene last?"
+        question = "How many seconds does the {} scene last?"
         answer = scene.end - scene.start
     elif kind == "free-form":
-        question = f"What happens in the {scene.texture} scene?"
+        question = "What happens in the {} scene?"
         answer = f"{scene.balls} {scene.colour} balls move over a {scene.texture} background"
     else:
-        scene = scenes[1]
-        question = f"Which word is written in the {scene.texture} scene?"
-        answer = word
-    return {**make_row(kind, question, [], answer), **evidence_fields(scenes, scene, False)}
+        scene = video.scenes[1]
+        question = "Which word is written in the {} scene?"
+        answer = video.word
+    row = make_row(kind, question.format(scene.texture), [], answer)
+    return add_evidence(row, video.scenes, scene, salient_is_asked=False)
 
 
 KINDS = ("colour", "count", "order")
 TRAINED_KINDS = (*KINDS, "order")  # the hardest of them twice
 
 
-def train_rows(scenes, rng, dense_share):
-    """Rows of a training video: yields the name of a question file and a row for it."""
+def make_rows(video, rng, dense_share):
+    """Rows about a video: yields the name of a question file and a row for it."""
+    scenes = video.scenes
+    if "heldout" in video.path:
+        for kind in KINDS:
+            yield "heldout", make_question(kind, scenes, rng, biased=False)
+        if video.word:
+            for _ in range(3):
+                yield "other_types", make_other_type(video, rng)
+        return
     for kind in TRAINED_KINDS * 6:
         biased = rng.random() < 0.6
         yield "train_cot", make_question(kind, scenes, rng, biased, dense_share)
@@ -348,60 +335,41 @@ def train_rows(scenes, rng, dense_share):
         yield "train", make_image_question(scenes, rng)
 
 
-def heldout_rows(scenes, rng, word):
-    """Rows of a held-out video, as train_rows gives them."""
-    for kind in KINDS:
-        yield "heldout", make_question(kind, scenes, rng, biased=False)
-    if word:
-        for _ in range(3):
-            yield "other_types", make_other_type(scenes, rng, word)
-
-
 def make_dataset(folder, arguments):
     """Make the videos and the four question files.
 
     They are train_cot.json (SFT), train.json (RL), heldout.json (scored) and other_types.json
     (held out, not scored).
     """
-    rng = random.Random(arguments.seed)
     # One generator draws all texts in a fixed order, so that a seed gives the same files.
+    rng = random.Random(arguments.seed)
     splits = ["train"] * arguments.train_videos + ["heldout"] * arguments.heldout_videos
     videos = []
     for index, split in enumerate(splits):
         scenes = plan_video(np.random.default_rng([arguments.seed, index]))
         # Every fourth video shows a word.
         word = rng.choice(WORDS) if index % 4 == 0 else None
-        path = f"videos/{split}_{index:04d}.mp4"
+        path = f"videos/{split}_{index:04d}"
         videos.append(Video(path, scenes, [arguments.seed, index, 1], word))
     (folder / "videos").mkdir(parents=True)
     # The pixels have their own seeds: workers may finish in any order.
-    process_map(
-        partial(make_video, folder),
-        videos,
-        max_workers=os.cpu_count(),
-        chunksize=8,
-        desc="toy: videos",
-        unit="video",
-    )
+    make = partial(make_video, folder)
+    process_map(make, videos, chunksize=8, desc="toy: videos")
 
-    rows = {name: [] for name in ("train_cot", "train", "heldout", "other_types")}
-    for video, split in zip(videos, splits, strict=True):
-        if split == "train":
-            made = train_rows(video.scenes, rng, arguments.dense_share)
-        else:
-            made = heldout_rows(video.scenes, rng, video.word)
-        for name, row in made:
+    files = {name: [] for name in ("train_cot", "train", "heldout", "other_types")}
+    for video in videos:
+        for name, row in make_rows(video, rng, arguments.dense_share):
             if name == "train":
                 row["process"] = ""  # RL has no demonstrations
-            row["path"] = video.image if row["data_type"] == "image" else video.path
-            rows[name].append(row)
-    # Neighbouring rows would otherwise be of one video.
-    for name, split_rows in rows.items():
-        rng.shuffle(split_rows)
-        for index, row in enumerate(split_rows):
+            row["path"] = video.path + (".png" if row["data_type"] == "image" else ".mp4")
+            files[name].append(row)
+    for name, rows in files.items():
+        # Neighbouring rows would otherwise be of one video.
+        rng.shuffle(rows)
+        for index, row in enumerate(rows):
             row["problem_id"] = f"{name}-{index}"
-        lines = ",\n".join(map(json.dumps, split_rows))
-        (folder / f"{name}.json").write_text(f"[\n{lines}\n]\n", encoding="utf-8")
+        lines = ",\n".join(map(json.dumps, rows))
+        (folder / f"{name}.json").write_text(f"[\n{lines}\n]\n")
 
 
 # -------------------------------------------------------------------- tokenizer, model, CLIP
@@ -434,11 +402,9 @@ def make_processor(folder):
     real special tokens."""
     corpus = []
     for example in load_examples(folder / "train_cot.json")[-4000:]:
-        text = build_prompt(example) + "\n" + target_text(example)
+        text = f"{build_prompt(example)}\n{target_text(example)}"
         # No merge may cross a tag.
-        for tag in TAGS:
-            text = text.replace(tag, " ")
-        corpus.append(text)
+        corpus.append(re.sub("|".join(TAGS), " ", text))
     # All bytes are in the alphabet, so that any text can be tokenized.
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -493,11 +459,7 @@ def make_model(processor, seed, hidden=128, layers=4, group=1):
         initializer_range=0.1,
         eos_token_id=token("<|im_end|>"),
         pad_token_id=token("<|endoftext|>"),
-        rope_parameters={
-            "rope_type": "default",
-            "rope_theta": 10000.0,
-            "mrope_section": [4, 6, 6],
-        },
+        rope_parameters={"rope_theta": 10000.0, "mrope_section": [4, 6, 6]},
     )
     vision_config = dict(
         depth=2,
@@ -572,14 +534,12 @@ def caption_batch(labels, rng):
     for texture, colour in labels:
         caption = rng.choice(CAPTIONS)
         rival = rng.choice([name for name in TEXTURES if name != texture])
-        captions.append(caption.format(texture=texture, colour=colour, rival=rival))
+        caption = caption.format(texture=texture, colour=colour, rival=rival)
+        captions.append(caption)
+        words = caption.split()
         # A caption fits any value of what it does not name.
-        textures = TEXTURES
-        if "{rival}" in caption:
-            textures = (texture, rival)
-        elif "{texture}" in caption:
-            textures = (texture,)
-        colours = (colour,) if "{colour}" in caption else COLOURS
+        textures = TEXTURES.keys() & words or TEXTURES
+        colours = COLOURS.keys() & words or COLOURS
         fits.append([other[0] in textures and other[1] in colours for other in labels])
     return captions, torch.tensor(fits).T
 
@@ -608,7 +568,7 @@ def clip_frames(folder):
     images = torch.from_numpy(np.concatenate(images))  # (frames, H, W, 3)
     images = images.permute(0, 3, 1, 2).float() / 255
     images = F.interpolate(images, CLIP_SIZE, mode="bicubic", antialias=True).clamp(0, 1)
-    images = normalize(images, open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD)
+    images = normalize(images, OPENAI_DATASET_MEAN, OPENAI_DATASET_STD)
     return images, labels
 
 
@@ -619,18 +579,17 @@ def make_clip(folder, arguments):
     model = open_clip.CLIP(**CLIP_CONFIG)
     tokenizer = open_clip.get_tokenizer("ViT-B-32", context_length=CLIP_TOKENS)
     images, labels = clip_frames(folder)
-    steps = arguments.clip_steps
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps)
-    for _ in tqdm(range(steps), desc="toy: CLIP", unit="step"):
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, arguments.clip_steps)
+    for _ in tqdm(range(arguments.clip_steps), desc="toy: CLIP"):
         chosen = rng.sample(range(len(labels)), CLIP_BATCH)
         captions, fits = caption_batch([labels[index] for index in chosen], rng)
         image_features, text_features, scale = model(images[chosen], tokenizer(captions))
         logits = scale * image_features @ text_features.T  # (frames, captions)
         # CLIP's symmetric loss, with all fitting pairs as targets.
         targets = fits.float()
-        image_loss = F.cross_entropy(logits, targets / targets.sum(1, keepdim=True))
-        text_loss = F.cross_entropy(logits.T, targets.T / targets.T.sum(1, keepdim=True))
+        image_loss = F.cross_entropy(logits, F.normalize(targets, p=1))
+        text_loss = F.cross_entropy(logits.T, F.normalize(targets.T, p=1))
         loss = (image_loss + text_loss) / 2
         optimizer.zero_grad()
         loss.backward()
@@ -638,66 +597,59 @@ def make_clip(folder, arguments):
         schedule.step()
         # A sharper softmax has denormal numbers, which slow a CPU down.
         model.logit_scale.data.clamp_(max=math.log(30))
-    save_clip(model, folder / "clip")
-
-
-def save_clip(model, folder):
-    """Save in open_clip's folder format, which is loaded by the name local-dir:FOLDER."""
-    folder.mkdir(parents=True)
-    normalisation = {"mean": open_clip.OPENAI_DATASET_MEAN, "std": open_clip.OPENAI_DATASET_STD}
-    config = {"model_cfg": CLIP_CONFIG, "preprocess_cfg": normalisation}
-    (folder / "open_clip_config.json").write_text(json.dumps(config, indent=1), encoding="utf-8")
-    save_file(model.state_dict(), folder / "open_clip_model.safetensors")
+    # open_clip's folder format, which is loaded by the name local-dir:FOLDER.
+    (folder / "clip").mkdir()
+    config = {
+        "model_cfg": CLIP_CONFIG,
+        "preprocess_cfg": {"mean": OPENAI_DATASET_MEAN, "std": OPENAI_DATASET_STD},
+    }
+    (folder / "clip/open_clip_config.json").write_text(json.dumps(config, indent=1))
+    save_file(model.state_dict(), folder / "clip/open_clip_model.safetensors")
 
 
 # --------------------------------------------------------------------------------- the toy
 
 
-def make_toy(arguments, same=("version", "seed")):
-    """Make the toy in arguments.output_dir, or reuse a finished one there.
+def make_toy(output_dir, **settings):
+    """Make a toy, or reuse a finished one in the folder.
 
     Args:
-        arguments: ToyArguments.
-        same: settings that a finished toy must share.
+        output_dir: folder of the toy.
+        settings: fields of ToyArguments. A finished toy must share them; one that is made has the
+            defaults of the others.
     Returns:
-        The settings that the toy was made with, and whether it was reused.
+        All settings that the toy was made with.
     Raises:
         DataError: the folder holds something else.
     """
-    folder = Path(arguments.output_dir)
-    recipe = {**asdict(arguments), "version": VERSION}
+    folder = Path(output_dir)
     done = folder / "toy.json"  # written last: a folder without it is unfinished
+    asked = {**settings, "version": VERSION}
     if done.is_file():
-        made = json.loads(done.read_text(encoding="utf-8"))
-        other = [name for name in same if made[name] != recipe[name]]
-        if other:
-            raise DataError(
-                f"{folder} holds a toy with another {', '.join(other)}; "
-                "remove it or choose another folder"
-            )
-        return made, True
+        made = json.loads(done.read_text())
+        if made | asked == made:
+            return made
     if folder.exists() and any(folder.iterdir()):
         raise DataError(
-            f"{folder} holds an unfinished toy or something else; "
+            f"{folder} holds files, but no finished toy with {asked} (see toy.json there); "
             "remove it or choose another folder"
         )
     # In order: the tokenizer is trained on the questions, CLIP on the videos.
+    arguments = ToyArguments(output_dir=str(folder), **settings)
     make_dataset(folder, arguments)
     processor = make_processor(folder)
     processor.save_pretrained(folder / "model")
     make_model(processor, arguments.seed).save_pretrained(folder / "model")
     make_clip(folder, arguments)
-    done.write_text(json.dumps(recipe), encoding="utf-8")
-    return recipe, False
+    recipe = {**asdict(arguments), "version": VERSION}
+    done.write_text(json.dumps(recipe))
+    return recipe
 
 
 def main():
-    arguments = ToyArguments(**vars(Parser(ToyArguments, __doc__).parse_args()))
-    begin = time.perf_counter()
-    # train.py takes any toy of its seed, but here a flag that was given must hold.
-    same = {"version", *vars(arguments)} - {"output_dir"}
-    recipe, reused = make_toy(arguments, sorted(same))
-    print(f"toy {'found' if reused else 'made'} in {time.perf_counter() - begin:.0f} s: {recipe}")
+    settings = vars(Parser(ToyArguments, __doc__).parse_args())
+    recipe = make_toy(**settings)
+    print(f"a toy is in {settings['output_dir']}: {recipe}")
 
 
 if __name__ == "__main__":

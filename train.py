@@ -1336,8 +1336,7 @@ def read_inputs(args, settings, resume):
     sft_data = args.dataset_name
     # The toy is made on first use; its demonstrations are a file of their own.
     if args.toy_dir:
-        arguments = toy.ToyArguments(output_dir=args.toy_dir, seed=args.seed)
-        on_main_first(lambda: toy.make_toy(arguments))
+        on_main_first(lambda: toy.make_toy(args.toy_dir, seed=args.seed))
         sft_data = f"{args.toy_dir}/train_cot.json"
     # The checkpoint's own processor makes the model inputs.
     processor = load_processor(args, args.model_name_or_path)

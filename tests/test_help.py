@@ -37,7 +37,7 @@ DEFAULTS = {  # one of each, by hand
     "visualize.py sample": ("--cfr_weight", "3.0"),
     "visualize.py enrichment": ("--output", "enrichment.html"),
     "visualize.py prior": ("--items", "6"),
-    "bench.py": ("--clip", "ViT-B-32"),
+    "bench.py": ("--visual_tokens", "2048"),
 }
 
 

@@ -121,18 +121,19 @@ def test_a_cached_toy_of_other_settings_is_refused(tmp_path, monkeypatch, capsys
     made = {**asdict(toy.ToyArguments(output_dir="elsewhere")), "version": toy.VERSION}
     (tmp_path / "toy.json").write_text(json.dumps(made))
     run_main(monkeypatch, "--output_dir", tmp_path)
-    assert "toy found" in capsys.readouterr().out
-    with pytest.raises(toy.DataError, match="another dense_share"):
+    assert f"a toy is in {tmp_path}" in capsys.readouterr().out
+    with pytest.raises(toy.DataError, match="no finished toy with .*'dense_share': 0.6"):
         run_main(monkeypatch, "--output_dir", tmp_path, "--dense_share", 0.6)
     # train.py asks for the seed alone
-    arguments = toy.ToyArguments(output_dir=str(tmp_path), dense_share=0.6)
-    assert toy.make_toy(arguments) == (made, True)
+    made["dense_share"] = 0.6
+    (tmp_path / "toy.json").write_text(json.dumps(made))
+    assert toy.make_toy(tmp_path, seed=0) == made
     (tmp_path / "toy.json").write_text(json.dumps({**made, "version": 1, "seed": 5}))
-    with pytest.raises(toy.DataError, match="another version, seed"):
-        toy.make_toy(arguments)
+    with pytest.raises(toy.DataError, match="no finished toy with {'seed': 0, 'version': 3}"):
+        toy.make_toy(tmp_path, seed=0)
 
 
 def test_an_unfinished_toy_is_refused(tmp_path):
     (tmp_path / "train.json").write_text("[]")
-    with pytest.raises(toy.DataError, match="unfinished toy"):
-        toy.make_toy(toy.ToyArguments(output_dir=str(tmp_path)))
+    with pytest.raises(toy.DataError, match="no finished toy"):
+        toy.make_toy(tmp_path)
