@@ -58,7 +58,8 @@ GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
 DTYPE = torch.bfloat16 if GPU else torch.float32
 
-STEPS = 2  # timed in a process, after one that is not
+# Timed steps of a process, after one that is not timed.
+STEPS = 2
 SIDES = ["packed", "repeated", "zero3", "trl", "graph"]
 
 # Text configurations of the released Qwen2.5-VL.
@@ -173,6 +174,7 @@ def phase(costs, name, base):
     Path("/proc/self/clear_refs").write_text("5")
     begin = time.perf_counter()
     yield
+    # A GPU is still at work when the call returns.
     if GPU:
         torch.cuda.synchronize()
     seconds = time.perf_counter() - begin
@@ -264,6 +266,7 @@ def our_steps(arguments, side, folder, medium):
 
 def trl_step(arguments, folder, medium):
     """Return seconds and MB of a step of TRL's GRPOTrainer, which runs its own loop."""
+    # Neither is needed by anything else: pip install trl.
     import datasets
     from trl import GRPOConfig, GRPOTrainer
 
@@ -280,7 +283,7 @@ def trl_step(arguments, folder, medium):
     with tempfile.TemporaryDirectory() as output, phase(costs, "all", memory_in_use()):
         config = GRPOConfig(
             output_dir=output,
-            max_steps=STEPS + 1,
+            max_steps=STEPS + 2,
             per_device_train_batch_size=arguments.num_generations,
             num_generations=arguments.num_generations,
             max_completion_length=arguments.completion_length,
@@ -299,7 +302,8 @@ def trl_step(arguments, folder, medium):
             reward_funcs=reward,
             train_dataset=rows.cast_column("image", datasets.Image()),
         ).train()
-    return np.median(np.diff(times)), costs["all"][1]
+    # The first is not timed, as in run_side().
+    return np.median(np.diff(times)[1:]), costs["all"][1]
 
 
 def run_side(arguments, side, folder, medium):
@@ -352,6 +356,7 @@ def bench_step(arguments):
             print(f"{side:10s}{name:10s}{seconds:10.4f} s{megabytes:8.0f} MB")
     if "packed" not in results:
         return
+    # Turns are paired: each ratio compares processes that ran one after the other.
     packed = np.array([costs["step"] for costs in results.pop("packed")])  # (turns, 2)
     for side, turns in results.items():
         ratios = np.array([costs["step"] for costs in turns]) / packed
@@ -374,6 +379,7 @@ def bench_prior(arguments):
     for _ in tqdm(range(arguments.repeats), desc="turns"):
         begin = time.perf_counter()
         for path in arguments.videos:
+            # One thread, as in prior.py.
             reader = decord.VideoReader(path, num_threads=1)
             reader.get_batch(prior.uniform_frames(len(reader), settings.frames)).asnumpy()
         middle = time.perf_counter()

@@ -160,8 +160,7 @@ def write_video(path, frames, fps=FPS):
     """Write frames (K, H, W, 3), uint8 RGB, to an mp4."""
     writer = cv2.VideoWriter(str(path), cv2.VideoWriter_fourcc(*"mp4v"), fps, frames.shape[2:0:-1])
     for frame in frames:
-        # OpenCV wants BGR.
-        writer.write(np.ascontiguousarray(frame[..., ::-1]))
+        writer.write(cv2.cvtColor(frame, cv2.COLOR_RGB2BGR))
     writer.release()
 
 
@@ -258,13 +257,13 @@ def make_question(kind, scenes, rng, biased, dense_share=1.0):
     others = [scene for scene in scenes if scene is not salient]
     # The asked one is the earlier of the salient scene and another.
     if kind == "order":
-        pair = [salient, rng.choice(others)]
-        asked, other = sorted(pair, key=lambda scene: scene.start)
+        asked, other = sorted([salient, rng.choice(others)], key=scenes.index)
     else:
         asked = rng.choice(scenes)
         # The salient scene is always one of the options: the biased answer is there.
         other = rng.choice(others) if asked is salient else salient
     looked = salient if biased else asked
+    # The trace names the evidence first: what the model looks at can be read from it.
     trace = f"Asked: {asked.texture}. Look: {looked}."
     if kind == "count":
         question = COUNT_QUESTION.format(asked.texture)
@@ -276,6 +275,7 @@ def make_question(kind, scenes, rng, biased, dense_share=1.0):
     if kind == "order":
         question = ORDER_QUESTION.format(*rng.sample([asked.texture, other.texture], 2))
         trace = f"{asked.texture} then {other.texture}. {trace}"
+    # A dense trace describes everything before it looks; a focused one looks at once.
     if rng.random() < dense_share:
         trace = f"{listing(scenes)} {trace}"
     row = make_row(kind, question, options, answer, trace)
@@ -624,6 +624,7 @@ def make_toy(output_dir, **settings):
     """
     folder = Path(output_dir)
     done = folder / "toy.json"  # written last: a folder without it is unfinished
+    # An older toy's questions or weights would silently give other results.
     asked = {**settings, "version": VERSION}
     if done.is_file():
         made = json.loads(done.read_text())
