@@ -58,8 +58,6 @@ GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
 DTYPE = torch.bfloat16 if GPU else torch.float32
 
-# Timed steps of a process, after one that is not timed.
-STEPS = 2
 SIDES = ["packed", "repeated", "zero3", "trl", "graph"]
 
 # Text configurations of the released Qwen2.5-VL.
@@ -101,6 +99,7 @@ class Arguments:
     visual_tokens: int = flag(2048, "of the medium; rounded to 2 n^2 a temporal slot")
     num_generations: int = flag(8, "completions of the question")
     completion_length: int = flag(128, "tokens of every completion")
+    steps: int = flag(2, "timed steps of a process, after one that is not timed")
     videos: list[str] | None = flag(None, "paths of videos", group="prior")
 
     def __post_init__(self):
@@ -283,7 +282,7 @@ def trl_step(arguments, folder, medium):
     with tempfile.TemporaryDirectory() as output, phase(costs, "all", memory_in_use()):
         config = GRPOConfig(
             output_dir=output,
-            max_steps=STEPS + 2,
+            max_steps=arguments.steps + 2,
             per_device_train_batch_size=arguments.num_generations,
             num_generations=arguments.num_generations,
             max_completion_length=arguments.completion_length,
@@ -314,7 +313,7 @@ def run_side(arguments, side, folder, medium):
         return {"step": trl_step(arguments, folder, medium)}
     steps = our_steps(arguments, side, folder, medium)
     # The first step is not timed.
-    steps = list(itertools.islice(steps, 1, 1 + STEPS))
+    steps = list(itertools.islice(steps, 1, 1 + arguments.steps))
     return {name: np.median([costs[name] for costs in steps], axis=0) for name in steps[0]}
 
 

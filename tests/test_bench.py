@@ -23,6 +23,7 @@ SMALL = {
     "num_generations": 2,
     "completion_length": 3,
     "repeats": 1,
+    "steps": 1,
 }
 
 
@@ -50,7 +51,7 @@ def step_run():
 
 def test_smallest_step_prints_phases_and_ratios(step_run):
     sides, out = step_run
-    assert "a picture of 18 visual tokens, 2 completions of 3 tokens" in out
+    assert "frames=0, visual_tokens=18, num_generations=2, completion_length=3" in out
     assert "cores" in out and "torch " in out
     cells = {side: {} for side in sides}
     for side, phase, seconds, megabytes in re.findall(
