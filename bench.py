@@ -335,7 +335,7 @@ def time_sides(arguments):
                         results[side].append(turn.result())
                     except (ProcessExpired, torch.OutOfMemoryError) as error:
                         # The kernel kills a process that takes too much.
-                        print(f"{side} failed: {error!r}")
+                        print(f"{side} failed: {error!r} {vars(error)}")
                         del results[side]
     return results
 
