@@ -174,12 +174,17 @@ class EvaluateArguments:
         rescore = self.rescore
         measures = self.frame_use != "none"
         addresses = (self.api_base or "http:", self.judge_base or "http:")
+        try:
+            api_extra = json.loads(self.api_extra)
+        except ValueError:
+            api_extra = None
         # {what to say: whether the flags are wrong}
         refusals = {
             "give --model_name_or_path and --dataset_name (--bench), or --rescore FILE with no "
             "--dataset_name and no model beside it, or `compare FIRST SECOND`": (
                 bool(rescore) == bool(self.dataset_name)
                 or bool(self.dataset_name) != bool(self.model_name_or_path)
+                or (rescore and self.api_base)
             ),
             f"--output {self.output} is the --rescore file itself; choose another file": (
                 rescore and os.path.realpath(rescore) == os.path.realpath(self.output)
@@ -187,6 +192,7 @@ class EvaluateArguments:
             "--api_base and --judge_base are addresses of servers, http://host:port/v1": (
                 not all(address.startswith("http") for address in addresses)
             ),
+            f"--api_extra {self.api_extra} is no JSON object": not isinstance(api_extra, dict),
             "--judge_base and --judge_model go together": (
                 bool(self.judge_base) != bool(self.judge_model)
             ),
@@ -216,11 +222,6 @@ class EvaluateArguments:
         for message, wrong in refusals.items():
             if wrong:
                 raise DataError(message)
-        try:
-            # The dict of this mapping, so that an array or a number is refused too.
-            dict(**json.loads(self.api_extra))
-        except (TypeError, ValueError) as error:
-            raise DataError(f"--api_extra {self.api_extra} is no JSON object: {error}") from error
         # The layers of the default run and of the paper.
         if self.frame_use_layer is None:
             self.frame_use_layer = {"none": None, "attention": 1, "hidden": -1}[self.frame_use]
@@ -925,14 +926,16 @@ def run_compare(first, second, output, seed):
     result["settings_that_differ"] = differ
     low, high = result["interval_95"]
     before, after = result["accuracy"]
-    gain = result["normalised_gain"]
+    gain = "unknown"
+    if result["normalised_gain"] is not None:
+        gain = f"{result['normalised_gain']:.4f}"
     print(
         f"{result['n']} questions are in both files, {result['only_in_first']} only in the first, "
         f"{result['only_in_second']} only in the second\n"
         f"accuracy {before:.4f} and {after:.4f}; the second has {len(result['gains'])} gains and "
         f"{len(result['losses'])} losses\n"
         f"difference {result['difference']:+.4f}, 95 % interval {low:+.4f} to {high:+.4f} (paired "
-        f"bootstrap, seed {seed}); normalised gain {gain and round(gain, 4)}; "
+        f"bootstrap, seed {seed}); normalised gain {gain}; "
         f"McNemar's exact p = {result['mcnemar_p']:.4g}"
     )
     for name, (one, other) in differ.items():
@@ -942,9 +945,12 @@ def run_compare(first, second, output, seed):
 
 
 def parse_compare(words):
-    description = "Pair the questions of two reports or prediction files by problem_id: gains, "
-    description += "losses, and whether they are more than noise."
-    parser = Parser((), description, prog="evaluate.py compare")
+    parser = Parser(
+        (),
+        "Pair the questions of two reports or prediction files by problem_id: gains, losses, and "
+        "whether they are more than noise.",
+        prog="evaluate.py compare",
+    )
     parser.add_argument("first", help="report or predictions of one run")
     parser.add_argument("second", help="of the other, over the same questions")
     parser.add_argument("--output", help="JSON file for gains, losses and the numbers")

@@ -488,13 +488,15 @@ def reasoning_metrics(records, replies, judge):
     counts = Counter()
     ratings = []
     for record in records:
-        judged = has_output(record)
-        reply = replies.get((record["problem_id"], record["output"]))
-        # Without an output there is nothing to read; on others the judge has failed.
-        if reply is None and judged:
+        # Without an output there is nothing to read.
+        reply = {"answer": "", "conclusion": "", "vas": None}
+        if has_output(record):
+            reply = replies.get((record["problem_id"], record["output"]))
+        # The judge has failed on this one.
+        if reply is None:
             continue
-        reply = reply or {"answer": "", "conclusion": "", "vas": None}
-        ratings.append(reply["vas"])
+        if reply["vas"] is not None:
+            ratings.append(reply["vas"])
         if not can_compare(record):
             continue
         kind = record["problem_type"]
@@ -506,14 +508,13 @@ def reasoning_metrics(records, replies, judge):
             conclusion = read_choice(conclusion, record["options"]) or conclusion
         counts["n"] += 1
         counts["consistent"] += agrees(conclusion, answer, kind)
-        if judged:
+        if has_output(record):
             counts["outputs"] += 1
             counts["no_conclusion"] += conclusion == ""
             # Against the solution, and not against each other.
             a = agrees(answer, record["solution"], kind)
             t = agrees(conclusion, record["solution"], kind)
             counts[("TN", "FP", "FN", "TP")[2 * a + t]] += 1
-    rated = [rating for rating in ratings if rating is not None]
     names = ("n", "outputs", "no_conclusion", "TP", "TN", "FP", "FN")
     return {
         "judge": judge,
@@ -525,9 +526,9 @@ def reasoning_metrics(records, replies, judge):
         },
         "consistency_rate": ratio(counts["consistent"], counts["n"]),
         "VAS": {
-            "value": 10 * mean(rated) if rated else None,
-            "n": len(rated),
-            "not_rated": sum(map(has_output, records)) - len(rated),
+            "value": 10 * mean(ratings) if ratings else None,
+            "n": len(ratings),
+            "not_rated": sum(map(has_output, records)) - len(ratings),
         },
     }
 
@@ -720,6 +721,7 @@ def make_report(items, benchmark="", repeated=()):
         **summary(records),
         "video_r1": eval_bench_means(records, "reward_video_r1"),
     }
+    # A table of each: by_type, by_task, by_duration, ...
     for name in ("problem_type", "task", *BREAKDOWNS):
         groups = group_by(records, name)
         if groups or name == "task":
