@@ -3,11 +3,10 @@
     python prior.py --video clip.mp4 --question "Who falls first?"     # a table and prior.png
     python prior.py --dataset_name Video-R1-260k.json --media_root DATA --output priors.jsonl
     torchrun --nproc_per_node 8 prior.py --dataset_name ...            # or deepspeed
-    python prior.py --scores priors.jsonl --prior no_scene --output no_scene.jsonl
     python prior.py --dataset_name toy-seed0/heldout.json --clip local-dir:toy-seed0/clip
 
 The second command continues where an interrupted one stopped; nodes of the third share a folder;
-the fourth weighs stored scores anew; the last runs the toy on a CPU.
+the last runs the toy on a CPU.
 
 Two cues vote on K frames spread evenly over the video (VideoCFR, arXiv 2606.18441, Eq. 1-2):
 frames that begin a scene (jumps between colour histograms, or a detector of PySceneDetect) and
@@ -23,12 +22,10 @@ no row. Worker processes decode while this process runs CLIP.
 import json
 import math
 import os
-import shutil
 import sys
 from contextlib import closing
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from functools import lru_cache
-from itertools import chain
 from pathlib import Path
 
 import cv2
@@ -46,13 +43,13 @@ from common.data import (
     Example,
     MediaError,
     Prior,
+    first_words,
     load_examples,
-    parse_example,
-    read_rows,
 )
 from common.flags import Parser, flag
 from common.media import decode_frames, load_image, open_video, read_frames, uniform_frames
-from common.workers import Pool, ShardedLines, check_settings, join_ranks, write_lines, write_whole
+from common.workers import Pool, ShardedLines, check_settings, join_ranks, take_core
+from grpo import slot_shares
 
 # Histograms of the scene cue: bins of the chroma's x and y, odd so that grey is mid-bin, and value.
 CONE_BINS = [25, 25, 32]
@@ -72,13 +69,8 @@ DETECTORS = {
 
 SHORTEST_SCENE = "0.6s"  # of the detectors; the default of PySceneDetect's command line
 
-# Bytes of decoded frames in memory at a time: all of them at 640x360, ten at 1080p, two in 4K.
-CHUNK_BYTES = 1 << 26
-
 # Weights that open_clip finds first in a folder. Pickles are not loaded.
 CLIP_FILES = ("open_clip_model.safetensors", "open_clip_pytorch_model.safetensors")
-
-WEIGHTS = ("prior", "w_base", "w_scene", "w_sem")  # settings that need no scores
 
 
 @dataclass
@@ -136,16 +128,12 @@ class PriorSettings:
 
     def __post_init__(self):
         # P is a distribution over all frames. Flags of the command line are checked as well.
-        least = {"scene_threshold": 0, "w_scene": 0, "w_sem": 0, "workers": 0}
-        least |= {"frames": 1, "semantic_k": 1}
+        least = {"frames": 1, "semantic_k": 1, "scene_threshold": 0, "w_scene": 0, "w_sem": 0}
+        least |= {"w_base": 1e-6, "fps": 1e-6, "decode_timeout": 1e-6, "workers": 0}
         for name, bound in least.items():
             value = getattr(self, name, None)
             if value is not None and not bound <= value < math.inf:
                 raise DataError(f"--{name} must be at least {bound} and finite")
-        for name in ("fps", "w_base", "decode_timeout"):
-            value = getattr(self, name, None)
-            if value is not None and not 0 < value < math.inf:
-                raise DataError(f"--{name} must be above 0 and finite")
 
     @property
     def has_scene(self):
@@ -176,33 +164,17 @@ class PriorArguments(PriorSettings):
         None, "One video instead of a data set: its prior is printed and drawn."
     )
     question: str | None = flag(None, "Question about --video.")
-    scores: str | None = flag(
-        None,
-        "Priors file instead of a data set: its stored scores are weighed by this command's "
-        "--prior, --w_base, --w_scene, --w_sem, --semantic_k and, for --scene hsv, "
-        "--scene_threshold. Other settings stay as the file has them.",
-    )
     output: str | None = flag(
         None,
         "File to write. None: priors.jsonl, or prior.png with --video. The same command continues "
         "an interrupted run, whose rows stay. Unusable examples are listed with their causes in "
         "OUTPUT.errors.jsonl and tried again by the next run.",
     )
-    export_frame_sets: str | None = flag(
-        None,
-        "JSON file for a copy of the data set with the release's field frame_sets (frame indices: "
-        "uniform, scene, semantic).",
-    )
     workers: int | None = flag(
         None,
         "Processes that decode. None: the cores, half of them where CLIP runs on the CPU, shared "
         "by the ranks of a machine. 0: decode in this process, without a timeout.",
         group="Run",
-    )
-    pin_workers: bool = flag(
-        True,
-        "Keep each worker on its own core. Use false if other containers run prior.py on the same "
-        "machine: all begin with its first cores.",
     )
     decode_timeout: float = flag(
         300.0, "Seconds after which a decoder is killed and its video counts as broken."
@@ -211,32 +183,15 @@ class PriorArguments(PriorSettings):
 
     def __post_init__(self):
         super().__post_init__()
-        sources = ("dataset_name", "video", "scores")
-        given = [name for name in sources if getattr(self, name) is not None]
-        if len(given) != 1:
-            excess = f", not {' and '.join(given)}" if given else ""
-            raise DataError(f"give one of --dataset_name, --video and --scores{excess}")
+        if (self.dataset_name is None) == (self.video is None):
+            raise DataError("give one of --dataset_name and --video")
         if (self.question is None) != (self.video is None):
             raise DataError("--video and --question go together")
-        if self.export_frame_sets and not self.dataset_name:
-            raise DataError("--export_frame_sets needs --dataset_name, whose rows it writes")
         self.output = self.output or ("prior.png" if self.video else "priors.jsonl")
         if self.video and Path(self.output).suffix not in (".png", ".svg", ".pdf"):
             raise DataError(f"--output {self.output}: a prior is drawn as .png, .svg or .pdf")
-        exported = self.export_frame_sets
-        if exported and Path(exported).suffix != ".json":
-            raise DataError(f"--export_frame_sets {exported}: a JSON array, name it .json")
-        # No file is written over another one of the command line.
-        flag_of = {}
-        for name in (*sources, "output", "export_frame_sets"):
-            if getattr(self, name) is None:
-                continue
-            path = os.path.realpath(getattr(self, name))
-            if path in flag_of:
-                raise DataError(
-                    f"--{name} {path} is the --{flag_of[path]} itself; choose another file to write"
-                )
-            flag_of[path] = name
+        if os.path.realpath(self.output) == os.path.realpath(self.dataset_name or self.video):
+            raise DataError(f"--output {self.output} is the input itself; choose another file")
 
 
 def settings_of(settings):
@@ -331,14 +286,13 @@ def detector_scores(path, times, name, threshold=None):
     try:
         scenes = scenedetect.detect(path, detector)
     except (scenedetect.VideoOpenFailure, cv2.error, OSError) as error:
-        cause = " ".join(str(error).split())[:160]
-        raise MediaError(f"{path}: PySceneDetect cannot read the video ({cause})") from error
-    scores = np.zeros(len(times))
-    for start, _ in scenes[1:]:
-        first = int(np.searchsorted(times, start.seconds - 1e-3))
-        if first < len(times):
-            scores[first] = 1.0
-    return scores
+        raise MediaError(
+            f"{path}: PySceneDetect cannot read the video ({first_words(error)})"
+        ) from error
+    starts = [start.seconds - 1e-3 for start, _ in scenes[1:]]
+    scores = np.zeros(len(times) + 1)  # a cut after the last sampled frame counts for the last
+    scores[np.searchsorted(times, starts)] = 1.0
+    return scores[:-1]
 
 
 def scene_set(scores, threshold=0.2):
@@ -385,14 +339,13 @@ def load_clip(name, pretrained=None, device="cpu"):
         Clip in eval mode.
     Errors: DataError if it cannot be loaded.
     """
+    # Pickled weights are not loaded.
     if name.startswith("local-dir:"):
         folder = Path(name.removeprefix("local-dir:"))
         if folder.is_dir() and not any((folder / file).is_file() for file in CLIP_FILES):
-            raise DataError(
-                f"{folder} needs its weights as {CLIP_FILES[0]} (pickled weights are not loaded)"
-            )
+            raise DataError(f"{folder} needs its weights as {CLIP_FILES[0]}")
     elif pretrained and os.path.isfile(pretrained) and not pretrained.endswith(".safetensors"):
-        raise DataError(f"{pretrained} is not a .safetensors file (pickled weights are not loaded)")
+        raise DataError(f"{pretrained} is not a .safetensors file")
     if name.startswith(("local-dir:", "hf-hub:")):
         pretrained = None
     try:
@@ -401,10 +354,9 @@ def load_clip(name, pretrained=None, device="cpu"):
         )
         tokenizer = open_clip.get_tokenizer(name)
     except (KeyError, OSError, RuntimeError, TypeError, ValueError, SafetensorError) as error:
-        cause = " ".join(str(error).split())[:300]
         raise DataError(
-            f"CLIP model {name} ({pretrained}) cannot be loaded, "
-            f"give --clip local-dir:FOLDER or --prior no_semantic: {cause}"
+            f"CLIP model {name} ({pretrained}) cannot be loaded, give --clip local-dir:FOLDER or "
+            f"--prior no_semantic: {first_words(error)}"
         ) from error
     return Clip(model.eval(), preprocess, tokenizer, device)
 
@@ -453,7 +405,7 @@ def semantic_set(scores, k=None):
     """
     if k is None:
         k = math.ceil(len(scores) / 4)
-    order = sorted(range(len(scores)), key=lambda i: (-float(scores[i]), i))
+    order = np.argsort(-np.asarray(scores), kind="stable").tolist()
     return sorted(order[:k])
 
 
@@ -472,18 +424,8 @@ def fuse(k, scene, semantic, w_base=0.1, w_scene=1.0, w_sem=3.0):
 # ------------------------------------------------------------------------------ from media to rows
 
 
-def sample_frames(reader, settings):
-    """Frame indices of an open video: --frames, or --fps a second but at most --frames, evenly."""
-    total = len(reader)
-    count = settings.frames
-    if settings.fps is not None:
-        spans = reader.get_frame_timestamp([0, total - 1])  # (2, 2): start and end, in seconds
-        count = min(count, max(1, round((spans[1, 1] - spans[0, 0]) * settings.fps)))
-    return uniform_frames(total, count)
-
-
 def read_cues(medium, settings, preprocess=None):
-    """Decodes a medium, holding CHUNK_BYTES of its frames at a time, or one frame.
+    """Decodes a medium and reads its cues, one frame at a time.
 
     Args:
         medium: ("video" or "image", path).
@@ -501,25 +443,36 @@ def read_cues(medium, settings, preprocess=None):
     times = []
     histograms = []
     pixels = []
-    step = 1  # until the size of a frame is known
-    while len(times) < len(indices):
-        chunk = indices[len(times) : len(times) + step]
-        frames, seconds = read_frames(reader, path, chunk)  # (step, H, W, 3), (step,)
-        step = max(1, CHUNK_BYTES // frames[0].nbytes)
-        times += [round(float(second), 6) for second in seconds]
-        for frame in frames:
-            if settings.scene == "hsv":
-                histograms.append(hsv_histogram(frame))
-            if preprocess is not None:
-                pixels.append(preprocess(Image.fromarray(frame)).numpy())
+    # All frames of a long 4K video would not fit into the memory of many workers.
+    for index in indices:
+        [frame], [time] = read_frames(reader, path, [index])  # (H, W, 3), seconds
+        times.append(round(float(time), 6))
+        if settings.scene == "hsv":
+            histograms.append(hsv_histogram(frame))
+        if preprocess is not None:
+            pixels.append(preprocess(Image.fromarray(frame)).numpy())
     if settings.scene == "hsv":
         scores = histogram_distances(histograms)
     else:
-        begin = float(reader.get_frame_timestamp([0])[0, 0])
-        since_begin = np.array(times) - begin
+        since_begin = np.array(times) - times[0]
         scores = detector_scores(path, since_begin, settings.scene, settings.scene_threshold)
-    scores = [round(float(score), 6) for score in scores]
-    return Cues(indices, times, scores, np.stack(pixels) if pixels else None)
+    return Cues(indices, times, rounded(scores), np.stack(pixels) if pixels else None)
+
+
+def sample_frames(reader, settings):
+    """Frame indices of an open video: --frames, or --fps a second but at most --frames, evenly."""
+    total = len(reader)
+    count = settings.frames
+    if settings.fps is not None:
+        times = reader.get_frame_timestamp([0, total - 1])  # (2, 2): start and end, in seconds
+        seconds = times[1, 1] - times[0, 0]
+        count = min(count, max(1, round(seconds * settings.fps)))
+    return uniform_frames(total, count)
+
+
+def rounded(scores):
+    """(K,) scores as a priors file has them."""
+    return [round(float(score), 6) for score in scores]
 
 
 def media_name(example):
@@ -527,46 +480,16 @@ def media_name(example):
     return example.extra.get("path") or os.path.basename(example.media)
 
 
-def new_row(example, frames, times):
-    """Prior of an example without scores, sets and P."""
-    return Prior(
-        problem_id=example.id,
-        question=example.question,
-        media=media_name(example),
-        frames=frames,
-        times=times,
-    )
-
-
-def weigh(row, scene, semantic, settings):
-    """A copy of a Prior with these sets, their P, and the settings that weighed them."""
-    prior = fuse(
-        len(row.frames),
-        scene if settings.has_scene else [],
-        semantic if settings.has_semantic else [],
-        settings.w_base,
-        settings.w_scene,
-        settings.w_sem,
-    )  # (K,)
-    weights = {name: getattr(settings, name) for name in WEIGHTS}
-    return replace(
-        row,
-        scene=scene,
-        semantic=semantic,
-        prior=[float(f"{value:.9g}") for value in prior.tolist()],  # exact for a float32
-        settings={**row.settings, **weights},
-    )
-
-
-def weigh_scores(row, settings):
-    """A copy of a Prior with the sets and P that follow from its scores, as --scores makes it."""
-    if settings.scene == "hsv":
-        scene = scene_set(row.scene_scores, settings.hsv_threshold)
-    else:
-        # A detector's scores are 0 or 1.
-        scene = [position for position, score in enumerate(row.scene_scores) if score > 0]
-    semantic = semantic_set(row.semantic_scores, settings.semantic_k)
-    return weigh(replace(row, settings=settings_of(settings)), scene, semantic, settings)
+def weigh(row, settings):
+    """Adds to a Prior the P of its sets (Eq. 2) and the settings that weighed them."""
+    scene = row.scene if settings.has_scene else []
+    semantic = row.semantic if settings.has_semantic else []
+    weights = (settings.w_base, settings.w_scene, settings.w_sem)
+    prior = fuse(len(row.frames), scene, semantic, *weights)  # (K,)
+    row.prior = [float(f"{value:.9g}") for value in prior.tolist()]  # exact for a float32
+    for name in ("prior", "w_base", "w_scene", "w_sem"):
+        row.settings[name] = getattr(settings, name)
+    return row
 
 
 def media_rows(examples, cues, clip, settings):
@@ -576,7 +499,9 @@ def media_rows(examples, cues, clip, settings):
         cues: Cues of the medium.
         clip: Clip; None, or an image: no semantic scores.
     """
-    likeness = None
+    # A detector's scores are 0 or 1.
+    threshold = settings.hsv_threshold if settings.scene == "hsv" else 0.5
+    likeness = [[]] * len(examples)
     if clip is not None and cues.pixels is not None:
         texts = []
         for example in examples:
@@ -584,12 +509,20 @@ def media_rows(examples, cues, clip, settings):
             texts.append(" ".join([example.question, *options]))
         likeness = encode_texts(texts, clip) @ encode_pixels(cues.pixels, clip).T  # (N, D) @ (D, K)
     rows = []
-    for index, example in enumerate(examples):
-        row = new_row(example, cues.frames, cues.times)
-        row.scene_scores = cues.scene_scores
-        if likeness is not None:
-            row.semantic_scores = [round(float(value), 6) for value in likeness[index]]
-        rows.append(weigh_scores(row, settings))
+    for example, scores in zip(examples, likeness, strict=True):
+        row = Prior(
+            example.id,
+            question=example.question,
+            media=media_name(example),
+            frames=cues.frames,
+            times=cues.times,
+            scene_scores=cues.scene_scores,
+            semantic_scores=rounded(scores),
+            settings=settings_of(settings),
+        )
+        row.scene = scene_set(row.scene_scores, threshold)
+        row.semantic = semantic_set(row.semantic_scores, settings.semantic_k)
+        rows.append(weigh(row, settings))
     return rows
 
 
@@ -602,13 +535,14 @@ def make_prior(example, clip, settings):
     return media_rows([example], cues, clip, settings)[0]
 
 
-def all_cues(media, settings, preprocess, workers=0, timeout=300.0, pin=True):
+def all_cues(media, settings, preprocess, workers=0, timeout=300.0):
     """Yields (medium, Cues or MediaError) of every ("video" or "image", path) as they finish.
 
     Args:
-        workers, timeout, pin: see Pool.
+        workers, timeout: see Pool.
     """
-    return Pool(workers, timeout, pin=pin).each(read_cues, media, settings, preprocess)
+    pool = Pool(workers, timeout, take_core if workers else None)
+    return pool.each(read_cues, media, settings, preprocess)
 
 
 def group_by_medium(examples):
@@ -626,6 +560,20 @@ def error_lines(examples, cause):
     return [{"problem_id": one.id, "media": one.media, "cause": cause} for one in examples]
 
 
+def group_priors(groups, clip, settings, workers=0, timeout=300.0):
+    """Yields the Priors of each medium and the error lines, either empty, as media finish.
+
+    Args:
+        groups: examples by medium, see group_by_medium.
+        workers, timeout: see Pool.
+    """
+    for medium, cues in all_cues(groups, settings, clip and clip.preprocess, workers, timeout):
+        if isinstance(cues, MediaError):
+            yield [], error_lines(groups[medium], cues)
+        else:
+            yield media_rows(groups[medium], cues, clip, settings), []
+
+
 def build_priors(examples, clip, settings):
     """Priors of examples, decoded in this process; the command line serves large data sets.
 
@@ -636,12 +584,10 @@ def build_priors(examples, clip, settings):
     groups = group_by_medium(examples)
     rows = []
     errors = []
-    found = all_cues(groups, settings, clip and clip.preprocess)
-    for medium, cues in tqdm(found, total=len(groups), desc="priors", unit="video"):
-        if isinstance(cues, MediaError):
-            errors += error_lines(groups[medium], cues)
-        else:
-            rows += media_rows(groups[medium], cues, clip, settings)
+    found = group_priors(groups, clip, settings)
+    for new_rows, new_errors in tqdm(found, total=len(groups), desc="priors", unit="video"):
+        rows += new_rows
+        errors += new_errors
     return rows, errors
 
 
@@ -649,25 +595,41 @@ def look_at(examples, settings, workers=0, timeout=300.0):
     """Reads the examples' media one by one until one can be read.
 
     Returns:
-        error lines of those that cannot; an example that can, or None.
+        error lines of those that cannot; the problem_id of an example that can, or None.
     """
-    groups = group_by_medium(examples)
     errors = []
-    with closing(all_cues(groups, settings, None, workers, timeout, pin=False)) as found:
-        for medium, cues in found:
-            if not isinstance(cues, MediaError):
-                return errors, groups[medium][0]
-            errors += error_lines(groups[medium], cues)
+    # Closed, so that its workers end.
+    with closing(
+        group_priors(group_by_medium(examples), None, settings, workers, timeout)
+    ) as found:
+        for rows, new_errors in found:
+            if rows:
+                return errors, rows[0].problem_id
+            errors += new_errors
     return errors, None
 
 
 # ------------------------------------------------------------------------ the release's frame_sets
 
 
-def fits(frames, k, fps):
-    """Whether a run with K samples these frames: K; fewer with --fps; all of a shorter video."""
-    fewer = len(frames) < k and (fps or frames == list(range(len(frames))))
-    return len(frames) == k or fewer
+def check_count(owner, frames, example, settings, fps):
+    """Refuses frames that this run would not sample from an example's video.
+
+    Right are --frames of them, fewer with --fps, and all frames of a shorter video.
+
+    Errors: DataError, which begins with `owner`.
+    """
+    count = len(frames)
+    fewer = count < settings.frames and (fps or frames == list(range(count)))
+    if example.media_type == "video" and count != settings.frames and not fewer:
+        raise DataError(
+            f"{owner} has {count} frames of {example.id}, this run uses --frames {settings.frames}"
+        )
+
+
+def are_indices(values):
+    """Whether parsed JSON is a list of frame indices."""
+    return isinstance(values, list) and all(type(one) is int and one >= 0 for one in values)
 
 
 def frame_set_rows(examples, settings):
@@ -684,41 +646,38 @@ def frame_set_rows(examples, settings):
     errors = []
     for example in tqdm(examples, desc="frame_sets", unit="example", disable=not examples):
         sets = example.extra["frame_sets"]
-        if not are_frame_sets(sets):
+        names = {"uniform", "scene", "semantic"}
+        known = isinstance(sets, dict) and names <= sets.keys() and sets["uniform"]
+        if not known or not all(are_indices(sets[name]) for name in names):
             raise DataError(
                 f"{example.id}: frame_sets must have the lists uniform (not empty), scene and "
                 "semantic of frame indices"
             )
         frames = sorted(set(sets["uniform"]))
+        check_count("the field frame_sets", frames, example, settings, settings.fps)
         times = [0.0]
         if example.media_type == "video":
-            if not fits(frames, settings.frames, settings.fps):
-                raise DataError(
-                    f"{example.id}: its frame_sets have {len(frames)} uniform frames, this run "
-                    f"uses --frames {settings.frames}"
-                )
             try:
                 times = frame_times(example.media, tuple(frames))
             except MediaError as error:
                 errors += error_lines([example], error)
                 continue
-        scene, semantic = (nearest(frames, sets[name]) for name in ("scene", "semantic"))
-        rows.append(weigh(new_row(example, frames, times), scene, semantic, settings))
+        row = Prior(
+            example.id,
+            question=example.question,
+            media=media_name(example),
+            frames=frames,
+            times=times,
+            scene=nearest(frames, sets["scene"]),
+            semantic=nearest(frames, sets["semantic"]),
+        )
+        rows.append(weigh(row, settings))
     return rows, errors
 
 
 def nearest(frames, indices):
     """Ascending positions of the sampled frames that are nearest to some frame indices."""
     return sorted({int(np.abs(np.array(frames) - index).argmin()) for index in indices})
-
-
-def are_frame_sets(sets):
-    if not isinstance(sets, dict) or not sets.get("uniform"):
-        return False
-    lists = [sets.get(name) for name in ("uniform", "scene", "semantic")]
-    if not all(isinstance(indices, list) for indices in lists):
-        return False
-    return all(type(index) is int and index >= 0 for index in chain(*lists))
 
 
 @lru_cache(1 << 14)  # the questions of a video share its frames
@@ -729,32 +688,7 @@ def frame_times(path, frames):
         raise MediaError(
             f"{path}: its frame_sets name frame {frames[-1]}, the video ends with {len(reader) - 1}"
         )
-    return [round(float(time), 6) for time in reader.get_frame_timestamp(frames)[:, 0]]
-
-
-def export_frame_sets(arguments):
-    """Writes the data set with frame_sets in every row that has a prior, other rows unchanged."""
-    priors = {row.problem_id: row for row in read_priors(arguments.output)}
-    rows = read_rows(arguments.dataset_name)
-    media_root = arguments.media_root or Path(arguments.dataset_name).parent
-    count = 0
-    for index, row in enumerate(rows):
-        try:
-            example = parse_example(row, index, media_root)
-        except DataError:
-            continue
-        # Only the first row of an id has its prior.
-        prior = priors.pop(example.id, None)
-        if prior is None:
-            continue
-        count += 1
-        row["frame_sets"] = {
-            "uniform": prior.frames,
-            "scene": [prior.frames[position] for position in prior.scene],
-            "semantic": [prior.frames[position] for position in prior.semantic],
-        }
-    write_whole(arguments.export_frame_sets, [json.dumps(rows, indent=1).encode()])
-    print(f"{count} of {len(rows)} rows have frame_sets in {arguments.export_frame_sets}")
+    return rounded(reader.get_frame_timestamp(frames)[:, 0])
 
 
 # ----------------------------------------------------------------------------------- priors files
@@ -762,26 +696,22 @@ def export_frame_sets(arguments):
 
 def check_row(row):
     """What is wrong with a parsed row of a priors file, in words; '' for a good one."""
-    if not isinstance(row, dict):
-        return "is not an object"
-    if "problem_id" not in row:
-        return "has no problem_id"
+    if not isinstance(row, dict) or "problem_id" not in row:
+        return "is not an object with a problem_id"
     if not isinstance(row.get("settings", {}), dict):
         return "has settings that are not an object"
-    frames = row.get("frames")
-    times = row.get("times")
-    prior = row.get("prior")
-    if not all(isinstance(values, list) and values for values in (frames, times, prior)):
-        return "has frames, times or prior that are not non-empty lists"
-    if not len(frames) == len(times) == len(prior):
-        return f"has {len(frames)} frames, {len(times)} times and {len(prior)} prior values"
-    indices = all(type(index) is int for index in frames)
-    if not indices or frames[0] < 0 or frames != sorted(set(frames)):
+    try:
+        numbers = np.array([row["frames"], row["times"], row["prior"]])  # (3, K)
+    except (KeyError, ValueError):  # one is missing, or they differ in length
+        numbers = np.array(None)
+    if numbers.dtype.kind not in "if" or numbers.ndim != 2 or not np.isfinite(numbers).all():
+        return "has frames, times and prior that are not equally long lists of numbers"
+    frames = row["frames"]
+    if not frames or not are_indices(frames) or frames != sorted(set(frames)):
         return "has frames that are not ascending indices"
-    if not all(type(value) in (int, float) and math.isfinite(value) for value in [*times, *prior]):
-        return "has times or prior values that are not numbers"
-    if min(prior) < 0 or not abs(sum(prior) - 1) < 1e-3:
-        return f"has a prior whose least value is {min(prior):.4g}, the sum {sum(prior):.4g}"
+    prior = numbers[2]
+    if prior.min() < 0 or abs(prior.sum() - 1) > 1e-3:
+        return f"has a prior whose least value is {prior.min():.4g}, the sum {prior.sum():.4g}"
     return ""
 
 
@@ -802,9 +732,8 @@ def read_priors(path):
                 fault = f"is not valid JSON ({error})"
             if fault:
                 raise DataError(f"priors file {path}, line {number} {fault}; build it again")
-            known = {name: row[name] for name in names if row.get(name) is not None}
-            known["problem_id"] = str(row["problem_id"])
-            yield Prior(**known)
+            row["problem_id"] = str(row["problem_id"])
+            yield Prior(**{name: row[name] for name in names if row.get(name) is not None})
 
 
 def other_question(row, example):
@@ -814,43 +743,42 @@ def other_question(row, example):
     return row.media not in (None, media_name(example))
 
 
-def load_priors(path, examples, settings):
+def load_priors(path, examples, settings, own=False):
     """Priors of the video and image examples that have a row in a priors file.
 
     check_missing() asks why others have none.
 
     Args:
         settings: the run's PriorSettings. The names of CLIP models are not compared.
+        own: whether this run writes the file: then they are, and all rows must be of its examples.
     Returns:
         {problem_id: Prior}.
     Errors: DataError if the file is malformed, or a row was made for another question, another K
         or with other settings.
     """
-    needed = {example.id: example for example in examples if example.media_type != "text"}
-    rows = {row.problem_id: row for row in read_priors(path) if row.problem_id in needed}
     compared = settings_of(settings)
-    for name in ("frames", "clip", "clip_pretrained"):
-        del compared[name]
-    for problem, row in rows.items():
-        example = needed[problem]
-        if other_question(row, example):
+    remedy = "choose another --output"
+    if not own:
+        remedy = "give the same here, or weigh the file's sets anew (docs/priors.md)"
+        for name in ("frames", "clip", "clip_pretrained"):
+            del compared[name]
+    needed = {example.id: example for example in examples if example.media_type != "text"}
+    rows = {}
+    for row in read_priors(path):
+        example = needed.get(row.problem_id)
+        if example is None and not own:
+            continue
+        if example is None or other_question(row, example):
             raise DataError(
-                f"priors file {path}: {problem} is another question there, or about another file; "
-                "build it for this data set"
+                f"priors file {path}: {row.problem_id} is another question there, or about another "
+                "file; build it for this data set, or choose another file"
             )
-        count = len(row.frames)
-        fitting = fits(row.frames, settings.frames, row.settings.get("fps"))
-        if example.media_type == "video" and not fitting:
-            raise DataError(
-                f"the priors file {path} was made for K={row.settings.get('frames', count)} "
-                f"frames, this run uses K={settings.frames} ({problem} has {count}); build it "
-                f"again with --frames {settings.frames}"
-            )
+        check_count(f"priors file {path}", row.frames, example, settings, row.settings.get("fps"))
         # Rows of other programs need not record settings.
         made_with = {**compared, **row.settings}
-        remedy = f"give the same here, or make another file by prior.py --scores {path}"
-        check_settings(f"the priors file {path}", made_with, compared, remedy)
-    return {problem: rows[problem] for problem in needed if problem in rows}
+        check_settings(f"priors file {path}", made_with, compared, remedy)
+        rows[row.problem_id] = row
+    return rows
 
 
 def check_missing(path, examples, settings, workers=0, timeout=300.0):
@@ -860,52 +788,28 @@ def check_missing(path, examples, settings, workers=0, timeout=300.0):
         finished.
     """
     rows = load_priors(path, examples, settings)
-    needed = [example for example in examples if example.media_type != "text"]
-    missing = [example for example in needed if example.id not in rows]
+    missing = [one for one in examples if one.media_type != "text" and one.id not in rows]
     errors, readable = look_at(missing, settings, workers, timeout)
     if readable is not None:
         raise DataError(
-            f"priors file {path} has no row for {len(missing)} of {len(needed)} examples, though "
-            f"the medium of {readable.id} can be read; prior.py --dataset_name DATA --output "
-            f"{path} adds what is missing"
+            f"priors file {path} has no row for {len(missing)} of {len(missing) + len(rows)} "
+            f"examples, though the medium of {readable} can be read; prior.py --dataset_name DATA "
+            f"--output {path} adds what is missing"
         )
     return errors
 
 
 def rows_for(path, examples):
     """{problem_id: Prior} of the rows that name the question and the medium of an example."""
-    by_id = {example.id: example for example in examples}
+    named = {(one.id, one.question, media_name(one)) for one in examples}
     rows = {}
     for row in read_priors(path):
-        example = by_id.get(row.problem_id)
-        named = row.question is not None and row.media is not None
-        if example is not None and named and not other_question(row, example):
-            rows[example.id] = row
+        if (row.problem_id, row.question, row.media) in named:
+            rows[row.problem_id] = row
     return rows
 
 
 # ------------------------------------------------------------------------------------ command line
-
-
-def finished(output, examples, settings):
-    """problem_ids of the rows that an earlier run left in the output.
-
-    Errors: DataError if they belong to another data set or were made with other settings.
-    """
-    by_id = {example.id: example for example in examples}
-    done = set()
-    if not output.exists():
-        return done
-    for row in read_priors(output):
-        example = by_id.get(row.problem_id)
-        if example is None or other_question(row, example):
-            raise DataError(
-                f"{output} has a row of another data set ({row.problem_id}); "
-                "choose another --output"
-            )
-        check_settings(output, row.settings, settings_of(settings))
-        done.add(row.problem_id)
-    return done
 
 
 def cores():
@@ -914,10 +818,8 @@ def cores():
     return max(1, cv2.getNumberOfCPUs() // int(ranks))
 
 
-def clip_of(arguments, workers):
-    """The semantic cue's Clip, or None without that cue; it has the cores that workers leave."""
-    if not arguments.has_semantic:
-        return None
+def load_here(arguments, workers):
+    """Loads the semantic cue's model onto this rank's device, with the cores that workers leave."""
     torch.set_num_threads(max(1, cores() - workers))
     device = "cpu"
     if torch.cuda.is_available():
@@ -931,138 +833,73 @@ def run_dataset(arguments):
     examples = load_examples(arguments.dataset_name, arguments.media_root, unusable)
     rank, world = join_ranks()
     output = ShardedLines(arguments.output, rank, world)
+    done = {}
+    if output.path.exists():
+        done = load_priors(output.path, examples, arguments, own=True)
+    left = group_by_medium([example for example in examples if example.id not in done])
+    # All examples of a medium, so that a resumed run computes the same numbers.
     groups = group_by_medium(examples)
-    done = finished(output.path, examples, arguments)
-    mine = list(groups)[rank::world]
-    left = [medium for medium in mine if any(one.id not in done for one in groups[medium])]
+    mine = {medium: groups[medium] for medium in list(left)[rank::world]}
     workers = arguments.workers
     if workers is None:
         workers = cores()
         if arguments.has_semantic and not torch.cuda.is_available():
             workers = max(1, workers // 2)
     clip = None
-    if any(kind == "video" for kind, _ in left):
-        clip = clip_of(arguments, workers)
+    if arguments.has_semantic and any(kind == "video" for kind, _ in mine):
+        clip = load_here(arguments, workers)
 
     # What an earlier run could not use is tried again, now that nothing can refuse this run.
     errors = ShardedLines(f"{arguments.output}.errors.jsonl", rank, world)
     errors.replace(unusable)
     output.append([])  # the file exists even if no example needs a row
-    found = all_cues(
-        left,
-        arguments,
-        clip and clip.preprocess,
-        workers,
-        arguments.decode_timeout,
-        arguments.pin_workers,
-    )
-    progress = tqdm(found, desc="priors", unit="video", total=len(left), disable=rank > 0)
-    for medium, cues in progress:
-        if isinstance(cues, MediaError):
-            asked = [example for example in groups[medium] if example.id not in done]
-            errors.append(error_lines(asked, cues))
-        else:
-            # All rows of the medium, so that a resumed run computes the same numbers.
-            rows = media_rows(groups[medium], cues, clip, arguments)
-            output.append([row for row in rows if row.problem_id not in done])
+    found = group_priors(mine, clip, arguments, workers, arguments.decode_timeout)
+    progress = tqdm(found, desc="priors", unit="video", total=len(mine), disable=rank > 0)
+    for rows, lines in progress:
+        output.append([row for row in rows if row.problem_id not in done])
+        errors.append([line for line in lines if line["problem_id"] not in done])
     output.close()
     errors.close()
     if rank == 0:
-        conclude(arguments, examples, errors.path)
+        conclude(output.path, errors.path, examples)
 
 
-def conclude(arguments, examples, errors_file):
-    """Prints the summary, and writes the data set with frame_sets if it is asked for."""
-    output = Path(arguments.output)
+def conclude(output, errors_file, examples):
+    """Prints a summary of both files; a run of unusable examples alone is an error."""
     with open(output, "rb") as file:
         count = sum(1 for _ in file)
     errors = errors_file.read_text(encoding="utf-8").splitlines()
     if errors and not count:
         output.unlink()
-        cause = json.loads(errors[0])["cause"]
         raise DataError(
             f"none of the {len(errors)} examples can be used (see {errors_file}); "
-            f"the first: {cause}"
+            f"the first: {json.loads(errors[0])['cause']}"
         )
-    place = f" (see {errors_file})"
-    if not errors:
-        place = ""
-        errors_file.unlink()
     texts = sum(example.media_type == "text" for example in examples)
     print(
-        f"{count} priors are in {output}; {len(errors)} examples could not be used{place}; "
-        f"{texts} text-only examples need none"
+        f"{count} priors are in {output}; {len(errors)} examples could not be used (causes in "
+        f"{errors_file}); {texts} text-only examples need none"
     )
     report_evidence(output, examples)
-    if arguments.export_frame_sets:
-        export_frame_sets(arguments)
 
 
 def report_evidence(path, examples):
     """Prints how well the priors find the evidence of answers, where the data set knows it."""
     known = {example.id: example.evidence for example in examples if example.evidence}
-    if not known:
-        return
     hits = []
-    masses = []
-    for row in read_priors(path):
-        inside = np.zeros(len(row.frames), bool)  # (K,)
-        for start, end in known.get(row.problem_id, []):
-            inside |= [start <= time < end for time in row.times]
+    ratios = []
+    for row in read_priors(path) if known else []:
         if row.problem_id in known:
+            inside = slot_shares(row.times, known[row.problem_id], len(row.times)).numpy()  # (K,)
             hits.append(inside[row.semantic].any())
-        if inside.any():
-            masses.append((inside @ row.prior, inside.mean()))
-    if not masses:
-        return
-    unseen = ""
-    if len(masses) < len(hits):
-        unseen = f" ({len(hits) - len(masses)} have no sampled frame there)"
-    prior, uniform = np.array(masses).T
-    print(
-        f"{len(hits)} questions of known evidence{unseen}: {np.mean(hits):.3f} have it among the "
-        f"semantic cue's frames; P's mass on it is {np.mean(prior / uniform):.2f} times uniform's "
-        f"(mean of ratios; ratio of means {prior.mean() / uniform.mean():.2f})"
-    )
-
-
-def run_scores(arguments):
-    """Weighs the stored scores of --scores by this command's flags; the errors are copied."""
-    wanted = settings_of(arguments)
-    defaults = settings_of(PriorSettings())
-    rows = []
-    for row in read_priors(arguments.scores):
-        stored = row.media is not None and (row.scene_scores or len(row.frames) == 1)
-        if not stored or wanted.keys() - row.settings.keys():
-            raise DataError(
-                f"{arguments.scores}: the row of {row.problem_id} has no stored scores and settings"
-            )
-        used = {name: row.settings[name] for name in wanted}
-        free = [*WEIGHTS, "semantic_k"]
-        if used["scene"] == "hsv":
-            free.append("scene_threshold")
-        for name, value in wanted.items():
-            if name in free:
-                used[name] = value
-            elif value != defaults[name]:
-                check_settings(arguments.scores, used, {name: value}, "that takes the videos")
-        settings = PriorSettings(**used)
-        # An image has no scores.
-        if row.scene_scores and settings.has_semantic and not row.semantic_scores:
-            raise DataError(
-                f"{arguments.scores} has no semantic scores "
-                f"(it was made with --prior {row.settings['prior']})"
-            )
-        rows.append(weigh_scores(row, settings))
-    write_lines(arguments.output, rows)
-    # The same media have no row.
-    errors = Path(f"{arguments.scores}.errors.jsonl")
-    copied = Path(f"{arguments.output}.errors.jsonl")
-    if errors.is_file():
-        shutil.copyfile(errors, copied)
-    else:
-        copied.unlink(missing_ok=True)
-    print(f"{len(rows)} priors are in {arguments.output}, from the scores in {arguments.scores}")
+            if inside.any():
+                ratios.append(inside @ row.prior / inside.mean())
+    if ratios:
+        print(
+            f"{len(hits)} questions of known evidence, {len(hits) - len(ratios)} of them without a "
+            f"sampled frame there: {np.mean(hits):.3f} have it among the semantic cue's frames; "
+            f"P's mass on it is {np.mean(ratios):.2f} times uniform's (mean of ratios)"
+        )
 
 
 def run_video(arguments):
@@ -1070,19 +907,19 @@ def run_video(arguments):
     # Imported here, since workers import this file and matplotlib takes a second.
     from common.plots import prior_figure
 
-    clip = clip_of(arguments, 0)
+    clip = load_here(arguments, 0) if arguments.has_semantic else None
     path = os.path.abspath(arguments.video)
     example = Example("0", arguments.question, [], "free-form", "", path, "video")
     row = make_prior(example, clip, arguments)
     print("frame    time    scene  semantic      P")
     semantic = row.semantic_scores or [math.nan] * len(row.frames)
-    columns = (row.frames, row.times, row.scene_scores, semantic, row.prior)
-    for position, (frame, time, jump, likeness, prior) in enumerate(zip(*columns, strict=True)):
+    for position, frame in enumerate(row.frames):
         begins = "*" if position in row.scene else " "
         alike = "*" if position in row.semantic else " "
+        prior = row.prior[position]
         print(
-            f"{frame:5d} {time:6.1f} s  {jump:6.3f}{begins} {likeness:8.3f}{alike} {prior:6.3f} "
-            f"{'#' * round(100 * prior)}"
+            f"{frame:5d} {row.times[position]:6.1f} s  {row.scene_scores[position]:6.3f}{begins} "
+            f"{semantic[position]:8.3f}{alike} {prior:6.3f} {'#' * round(100 * prior)}"
         )
     frames, _ = decode_frames(path, row.frames)  # (K, H, W, 3)
     threshold = arguments.hsv_threshold if arguments.scene == "hsv" else None
@@ -1107,8 +944,6 @@ def main():
         arguments = PriorArguments(**vars(namespace))
         if arguments.video:
             run_video(arguments)
-        elif arguments.scores:
-            run_scores(arguments)
         else:
             run_dataset(arguments)
     except (DataError, OSError) as error:  # OSError: a file that cannot be written, a full disk

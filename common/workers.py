@@ -74,12 +74,10 @@ def exit_with_parent():
     os._exit(1)
 
 
-def start_worker(pin=True, initializer=None, initargs=()):
+def start_worker(initializer=None, initargs=()):
     """Prepares a worker process: one thread per library; it exits with its parent."""
     torch.set_num_threads(1)
     cv2.setNumThreads(1)
-    if pin:
-        take_core()
     # Ctrl-C reaches the parent, which stops the workers.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=exit_with_parent, daemon=True).start()
@@ -104,10 +102,9 @@ class Pool:
         workers: number of processes; 0: calls run in this process, without a timeout.
         timeout: seconds that a call may take.
         initializer, initargs: called once in every worker.
-        pin: keep each worker on its own core (take_core).
     """
 
-    def __init__(self, workers, timeout, initializer=None, initargs=(), pin=False):
+    def __init__(self, workers, timeout, initializer=None, initargs=()):
         self.workers = workers
         self.timeout = timeout
         self.processes = None
@@ -115,7 +112,7 @@ class Pool:
             if initializer is not None:
                 initializer(*initargs)
             return
-        self.start_arguments = (pin, initializer, initargs)
+        self.start_arguments = (initializer, initargs)
         self.start()
 
     def start(self):

@@ -2,6 +2,7 @@
 open_clip model for the rest.
 """
 
+import copy
 import json
 import multiprocessing
 import os
@@ -668,8 +669,7 @@ def test_build_priors_groups_by_medium_and_names_broken_media(clip, media, monke
     ]
     assert all(len(error["cause"]) > 20 and "\n" not in error["cause"] for error in errors)
     assert decoded == [
-        (str(media / "scenes.mp4"), 0),
-        (str(media / "scenes.mp4"), 7, 13, 20, 27, 34, 40, 47),
+        (str(media / "scenes.mp4"), frame) for frame in (0, 7, 13, 20, 27, 34, 40, 47)
     ]  # once, for three questions
     assert (
         rows[0].scene_scores == rows[1].scene_scores
@@ -821,7 +821,7 @@ def test_ablations_from_the_stored_scores(clip, media):
         "no_semantic": (scene, []),
         "uniform": ([], []),
     }.items():
-        changed = prior.weigh_scores(row, arguments(prior=name))
+        changed = prior.weigh(copy.deepcopy(row), arguments(prior=name))
         assert torch.equal(torch.tensor(changed.prior), prior.fuse(8, *sets))
         assert changed.settings["prior"] == name and (changed.scene, changed.semantic) == (
             scene,
@@ -833,7 +833,7 @@ def test_ablations_from_the_stored_scores(clip, media):
     without = prior.make_prior(example(media, "scenes.mp4"), None, arguments(prior="no_semantic"))
     assert (
         without.semantic_scores == []
-        and without.prior == prior.weigh_scores(row, arguments(prior="no_semantic")).prior
+        and without.prior == prior.weigh(row, arguments(prior="no_semantic")).prior
     )
 
 
@@ -878,7 +878,9 @@ def test_frame_sets_become_rows(media):
             prior.frame_set_rows(given[:1], arguments())
     given[0].extra["frame_sets"] = sets
     for frames in (4, 16):
-        with pytest.raises(DataError, match=f"8 uniform frames, this run uses --frames {frames}"):
+        with pytest.raises(
+            DataError, match=f"8 frames of scenes.mp4, this run uses --frames {frames}"
+        ):
             prior.frame_set_rows(given[:1], arguments(frames=frames))
     given[0].extra["frame_sets"] = {
         **sets,
@@ -932,9 +934,11 @@ def test_load_priors_reads_back_what_was_written(priors_file):
 
 def test_load_priors_of_another_k(priors_file):
     for frames in (4, 16):
-        with pytest.raises(DataError, match=f"made for K=8 frames, this run uses K={frames} "):
+        with pytest.raises(
+            DataError, match=f"8 frames of scenes.mp4, this run uses --frames {frames}"
+        ):
             prior.load_priors(priors_file.path, priors_file.examples, arguments(frames=frames))
-    with pytest.raises(DataError, match="this run uses K=4 .short.mp4 has 5"):
+    with pytest.raises(DataError, match="5 frames of short.mp4, this run uses --frames 4"):
         prior.load_priors(priors_file.path, priors_file.examples[1:], arguments(frames=4))
 
 
@@ -997,15 +1001,17 @@ def test_examples_without_a_row_are_looked_at(priors_file, media):
 @pytest.mark.parametrize(
     "change, words",
     [
-        ({"prior": [0.5, 0.5]}, "8 frames, 8 times and 2 prior values"),
+        ({"prior": [0.5, 0.5]}, "not equally long lists of numbers"),
         ({"prior": [0.5] * 8}, "the sum 4"),
         ({"prior": [-0.5, 1.5, 0, 0, 0, 0, 0, 0]}, "least value is -0.5, the sum 1"),
-        ({"prior": [float("nan")] * 8}, "not numbers"),
+        ({"prior": [float("nan")] * 8}, "not equally long lists of numbers"),
         ({"settings": None}, "settings that are not an object"),
-        ({"prior": ["x"] * 8}, "not numbers"),
+        ({"prior": ["x"] * 8}, "not equally long lists of numbers"),
         ({"frames": [0, 0, 1, 2, 3, 4, 5, 6]}, "not ascending"),
-        ({"frames": 3}, "not non-empty lists"),
-        ({"times": None}, "not non-empty lists"),
+        ({"frames": 3}, "not equally long lists of numbers"),
+        ({"times": None}, "not equally long lists of numbers"),
+        ({"frames": [], "times": [], "prior": []}, "not ascending"),
+        ({"frames": [0.5, 1, 2, 3, 4, 5, 6, 7]}, "not ascending"),
     ],
 )
 def test_load_priors_of_a_malformed_row(priors_file, change, words):
@@ -1110,11 +1116,13 @@ def test_main_refuses(clip_folder, media, tmp_path, monkeypatch, capsys):
         tmp_path / "priors.jsonl",
     )
     known = ["--dataset_name", dataset, "--media_root", media, "--output", output]
-    assert "give one of --dataset_name, --video and --scores" in fails(monkeypatch, capsys)
-    assert "--w_base must be above 0" in fails(monkeypatch, capsys, *known, "--w_base", 0)
+    assert "give one of --dataset_name and --video" in fails(monkeypatch, capsys)
+    assert "--w_base must be at least 1e-06 and finite" in fails(
+        monkeypatch, capsys, *known, "--w_base", 0
+    )
     assert "invalid int value: 'many'" in fails(monkeypatch, capsys, *known, "--frames", "many")
     assert "cannot be loaded" in fails(monkeypatch, capsys, *known, "--clip", "ViT-Nothing")
-    assert "is the --dataset_name itself" in fails(monkeypatch, capsys, *known, "--output", dataset)
+    assert "is the input itself" in fails(monkeypatch, capsys, *known, "--output", dataset)
     assert not output.exists()
     assert "none of the 2 examples can be used" in fails(
         monkeypatch, capsys, *known, "--clip", f"local-dir:{clip_folder}", "--workers", 0
@@ -1390,10 +1398,15 @@ def test_a_run_of_other_settings_or_data_is_not_continued(flags, tmp_path, monke
     assert "was made with --scene hsv, this run has content" in fails(
         monkeypatch, capsys, *again, "--scene", "content"
     )
+    assert "was made with --clip_pretrained openai, this run has x" in fails(
+        monkeypatch, capsys, *again, "--clip_pretrained", "x"
+    )
     rows = json.loads((tmp_path / "set.json").read_text())
     rows[0]["problem"] = "another question"
     (tmp_path / "set.json").write_text(json.dumps(rows))
-    assert "has a row of another data set (0)" in fails(monkeypatch, capsys, *again)
+    assert "0 is another question there" in fails(monkeypatch, capsys, *again)
+    (tmp_path / "set.json").write_text(json.dumps(rows[1:]))
+    assert "0 is another question there" in fails(monkeypatch, capsys, *again)
     assert output.read_text() == before
 
 
@@ -1406,8 +1419,7 @@ def test_several_ranks(flags, tmp_path, monkeypatch, capsys):
     whole, output = tmp_path / "whole.jsonl", tmp_path / "ranks" / "priors.jsonl"
     works(monkeypatch, capsys, *flags, "--output", whole)
     for count in (3, 2):  # anew, and once more when all is done: the broken are tried again
-        told = ranks(count, [*flags, "--export_frame_sets", tmp_path / "sets.json"], output)
-        assert told.count("6 priors are in") == 1 and "6 of 11 rows have frame_sets" in told
+        assert ranks(count, flags, output).count("6 priors are in") == 1
         assert lines(output) == lines(whole) and lines(f"{output}.errors.jsonl") == lines(
             f"{whole}.errors.jsonl"
         )
@@ -1525,155 +1537,21 @@ def test_workers_end_with_the_process_they_work_for(tmp_path):
     raise AssertionError(survivors())
 
 
-def test_other_weights_from_stored_scores(flags, tmp_path, monkeypatch, capsys):
-    output, other = tmp_path / "priors.jsonl", tmp_path / "other.jsonl"
-    works(monkeypatch, capsys, *flags, "--output", output)
-    monkeypatch.setattr(prior, "open_video", None)  # no video is opened
-    rows = {row.problem_id: row for row in prior.read_priors(output)}
-    assert "6 priors are in" in works(
-        monkeypatch,
-        capsys,
-        "--scores",
-        output,
-        "--output",
-        other,
-        "--prior",
-        "no_scene",
-        "--w_sem",
-        5,
-    )
-    for row in prior.read_priors(other):
-        old = rows[row.problem_id]
-        assert row.settings == {
-            **old.settings,
-            "prior": "no_scene",
-            "w_sem": 5.0,
-        }  # frames 8 and the model are the file's
-        assert torch.equal(
-            torch.tensor(row.prior),
-            prior.fuse(len(old.frames), [], old.semantic, w_sem=5.0),
-        )
-    assert "was made with --frames 8, this run has 32; that takes the videos" in fails(
-        monkeypatch, capsys, "--scores", output, "--output", other, "--frames", 32
-    )
-    assert "is the --scores itself" in fails(
-        monkeypatch, capsys, "--scores", output, "--output", output
-    )
-    bare = tmp_path / "bare.jsonl"
-    monkeypatch.undo()
-    works(monkeypatch, capsys, *flags, "--output", bare, "--prior", "no_semantic")
-    told = fails(monkeypatch, capsys, "--scores", bare, "--output", other)
-    assert "has no semantic scores (it was made with --prior no_semantic)" in told
-    assert "6 priors are in" in works(
-        monkeypatch, capsys, "--scores", bare, "--output", other, "--prior", "uniform"
-    )
-
-
-def test_stored_scores_carry_the_errors_and_know_their_limits(
-    flags, media, tmp_path, monkeypatch, capsys
-):
-    output, other = tmp_path / "priors.jsonl", tmp_path / "other.jsonl"
-    works(monkeypatch, capsys, *flags, "--output", output)
-    works(monkeypatch, capsys, "--scores", output, "--output", other, "--prior", "uniform")
-    assert (
-        lines(f"{other}.errors.jsonl") == lines(f"{output}.errors.jsonl")
-        and len(lines(f"{other}.errors.jsonl")) == 5
-    )
-    given = example(media, "scenes.mp4")
-    given.extra["frame_sets"] = {
-        "uniform": [0, 7, 13, 20, 27, 34, 40, 47],
-        "scene": [20],
-        "semantic": [13],
-    }
-    workers.write_lines(output, prior.frame_set_rows([given], arguments())[0])
-    assert "the row of scenes.mp4 has no stored scores" in fails(
-        monkeypatch, capsys, "--scores", output, "--output", other
-    )
-    workers.write_lines(
-        output,
-        [
-            prior.make_prior(
-                given, None, arguments(scene="content", scene_threshold=40, prior="no_semantic")
-            )
-        ],
-    )
-    again = ["--scores", output, "--output", other, "--prior", "uniform"]
-    assert "--scene_threshold 40, this run has 50.0; that takes the videos" in fails(
-        monkeypatch, capsys, *again, "--scene_threshold", 50
-    )
-    works(monkeypatch, capsys, *again)
-    assert [row.settings["scene_threshold"] for row in prior.read_priors(other)] == [40]
-    output.write_bytes(b"\xff\n")
-    assert "line 1 is not valid JSON" in fails(monkeypatch, capsys, *again)
-
-
-def test_sets_of_a_row_that_shares_its_id_with_a_bad_one(flags, tmp_path, monkeypatch, capsys):
-    rows = json.loads((tmp_path / "set.json").read_text())[:3]
-    rows[0]["path"], rows[0]["problem_id"], rows[1]["problem_id"] = "../x.mp4", "same", "same"
-    (tmp_path / "set.json").write_text(json.dumps(rows))
-    exported = tmp_path / "new" / "sets.json"
-    works(
-        monkeypatch,
-        capsys,
-        *flags,
-        "--output",
-        tmp_path / "priors.jsonl",
-        "--export_frame_sets",
-        exported,
-    )
-    assert ["frame_sets" in row for row in json.loads(exported.read_text())] == [False, True, True]
-    for path, words in (
-        (tmp_path / "x.jsonl", "name it .json"),
-        (tmp_path / "set.json", "is the --dataset_name itself"),
-    ):
-        assert words in fails(
-            monkeypatch,
-            capsys,
-            *flags,
-            "--output",
-            tmp_path / "priors.jsonl",
-            "--export_frame_sets",
-            path,
-        )
-
-
-def test_frame_sets_are_exported_and_read_back(flags, tmp_path, monkeypatch, capsys):
-    output, exported = tmp_path / "priors.jsonl", tmp_path / "sets.json"
-    assert "6 of 11 rows have frame_sets" in works(
-        monkeypatch, capsys, *flags, "--output", output, "--export_frame_sets", exported
-    )
-    raw, rows = json.loads(exported.read_text()), json.loads((tmp_path / "set.json").read_text())
-    assert [
-        {key: value for key, value in row.items() if key != "frame_sets"} for row in raw
-    ] == rows
-    assert ["frame_sets" in row for row in raw] == [
-        True,
-        True,
-        True,
-        False,
-        True,
-        False,
-        True,
-        True,
-        False,
-        False,
-        False,
-    ]
-    assert raw[0]["frame_sets"]["uniform"] == [0, 7, 13, 20, 27, 34, 40, 47] and raw[0][
-        "frame_sets"
-    ]["scene"] == [20, 34]
-    examples = [
-        example
-        for example in load_examples(exported, flags[3], [])
-        if "frame_sets" in example.extra
-    ]
-    found, errors = prior.frame_set_rows(examples, arguments())
-    made = {row.problem_id: row for row in prior.read_priors(output)}
-    assert errors == [] and len(found) == 6
-    for row in found:
+def test_frame_sets_give_the_priors_that_they_came_from(clip, media):
+    given = [example(media, name) for name in ("scenes.mp4", "short.mp4", "picture.png")]
+    made, _ = prior.build_priors(given, clip, arguments())
+    for one, row in zip(given, made, strict=True):
+        one.extra["frame_sets"] = {
+            "uniform": row.frames,
+            "scene": [row.frames[position] for position in row.scene],
+            "semantic": [row.frames[position] for position in row.semantic],
+        }
+    found, errors = prior.frame_set_rows(given, arguments())
+    assert errors == [] and len(found) == 3
+    for row, other in zip(made, found, strict=True):
         assert all(
-            getattr(row, key) == getattr(made[row.problem_id], key)
-            for key in ("frames", "times", "scene", "semantic", "prior", "question")
+            getattr(row, key) == getattr(other, key)
+            for key in ("problem_id", "frames", "times", "scene", "semantic", "prior", "question")
         )
 
 
@@ -1717,7 +1595,7 @@ def test_one_video_is_printed_and_drawn(clip_folder, media, tmp_path, monkeypatc
         (["--question", "x"], "give one of"),
         (["--video", "x.mp4"], "--video and --question go together"),
         ([*asked, "--output", "x.txt"], "drawn as .png"),
-        ([*asked, "--scores", "x"], "not video and scores"),
+        ([*asked, "--dataset_name", "x"], "give one of"),
         ([*asked, "--prior", "uniform", "--video", media / "text.mp4"], "not a readable video"),
         ([*asked, "--prior", "uniform", "--output", tmp_path / "no" / "x.png"], "No such file"),
     ):
@@ -1733,6 +1611,6 @@ def test_the_report_about_known_evidence(flags, tmp_path, monkeypatch, capsys):
     ratio = sum(row.prior[3:5]) / (2 / 8)
     hit = float(bool({3, 4} & set(row.semantic)))
     assert (
-        f"1 questions of known evidence: {hit:.3f} have it" in told
+        f"1 questions of known evidence, 0 of them without a sampled frame there: {hit:.3f}" in told
         and f"is {ratio:.2f} times uniform's" in told
     )

@@ -197,9 +197,16 @@ def test_frame_sets_in_the_data_are_the_prior(small_toy, first_run, tmp_path):
         priors,
         "--clip",
         f"local-dir:{small_toy}/clip",
-        "--export_frame_sets",
-        sets,
     )
+    rows = {row["problem_id"]: row for row in rows_of(small_toy, 5)}
+    for row in map(json.loads, priors.read_text().splitlines()):
+        frames = row["frames"]
+        rows[row["problem_id"]]["frame_sets"] = {
+            "uniform": frames,
+            "scene": [frames[position] for position in row["scene"]],
+            "semantic": [frames[position] for position in row["semantic"]],
+        }
+    sets.write_text(json.dumps(list(rows.values())))
     launch(
         "--dataset_name",
         sets,
