@@ -338,26 +338,25 @@ def from_video_r2(row):
 
 
 def to_video_r1(row):
-    """Convert a row of any supported format to Video-R1's; its other fields stay in it."""
-    if "conversations" in row:
-        return from_video_r2(row)
-    if "task_progress_metadata" in row:
-        return from_seed_bench(row)
-    if "video" in row and "path" not in row:
-        return from_tw_grpo(row)
-    return row
+    """Convert a row of any supported format to Video-R1's; its other fields stay in it.
 
-
-def convert_row(row):
-    """to_video_r1, with a DataError for a row that does not have the fields of its format."""
+    Raises:
+        DataError: the row does not have the fields of its format.
+    """
     try:
-        return to_video_r1(row)
+        if "conversations" in row:
+            return from_video_r2(row)
+        if "task_progress_metadata" in row:
+            return from_seed_bench(row)
+        if "video" in row and "path" not in row:
+            return from_tw_grpo(row)
+        return row
     except DataError:
         raise
     except (AttributeError, KeyError, TypeError, ValueError) as error:
-        cause = f"{type(error).__name__}: {error}"
         raise DataError(
-            f"lacks a field of its format, or has it in another shape ({cause})"
+            "lacks a field of its format, or has it in another shape "
+            f"({type(error).__name__}: {error})"
         ) from error
 
 
@@ -430,10 +429,15 @@ def read_solution(row, options):
 def read_times(row):
     """Grounding [(start s, end s, sentence), ...] and evidence [(start s, end s), ...] of a row."""
     grounding = []
-    for span, sentence in (row.get("grounding") or {}).items():
-        start, _, end = span.partition("-")
-        grounding.append((parse_time(start), parse_time(end or start), sentence))
-    evidence = [(float(start), float(end)) for start, end in row.get("evidence") or []]
+    try:
+        for span, sentence in (row.get("grounding") or {}).items():
+            start, _, end = span.partition("-")
+            grounding.append((parse_time(start), parse_time(end or start), sentence))
+        evidence = [(float(start), float(end)) for start, end in row.get("evidence") or []]
+    except (AttributeError, TypeError, ValueError) as error:
+        raise DataError(
+            f'grounding must be {{"MM:SS-MM:SS": sentence}}, evidence [[start, end], ...] ({error})'
+        ) from error
     return grounding, evidence
 
 
@@ -447,12 +451,9 @@ def read_example(row, index, media_root):
         if row[name] not in known:
             raise DataError(f"has {name} {row[name]!r}; known are {', '.join(known)}")
     # Checked before anything is printed, hashed or tokenized.
-    broken = []
     for name in ("problem", "options", "process", "solution", "path"):
         if SURROGATE.search(json.dumps(row.get(name), ensure_ascii=False)):
-            broken.append(name)
-    if broken:
-        raise DataError(f"has no valid Unicode in {', '.join(broken)} (a lone surrogate)")
+            raise DataError(f"has no valid Unicode in {name} (a lone surrogate)")
 
     options = row.get("options") or []
     process = row.get("process") or ""
@@ -463,12 +464,7 @@ def read_example(row, index, media_root):
     answer = read_solution(row, options)
     if row["problem_type"] == "multiple choice":
         options = with_letters(options)
-    try:
-        grounding, evidence = read_times(row)
-    except (AttributeError, TypeError, ValueError) as error:
-        raise DataError(
-            f'grounding must be {{"MM:SS-MM:SS": sentence}}, evidence [[start, end], ...] ({error})'
-        ) from error
+    grounding, evidence = read_times(row)
     return Example(
         id=row_id(row, index),
         question=str(row["problem"]),
@@ -499,7 +495,7 @@ def parse_example(row, index, media_root):
     if not isinstance(row, dict):
         raise DataError(f"row {index} is not an object")
     try:
-        return read_example(convert_row(row), index, media_root)
+        return read_example(to_video_r1(row), index, media_root)
     except DataError as error:
         raise DataError(f"row {index} (problem_id {row_id(row, 'missing')}) {error}") from error
 

@@ -219,10 +219,11 @@ class Encoder:
         if medium is None:
             before_ids = torch.tensor(tokenizer(before).input_ids)
             inputs = ModelInputs(before_ids, None, None, second_per_grid=1.0, times=[])
-        elif black:
-            inputs = self.process(example, before, torch.zeros_like(medium.frames), medium)
-        elif shuffle is not None:
-            inputs = self.process(example, before, medium.frames[list(shuffle)], medium)
+        elif black or shuffle is not None:
+            frames = torch.zeros_like(medium.frames)
+            if not black:
+                frames = medium.frames[list(shuffle)]
+            inputs = self.process(example, before, frames, medium)
         else:
             # All questions about a medium share the prompt up to its end.
             if medium.inputs is None:
