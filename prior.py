@@ -183,6 +183,7 @@ class PriorArguments(PriorSettings):
 
     def __post_init__(self):
         super().__post_init__()
+        # Two commands in one: a data set, or one video with its question.
         if (self.dataset_name is None) == (self.video is None):
             raise DataError("give one of --dataset_name and --video")
         if (self.question is None) != (self.video is None):
@@ -190,6 +191,7 @@ class PriorArguments(PriorSettings):
         self.output = self.output or ("prior.png" if self.video else "priors.jsonl")
         if self.video and Path(self.output).suffix not in (".png", ".svg", ".pdf"):
             raise DataError(f"--output {self.output}: a prior is drawn as .png, .svg or .pdf")
+        # The input would be overwritten.
         if os.path.realpath(self.output) == os.path.realpath(self.dataset_name or self.video):
             raise DataError(f"--output {self.output} is the input itself; choose another file")
 
@@ -289,6 +291,7 @@ def detector_scores(path, times, name, threshold=None):
         raise MediaError(
             f"{path}: PySceneDetect cannot read the video ({first_words(error)})"
         ) from error
+    # A frame exactly at a cut belongs to the new scene, whatever the rounding of its time.
     starts = [start.seconds - 1e-3 for start, _ in scenes[1:]]
     scores = np.zeros(len(times) + 1)  # a cut after the last sampled frame counts for the last
     scores[np.searchsorted(times, starts)] = 1.0
@@ -405,6 +408,7 @@ def semantic_set(scores, k=None):
     """
     if k is None:
         k = math.ceil(len(scores) / 4)
+    # A stable sort keeps the earlier of equal scores first.
     order = np.argsort(-np.asarray(scores), kind="stable").tolist()
     return sorted(order[:k])
 
@@ -482,11 +486,13 @@ def media_name(example):
 
 def weigh(row, settings):
     """Adds to a Prior the P of its sets (Eq. 2) and the settings that weighed them."""
+    # An ablated cue keeps its set in the row, so that it can be weighed anew.
     scene = row.scene if settings.has_scene else []
     semantic = row.semantic if settings.has_semantic else []
-    weights = (settings.w_base, settings.w_scene, settings.w_sem)
-    prior = fuse(len(row.frames), scene, semantic, *weights)  # (K,)
-    row.prior = [float(f"{value:.9g}") for value in prior.tolist()]  # exact for a float32
+    count = len(row.frames)
+    prior = fuse(count, scene, semantic, settings.w_base, settings.w_scene, settings.w_sem)  # (K,)
+    # Nine digits are exact for a float32.
+    row.prior = [float(f"{value:.9g}") for value in prior.tolist()]
     for name in ("prior", "w_base", "w_scene", "w_sem"):
         row.settings[name] = getattr(settings, name)
     return row
@@ -501,7 +507,8 @@ def media_rows(examples, cues, clip, settings):
     """
     # A detector's scores are 0 or 1.
     threshold = settings.hsv_threshold if settings.scene == "hsv" else 0.5
-    likeness = [[]] * len(examples)
+    likeness = [[]] * len(examples)  # (N, K), or no scores
+    # One batch a medium: the frames are encoded once for all its questions.
     if clip is not None and cues.pixels is not None:
         texts = []
         for example in examples:
@@ -646,13 +653,14 @@ def frame_set_rows(examples, settings):
     errors = []
     for example in tqdm(examples, desc="frame_sets", unit="example", disable=not examples):
         sets = example.extra["frame_sets"]
-        names = {"uniform", "scene", "semantic"}
-        known = isinstance(sets, dict) and names <= sets.keys() and sets["uniform"]
-        if not known or not all(are_indices(sets[name]) for name in names):
+        names = ("uniform", "scene", "semantic")
+        known = isinstance(sets, dict) and sets.get("uniform")
+        if not known or not all(are_indices(sets.get(name)) for name in names):
             raise DataError(
                 f"{example.id}: frame_sets must have the lists uniform (not empty), scene and "
                 "semantic of frame indices"
             )
+        # A sampler of fixed K repeats the frames of a shorter video.
         frames = sorted(set(sets["uniform"]))
         check_count("the field frame_sets", frames, example, settings, settings.fps)
         times = [0.0]
@@ -756,6 +764,7 @@ def load_priors(path, examples, settings, own=False):
     Errors: DataError if the file is malformed, or a row was made for another question, another K
         or with other settings.
     """
+    # The K of a shorter video and the place of a model on this machine may differ.
     compared = settings_of(settings)
     remedy = "choose another --output"
     if not own:
@@ -787,6 +796,7 @@ def check_missing(path, examples, settings, workers=0, timeout=300.0):
     Errors: DataError if a medium can be read: the file was made for other examples, or is not
         finished.
     """
+    # What nobody can read has no row either; anything else is a wrong file.
     rows = load_priors(path, examples, settings)
     missing = [one for one in examples if one.media_type != "text" and one.id not in rows]
     errors, readable = look_at(missing, settings, workers, timeout)
@@ -821,6 +831,7 @@ def cores():
 def load_here(arguments, workers):
     """Loads the semantic cue's model onto this rank's device, with the cores that workers leave."""
     torch.set_num_threads(max(1, cores() - workers))
+    # One GPU a rank.
     device = "cpu"
     if torch.cuda.is_available():
         device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
@@ -840,11 +851,13 @@ def run_dataset(arguments):
     # All examples of a medium, so that a resumed run computes the same numbers.
     groups = group_by_medium(examples)
     mine = {medium: groups[medium] for medium in list(left)[rank::world]}
+    # CLIP on the CPU needs as many cores as the decoders.
     workers = arguments.workers
     if workers is None:
         workers = cores()
         if arguments.has_semantic and not torch.cuda.is_available():
             workers = max(1, workers // 2)
+    # An image needs no cue, so that no model is loaded for images alone.
     clip = None
     if arguments.has_semantic and any(kind == "video" for kind, _ in mine):
         clip = load_here(arguments, workers)
@@ -875,6 +888,7 @@ def conclude(output, errors_file, examples):
             f"none of the {len(errors)} examples can be used (see {errors_file}); "
             f"the first: {json.loads(errors[0])['cause']}"
         )
+    # Everything that a reader counts: rows, failures, and what needs neither.
     texts = sum(example.media_type == "text" for example in examples)
     print(
         f"{count} priors are in {output}; {len(errors)} examples could not be used (causes in "
@@ -890,6 +904,7 @@ def report_evidence(path, examples):
     ratios = []
     for row in read_priors(path) if known else []:
         if row.problem_id in known:
+            # 1 for a frame inside the evidence, else 0.
             inside = slot_shares(row.times, known[row.problem_id], len(row.times)).numpy()  # (K,)
             hits.append(inside[row.semantic].any())
             if inside.any():
@@ -911,6 +926,7 @@ def run_video(arguments):
     path = os.path.abspath(arguments.video)
     example = Example("0", arguments.question, [], "free-form", "", path, "video")
     row = make_prior(example, clip, arguments)
+    # nan where the cue is left out.
     print("frame    time    scene  semantic      P")
     semantic = row.semantic_scores or [math.nan] * len(row.frames)
     for position, frame in enumerate(row.frames):

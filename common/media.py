@@ -289,31 +289,22 @@ class Encoder:
             ModelInputs.
         """
         if example.media_type == "image":
-            output = self.processor(
-                text=[text], images=[frames[0]], do_resize=False, return_tensors="pt"
-            )
-            pixels = output["pixel_values"]
-            grid = output["image_grid_thw"][0]
             seconds = 1.0
+            pixels = "pixel_values"
+            media = {"images": [frames[0]]}
         else:
             # Drawn after a control has shuffled the frames: the times stay in order.
             if self.frame_times == "drawn":
                 frames = draw_times(frames, medium.times)
+            seconds = self.processor.video_processor.temporal_patch_size / medium.fps
+            pixels = "pixel_values_videos"
             # The frames are sampled already; their rate gives the seconds per slot.
             metadata = {
                 "fps": medium.fps,
                 "total_num_frames": len(frames),
                 "frames_indices": list(range(len(frames))),
             }
-            output = self.processor(
-                text=[text],
-                videos=[frames],
-                video_metadata=[metadata],
-                do_sample_frames=False,
-                do_resize=False,
-                return_tensors="pt",
-            )
-            pixels = output["pixel_values_videos"]
-            grid = output["video_grid_thw"][0]
-            seconds = self.processor.video_processor.temporal_patch_size / medium.fps
-        return ModelInputs(output["input_ids"][0], pixels, grid, seconds, medium.times)
+            media = {"videos": [frames], "video_metadata": [metadata], "do_sample_frames": False}
+        output = self.processor(text=[text], do_resize=False, return_tensors="pt", **media)
+        grid = output[f"{example.media_type}_grid_thw"][0]
+        return ModelInputs(output["input_ids"][0], output[pixels], grid, seconds, medium.times)

@@ -74,7 +74,7 @@ def exit_with_parent():
     os._exit(1)
 
 
-def start_worker(initializer=None, initargs=()):
+def start_worker(initializer, initargs):
     """Prepares a worker process: one thread per library; it exits with its parent."""
     torch.set_num_threads(1)
     cv2.setNumThreads(1)
@@ -108,12 +108,11 @@ class Pool:
         self.workers = workers
         self.timeout = timeout
         self.processes = None
-        if workers == 0:
-            if initializer is not None:
-                initializer(*initargs)
-            return
         self.start_arguments = (initializer, initargs)
-        self.start()
+        if workers > 0:
+            self.start()
+        elif initializer is not None:
+            initializer(*initargs)
 
     def start(self):
         # Workers are forks of a process without threads or CUDA.
