@@ -23,7 +23,6 @@ import json
 import math
 import os
 import sys
-from contextlib import closing
 from dataclasses import dataclass, fields
 from functools import lru_cache
 from pathlib import Path
@@ -598,24 +597,6 @@ def build_priors(examples, clip, settings):
     return rows, errors
 
 
-def look_at(examples, settings, workers=0, timeout=300.0):
-    """Reads the examples' media one by one until one can be read.
-
-    Returns:
-        error lines of those that cannot; the problem_id of an example that can, or None.
-    """
-    errors = []
-    # Closed, so that its workers end.
-    with closing(
-        group_priors(group_by_medium(examples), None, settings, workers, timeout)
-    ) as found:
-        for rows, new_errors in found:
-            if rows:
-                return errors, rows[0].problem_id
-            errors += new_errors
-    return errors, None
-
-
 # ------------------------------------------------------------------------ the release's frame_sets
 
 
@@ -754,8 +735,6 @@ def other_question(row, example):
 def load_priors(path, examples, settings, own=False):
     """Priors of the video and image examples that have a row in a priors file.
 
-    check_missing() asks why others have none.
-
     Args:
         settings: the run's PriorSettings. The names of CLIP models are not compared.
         own: whether this run writes the file: then they are, and all rows must be of its examples.
@@ -787,35 +766,6 @@ def load_priors(path, examples, settings, own=False):
         made_with = {**compared, **row.settings}
         check_settings(f"priors file {path}", made_with, compared, remedy)
         rows[row.problem_id] = row
-    return rows
-
-
-def check_missing(path, examples, settings, workers=0, timeout=300.0):
-    """Error lines of examples without a row in a priors file because their medium is unreadable.
-
-    Errors: DataError if a medium can be read: the file was made for other examples, or is not
-        finished.
-    """
-    # What nobody can read has no row either; anything else is a wrong file.
-    rows = load_priors(path, examples, settings)
-    missing = [one for one in examples if one.media_type != "text" and one.id not in rows]
-    errors, readable = look_at(missing, settings, workers, timeout)
-    if readable is not None:
-        raise DataError(
-            f"priors file {path} has no row for {len(missing)} of {len(missing) + len(rows)} "
-            f"examples, though the medium of {readable} can be read; prior.py --dataset_name DATA "
-            f"--output {path} adds what is missing"
-        )
-    return errors
-
-
-def rows_for(path, examples):
-    """{problem_id: Prior} of the rows that name the question and the medium of an example."""
-    named = {(one.id, one.question, media_name(one)) for one in examples}
-    rows = {}
-    for row in read_priors(path):
-        if (row.problem_id, row.question, row.media) in named:
-            rows[row.problem_id] = row
     return rows
 
 

@@ -12,7 +12,6 @@ import subprocess
 import sys
 import time
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 from types import SimpleNamespace
@@ -969,33 +968,14 @@ def test_load_priors_of_another_question(priors_file, media):
             prior.load_priors(priors_file.path, [other], arguments())
 
 
-def test_examples_without_a_row_are_looked_at(priors_file, media):
+def test_examples_without_a_row_have_no_prior(priors_file, media):
     broken = [example(media, name) for name in ("truncated.mp4", "absent.mp4", "text.png")]
     everyone = priors_file.examples + broken
     assert prior.load_priors(priors_file.path, everyone, arguments()) == {
         row.problem_id: row for row in priors_file.rows
     }
-    errors = prior.check_missing(priors_file.path, everyone, arguments())
-    assert {error["problem_id"] for error in errors} == {"truncated.mp4", "absent.mp4", "text.png"}
-    assert all(error["problem_id"] in error["cause"] for error in errors)
-    assert prior.check_missing(priors_file.path, priors_file.examples, arguments()) == []
-    others = [example(media, "scenes.mp4", id=name) for name in ("a", "b")]
-    with pytest.raises(
-        DataError, match="no row for 3 of 6 examples, though the medium of a can be read"
-    ):
-        prior.check_missing(
-            priors_file.path, priors_file.examples + broken[:1] + others, arguments()
-        )
     with pytest.raises(DataError, match="not found"):
         prior.load_priors(priors_file.path.with_name("absent"), priors_file.examples, arguments())
-    # rows without a question or a medium cannot be told from those of other data sets
-    rows = [
-        replace(priors_file.rows[0], question="another"),
-        priors_file.rows[1],
-        replace(priors_file.rows[2], media=None),
-    ]
-    workers.write_lines(priors_file.path, rows)
-    assert prior.rows_for(priors_file.path, priors_file.examples) == {"short.mp4": rows[1]}
 
 
 @pytest.mark.parametrize(
