@@ -25,7 +25,7 @@ import time
 import uuid
 from collections import Counter, defaultdict
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
 import deepspeed
@@ -1524,14 +1524,23 @@ FOREIGN_FLAGS = {
 
 
 def refuse_unread_flags(stage):
-    """Errors: DataError for a flag of the command line whose namesake this stage reads."""
-    given = [word.partition("=")[0].replace("-", "_") for word in sys.argv]
+    """Errors: DataError for a flag of the command line that this stage does not read."""
+    given = []
+    for word in sys.argv:
+        flag_name = word.partition("=")[0].replace("-", "_")
+        given.append(flag_name.replace("__no_", "__"))
     # The two stages have a flag of the same meaning under two names.
     for sft, grpo in zip(*SCHEDULES.values(), strict=True):
         if stage == "sft" and f"__{grpo}" in given:
             raise DataError(f"--stage sft does not read --{grpo}; its own is --{sft}")
         if stage == "grpo" and f"__{sft}" in given:
             raise DataError(f"--stage grpo does not read --{sft}; its own is --{grpo}")
+    # The others stand under the heading of their stage.
+    heading = ""
+    for setting in fields(TrainArguments):
+        heading = setting.metadata.get("group", heading)
+        if stage == "sft" and heading.startswith("GRPO") and f"__{setting.name}" in given:
+            raise DataError(f"--stage sft does not read --{setting.name}: it is GRPO's")
 
 
 def parse_arguments():
