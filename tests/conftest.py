@@ -1,24 +1,42 @@
 """What the tests share: a small toy world (4 + 2 videos, no CLIP) made once per session, encoded
 examples of it, small models of every family, and train.py under ZeRO-3 on a small toy with CLIP
-(warm.py starts it)."""
+(warm.py starts it).
+
+torch and transformers are imported where they are needed: pytest-xdist's parent, which its workers
+wait for, needs neither."""
 
 import copy
+import fcntl
 import json
 import multiprocessing
+import os
 import shutil
+import subprocess
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import torch
-import torch.distributed as dist
-from transformers import Qwen2_5_VLModel, Qwen2VLModel
 from warm import BIN as BIN
 from warm import ENV as ENV
 from warm import ROOT as ROOT
-from warm import run_script
+from warm import join_server, run_script, start_server
 
-torch.set_num_threads(1)
+# Two workers on two cores. Threads of libraries that wait for each other would slow both down.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+def pytest_configure(config):
+    if getattr(config.option, "numprocesses", None) and not hasattr(config, "workerinput"):
+        # The parent of pytest-xdist's workers. They are about to import what the server imports.
+        start_server()
+        return
+    join_server()
+    import torch
+    from transformers import Qwen2_5_VLModel, Qwen2VLModel
+
+    torch.set_num_threads(1)
+    for module in (Qwen2VLModel, Qwen2_5_VLModel):
+        module.get_rope_index = as_trained(module.get_rope_index)
 
 
 def pytest_sessionfinish():
@@ -33,6 +51,7 @@ def as_trained(get_rope_index):
     transformers 4 and the released models have them. A second implementation of
     policy.continue_positions, for the plain forwards that the tests compare with.
     """
+    import torch
 
     def wrapper(model, input_ids, mm_token_type_ids, *arguments, attention_mask=None, **keywords):
         positions, _ = get_rope_index(
@@ -61,8 +80,25 @@ def as_trained(get_rope_index):
     return wrapper
 
 
-for module in (Qwen2VLModel, Qwen2_5_VLModel):
-    module.get_rope_index = as_trained(module.get_rope_index)
+def shared_folder(tmp_path_factory, name, make):
+    """A folder that the first of pytest-xdist's workers to ask for it makes, for all of them.
+
+    Args:
+        make: called with the folder, which does not exist yet.
+    """
+    base = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        # Every worker has a folder in that of the session.
+        base = base.parent
+    folder = base / name
+    made = base / f"{name}.made"
+    with open(base / f"{name}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not made.exists():
+            shutil.rmtree(folder, ignore_errors=True)
+            make(folder)
+            made.touch()
+    return folder
 
 
 @pytest.fixture(scope="session")
@@ -130,6 +166,8 @@ def items(toy_folder, toy_processor):
 def talker(toy_model):
     """The tiny model with an output layer of its own: a tied one repeats its last token for
     ever."""
+    import torch
+
     model = copy.deepcopy(toy_model)
     generator = torch.Generator().manual_seed(3)
     model.lm_head.weight = torch.nn.Parameter(
@@ -160,6 +198,8 @@ def banned_ids(model):
 
 def hf_inputs(item, model, completion=None):
     """What a user of transformers alone would pass to the model for one unpadded row."""
+    import torch
+
     ids = item.input_ids if completion is None else torch.cat([item.input_ids, completion])
     is_image, is_video = ids == model.config.image_token_id, ids == model.config.video_token_id
     inputs = {"input_ids": ids[None], "attention_mask": torch.ones_like(ids)[None]}
@@ -188,6 +228,7 @@ def other_family(request, items, toy_model):
     """(model, items) of another family with the toy's token ids: a video, an image, a text. Since
     Qwen3 times stand between the slots.
     """
+    import torch
     import transformers
 
     name, config, text = request.param, toy_model.config, toy_model.config.text_config
@@ -302,6 +343,8 @@ def weights(folder):
 @pytest.fixture(scope="module")
 def alone():
     """A world of one rank."""
+    import torch.distributed as dist
+
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     yield
     dist.destroy_process_group()
@@ -309,19 +352,27 @@ def alone():
 
 @pytest.fixture(scope="session")
 def small_toy(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("toy") / "toy"
-    sizes = ["--train_videos", 8, "--heldout_videos", 3, "--clip_steps", 10]
-    run_script("toy.py", "--output_dir", folder, *sizes)
-    return folder
+    def make(folder):
+        sizes = ["--train_videos", 8, "--heldout_videos", 3, "--clip_steps", 10]
+        run_script("toy.py", "--output_dir", folder, *sizes)
+
+    return shared_folder(tmp_path_factory, "small_toy", make)
 
 
 @pytest.fixture(scope="session")
 def first_run(small_toy, tmp_path_factory):
     """SFT, then GRPO, on one rank, as the README's first command does it."""
-    output = tmp_path_factory.mktemp("run") / "output"
-    batch = ["--per_device_train_batch_size", 4]
-    done = launch("--toy_dir", small_toy, "--output_dir", output, *SMALL, *batch, report=True)
-    return output, done
+
+    def make(folder):
+        batch = ["--per_device_train_batch_size", 4]
+        flags = ["--toy_dir", small_toy, "--output_dir", folder / "output", *SMALL, *batch]
+        done = launch(*flags, report=True)
+        (folder / "stdout").write_text(done.stdout)
+        (folder / "stderr").write_text(done.stderr)
+
+    folder = shared_folder(tmp_path_factory, "first_run", make)
+    said = [(folder / name).read_text() for name in ("stdout", "stderr")]
+    return folder / "output", subprocess.CompletedProcess("train.py", 0, *said)
 
 
 # ------------------------------------------------------------------------ pages, in a real browser

@@ -4,6 +4,7 @@ import contextlib
 import importlib.util
 import io
 import json
+import multiprocessing
 import re
 import signal
 import sys
@@ -42,8 +43,11 @@ def step_run():
         sides.append("trl")
     flags = [word for name, value in SMALL.items() for word in (f"--{name}", str(value))]
     printed = io.StringIO()
+    # Processes that have imported torch already (warm.py).
+    context = multiprocessing.get_context("forkserver")
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(printed):
         patch.setenv("OMP_NUM_THREADS", "1")
+        patch.setattr(bench.multiprocessing, "get_context", lambda method: context)
         patch.setattr(sys, "argv", ["bench.py", "step", *flags, "--sides", *sides])
         bench.main()
     return sides, printed.getvalue()

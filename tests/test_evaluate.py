@@ -3,13 +3,12 @@
 import base64
 import io
 import json
-import os
 import random
 import shutil
 import socket
-import subprocess
 import sys
 import threading
+import time
 import types
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from importlib.util import find_spec
@@ -17,9 +16,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import run_script
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from warm import Script, run_script
 
 import evaluate
 from common import data, scores
@@ -1200,24 +1199,17 @@ def test_a_real_server_answers_as_the_model_here_does(
         port = free.getsockname()[1]
     words = [*flags, "--bench", path, "--media_root", toy_folder, "--temperature", 0]
     here = local(words, tmp_path / "here.json", monkeypatch, capsys)
-    serving = [
-        sys.executable,
-        "-m",
-        "transformers.cli.transformers",
-        "serve",
-        checkpoint,
-        "--port",
-        port,
-        "--device",
-        "cpu",
-    ]
-    server = subprocess.Popen(
-        [*map(str, serving), "--dtype", "float32"],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        env={**os.environ, "HF_HUB_OFFLINE": "1"},
-    )
+    (tmp_path / "serve.py").write_text("from transformers.cli.transformers import main\nmain()")
+    serving = ["serve", checkpoint, "--port", port, "--device", "cpu", "--dtype", "float32"]
+    server = Script(tmp_path / "serve.py", *serving, env={"HF_HUB_OFFLINE": "1"})
     try:
+        while True:
+            try:
+                socket.create_connection(("127.0.0.1", port)).close()
+                break
+            except ConnectionRefusedError:
+                assert server.poll() is None, "the server has ended"
+                time.sleep(0.05)
         words += [
             "--api_base",
             f"http://localhost:{port}/v1",
@@ -1228,8 +1220,7 @@ def test_a_real_server_answers_as_the_model_here_does(
         ]
         there = local(words, tmp_path / "there.json", monkeypatch, capsys)
     finally:
-        server.terminate()
-        server.wait(30)
+        server.kill()
     pairs = [
         (a["output"], b["output"]) for a, b in zip(here["results"], there["results"], strict=True)
     ]

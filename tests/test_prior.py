@@ -8,7 +8,6 @@ import multiprocessing
 import os
 import signal
 import struct
-import subprocess
 import sys
 import time
 from concurrent.futures.process import BrokenProcessPool
@@ -485,16 +484,18 @@ def test_large_frames_are_not_held_together(tmp_path):
     write_video(
         tmp_path / "large.mp4", [np.full((2304, 4096, 3), 10 * i, np.uint8) for i in range(24)]
     )  # 28 MB a frame, 680 MB in all
+    write_video(tmp_path / "small.mp4", [flat(10 * i, 0, 0) for i in range(24)])
+    # The small one first: its code is then in memory, too.
     code = (
         "import resource, prior; usage = resource.getrusage; own = resource.RUSAGE_SELF;"
-        "peak = lambda: usage(own).ru_maxrss; before = peak();"
+        "peak = lambda: usage(own).ru_maxrss; settings = prior.PriorSettings(frames=24);"
+        f"prior.read_cues(('video', {str(tmp_path / 'small.mp4')!r}), settings); before = peak();"
         f"medium = ('video', {str(tmp_path / 'large.mp4')!r});"
-        "indices = prior.read_cues(medium, prior.PriorSettings(frames=24))[0];"
+        "indices = prior.read_cues(medium, settings)[0];"
         "print(len(indices), (peak() - before) // 1024)"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
-    )
+    (tmp_path / "large.py").write_text(code)
+    done = run_script(tmp_path / "large.py")
     count, megabytes = map(int, done.stdout.split())
     assert count == 24 and megabytes < 500, megabytes
 
@@ -699,13 +700,13 @@ def test_a_decoder_that_hangs_or_dies_costs_its_medium_alone(monkeypatch):
         for name in ("a", "hang", "b", "crash", "c", "hang2", "d", "e", "f", "g", "h")
     ]
     begin = time.monotonic()
-    found = dict(prior.all_cues(media, None, None, workers=2, timeout=3))
+    found = dict(prior.all_cues(media, None, None, workers=2, timeout=1))
     assert time.monotonic() - begin < 60
     assert list(found) != media and set(found) == set(
         media
     )  # in the order in which they are finished
     assert [found["video", name] for name in "abcdefgh"] == list("abcdefgh")
-    assert "hang: not decoded within 3 s (--decode_timeout)" in str(found["video", "hang"])
+    assert "hang: not decoded within 1 s (--decode_timeout)" in str(found["video", "hang"])
     assert "crash: the decoder died of it (exit code -11)" in str(found["video", "crash"])
     assert all(isinstance(found["video", name], MediaError) for name in ("hang", "hang2", "crash"))
 
@@ -1489,32 +1490,25 @@ def test_killed_at_ten_random_moments(long_run, tmp_path):
 
 def test_workers_end_with_the_process_they_work_for(tmp_path):
     code = (
-        "import prior, test_prior, os, signal, time\nprior.read_cues = test_prior.hang\n"
-        "media = [('video', 'a'), ('video', 'hang')]\n"
-        "for medium, found in prior.all_cues(media, None, None, workers=1):\n"
-        "    os.kill(os.getpid(), signal.SIGKILL)"
+        "import multiprocessing, os, signal, sys, time\n"
+        "import prior\n"
+        "def hang(medium, settings, preprocess):\n"
+        "    time.sleep(600 if medium[1] == 'hang' else 0)\n"
+        "prior.read_cues = hang\n"
+        "if __name__ == '__main__':\n"
+        "    media = [('video', 'a'), ('video', 'hang')]\n"
+        "    for medium, found in prior.all_cues(media, None, None, workers=1):\n"
+        "        print(*(child.pid for child in multiprocessing.active_children()), flush=True)\n"
+        "        os.kill(os.getpid(), signal.SIGKILL)"
     )
-    marker = f"VIDEOCFR_TEST_{os.getpid()}"
-    environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}", marker: "1"}
-    done = subprocess.run(
-        [sys.executable, "-c", code], env=environment, capture_output=True, timeout=120
-    )
+    (tmp_path / "hangs.py").write_text(code)
+    done = run_script(tmp_path / "hangs.py", check=False)
     assert done.returncode == -signal.SIGKILL
-
-    def survivors():
-        found = []
-        for entry in Path("/proc").glob("[0-9]*/environ"):
-            try:
-                found += [entry.parent.name] if marker.encode() in entry.read_bytes() else []
-            except OSError:  # it has just ended, or is another user's
-                pass
-        return found
-
-    for _ in range(100):
-        if not survivors():
-            return
-        time.sleep(0.1)
-    raise AssertionError(survivors())
+    (worker,) = done.stdout.split()
+    end = time.monotonic() + 10
+    while Path(f"/proc/{worker}").exists():
+        assert time.monotonic() < end, "the worker goes on"
+        time.sleep(0.02)
 
 
 def test_frame_sets_give_the_priors_that_they_came_from(clip, media):

@@ -12,7 +12,16 @@ from types import SimpleNamespace
 import pytest
 import torch
 import transformers
-from conftest import ROOT, SMALL_GRPO, complain, launch, metrics, run_script, weights
+from conftest import (
+    ROOT,
+    SMALL_GRPO,
+    complain,
+    launch,
+    metrics,
+    run_script,
+    shared_folder,
+    weights,
+)
 
 import train
 from common.data import DataError, Example, Prior, load_examples
@@ -406,7 +415,37 @@ def cold_start(small_toy, tmp_path_factory):
     """A checkpoint that has learned short answers ("0s striped red 2."), so that every reward
     varies, and flags to go on from it.
     """
-    folder = tmp_path_factory.mktemp("cold")
+    folder = shared_folder(
+        tmp_path_factory, "cold_start", lambda folder: make_cold_start(small_toy, folder)
+    )
+    flags = [
+        "--dataset_name",
+        folder / "data.json",
+        "--media_root",
+        small_toy,
+        "--min_pixels",
+        3136,
+        "--max_pixels",
+        3136,
+    ]
+    return folder / "run" / "sft", [
+        *flags,
+        "--model_name_or_path",
+        folder / "run" / "sft",
+        "--clip",
+        f"local-dir:{small_toy}/clip",
+        "--max_steps",
+        3,
+        "--num_generations",
+        4,
+        "--max_completion_length",
+        40,
+    ]
+
+
+def make_cold_start(small_toy, folder):
+    """The data and the run of cold_start."""
+    folder.mkdir()
     rows = [
         row
         for row in json.loads((small_toy / "train_cot.json").read_text())
@@ -441,19 +480,6 @@ def cold_start(small_toy, tmp_path_factory):
         "--output_dir",
         folder / "run",
     )
-    return folder / "run" / "sft", [
-        *flags,
-        "--model_name_or_path",
-        folder / "run" / "sft",
-        "--clip",
-        f"local-dir:{small_toy}/clip",
-        "--max_steps",
-        3,
-        "--num_generations",
-        4,
-        "--max_completion_length",
-        40,
-    ]
 
 
 TERMS = {  # recipe -> terms that may differ from 0 beside accuracy and format

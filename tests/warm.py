@@ -1,8 +1,8 @@
 """Run a script of this repository in processes that have its slow imports behind them.
 
-`python train.py` spends 8 to 15 s of a core on imports before its first line. run_script()
-forks its
-processes from multiprocessing's fork server, which imports all of that once a session.
+`python train.py` spends 8 to 15 s of a core on imports before its first line. run_script() forks
+its processes from multiprocessing's fork server, which imports all of that once a session.
+pytest-xdist's workers have one server together, which their parent starts before them.
 """
 
 import atexit
@@ -16,8 +16,6 @@ import tempfile
 import time
 from multiprocessing import forkserver
 from pathlib import Path
-
-import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 BIN = Path(sys.executable).parent
@@ -47,6 +45,7 @@ PRELOAD = [
     "visualize",
     "toy",
     "bench",
+    "tests.preloaded",
     # The parent's main module, which every child imports.
     "pytest",
 ]
@@ -64,6 +63,38 @@ def do_nothing(*arguments, **options):
     pass
 
 
+# Where the workers of pytest-xdist find the fork server: the process that started it, the
+# descriptor that keeps it alive, its address.
+SERVER = "VIDEOCFR_TEST_FORK_SERVER"
+
+
+def start_server():
+    """Start the fork server that the workers of pytest-xdist share."""
+    server = forkserver._forkserver
+    # Its processes that write to no file of a test write nothing.
+    kept = {descriptor: os.dup(descriptor) for descriptor in (1, 2)}
+    with open(os.devnull, "w") as nowhere:
+        for descriptor in kept:
+            os.dup2(nowhere.fileno(), descriptor)
+    server.ensure_running()
+    for descriptor, copy in kept.items():
+        os.dup2(copy, descriptor)
+        os.close(copy)
+    words = [os.getpid(), server._forkserver_alive_fd, server._forkserver_address]
+    os.environ[SERVER] = ":".join(map(str, words))
+
+
+def join_server():
+    """Use the fork server that the parent of this worker has started, if it has."""
+    if SERVER not in os.environ or not Path("/proc/self/fd").exists():
+        return
+    starter, descriptor, address = os.environ.pop(SERVER).split(":")
+    server = forkserver._forkserver
+    server._forkserver_alive_fd = os.open(f"/proc/{starter}/fd/{descriptor}", os.O_WRONLY)
+    server._forkserver_address = address
+    server.ensure_running = do_nothing
+
+
 def run_main(script, flags, env, output, errors, report):
     """Run a script as `python script flags` does, in this process.
 
@@ -77,6 +108,8 @@ def run_main(script, flags, env, output, errors, report):
     os.environ.clear()
     os.environ.update(env)
     os.chdir(ROOT)
+    import torch
+
     torch.set_num_threads(1)
     if not report:
         from common import run_page
@@ -111,6 +144,8 @@ class Script:
         self.folder = tempfile.TemporaryDirectory(prefix="script-", ignore_cleanup_errors=True)
         self.output = Path(self.folder.name) / "stdout"
         self.errors = Path(self.folder.name) / "stderr"
+        import torch
+
         # CUDA does not survive a fork.
         method = "spawn" if torch.cuda.is_available() else "forkserver"
         context = multiprocessing.get_context(method)
