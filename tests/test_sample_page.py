@@ -241,6 +241,7 @@ def test_64_large_frames_fit_in_memory(checkpoint, tmp_path):
     writer.release()
     words = ["--model_name_or_path", checkpoint, "--video", file, "--question", "q"]
     words += ["--frames", "64", "--prior", "no_semantic", "--output", tmp_path / "x.html"]
+    words += ["--max_completion_length", "64"]
     code = (
         "import resource, visualize\n"
         "visualize.main()\n"

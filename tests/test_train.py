@@ -474,7 +474,7 @@ def make_cold_start(small_toy, folder):
         "--sft_learning_rate",
         2e-3,
         "--sft_max_steps",
-        80,
+        40,
         "--sft_per_device_batch_size",
         8,
         "--output_dir",

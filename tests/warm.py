@@ -45,7 +45,7 @@ PRELOAD = [
     "visualize",
     "toy",
     "bench",
-    "tests.preloaded",
+    "preloaded",
     # The parent's main module, which every child imports.
     "pytest",
 ]
@@ -57,6 +57,21 @@ def keep_preload(names):
 
 
 forkserver.set_forkserver_preload = keep_preload
+ensure_running = forkserver._forkserver.ensure_running
+
+
+def run_server():
+    """In place of ensure_running(): the server finds preloaded.py."""
+    path = os.environ.get("PYTHONPATH")
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT / "tests"), path]))
+    ensure_running()
+    if path is None:
+        del os.environ["PYTHONPATH"]
+    else:
+        os.environ["PYTHONPATH"] = path
+
+
+forkserver._forkserver.ensure_running = run_server
 
 
 def do_nothing(*arguments, **options):
