@@ -8,6 +8,7 @@ import multiprocessing
 import re
 import signal
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -47,7 +48,8 @@ def step_run():
     context = multiprocessing.get_context("forkserver")
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(printed):
         patch.setenv("OMP_NUM_THREADS", "1")
-        patch.setattr(bench.multiprocessing, "get_context", lambda method: context)
+        own = SimpleNamespace(get_context=lambda method: context)
+        patch.setattr(bench, "multiprocessing", own)
         patch.setattr(sys, "argv", ["bench.py", "step", *flags, "--sides", *sides])
         bench.main()
     return sides, printed.getvalue()
