@@ -14,7 +14,9 @@ V vocabulary, K frames, t temporal slots of M visual tokens.
 
 import math
 from bisect import bisect_left, bisect_right
+from collections import defaultdict
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 
@@ -119,15 +121,10 @@ def policy_loss(
     def token_mean(values):
         return (values * mask).sum().item() / max(tokens.item(), 1)
 
-    with torch.no_grad():
-        # The clip is active where it stops an update that would go further.
-        active = torch.where(advantages > 0, ratio > 1 + clip_high, ratio < 1 - clip_low) & mask
-        stats = {
-            "kl": token_mean(kl),
-            "ratio": token_mean(ratio),
-            "clip_fraction": token_mean(active.float()),
-        }
-    return loss, stats
+    # The clip is active where it stops an update that would go further.
+    active = torch.where(advantages > 0, ratio > 1 + clip_high, ratio < 1 - clip_low)
+    fraction = token_mean(active)
+    return loss, {"kl": token_mean(kl), "ratio": token_mean(ratio), "clip_fraction": fraction}
 
 
 def token_weights(logits, mask, alpha=1.7):
@@ -180,7 +177,7 @@ def weights_of_divergence(divergence, mask, alpha=1.7):
     low = divergence[reached].min()
     high = divergence[reached].max()
     scaled = (divergence - low) / (high - low).clamp(min=1e-8)
-    scaled = torch.where(reached, scaled, torch.zeros_like(divergence))
+    scaled = torch.where(reached, scaled, 0.0)
     return (1 + (alpha - 1) * scaled)[None].expand(mask.shape)
 
 
@@ -227,7 +224,7 @@ def rollout_frame_use(
 
     Args:
         prompts: policy.Prompts of B questions.
-        completion_mask: (B, G, T).
+        completion_mask: (B, G, T) bool.
         hidden: (B, S, D) states of one layer in the packed layout (policy.Scored); or
         attention: (B, G, T, P) of completion tokens to prompt tokens.
         tau, order, pool: of reward.frame_use and reward.pool_frames; the defaults are the paper's.
@@ -235,33 +232,28 @@ def rollout_frame_use(
         B lists of G tensors (t,), each summing to 1; None in place of a tensor for questions
         without a video of at least two slots, where there is nothing to choose.
     """
-    batch, group, length = completion_mask.shape
-    prompt_length = prompts.input_ids.shape[1]
+    group, length = completion_mask.shape[1:]
     uses = []
-    for b in range(batch):
-        slots = prompts.slots[b]
+    for b, slots in enumerate(prompts.slots):
+        row = [None] * group
+        uses.append(row)
         if slots < 2:
-            uses.append([None] * group)
             continue
         columns = prompts.visual[b].nonzero().squeeze(1)  # (t * M,)
         if hidden is not None:
-            visual = hidden[b, columns].float().view(slots, -1, hidden.shape[-1])  # (t, M, D)
+            visual = hidden[b, columns].unflatten(0, (slots, -1))  # (t, M, D)
             frames = reward.pool_frames(visual, pool)  # (t, D), Eq. 3
-        row = []
-        for g in range(group):
-            valid = completion_mask[b, g].bool()  # (T,)
+            responses = hidden[b, -group * length :].unflatten(0, (group, length))  # (G, T, D)
+        for g, valid in enumerate(completion_mask[b]):
             if hidden is not None:
-                begin = prompt_length + g * length
-                response = hidden[b, begin : begin + length][valid].float()  # (L, D)
-                row.append(reward.frame_use(response, frames, tau, order))  # Eq. 4-5
+                row[g] = reward.frame_use(responses[g, valid], frames, tau, order)  # Eq. 4-5
             else:
-                weights = attention[b, g][valid][None][..., columns]  # (1, L, t * M)
-                row.append(reward.attention_use(weights, slots))
-        uses.append(row)
+                weights = attention[b, g][valid][:, columns]  # (L, t * M)
+                row[g] = reward.attention_use(weights.unflatten(1, (slots, -1))[None])
     return uses
 
 
-def token_frame_use(prompts, row, valid, hidden=None, attention=None, pool="max"):
+def token_frame_use(prompts, row, valid, hidden=None, attention=None):
     """What each token of a row's only completion makes of each temporal slot.
 
     Args:
@@ -272,11 +264,11 @@ def token_frame_use(prompts, row, valid, hidden=None, attention=None, pool="max"
         (L, t).
     """
     columns = prompts.visual[row].nonzero().squeeze(1)  # (t * M,)
-    slots = prompts.slots[row]
+    shape = (prompts.slots[row], -1)
     if attention is not None:
         weights = attention[row, 0][valid][:, columns].float()  # (L, t * M)
-        return weights.unflatten(1, (slots, -1)).sum(-1)
-    frames = reward.pool_frames(hidden[row, columns].unflatten(0, (slots, -1)), pool)  # (t, D)
+        return weights.unflatten(1, shape).sum(-1)
+    frames = reward.pool_frames(hidden[row, columns].unflatten(0, shape))  # (t, D)
     response = hidden[row, -len(valid) :][valid].float()  # (L, D)
     return torch.cosine_similarity(response[:, None], frames[None], dim=-1)
 
@@ -362,14 +354,6 @@ def answer_span(tokenizer, ids):
     return first, last
 
 
-def per_completion(rollouts, score):
-    """(B, G) float64 of score(b, g), completion g of question b."""
-    rows = []
-    for b, texts in enumerate(rollouts.texts):
-        rows.append([score(b, g) for g in range(len(texts))])
-    return torch.tensor(rows, dtype=torch.float64)
-
-
 def accuracies(example, texts):
     """Accuracy reward of every text as an answer to one question."""
     return [reward.accuracy_reward(text, example.answer, example.problem_type) for text in texts]
@@ -387,97 +371,76 @@ def rewards(rollouts, uses, tokenizer, args):
     Returns:
         {name: (B, G) float64}.
     """
-    examples = rollouts.examples
-    texts = rollouts.texts
+    new_term = partial(torch.zeros, rollouts.truncated.shape, dtype=torch.float64)  # (B, G)
+    terms = defaultdict(new_term)
+    more = defaultdict(new_term)  # of the siblings, and yours: on top of the paper's sum
+    scores = new_term()  # R_cf
     lengths = rollouts.lengths.tolist()
-
-    # What the answer, its form and its length earn.
-    accuracy = torch.tensor(
-        [accuracies(example, row) for example, row in zip(examples, texts, strict=True)],
-        dtype=torch.float64,
-    )  # (B, G)
-    right = accuracy.tolist()
-    terms = {"accuracy": accuracy}
-    terms["format"] = per_completion(rollouts, lambda b, g: reward.format_reward(texts[b][g]))
-    band = (args.length_low, args.length_high, args.length_bonus)
-    terms["length"] = per_completion(
-        rollouts, lambda b, g: reward.length_reward(lengths[b][g], right[b][g], *band)
-    )
-    terms["temporal"] = temporal_term(rollouts, right, args)
-
-    # Eq. 6: an image is one frame, nothing to choose, so it earns no consensus reward.
-    scores = torch.zeros_like(accuracy)  # (B, G)
-    for b, prior in enumerate(rollouts.priors):
+    for b, example in enumerate(rollouts.examples):
+        answers = accuracies(example, rollouts.texts[b])
+        shuffled = accuracies(example, rollouts.control_texts[b] or [])
+        # Eq. 6: an image is one frame, nothing to choose, so it earns no consensus reward.
         if uses[b][0] is not None:
-            scores[b] = torch.tensor(overlaps(prior, uses[b]), dtype=torch.float64)
+            scores[b] = torch.tensor(overlaps(rollouts.priors[b], uses[b]), dtype=torch.float64)
+        for g, (text, accuracy) in enumerate(zip(rollouts.texts[b], answers, strict=True)):
+            # What the answer, its form and its length earn.
+            terms["accuracy"][b, g] = accuracy
+            terms["format"][b, g] = reward.format_reward(text)
+            terms["length"][b, g] = reward.length_reward(
+                lengths[b][g], accuracy, args.length_low, args.length_high, args.length_bonus
+            )
+            terms["temporal"][b, g] = temporal_term(accuracy, answers, shuffled, args)
+            if args.alignment_weight:
+                gate = reward.gate(accuracy, args.gate)  # an LLM in Video-R2
+                aligned = alignment(text, example, args)
+                more["alignment"][b, g] = args.alignment_weight * gate * aligned
+        if args.consistency_coef:
+            likelihoods = answer_likelihoods(
+                tokenizer, rollouts.completions[b], rollouts.mask[b], rollouts.reference_logp[b]
+            )  # (G,)
+            more["consistency"][b] = reward.consistency_bonus(
+                terms["accuracy"][b],
+                likelihoods,
+                args.consistency_coef,
+                margin=args.consistency_margin,
+            )
 
     # Eq. 7, the paper's sum.
     structure = terms["format"] + terms["length"]
     total = reward.total_reward(
-        accuracy, structure, scores, terms["temporal"], args.cfr_weight, args.gate
+        terms["accuracy"], structure, scores, terms["temporal"], args.cfr_weight, args.gate
     )
-    terms["consensus"] = total - (accuracy + structure + terms["temporal"])
-
-    # The terms of the siblings, and yours, come on top of the paper's sum.
-    more = {}
-    if args.alignment_weight:
-        more["alignment"] = alignment_term(rollouts, right, args)
-    if args.consistency_coef:
-        more["consistency"] = consistency_term(rollouts, accuracy, tokenizer, args)
+    terms["consensus"] = total - (terms["accuracy"] + structure + terms["temporal"])
     for values in more.values():
         total = total + values
     return {**terms, **more, "total": total}
 
 
-def temporal_term(rollouts, right, args):
-    """T-GRPO's reward: is this question answered better with its frames in order? (B, G)."""
-    ordered = [sum(row) / len(row) for row in right]  # means over a question, never over the batch
-    shuffled = []
-    for example, texts in zip(rollouts.examples, rollouts.control_texts, strict=True):
-        control = accuracies(example, texts) if texts else []
-        shuffled.append(sum(control) / len(control) if control else None)
+def temporal_term(accuracy, answers, shuffled, args):
+    """T-GRPO's reward of a completion: is its question answered better with its frames in order?
 
-    def score(b, g):
-        if shuffled[b] is None:
-            return 0.0
-        gamma, ratio = args.temporal_gamma, args.temporal_ratio
-        return reward.temporal_reward(right[b][g], ordered[b], shuffled[b], gamma, ratio)
-
-    return per_completion(rollouts, score)
-
-
-def alignment_term(rollouts, right, args):
-    """Video-R2's temporal alignment reward, gated like the consensus (there by an LLM). (B, G)."""
-
-    def score(b, g):
-        claims = reward.parse_claims(reward.extract_think(rollouts.texts[b][g]))
-        aligned = reward.temporal_alignment_reward(
-            claims,
-            rollouts.examples[b].grounding,
-            buffer=args.alignment_buffer,
-            threshold=args.alignment_threshold,
-        )
-        return args.alignment_weight * reward.gate(right[b][g], args.gate) * aligned
-
-    return per_completion(rollouts, score)
+    Args:
+        answers, shuffled: accuracies of the question's completions, and of those with shuffled
+            frames; without any of these it is 0.
+    """
+    if not shuffled:
+        return 0.0
+    # Means over a question, never over the batch.
+    ordered = sum(answers) / len(answers)
+    control = sum(shuffled) / len(shuffled)
+    return reward.temporal_reward(
+        accuracy, ordered, control, args.temporal_gamma, args.temporal_ratio
+    )
 
 
-def consistency_term(rollouts, accuracy, tokenizer, args):
-    """GRPO-CARE's bonus for answers that follow from their reasoning. (B, G)."""
-    rows = []
-    for b in range(len(rollouts.examples)):
-        likelihoods = answer_likelihoods(
-            tokenizer, rollouts.completions[b], rollouts.mask[b], rollouts.reference_logp[b]
-        )  # (G,)
-        bonus = reward.consistency_bonus(
-            accuracy[b],
-            likelihoods,
-            args.consistency_coef,
-            margin=args.consistency_margin,
-            dense=args.consistency_dense,
-        )
-        rows.append(bonus.double())
-    return torch.stack(rows)
+def alignment(text, example, args):
+    """Video-R2's alignment in time of a completion's reasoning with the known events, in [0, 1]."""
+    return reward.temporal_alignment_reward(
+        reward.parse_claims(reward.extract_think(text)),
+        example.grounding,
+        buffer=args.alignment_buffer,
+        threshold=args.alignment_threshold,
+    )
 
 
 def virtual_anchors(terms):

@@ -95,7 +95,7 @@ def regression_reward(answer: str, truth: str) -> float:
 
 
 def _edit_distance(reference, hypothesis):
-    """Compute the Levenshtein distance of two word lists; the reference must not be empty.
+    """Compute the Levenshtein distance of two word lists.
 
     Bit-vectors of Myers (1999) in the form of Hyyro (2003): one step per hypothesis word, on
     integers with one bit per reference word, so that long answers do not slow training down.
@@ -105,24 +105,20 @@ def _edit_distance(reference, hypothesis):
     for i, word in enumerate(reference):
         positions[word] = positions.get(word, 0) | (1 << i)
     all_bits = (1 << len(reference)) - 1
-    last_bit = 1 << (len(reference) - 1)
     # Bit i: the distance rises (falls) by 1 from row i to row i + 1 of the table's current column.
     rises = all_bits
     falls = 0
-    distance = len(reference)
     for word in hypothesis:
         same = positions.get(word, 0)
+        vertical = same | falls
         diagonal = (((same & rises) + rises) ^ rises) | same
         # The same from the current column to the next one.
-        right_rises = falls | ~(diagonal | rises)
-        right_falls = rises & diagonal
-        distance += bool(right_rises & last_bit) - bool(right_falls & last_bit)
-        right_rises = (right_rises << 1) | 1
-        right_falls = right_falls << 1
-        vertical = same | falls
+        right_rises = ((falls | ~(diagonal | rises)) << 1) | 1
+        right_falls = (rises & diagonal) << 1
         rises = (right_falls | ~(vertical | right_rises)) & all_bits
         falls = right_rises & vertical & all_bits
-    return distance
+    # The last column begins with len(hypothesis) insertions.
+    return len(hypothesis) + rises.bit_count() - falls.bit_count()
 
 
 def ocr_reward(answer: str, truth: str) -> float:
@@ -170,9 +166,8 @@ def multi_choice_reward(answer: str, solution: str) -> float:
 
 def _choice_reward(answer, truth):
     """Return 1.0 for the exact letter (Video-R1); for several, as in "A,C", multi_choice_reward."""
-    letters = [part.strip() for part in truth.split(",")]
     # A comma alone does not make letters: "yes, it is" is compared as text.
-    if len(letters) > 1 and all(len(x) == 1 and x.isalpha() for x in letters):
+    if re.fullmatch(r"\s*[^\W\d_]\s*(,\s*[^\W\d_]\s*)+", truth):
         return multi_choice_reward(answer, truth)
     return float(answer == truth)
 
@@ -219,9 +214,9 @@ def format_reward(completion: str) -> float:
     text = completion.strip()
     if any(text.count(tag) != 1 for tag in ("<think>", "</think>", "<answer>", "</answer>")):
         return 0.0
-    think, _, rest = text.partition("</think>")
-    begins_well = think.startswith("<think>") and rest.lstrip().startswith("<answer>")
-    return float(begins_well and rest.endswith("</answer>"))
+    # With one of each tag it takes linear time.
+    blocks = re.fullmatch(r"<think>.*</think>\s*<answer>.*</answer>", text, re.DOTALL)
+    return float(blocks is not None)
 
 
 def length_reward(
@@ -305,25 +300,17 @@ def frame_use(
 
 
 @torch.no_grad()
-def attention_use(weights: torch.Tensor, num_frames: int | None = None) -> torch.Tensor:
+def attention_use(weights: torch.Tensor) -> torch.Tensor:
     """Compute how much the response uses each frame from its attention to them (not in the paper).
 
     Summed over heads, response and visual tokens, then normalised once, so that a response token
     counts by how much it looks at the video.
 
     Args:
-        weights: (heads, L, K, M), or (heads, L, K*M) with num_frames = K: attention of L response
-            tokens to the M visual tokens of K frames.
+        weights: (heads, L, K, M) attention of L response tokens to the M visual tokens of K frames.
     Returns:
         (K,), sums to 1.
     """
-    if weights.dim() == 3 and num_frames and weights.shape[-1] % num_frames == 0:
-        weights = weights.unflatten(-1, (num_frames, -1))  # (heads, L, K, M)
-    if weights.dim() != 4 or num_frames not in (None, weights.shape[2]):
-        raise ValueError(
-            "attention_use: expected (heads, L, K, M) or (heads, L, K*M) and K, "
-            f"got {[*weights.shape]}, {num_frames}"
-        )
     mass = weights.float().sum(dim=(0, 1, 3))  # (K,)
     # Not `<= 0`, which is false for NaN.
     if not mass.sum() > 0:
@@ -352,8 +339,8 @@ def merge_prior(prior: torch.Tensor, slots: int) -> torch.Tensor:
     """
     frames = prior.shape[0]
     # Frames in a slot.
-    patch = math.ceil(frames / slots) if slots > 0 else 0
-    if patch == 0 or math.ceil(frames / patch) != slots:
+    patch = max(1, math.ceil(frames / max(1, slots)))
+    if math.ceil(frames / patch) != slots:
         raise ValueError(
             f"a prior over {frames} frames and a video of {slots} slots "
             "do not describe the same frames"
@@ -439,7 +426,6 @@ def consistency_bonus(
     cap: float = 0.95,
     margin: float = 0.01,
     floor: float = 0.1,
-    dense: bool = False,
 ) -> torch.Tensor:
     """Compute the bonus for answers that follow from their own reasoning, one question's group.
 
@@ -451,7 +437,6 @@ def consistency_bonus(
         accuracy: (G,).
         likelihood: (G,) exp(mean log-prob) of the answer tokens under the slowly moving reference
             model, given the reasoning. NaN without an answer block; never selected then.
-        dense: give every answer coef * accuracy * clipped likelihood instead.
     Returns:
         (G,) in [0, coef].
 
@@ -461,8 +446,6 @@ def consistency_bonus(
     accuracy = accuracy.float()
     likelihood = likelihood.float()
     clipped = likelihood.nan_to_num(0.0).clamp(max=cap)
-    if dense:
-        return coef * accuracy * clipped
     # The mean of equal float32 numbers may round to just above them.
     slack = 1e-6
     selected = ~likelihood.isnan() & (accuracy >= accuracy.mean().clamp(min=floor) - slack)
@@ -707,7 +690,8 @@ def cfr_from_forward(
             frames = states[row, visual].unflatten(0, (slots, -1))  # (slots, M, D)
             use = frame_use(states[row, response], pool_frames(frames, pool), tau, order)
         else:
-            use = attention_use(states[row][:, response][:, :, visual], slots)
+            weights = states[row][:, response][:, :, visual]  # (heads, L, slots * M)
+            use = attention_use(weights.unflatten(-1, (slots, -1)))
         rewards[row] = consensus_frame_reward(merge_prior(prior[row], slots), use)
     return rewards
 

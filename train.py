@@ -279,9 +279,6 @@ class TrainArguments:
         "GRPO-CARE: how far an answer's likelihood may lie below the mean of the selected (0 for "
         "SEED-Bench-R1).",
     )
-    consistency_dense: bool = flag(
-        False, "GRPO-CARE: coef * accuracy * likelihood for every answer, without the selection."
-    )
     alignment_weight: float = flag(
         0.0,
         "Video-R2: weight of the temporal alignment reward, gated like the consensus reward.",

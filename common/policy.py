@@ -142,7 +142,7 @@ class Prompts:
     position_ids: torch.Tensor  # (3, B, P) rotary positions in time, height, width
     visual: torch.Tensor  # (B, P) bool, True on visual tokens
     pixel_values: torch.Tensor | None  # (patches, C) of all media in batch order, None: all text
-    grid_thw: torch.Tensor | None  # (media, 3) patches in time, height, width
+    grid_thw: torch.Tensor  # (B, 3) patches in time, height, width; zeros for text
     slots: list[int]  # temporal slots of each row's medium, 0 for text
     features: list | None = None  # Policy.encode's, where a frozen tower has seen these media
 
@@ -170,23 +170,20 @@ class Prompts:
             mask=self.mask[rows],
             position_ids=self.position_ids[:, rows],
             visual=self.visual[rows],
+            grid_thw=self.grid_thw[rows],
             slots=[self.slots[row] for row in rows],
         )
         if self.pixel_values is None:
             return repeated
-        has_medium = torch.tensor(self.slots) > 0
-        number = has_medium.cumsum(0) - 1  # (B,) place of a row's medium among all media
-        media = number[rows[has_medium[rows]]]  # of the copies
 
         def select(tensor, sizes):
-            """The parts of a tensor that belong to `media`."""
+            """The parts of a tensor that belong to `rows`; every prompt has one of sizes[b]."""
             parts = tensor.split(sizes)
-            return torch.cat([parts[medium] for medium in media])
+            return torch.cat([parts[row] for row in rows])
 
         repeated.pixel_values = select(self.pixel_values, self.grid_thw.prod(1).tolist())
-        repeated.grid_thw = self.grid_thw[media]
         if self.features is not None:
-            tokens = self.visual[has_medium].sum(1).tolist()
+            tokens = self.visual.sum(1).tolist()
             repeated.features = [select(feature, tokens) for feature in self.features]
         return repeated
 
@@ -216,7 +213,7 @@ def collate(items, model):
         position_ids=rotary_positions(model, input_ids, mask, kinds, grids, seconds),
         visual=kinds > 0,
         pixel_values=torch.cat(pixels) if pixels else None,
-        grid_thw=grids[grids[:, 0] > 0] if pixels else None,
+        grid_thw=grids,
         slots=grids[:, 0].tolist(),
     )
 
@@ -445,7 +442,8 @@ class Policy(torch.nn.Module):
             # keeps this rank's ZeRO-3 gathers in step with the ranks that have media
             pixels, grid = blank_image(self.model.config, prompts.input_ids.device)
             return encode_media(self.model, pixels, grid)
-        features = encode_media(self.model, prompts.pixel_values, prompts.grid_thw)
+        grids = prompts.grid_thw[prompts.grid_thw[:, 0] > 0]  # (media, 3)
+        features = encode_media(self.model, prompts.pixel_values, grids)
         visual = int(prompts.visual.sum())
         if len(features[0]) != visual:
             raise ValueError(
@@ -453,18 +451,6 @@ class Policy(torch.nn.Module):
                 "vision tower"
             )
         return features
-
-    def embed(self, prompts):
-        """Token embeddings (B, P, D) with features on visual tokens, and DeepStack's inputs."""
-        embeds = self.model.get_input_embeddings()(prompts.input_ids)
-        features = self.encode(prompts) if prompts.features is None else prompts.features
-        features = [feature.to(embeds.dtype) for feature in features]
-        if prompts.pixel_values is None:
-            return embeds + 0 * sum(feature.sum() for feature in features), {}
-        embeds = embeds.masked_scatter(prompts.visual[..., None], features[0])
-        if len(features) == 1:
-            return embeds, {}
-        return embeds, dict(visual_pos_masks=prompts.visual, deepstack_visual_embeds=features[1:])
 
     def forward(
         self,
@@ -507,9 +493,10 @@ class Policy(torch.nn.Module):
         # 2. the language model
         output = self.run(
             rows,
-            completions.reshape(len(rows.slots), -1),
-            completion_mask.reshape(len(rows.slots), -1),
+            completions.reshape(-1, share * length),
+            completion_mask.reshape(-1, share * length),
             layout,
+            use_cache=False,
             output_hidden_states=any(layer != -1 for layer in hidden_layers),
         )
         hidden = output.last_hidden_state  # (rows, S, D)
@@ -547,28 +534,29 @@ class Policy(torch.nn.Module):
             rows: Prompts.
             tail, tail_mask: (rows, share*T) tokens of each row's completions.
             layout: Layout.
+            options: more arguments of the language model's forward.
         """
-        embeds, inputs = self.embed(rows)
-        embeds = torch.cat([embeds, self.model.get_input_embeddings()(tail)], dim=1)  # (rows, S, D)
-        if "visual_pos_masks" in inputs:
-            inputs["visual_pos_masks"] = pad(rows.visual, (0, tail.shape[1]))  # (rows, S)
+        language = self.model.model.language_model
+        embed = self.model.get_input_embeddings()
+        embeds = torch.cat([embed(rows.input_ids), embed(tail)], dim=1)  # (rows, S, D)
+        # features stand in for the visual tokens; those of a blank image only join the graph
+        visual = pad(rows.visual, (0, tail.shape[1]))  # (rows, S)
+        features = self.encode(rows) if rows.features is None else rows.features
+        features = [feature.to(embeds.dtype) for feature in features]
+        embeds = embeds.masked_scatter(visual[..., None], features[0])
+        if len(features) > 1:
+            options |= dict(visual_pos_masks=visual, deepstack_visual_embeds=features[1:])
+        if self.packs:
+            layout.checkpointed = self.model.training and language.layers[0].gradient_checkpointing
+            options["layout"] = layout
+        else:
+            options["attention_mask"] = torch.cat([rows.mask, tail_mask], dim=1).long()
         # every completion starts right behind the prompt
         start = rows.position_ids.amax(dim=(0, 2)) + 1  # (rows,)
         steps = torch.arange(layout.length, device=tail.device).repeat(layout.group)  # (share*T,)
         later = (start[:, None] + steps)[None].expand(3, -1, -1)
-        language = self.model.model.language_model
-        if self.packs:
-            layout.checkpointed = self.model.training and language.layers[0].gradient_checkpointing
-            inputs["layout"] = layout
-        else:
-            inputs["attention_mask"] = torch.cat([rows.mask, tail_mask], dim=1).long()
-        return language(
-            inputs_embeds=embeds,
-            position_ids=torch.cat([rows.position_ids, later], dim=2),  # (3, rows, S)
-            use_cache=False,
-            **inputs,
-            **options,
-        )
+        positions = torch.cat([rows.position_ids, later], dim=2)  # (3, rows, S)
+        return language(inputs_embeds=embeds, position_ids=positions, **options)
 
 
 # ------------------------------------------------------------------------------------- loading

@@ -46,28 +46,26 @@ class Samples(NamedTuple):
     texts: list | None = None  # N decoded completions, by sample_texts alone
 
 
-def sample_tokens(logits, uniform, temperature=1.0, top_p=1.0, top_k=0):
+def sample_tokens(logits, uniform, settings):
     """Sample by inverting the cumulative distribution, with top-k and top-p as in transformers.
 
     Args:
         logits: (N, V).
         uniform: (N,) in [0, 1).
-        temperature: 0 is greedy.
-        top_p: the smallest nucleus that reaches it, of the distribution that top_k leaves.
-        top_k: the likeliest tokens; 0 keeps all.
+        settings: Sampling.
     Returns:
         Token ids (N,).
     """
-    if temperature == 0:
+    if settings.temperature == 0:
         return logits.argmax(dim=-1)
-    probs = torch.softmax(logits.float() / temperature, dim=-1)
+    probs = torch.softmax(logits.float() / settings.temperature, dim=-1)
     probs, order = probs.sort(dim=-1, descending=True)
-    if top_k:
-        probs = probs[:, :top_k] / probs[:, :top_k].sum(dim=-1, keepdim=True)
-        order = order[:, :top_k]
+    if settings.top_k:
+        probs = probs[:, : settings.top_k]
+        probs = probs / probs.sum(dim=-1, keepdim=True)
     # the token that crosses top_p stays
     before = probs.cumsum(dim=-1) - probs
-    probs = probs.masked_fill(before >= top_p, 0.0)
+    probs = probs.masked_fill(before >= settings.top_p, 0.0)
     cumulative = probs.cumsum(dim=-1)
     below = cumulative <= uniform[:, None] * cumulative[:, -1:]
     chosen = below.sum(dim=-1).clamp(max=probs.shape[-1] - 1)
@@ -93,22 +91,20 @@ class RoomyLayer(DynamicLayer):
         self.columns = columns
         # (B, key heads, P + more, d) each
         self.room = [pad(states, (0, 0, 0, more)) for states in (prompt.keys, prompt.values)]
-        self.show(prompt.keys.shape[2])
-
-    def show(self, columns):
-        self.keys, self.values = (states[:, :, :columns] for states in self.room)
-        return self.keys, self.values
+        self.keys = prompt.keys
+        self.values = prompt.values
 
     def update(self, key_states, value_states, *args, **kwargs):
         """Write keys and values (B, key heads, n, d) -> all keys, all values."""
         before = self.keys.shape[2]
         after = before + key_states.shape[2]
+        columns = slice(before, after) if self.columns is None else self.columns
         for room, states in zip(self.room, (key_states, value_states), strict=True):
-            if self.columns is None:
-                room[:, :, before:after] = states
-            else:
-                room.index_copy_(2, self.columns, states)
-        return self.show(after) if self.columns is None else self.room
+            room[:, :, columns] = states
+        if self.columns is None:
+            self.keys, self.values = (states[:, :, :after] for states in self.room)
+            return self.keys, self.values
+        return self.room
 
     def reorder_cache(self, beam_idx):
         self.room = [states[beam_idx] for states in self.room]
@@ -123,15 +119,14 @@ class Decoder:
         device = prompts.input_ids.device
         self.eos = torch.tensor(settings.eos_ids, dtype=torch.long, device=device)
         self.banned = torch.tensor(settings.banned_ids, dtype=torch.long, device=device)
-        self.cache = DynamicCache(config=policy.model.model.language_model.config)
-        # encode and prefill
-        embeds, inputs = policy.embed(prompts)
-        if policy.packs:
-            inputs["layout"] = Layout(prompts.padding())
-        else:
-            inputs["attention_mask"] = prompts.mask.long()
-        hidden = self.forward(embeds, prompts.position_ids, **inputs)
-        self.hidden = hidden[:, -1:]  # (B, 1, D)
+        language = policy.model.model.language_model
+        self.cache = DynamicCache(config=language.config)
+        self.options = dict(use_cache=True, **cache_argument(language, self.cache))
+        # encode and prefill: no completion yet
+        nothing = prompts.input_ids[:, :0]  # (B, 0)
+        layout = Layout(prompts.padding())
+        output = policy.run(prompts, nothing, nothing.bool(), layout, **self.options)
+        self.hidden = output.last_hidden_state[:, -1:]  # (B, 1, D)
         self.mask = prompts.mask  # (B, P)
         self.position = prompts.position_ids.amax(dim=(0, 2)) + 1  # (B,) of the first new token
 
@@ -142,26 +137,23 @@ class Decoder:
             if type(layer) is DynamicLayer:
                 self.cache.layers[index] = RoomyLayer(layer, more, columns)
 
-    def forward(self, embeds, position_ids, **inputs):
-        """embeds (B, W, D), position_ids (3, B, W) -> hidden (B, W, D), behind what is cached."""
-        language = self.policy.model.model.language_model
-        inputs |= cache_argument(language, self.cache)
-        output = language(inputs_embeds=embeds, position_ids=position_ids, use_cache=True, **inputs)
-        return output.last_hidden_state
-
     def step(self, tokens, seen, number):
         """tokens (B, W), seen (B, W, columns) bool, number of the step -> hidden (B, W, D)."""
+        model = self.policy.model
         positions = (self.position + number)[None, :, None].expand(3, -1, tokens.shape[1])
-        seen = seen[:, None] if self.policy.packs else seen[:, 0].long()
-        embeds = self.policy.model.get_input_embeddings()(tokens)
-        return self.forward(embeds, positions, attention_mask=seen)
+        output = model.model.language_model(
+            inputs_embeds=model.get_input_embeddings()(tokens),
+            position_ids=positions,
+            attention_mask=seen[:, None] if self.policy.packs else seen[:, 0].long(),
+            **self.options,
+        )
+        return output.last_hidden_state
 
     def choose(self, hidden, uniform):
         """hidden (n, D), uniform (n,) -> tokens (n,), their log-probs (n,)."""
         logits = self.policy.model.lm_head(hidden)  # (n, V)
         allowed = logits.index_fill(-1, self.banned, float("-inf"))
-        how = self.settings
-        token = sample_tokens(allowed, uniform, how.temperature, how.top_p, how.top_k)
+        token = sample_tokens(allowed, uniform, self.settings)
         logp = torch.log_softmax(logits.float(), dim=-1)
         return token, logp.gather(-1, token[:, None]).squeeze(-1)
 
@@ -194,9 +186,12 @@ def rollout(model, prompts, counts, seeds, settings):
     places = torch.arange(max(counts), device=device)
     there = places < torch.tensor(counts, device=device)[:, None]  # (B, W) holds a completion
     decode = sample_fixed if settings.graph and policy.packs else sample_shrinking
-    tokens, logp, lengths = decode(decoder, there, uniforms)
-    longest = int(lengths.max())
-    mask = torch.arange(longest, device=device) < lengths[:, None]  # (N, T)
+    tokens, logp = decode(decoder, there, uniforms)
+    # a completion goes up to the first token that ends it
+    ends = torch.isin(tokens, decoder.eos)
+    mask = ends.cumsum(1) - ends.long() == 0  # (N, steps)
+    longest = int(mask.any(0).sum())
+    mask = mask[:, :longest]
     padding = settings.eos_ids[0] if settings.eos_ids else 0
     tokens = tokens[:, :longest].masked_fill(~mask, padding)
     return Samples(tokens, mask, logp[:, :longest].masked_fill(~mask, 0.0))
@@ -210,13 +205,12 @@ def sample_shrinking(decoder, there, uniforms):
         there: (B, W) bool, places that hold a completion.
         uniforms: (N, steps) random numbers.
     Returns:
-        tokens (N, steps), log-probs (N, steps), lengths (N,); anything behind the end.
+        tokens (N, steps), log-probs (N, steps); behind a completion's end anything.
     """
     total, steps = uniforms.shape
     device = uniforms.device
     tokens = torch.zeros(total, steps, dtype=torch.long, device=device)
     logps = torch.zeros_like(uniforms)
-    lengths = torch.zeros_like(tokens[:, 0])
     decoder.make_room(there.shape[1] * (steps - 1))
     # (B, W) the completion that a query belongs to, -1: none
     active = torch.full(there.shape, -1, device=device)
@@ -230,7 +224,6 @@ def sample_shrinking(decoder, there, uniforms):
         token, logp = decoder.choose(hidden[alive], uniforms[rows, step])
         tokens[rows, step] = token
         logps[rows, step] = logp
-        lengths[rows] = step + 1
         rows = rows.masked_fill(torch.isin(token, decoder.eos), -1)
         if step + 1 == steps or bool((rows < 0).all()):
             break
@@ -254,7 +247,7 @@ def sample_shrinking(decoder, there, uniforms):
         owners = torch.cat([owners, active], dim=1)
         own = (owners[:, None] == active[..., None]) & (active >= 0)[..., None]  # (B, W, columns)
         hidden = decoder.step(inputs, own | (owners == -2)[:, None], step)
-    return tokens, logps, lengths
+    return tokens, logps
 
 
 def sample_fixed(decoder, there, uniforms):
@@ -267,13 +260,12 @@ def sample_fixed(decoder, there, uniforms):
     steps = uniforms.shape[1]
     prompt = decoder.mask.shape[1]
     later = width * (steps - 1)
-    spread = torch.zeros(batch, width, steps, device=device)
-    spread = spread.masked_scatter(there[..., None], uniforms)  # (B, W, steps)
+    alive = there.flatten()  # (B * W,)
+    rows = alive.nonzero().squeeze(1)  # (N,) places of the completions
     # what a step reads and writes, in place
-    tokens = torch.zeros(spread.shape, dtype=torch.long, device=device)
+    spread = uniforms.new_zeros(batch * width, steps).index_copy_(0, rows, uniforms)
+    tokens = torch.zeros_like(spread, dtype=torch.long)
     logps = torch.zeros_like(spread)
-    lengths = torch.zeros_like(there, dtype=torch.long)
-    alive = there.clone()
     at = torch.zeros(1, dtype=torch.long, device=device)  # number of the step
     places = torch.arange(width, device=device)
     columns = places + prompt  # (W,) of the cache
@@ -281,25 +273,23 @@ def sample_fixed(decoder, there, uniforms):
     decoder.make_room(later, columns)
 
     def pick(hidden):
-        uniform = spread.index_select(2, at).flatten()
+        uniform = spread.index_select(1, at).squeeze(1)
         token, logp = decoder.choose(hidden.flatten(0, 1), uniform)
-        tokens.index_copy_(2, at, token.view(batch, width, 1))
-        logps.index_copy_(2, at, logp.view(batch, width, 1))
-        lengths.add_(alive)
+        tokens.index_copy_(1, at, token[:, None])
+        logps.index_copy_(1, at, logp[:, None])
         # not isin: with many eos ids it sorts, which a graph cannot capture
-        goes_on = (token[:, None] != decoder.eos).all(1)
-        alive.logical_and_(goes_on.view(batch, width))
+        alive.logical_and_((token[:, None] != decoder.eos).all(1))
 
     def step():
         columns.copy_(prompt + at * width + places)
         seen.scatter_(2, columns.expand(batch, -1)[..., None], True)
-        hidden = decoder.step(tokens.index_select(2, at).squeeze(2), seen, at)
+        hidden = decoder.step(tokens.index_select(1, at).view(batch, width), seen, at)
         at.add_(1)
         pick(hidden)
 
     pick(decoder.hidden.expand(-1, width, -1))
     replay(step, steps - 1, lambda: bool(alive.any()), device)
-    return tokens[there], logps[there], lengths[there]
+    return tokens[rows], logps[rows]
 
 
 def replay(step, steps, going, device):

@@ -383,24 +383,14 @@ def test_attention_use():
     # 1 head, 2 tokens, K = 2 frames of M = 2 visual tokens. Frame masses: token 1 (0.3, 0.1),
     # token 2 (0.0, 0.2). Sum (0.3, 0.3), so (0.5, 0.5); normalising each token first would give
     # ((0.75 + 0) / 2, ...) = (0.375, 0.625).
-    weights = torch.tensor([[[0.1, 0.2, 0.05, 0.05], [0.0, 0.0, 0.2, 0.0]]])
-    assert reward.attention_use(weights, num_frames=2).tolist() == pytest.approx([0.5, 0.5])
-    assert reward.attention_use(weights.view(1, 2, 2, 2)).tolist() == pytest.approx([0.5, 0.5])
+    weights = torch.tensor([[[[0.1, 0.2], [0.05, 0.05]], [[0.0, 0.0], [0.2, 0.0]]]])
+    assert reward.attention_use(weights).tolist() == pytest.approx([0.5, 0.5])
     # a second head that looks at frame 2 only, with mass 0.6: (0.3, 0.9) / 1.2
     both = torch.cat(
-        [weights, torch.tensor([[[0.0, 0.0, 0.0, 0.3], [0.0, 0.0, 0.3, 0.0]]])]
+        [weights, torch.tensor([[[[0.0, 0.0], [0.0, 0.3]], [[0.0, 0.0], [0.3, 0.0]]]])]
     ).requires_grad_()
-    use = reward.attention_use(both, 2)
+    use = reward.attention_use(both)
     assert use.tolist() == pytest.approx([0.25, 0.75]) and not use.requires_grad
-
-
-@pytest.mark.parametrize(
-    ("shape", "num_frames"),
-    [((1, 2, 4), None), ((1, 2, 4), 3), ((1, 2, 4), 0), ((1, 2, 2, 2), 4), ((2, 4), 2)],
-)
-def test_attention_use_refuses_shapes_that_do_not_fit(shape, num_frames):
-    with pytest.raises(ValueError, match="attention_use: expected"):
-        reward.attention_use(torch.ones(shape), num_frames)
 
 
 @pytest.mark.parametrize("value", [0.0, math.nan])
@@ -535,13 +525,6 @@ def test_consistency_bonus_of_equal_rollouts_survives_rounding():
             assert bonus([value] * n, [value] * n, margin=0.0, floor=0.0) == pytest.approx(
                 [0.5 * value] * n
             )
-
-
-def test_consistency_bonus_dense():
-    # 0.5 * 1 * 0.95 (clipped), 0.5 * 0.5 * 0.4, wrong 0, no answer 0;
-    # no selection: 0.5 is below the mean and counts
-    got = bonus([1.0, 0.5, 0.0, 1.0], [0.99, 0.4, 0.9, math.nan], dense=True)
-    assert got == pytest.approx([0.475, 0.1, 0.0, 0.0])
 
 
 def test_consistency_bonus_differentiates_nothing():
@@ -705,9 +688,7 @@ def test_use_prior_and_reward_are_distributions_and_in_range(seed, frames, token
     prior = prior / prior.sum()
     uses = [reward.frame_use(response, reward.pool_frames(states, how), tau, order)
             for how in ("max", "mean") for order in ("mean_softmax", "softmax_mean")]  # fmt: skip
-    uses.append(
-        reward.attention_use(torch.rand(2, tokens, frames * 3, generator=generator) + 0.01, frames)
-    )
+    uses.append(reward.attention_use(torch.rand(2, tokens, frames, 3, generator=generator) + 0.01))
     for use in uses:
         assert (
             use.shape == (frames,)
@@ -737,12 +718,12 @@ groups = st.lists(
 
 
 @property_test
-@given(groups, st.randoms(use_true_random=False), st.booleans())
-def test_permuting_a_group_permutes_its_bonuses(group, random, dense):
+@given(groups, st.randoms(use_true_random=False))
+def test_permuting_a_group_permutes_its_bonuses(group, random):
     order = list(range(len(group)))
     random.shuffle(order)
-    straight = bonus(*map(list, zip(*group, strict=True)), dense=dense)
-    shuffled = bonus(*map(list, zip(*[group[i] for i in order], strict=True)), dense=dense)
+    straight = bonus(*map(list, zip(*group, strict=True)))
+    shuffled = bonus(*map(list, zip(*[group[i] for i in order], strict=True)))
     assert shuffled == pytest.approx([straight[i] for i in order])
     assert all(0.0 <= b <= 0.5 for b in straight)  # finite too: NaN compares as False
     assert all(

@@ -30,9 +30,13 @@ PROBS = torch.tensor([0.15, 0.5, 0.05, 0.3])
 JUST_BELOW_1 = 1 - 2**-24
 
 
+def sample(logits, uniforms, **settings):
+    return sample_tokens(logits, uniforms, Sampling(1, **{"top_p": 1.0, **settings}))
+
+
 def draw(uniforms, **settings):
     logits = PROBS.log().expand(len(uniforms), -1)
-    return sample_tokens(logits, torch.tensor(uniforms), **settings).tolist()
+    return sample(logits, torch.tensor(uniforms), **settings).tolist()
 
 
 def test_sample_tokens_inverts_the_cumulative_distribution():
@@ -59,7 +63,7 @@ def test_top_k_keeps_the_likeliest_and_top_p_their_nucleus():
     uniforms = torch.tensor([0.0, 0.3, 0.56, 0.58, 0.99])
 
     def pick(**settings):
-        return sample_tokens(logits, uniforms, **settings).tolist()
+        return sample(logits, uniforms, **settings).tolist()
 
     assert pick(top_k=2) == [0, 0, 0, 1, 1]  # 4/7 = 0.571 and 3/7
     assert pick(top_k=9) == [0, 0, 1, 1, 3] == pick()
@@ -71,7 +75,7 @@ def test_top_k_keeps_the_likeliest_and_top_p_their_nucleus():
 def test_banned_tokens_are_never_sampled():
     logits = PROBS.log().clone()
     logits[[1, 2]] = -INF
-    sampled = sample_tokens(logits.expand(1001, -1), torch.linspace(0, JUST_BELOW_1, 1001))
+    sampled = sample(logits.expand(1001, -1), torch.linspace(0, JUST_BELOW_1, 1001))
     assert set(sampled.tolist()) == {0, 3}
     # .3 / (.3 + .15)
     assert (sampled == 3).float().mean().item() == pytest.approx(2 / 3, abs=0.002)

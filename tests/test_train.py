@@ -23,6 +23,7 @@ from conftest import (
     weights,
 )
 
+import reward
 import train
 from common.data import DataError, Example, Prior, load_examples
 from common.engine import choose_trained, update_reference
@@ -805,7 +806,13 @@ def micro_batch(toy_folder, toy_processor, toy_model, texts, *flags, cut=()):
     return losses[0], values, mask[0], logps, example, texts
 
 
-def test_the_consistency_bonus_asks_the_reference(toy_folder, toy_processor, toy_model, alone):
+def test_the_consistency_bonus_asks_the_reference(
+    toy_folder, toy_processor, toy_model, alone, monkeypatch
+):
+    def bonus_of_every_answer(accuracy, likelihood, coef, margin):
+        return coef * accuracy * likelihood.nan_to_num(0.0)
+
+    monkeypatch.setattr(reward, "consistency_bonus", bonus_of_every_answer)
     texts = [
         "<think>a</think><answer>{right}</answer>",
         "<think>red it is</think><answer>{right}</answer>",
@@ -819,8 +826,6 @@ def test_the_consistency_bonus_asks_the_reference(toy_folder, toy_processor, toy
         texts,
         "--consistency_coef",
         "0.5",
-        "--consistency_dense",
-        "true",
     )
     answered = [
         toy_processor.tokenizer(text.split("<answer>")[0] + "<answer>").input_ids
