@@ -25,7 +25,7 @@ import reward
 # ------------------------------------------------------------------ advantages and loss (Eq. 9-10)
 
 
-def group_advantages(rewards, eps=1e-4, scale=True, anchors=None):
+def group_advantages(rewards, eps=1e-4, scale=True):
     """Advantages within each question's group (Eq. 9): (r - mean) / (std + eps).
 
     std is unbiased (G - 1), as in the release. Equal rewards give zeros up to rounding.
@@ -33,8 +33,6 @@ def group_advantages(rewards, eps=1e-4, scale=True, anchors=None):
     Args:
         rewards: (B, G).
         scale: False leaves the division out (Dr. GRPO).
-        anchors: (B,) reward of a virtual rollout that joins mean and std of groups whose rewards
-            are all equal (after TW-GRPO's SOVA), so that such a group still has a signal.
     Returns:
         (B, G).
     Errors: ValueError for groups of one, which have no std.
@@ -43,16 +41,10 @@ def group_advantages(rewards, eps=1e-4, scale=True, anchors=None):
         raise ValueError(
             "a group needs at least two rollouts for its standard deviation (--num_generations)"
         )
-    mean = rewards.mean(dim=1, keepdim=True)  # (B, 1)
-    std = rewards.std(dim=1, keepdim=True)  # (B, 1)
-    if anchors is not None:
-        equal = all_equal(rewards)[:, None]  # (B, 1)
-        extended = torch.cat([rewards, anchors[:, None]], dim=1)  # (B, G + 1)
-        mean = torch.where(equal, extended.mean(dim=1, keepdim=True), mean)
-        std = torch.where(equal, extended.std(dim=1, keepdim=True), std)
-    if scale:
-        return (rewards - mean) / (std + eps)
-    return rewards - mean
+    centred = rewards - rewards.mean(dim=1, keepdim=True)
+    if not scale:
+        return centred
+    return centred / (rewards.std(dim=1, keepdim=True) + eps)
 
 
 def all_equal(rewards):
@@ -154,6 +146,7 @@ def group_divergence(logp, mask):
     Returns:
         (..., T).
     """
+    # A rollout that has ended says nothing about the next token.
     uniform = -math.log(logp.shape[-1])
     d = torch.where(mask.bool()[..., None], logp, uniform)  # (..., G, T, V)
     d = (d.mean(dim=-3, keepdim=True) - d).clamp_(-11, 11)
@@ -165,20 +158,18 @@ def weights_of_divergence(divergence, mask, alpha=1.7):
     """Token weights 1 + (alpha - 1) * divergence, min-max scaled over a group's positions.
 
     Args:
-        divergence: (T,) of one group.
-        mask: (G, T).
+        divergence: (..., T) of each group.
+        mask: (..., G, T).
     Returns:
-        (G, T) in [1, alpha]; positions past the end of every rollout get 1.
+        (..., G, T) in [1, alpha]; positions past the end of every rollout get 1.
     """
-    mask = mask.bool()
-    reached = mask.any(dim=0)  # (T,)
-    if not reached.any():
-        return torch.ones_like(mask, dtype=torch.float32)
-    low = divergence[reached].min()
-    high = divergence[reached].max()
+    # Positions that no rollout reaches neither set the scale nor get a weight other than 1.
+    reached = mask.bool().any(dim=-2)  # (..., T)
+    low = divergence.masked_fill(~reached, math.inf).amin(dim=-1, keepdim=True)
+    high = divergence.masked_fill(~reached, -math.inf).amax(dim=-1, keepdim=True)
     scaled = (divergence - low) / (high - low).clamp(min=1e-8)
     scaled = torch.where(reached, scaled, 0.0)
-    return (1 + (alpha - 1) * scaled)[None].expand(mask.shape)
+    return (1 + (alpha - 1) * scaled)[..., None, :].expand(mask.shape)
 
 
 # --------------------------------------------------------------- from rollouts to rewards (Eq. 3-8)
@@ -237,6 +228,7 @@ def rollout_frame_use(
     for b, slots in enumerate(prompts.slots):
         row = [None] * group
         uses.append(row)
+        # An image or a text: nothing to choose.
         if slots < 2:
             continue
         columns = prompts.visual[b].nonzero().squeeze(1)  # (t * M,)
@@ -282,6 +274,7 @@ def overlaps(prior, uses):
     """
     scores = []
     for use in uses:
+        # The prior is over frames, the use over the model's temporal slots.
         slots = reward.merge_prior(torch.tensor(prior.prior), len(use))  # (t,)
         scores.append(reward.consensus_frame_reward(slots, use.cpu()))
     return scores
@@ -322,6 +315,7 @@ def answer_likelihoods(tokenizer, completions, mask, logp):
         (N,), NaN where there is no answer block or nothing in it.
     """
     likelihoods = []
+    # One by one: spans of answers are found on the characters of a text.
     for tokens, valid, values in zip(completions, mask, logp, strict=True):
         ids = tokens[valid.bool()].tolist()
         first, last = answer_span(tokenizer, ids)
@@ -334,11 +328,10 @@ def answer_span(tokenizer, ids):
 
     A token that straddles the tag's end belongs to the answer.
     """
-    text = tokenizer.decode(ids)
-    end = text.rfind("</answer>")
-    tag = text.rfind("<answer>", 0, max(end, 0))
-    begin = tag + len("<answer>")
-    if tag < 0 or begin == end:
+    # Up to the end of the last answer; without an end tag nothing.
+    text, _, _ = tokenizer.decode(ids).rpartition("</answer>")
+    before, tag, inside = text.rpartition("<answer>")
+    if not tag or not inside:
         return 0, 0
 
     def length_of(count):
@@ -346,10 +339,11 @@ def answer_span(tokenizer, ids):
 
     def reaches_end(count):
         # A text that ends within a character decodes to other or fewer characters.
-        return tokenizer.decode(ids[:count]).startswith(text[:end])
+        return tokenizer.decode(ids[:count]).startswith(text)
 
     borders = range(len(ids) + 1)
-    first = bisect_right(borders, begin, key=length_of) - 1  # last border not behind the tag
+    # The last border that is not behind the tag.
+    first = bisect_right(borders, len(before + tag), key=length_of) - 1
     last = bisect_left(borders, True, key=reaches_end)
     return first, last
 
@@ -382,8 +376,9 @@ def rewards(rollouts, uses, tokenizer, args):
         # Eq. 6: an image is one frame, nothing to choose, so it earns no consensus reward.
         if uses[b][0] is not None:
             scores[b] = torch.tensor(overlaps(rollouts.priors[b], uses[b]), dtype=torch.float64)
-        for g, (text, accuracy) in enumerate(zip(rollouts.texts[b], answers, strict=True)):
+        for g, text in enumerate(rollouts.texts[b]):
             # What the answer, its form and its length earn.
+            accuracy = answers[g]
             terms["accuracy"][b, g] = accuracy
             terms["format"][b, g] = reward.format_reward(text)
             terms["length"][b, g] = reward.length_reward(
@@ -410,6 +405,7 @@ def rewards(rollouts, uses, tokenizer, args):
     total = reward.total_reward(
         terms["accuracy"], structure, scores, terms["temporal"], args.cfr_weight, args.gate
     )
+    # As it entered the sum: weighted and gated.
     terms["consensus"] = total - (terms["accuracy"] + structure + terms["temporal"])
     for values in more.values():
         total = total + values
@@ -441,15 +437,6 @@ def alignment(text, example, args):
         buffer=args.alignment_buffer,
         threshold=args.alignment_threshold,
     )
-
-
-def virtual_anchors(terms):
-    """(B,) total reward that one more rollout of the other accuracy would have (TW-GRPO's SOVA).
-
-    It differs from the group's first by 1 - 2 * mean accuracy.
-    """
-    accuracy = terms["accuracy"].mean(dim=1)  # (B,)
-    return terms["total"][:, 0] + 1 - 2 * accuracy
 
 
 def __getattr__(name):

@@ -195,8 +195,9 @@ def accuracy_reward(completion: str, solution: str, problem_type: str) -> float:
         ValueError: for another problem_type, since a silent 0 would hide a fault of the data.
     """
     if problem_type not in _ACCURACY:
-        expected = ", ".join(_ACCURACY)
-        raise ValueError(f"unknown problem_type {problem_type!r}: expected one of {expected}")
+        raise ValueError(
+            f"unknown problem_type {problem_type!r}: expected one of {', '.join(_ACCURACY)}"
+        )
     answer = extract_answer(completion)
     return _ACCURACY[problem_type](answer, solution_answer(solution)) if answer else 0.0
 
@@ -288,7 +289,7 @@ def frame_use(
     Returns:
         (K,), sums to 1.
     """
-    if response_states.shape[0] == 0:
+    if len(response_states) == 0:
         raise ValueError("frame_use: no response tokens, so the use of the frames is undefined")
     response = F.normalize(response_states.float(), dim=-1)  # (L, D)
     similarity = response @ F.normalize(frame_states.float(), dim=-1).T  # (L, K)
@@ -337,7 +338,7 @@ def merge_prior(prior: torch.Tensor, slots: int) -> torch.Tensor:
     >>> merge_prior(torch.tensor([0.125, 0.125, 0.25, 0.25, 0.25]), 3)
     tensor([0.2500, 0.5000, 0.2500])
     """
-    frames = prior.shape[0]
+    frames = len(prior)
     # Frames in a slot.
     patch = max(1, math.ceil(frames / max(1, slots)))
     if math.ceil(frames / patch) != slots:
@@ -449,8 +450,7 @@ def consistency_bonus(
     # The mean of equal float32 numbers may round to just above them.
     slack = 1e-6
     selected = ~likelihood.isnan() & (accuracy >= accuracy.mean().clamp(min=floor) - slack)
-    if not selected.any():
-        return torch.zeros_like(accuracy)
+    # NaN with none selected, which nothing reaches.
     baseline = clipped[selected].mean() - margin
     return coef * accuracy * (selected & (clipped >= baseline - slack))
 
@@ -490,26 +490,8 @@ def _seconds(match):
         end = float(match["minutes"]) * 60 + float(match["rest"])
     else:
         end = float(match["seconds"] or match["last"] or match["nth"])
-    start = float(match["first"] or (match["last"] and match["nth"]) or end)
-    return min(start, end), max(start, end)
-
-
-def _times(sentence):
-    """Find times and ranges in a sentence: (first character, end character, start s, end s)."""
-    times = []
-    after_between = False
-    for match in _TIME.finditer(sentence):
-        begin = match.start()
-        start, end = _seconds(match)
-        # Two points in time may be the ends of one range.
-        if times and times[-1][2] == times[-1][3] and start == end:
-            gap = sentence[times[-1][1] : begin].strip().lower()
-            if gap in ("-", "–", "—", "to", "until") or (gap == "and" and after_between):
-                begin, _, other, _ = times.pop()
-                start, end = sorted((other, start))
-        times.append((begin, match.end(), start, end))
-        after_between = match["between"] is not None
-    return times
+    start = float(match["first"] or match["nth"] or end)
+    return sorted((start, end))
 
 
 def _tidy(text):
@@ -540,14 +522,28 @@ def parse_claims(text: str) -> list[tuple[float, float, str]]:
     """
     claims = []
     for sentence in re.split(r"(?<=[.!?])\s+|\n+", text):
-        times = _times(sentence)
-        # The text after each time, up to the next one.
-        begins = [time[0] for time in times] + [len(sentence)]
-        pieces = []
-        for time, until in zip(times, begins[1:], strict=True):
-            pieces.append(sentence[time[1] : until])
-        whole = _tidy(" ".join([sentence[: begins[0]], *pieces]))
-        for (_, _, start, end), piece in zip(times, pieces, strict=True):
+        times = []  # (start second, end second)
+        pieces = []  # the text before the first time and behind each
+        between = None
+        last = 0
+        for match in _TIME.finditer(sentence):
+            piece = sentence[last : match.start()]
+            last = match.end()
+            start, end = _seconds(match)
+            # Two points in time may be the ends of one range.
+            points = times and times[-1][0] == times[-1][1] and start == end
+            joins = ["-", "–", "—", "to", "until"]
+            if between:
+                joins.append("and")
+            if points and piece.strip().lower() in joins:
+                start, end = sorted((times.pop()[0], start))
+            else:
+                pieces.append(piece)
+            times.append((start, end))
+            between = match["between"]
+        pieces.append(sentence[last:])
+        whole = _tidy(" ".join(pieces))
+        for (start, end), piece in zip(times, pieces[1:], strict=True):
             claim = _tidy(piece) if len(times) > 1 else ""
             if claim or whole:
                 claims.append((start, end, claim or whole))
@@ -558,7 +554,7 @@ def lexical_similarity(a: str, b: str) -> float:
     """Return the F1 of two sentences' lower-cased words, in [0, 1]; a paraphrase scores low."""
     words_a = Counter(re.findall(r"\w+", a.lower()))
     words_b = Counter(re.findall(r"\w+", b.lower()))
-    total = words_a.total() + words_b.total()
+    total = (words_a + words_b).total()
     return 2 * (words_a & words_b).total() / total if total else 0.0
 
 
@@ -677,7 +673,9 @@ def cfr_from_forward(
     for row, ids in enumerate(input_ids):
         visual = (ids == video_token_id).nonzero()[:, 0]  # (slots * M,) positions
         response = completion_mask[row].bool()  # (T,)
-        slots, height, width = next(grids, (0, 0, 0)) if len(visual) else (0, 0, 0)
+        if not len(visual):
+            continue
+        slots, height, width = next(grids, (0, 0, 0))
         if len(visual) != slots * height * width // merge_size**2:
             raise ValueError(
                 f"row {row}: {len(visual)} video tokens, grid {slots} x {height} x {width}, "
@@ -696,13 +694,13 @@ def cfr_from_forward(
     return rewards
 
 
-def cfr_from_attentions(
-    attentions, input_ids, video_token_id, grid_thw, merge_size, completion_mask, prior, layer=0
-) -> torch.Tensor:
+def cfr_from_attentions(attentions, *inputs, layer=0, **named) -> torch.Tensor:
     """Compute R_cf of every row as cfr_from_forward does, with attention_use.
 
     Args:
         attentions: output.attentions, each (B, heads, T, T); needs attn_implementation="eager".
+        inputs, named: cfr_from_forward's input_ids, video_token_id, grid_thw, merge_size,
+            completion_mask and prior.
+        layer: index into attentions.
     """
-    inputs = (input_ids, video_token_id, grid_thw, merge_size, completion_mask, prior)
-    return cfr_from_forward(None, *inputs, layer, attentions=attentions)
+    return cfr_from_forward(None, *inputs, layer=layer, attentions=attentions, **named)

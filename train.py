@@ -85,7 +85,6 @@ from grpo import (
     rewards,
     rollout_frame_use,
     slot_shares,
-    virtual_anchors,
 )
 
 # Accuracy and format alone; no prior is needed.
@@ -316,9 +315,8 @@ class TrainArguments:
     scale_rewards: bool = flag(True, "Divide advantages by the group's standard deviation.")
     degenerate: str = flag(
         "keep",
-        "Groups of equal rewards: keep (their KL alone), drop (no KL either), virtual_anchor (a "
-        "virtual rollout of the other accuracy joins mean and deviation, TW-GRPO).",
-        choices=["keep", "drop", "virtual_anchor"],
+        "Groups of equal rewards: keep (their KL alone), drop (no KL either).",
+        choices=["keep", "drop"],
     )
     mask_truncated_completions: bool = flag(
         False, "Leave completions cut at --max_completion_length out of the loss (DAPO)."
@@ -882,11 +880,8 @@ def reward_rollouts(run, rollouts, scored, log):
 
     # Eq. 9, in float32 on the device as the loss.
     total = terms["total"].float().to(logp.device)  # (B, G)
-    anchors = None
-    if args.degenerate == "virtual_anchor":
-        anchors = virtual_anchors(terms).float().to(logp.device)  # (B,)
     rollouts.rewards = terms
-    rollouts.advantages = group_advantages(total, scale=args.scale_rewards, anchors=anchors)
+    rollouts.advantages = group_advantages(total, scale=args.scale_rewards)
     # The policy has not moved since it sampled, so its own forward gives the old log-probabilities.
     rollouts.old_logp = logp
     degenerate = all_equal(total)  # (B,)

@@ -18,6 +18,7 @@ import torch
 from safetensors import SafetensorError
 from torch.nn.attention.bias import causal_lower_right
 from torch.nn.functional import pad, scaled_dot_product_attention
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForImageTextToText, AutoProcessor
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -191,15 +192,13 @@ class Prompts:
 def collate(items, model):
     """Batch encoded examples (list of media.ModelInputs) into Prompts for the model."""
     config = model.config
-    padded = max(len(item.input_ids) for item in items)
-    input_ids = torch.full((len(items), padded), config.text_config.pad_token_id or 0)
-    mask = torch.zeros(len(items), padded, dtype=torch.bool)
+    ids = [item.input_ids for item in items]
+    pad_left = partial(pad_sequence, batch_first=True, padding_side="left")
+    input_ids = pad_left(ids, padding_value=config.text_config.pad_token_id or 0)
+    mask = pad_left([torch.ones_like(row, dtype=torch.bool) for row in ids])
     grids = torch.zeros(len(items), 3, dtype=torch.long)
     pixels = []
     for row, item in enumerate(items):
-        begin = padded - len(item.input_ids)
-        input_ids[row, begin:] = item.input_ids
-        mask[row, begin:] = True
         if item.grid_thw is not None:
             grids[row] = item.grid_thw
             pixels.append(item.pixel_values)
@@ -251,25 +250,30 @@ def group_attention(
     """
     if layout is None and attention_mask is None:
         return sdpa_attention_forward(module, query, key, value, None, dropout, scaling, **kwargs)
+    attend = partial(scaled_dot_product_attention, dropout_p=dropout, scale=scaling)
     if layout is None:
-        return step_attention(query, key, value, attention_mask, dropout, scaling), None
-    attend = partial(
-        scaled_dot_product_attention, dropout_p=dropout, scale=scaling, enable_gqa=True
-    )
+        # the query heads of a key head become rows: no copy of keys and values for every head
+        shared = query.shape[1] // key.shape[1]
+        rows = query.unflatten(1, (-1, shared)).flatten(2, 3)  # (B, key heads, shared * S, d)
+        attended = attend(rows, key, value, attention_mask.repeat(1, 1, shared, 1))
+        return attended.unflatten(2, (shared, -1)).flatten(1, 2).transpose(1, 2), None
+    attend = partial(attend, enable_gqa=True)
     attend_completions = attend_to_both
     if not layout.checkpointed:
         # the G copies of the prompt's keys and values are not kept for the backward
         attend_completions = partial(checkpoint, attend_to_both, use_reentrant=False)
+    begin = query.shape[2] - layout.group * layout.length  # of the completions
     rows = []
     for row, padding in enumerate(layout.padding):
-        begin = query.shape[2] - layout.group * layout.length  # of the completions
         # (1, heads, prompt, d) each
         prompt = [states[row, None, :, padding:begin] for states in (query, key, value)]
         attended = [attend(*prompt, is_causal=True)]
         if layout.group:
-            tails = [states[row, :, begin:] for states in (query, key, value)]
-            shape = (layout.group, layout.length)
-            own = [tail.unflatten(1, shape).transpose(0, 1) for tail in tails]  # (G, heads, T, d)
+            # (G, heads, T, d) each
+            own = [
+                states[row, :, begin:].unflatten(1, (layout.group, -1)).transpose(0, 1)
+                for states in (query, key, value)
+            ]
             completions = attend_completions(attend, *own, *prompt[1:])  # (G, heads, T, d)
             attended.append(completions.transpose(0, 1).flatten(1, 2)[None])
             if layout.layer == module.layer_idx + 1:
@@ -277,18 +281,6 @@ def group_attention(
                 layout.recorded.append(pad(weights, (padding, 0)))
         rows.append(pad(torch.cat(attended, 2), (0, 0, padding, 0)))  # (1, heads, S, d)
     return torch.cat(rows).transpose(1, 2), None
-
-
-def step_attention(query, key, value, mask, dropout, scaling):
-    """sdpa with a mask, where the query heads of a key head become rows.
-
-    transformers' would repeat the keys and values for every query head.
-    """
-    shared = query.shape[1] // key.shape[1]
-    rows = query.unflatten(1, (-1, shared)).flatten(2, 3)  # (B, key heads, shared * S, d)
-    mask = mask.repeat(1, 1, shared, 1)
-    attended = scaled_dot_product_attention(rows, key, value, mask, dropout, scale=scaling)
-    return attended.unflatten(2, (shared, -1)).flatten(1, 2).transpose(1, 2)
 
 
 # made here because its class cannot be made within a dispatch mode such as a FLOP counter
@@ -365,7 +357,7 @@ class ScoringHead(torch.nn.Linear):
             targets, mask: (B, G, T).
             divergence: whether to compute grpo.group_divergence.
         Returns:
-            log-probs (B, G, T), entropy (B, G, T), divergence (B, T) or None.
+            [log-probs (B, G, T), entropy (B, G, T), divergence (B, T) if asked].
         """
         if targets is None:
             return super().forward(hidden)
@@ -378,17 +370,16 @@ class ScoringHead(torch.nn.Linear):
             hidden.split(size, 2), targets.split(size, 2), mask.split(size, 2), strict=True
         )
         parts = [score(*chunk, divergence) for chunk in chunks]
-        logp, entropy, differences = zip(*parts, strict=True)
-        differences = torch.cat(differences, 1) if divergence else None
-        return torch.cat(logp, 2), torch.cat(entropy, 2), differences
+        return [torch.cat(values, -1) for values in zip(*parts, strict=True)]
 
     def score(self, hidden, targets, mask, divergence):
         normalised = torch.log_softmax(super().forward(hidden).float(), dim=-1)  # (B, G, t, V)
         logp = normalised.gather(-1, targets[..., None]).squeeze(-1)
         with torch.no_grad():
             entropy = -torch.linalg.vecdot(normalised.exp(), normalised)
-            differences = group_divergence(normalised, mask) if divergence else None
-        return logp, entropy, differences
+        if divergence:
+            return logp, entropy, group_divergence(normalised, mask)
+        return logp, entropy
 
 
 class Scored(NamedTuple):
@@ -413,8 +404,9 @@ class Policy(torch.nn.Module):
         if type(model.lm_head) is torch.nn.Linear:
             model.lm_head.__class__ = ScoringHead
         if not isinstance(model.lm_head, ScoringHead):
-            head = type(model.lm_head).__name__
-            raise ValueError(f"the head must be a plain Linear layer, not {head}")
+            raise ValueError(
+                f"the head must be a plain Linear layer, not {type(model.lm_head).__name__}"
+            )
         family = model.config.model_type
         text = model.model.language_model.config
         kernel = text._attn_implementation
@@ -440,8 +432,8 @@ class Policy(torch.nn.Module):
         """
         if prompts.pixel_values is None:
             # keeps this rank's ZeRO-3 gathers in step with the ranks that have media
-            pixels, grid = blank_image(self.model.config, prompts.input_ids.device)
-            return encode_media(self.model, pixels, grid)
+            blank = blank_image(self.model.config, prompts.input_ids.device)
+            return encode_media(self.model, *blank)
         grids = prompts.grid_thw[prompts.grid_thw[:, 0] > 0]  # (media, 3)
         features = encode_media(self.model, prompts.pixel_values, grids)
         visual = int(prompts.visual.sum())
@@ -479,12 +471,6 @@ class Policy(torch.nn.Module):
         """
         batch, group, length = completions.shape
         prompt_length = prompts.input_ids.shape[1]
-        layers = self.model.config.text_config.num_hidden_layers
-        if attention_layer is not None and not (self.packs and 1 <= attention_layer <= layers):
-            raise ValueError(
-                f"no attention of layer {attention_layer}: the model has layers 1 to {layers}, "
-                f"and packs: {self.packs}"
-            )
         # 1. rows: a whole group in each, or one completion
         packed = packed and self.packs
         share = group if packed else 1  # completions in a row
@@ -501,11 +487,10 @@ class Policy(torch.nn.Module):
         )
         hidden = output.last_hidden_state  # (rows, S, D)
         # 3. a token's score is in the state before it; before the first is the prompt's last
-        index = torch.arange(share * length, device=hidden.device)
-        first = index % length == 0
-        source = torch.where(first, prompt_length - 1, prompt_length + index - 1)  # (share*T,)
+        source = torch.arange(share * length, device=hidden.device) + prompt_length - 1
+        source[::length] = prompt_length - 1
         before = hidden[:, source].view(batch, group, length, -1)
-        logp, entropy, divergence = self.model.lm_head(
+        logp, entropy, *divergence = self.model.lm_head(
             before, completions, completion_mask, weight_alpha is not None
         )
         # 4. what else was asked for
@@ -519,12 +504,16 @@ class Policy(torch.nn.Module):
                 values = torch.cat([values[:, 0, :prompt_length], tails], dim=1)
             states[layer] = values  # (B, S, D)
         attention = None
-        if layout.recorded:
+        if attention_layer is not None:
+            if not layout.recorded:
+                raise ValueError(
+                    f"no attention of layer {attention_layer}: the model packs: {self.packs}, "
+                    f"its layers: 1 to {len(self.model.model.language_model.layers)}"
+                )
             attention = torch.stack(layout.recorded).view(batch, group, length, prompt_length)
         weights = None
         if weight_alpha is not None:
-            groups = zip(divergence, completion_mask, strict=True)
-            weights = torch.stack([weights_of_divergence(*one, weight_alpha) for one in groups])
+            weights = weights_of_divergence(*divergence, completion_mask, weight_alpha)
         return Scored(logp, entropy, states, attention, weights)
 
     def run(self, rows, tail, tail_mask, layout, **options):

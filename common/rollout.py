@@ -207,14 +207,13 @@ def sample_shrinking(decoder, there, uniforms):
     Returns:
         tokens (N, steps), log-probs (N, steps); behind a completion's end anything.
     """
-    total, steps = uniforms.shape
-    device = uniforms.device
-    tokens = torch.zeros(total, steps, dtype=torch.long, device=device)
+    steps = uniforms.shape[1]
+    tokens = torch.zeros_like(uniforms, dtype=torch.long)
     logps = torch.zeros_like(uniforms)
     decoder.make_room(there.shape[1] * (steps - 1))
     # (B, W) the completion that a query belongs to, -1: none
-    active = torch.full(there.shape, -1, device=device)
-    active = active.masked_scatter(there, torch.arange(total, device=device))
+    numbers = there.flatten().cumsum(0).view(there.shape) - 1
+    active = torch.where(there, numbers, -1)
     # (B, columns) the completion that a cached column belongs to, -1: none, -2: the prompt of all
     owners = torch.where(decoder.mask, -2, -1)
     hidden = decoder.hidden.expand(-1, there.shape[1], -1)  # (B, W, D)
@@ -260,7 +259,7 @@ def sample_fixed(decoder, there, uniforms):
     steps = uniforms.shape[1]
     prompt = decoder.mask.shape[1]
     later = width * (steps - 1)
-    alive = there.flatten()  # (B * W,)
+    alive = there.flatten().clone()  # (B * W,)
     rows = alive.nonzero().squeeze(1)  # (N,) places of the completions
     # what a step reads and writes, in place
     spread = uniforms.new_zeros(batch * width, steps).index_copy_(0, rows, uniforms)
@@ -321,8 +320,7 @@ def replay(step, steps, going, device):
         step()
 
 
-@dataclass(frozen=True)
-class Turn:
+class Turn(NamedTuple):
     """How a checkpoint's chat template frames the assistant's turn."""
 
     opening: str  # what the prompt already ends with: "<think>\n" or ""

@@ -280,7 +280,7 @@ def test_the_graph_is_on_where_there_is_a_gpu(monkeypatch):
         ),
         ("--recipe", "care", "--beta", "0.1"),
         ("--recipe", "tw", "--degenerate", "drop"),
-        ("--recipe", "video_r2", "--degenerate", "virtual_anchor"),
+        ("--recipe", "video_r2"),
     ],
 )
 def test_groups_of_every_recipe(flags, toy_folder, toy_processor, talker, monkeypatch):

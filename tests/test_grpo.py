@@ -50,19 +50,6 @@ def test_advantages_of_equal_rewards_that_round_are_zero_too(value):
     assert group_advantages(torch.full((1, 7), value)).abs().max() < 2e-3
 
 
-def test_an_anchor_joins_groups_of_equal_rewards_only():
-    # (2, 2) with 1: mean 5/3, std sqrt((1/9 + 1/9 + 4/9) / 2) = 1/sqrt(3); (0, 0) with 1 is its
-    # negative; (0, 2): mean 1, std sqrt(2)
-    rewards, anchors = torch.tensor([[2.0, 2], [0, 0], [0, 2]]), torch.tensor([1.0, 1, 9])
-    third, half = 3**-0.5, 2**-0.5
-    torch.testing.assert_close(
-        group_advantages(rewards, 0, anchors=anchors),
-        torch.tensor([[third] * 2, [-third] * 2, [-half, half]]),
-    )
-    expected = torch.tensor([[1 / 3, 1 / 3], [-1 / 3, -1 / 3], [-1, 1]])
-    torch.testing.assert_close(group_advantages(rewards, scale=False, anchors=anchors), expected)
-
-
 def test_advantages_of_a_group_of_one_are_an_error():
     with pytest.raises(ValueError, match="two rollouts"):
         group_advantages(torch.tensor([[1.0], [2.0]]))

@@ -937,13 +937,13 @@ def test_the_alignment_reward_is_gated_and_weighed(toy_folder, toy_processor, to
     )  # all claims match, one of two, a wrong answer
 
 
-@pytest.mark.parametrize("answer, advantage", [("{right}", 1 / 3), ("{wrong}", -1 / 3)])
-def test_groups_of_equal_rewards_can_be_dropped_or_anchored(
-    toy_folder, toy_processor, toy_model, answer, advantage, alone
+@pytest.mark.parametrize("answer", ["{right}", "{wrong}"])
+def test_groups_of_equal_rewards_can_be_dropped(
+    toy_folder, toy_processor, toy_model, answer, alone
 ):
     texts = [f"<think>{'a ' * n}</think><answer>{answer}</answer>" for n in range(1, 9)]
     losses = {}
-    for degenerate in ("keep", "drop", "virtual_anchor"):
+    for degenerate in ("keep", "drop"):
         loss, values, mask, ((own, *_), (reference, *_)), *_ = micro_batch(
             toy_folder, toy_processor, toy_model, texts, "--degenerate", degenerate, "--beta", "0.5"
         )
@@ -953,16 +953,7 @@ def test_groups_of_equal_rewards_can_be_dropped_or_anchored(
         losses[degenerate] = loss.item()
     d = ((reference - own)[0] * mask).clamp(-10, 10)
     kl = ((d.exp() - d - 1) * mask).sum(1) / mask.sum(1)
-    # eight rollouts of r and the anchor r -+ 1: mean r -+ 1/9, std sqrt((8 (1/9)^2 + (8/9)^2)
-    # / 8) = 1/3, so (1/9) / (1/3) = 1/3
-    assert losses == pytest.approx(
-        {
-            "keep": 0.5 * kl.mean().item(),
-            "drop": 0,
-            "virtual_anchor": 0.5 * kl.mean().item() - advantage,
-        },
-        abs=1e-3,
-    )
+    assert losses == pytest.approx({"keep": 0.5 * kl.mean().item(), "drop": 0}, abs=1e-3)
 
 
 @pytest.mark.parametrize("reduction", ["sequence", "token", "constant"])
