@@ -215,7 +215,7 @@ def rollout_frame_use(
 
     Args:
         prompts: policy.Prompts of B questions.
-        completion_mask: (B, G, T) bool.
+        completion_mask: (B, G, T).
         hidden: (B, S, D) states of one layer in the packed layout (policy.Scored); or
         attention: (B, G, T, P) of completion tokens to prompt tokens.
         tau, order, pool: of reward.frame_use and reward.pool_frames; the defaults are the paper's.
@@ -236,7 +236,7 @@ def rollout_frame_use(
             visual = hidden[b, columns].unflatten(0, (slots, -1))  # (t, M, D)
             frames = reward.pool_frames(visual, pool)  # (t, D), Eq. 3
             responses = hidden[b, -group * length :].unflatten(0, (group, length))  # (G, T, D)
-        for g, valid in enumerate(completion_mask[b]):
+        for g, valid in enumerate(completion_mask[b].bool()):
             if hidden is not None:
                 row[g] = reward.frame_use(responses[g, valid], frames, tau, order)  # Eq. 4-5
             else:
