@@ -447,6 +447,7 @@ def test_cfr_from_forward_is_what_the_packed_path_gives(toy_folder, toy_processo
     )
 
     repeated, flat = prompts.repeat([group] * 3), mask.flatten(0, 1)
+    grids = repeated.grid_thw[repeated.grid_thw[:, 0] > 0]  # of the videos
     ids = torch.cat(
         [
             repeated.input_ids,
@@ -462,7 +463,7 @@ def test_cfr_from_forward_is_what_the_packed_path_gives(toy_folder, toy_processo
             input_ids=ids,
             attention_mask=torch.cat([repeated.mask, flat], dim=1).long(),
             pixel_values_videos=repeated.pixel_values,
-            video_grid_thw=repeated.grid_thw,
+            video_grid_thw=grids,
             mm_token_type_ids=2 * (ids == config.video_token_id).int(),
             second_per_grid_ts=seconds,
             output_hidden_states=True,
@@ -473,7 +474,7 @@ def test_cfr_from_forward_is_what_the_packed_path_gives(toy_folder, toy_processo
         output.hidden_states,
         ids,
         config.video_token_id,
-        repeated.grid_thw,
+        grids,
         config.vision_config.spatial_merge_size,
         completion_mask,
         [p for p in priors for _ in range(group)],
