@@ -888,8 +888,7 @@ def run_video(arguments):
             f"{semantic[position]:8.3f}{alike} {prior:6.3f} {'#' * round(100 * prior)}"
         )
     frames, _ = decode_frames(path, row.frames)  # (K, H, W, 3)
-    threshold = arguments.hsv_threshold if arguments.scene == "hsv" else None
-    figure, *_ = prior_figure(row, frames, threshold)
+    figure, _ = prior_figure(row, frames)
     figure.savefig(arguments.output)
     print(
         "* begins a scene, or is among the frames most like the question. "

@@ -17,7 +17,6 @@ import json
 import os
 import random
 import re
-import shlex
 import shutil
 import subprocess
 import sys
@@ -1394,7 +1393,7 @@ def finish_run(run):
         text = json.dumps(result, indent=1)
         (output / "result.json").write_text(text, encoding="utf-8")
         try:
-            run_report([output], command=f"python visualize.py run {shlex.quote(str(output))}")
+            run_report([output])
         except (DataError, OSError) as error:  # the run itself is whole
             log_main(f"no report.html: {error}")
     log_main(f"\nall of it is in {output}/, docs/metrics.md describes the files")

@@ -11,33 +11,26 @@
 Each command writes one HTML page that opens from disk, without network, on a phone, light or dark,
 and its figures as PNG and SVG beside it. `run` draws the metrics.jsonl and result.json of train.py;
 runs with the same label (seeds of one arm) become one line, their mean, in a band from the lowest
-to the highest run. `sample` answers one question and draws where the answer looks: over frames,
-within them, and token by token. `enrichment` draws figure 9 of the paper (arXiv 2606.18441) from
+to the highest run. `sample` answers one question and draws where the answer looks: over frames and
+within them. `enrichment` draws figure 9 of the paper (arXiv 2606.18441) from
 what `evaluate.py --frame_use ... --priors ...` stores: do answers look where the prior points?
-`prior` draws a priors file: where the mass of P lies, how concentrated it is, whether its two cues
-agree, and some of its rows.
+`prior` draws some rows of a priors file, and says how much of P lies on the frames of each cue.
 """
 
 import argparse
-import os
-import re
-import shlex
 import sys
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 
-from common.data import PROBLEM_TYPES, DataError, Example
+from common.data import PROBLEM_TYPES, DataError
 from common.enrichment_page import enrichment_report
 from common.flags import Help, Parser, flag
-from common.media import open_video
-from common.pages import check_output
-from common.plots import short_names
 from common.prior_page import prior_report
 from common.run_page import run_report
-from prior import PriorSettings, load_clip, make_prior
+from prior import PriorSettings
 
 
-@dataclass
-class SampleArguments:
+@dataclass(kw_only=True)
+class SampleArguments(PriorSettings):
     """One question about one video, and the models that answer it."""
 
     model_name_or_path: str = field(
@@ -53,9 +46,7 @@ class SampleArguments:
         default_factory=list,
         metadata={"help": "options of a multiple-choice question: 'A. red' 'B. blue'"},
     )
-    answer: str | None = flag(
-        None, "the right answer (a letter, with --options); None: no accuracy, no total"
-    )
+    answer: str | None = flag(None, "the right answer (a letter, with --options), for its rewards")
     problem_type: str | None = flag(
         None,
         "how it is asked and scored; None: multiple choice with --options, else free-form",
@@ -74,108 +65,38 @@ class SampleArguments:
         group="answer and page",
     )
     attention_layer: int = flag(1, "layer whose attention is drawn, 1 is the first")
-    cfr_weight: float = flag(3.0, "lambda of the consensus frame reward, Eq. 7")
-    max_completion_length: int = flag(1024, "most tokens of the answer")
-    temperature: float = flag(0.0, "0 is greedy")
-    seed: int = flag(0, "random seed of the sampling")
-    output: str = flag(
-        "sample.html", "report to write; FILE.png, FILE-maps.png and their SVG go beside it"
-    )
+    max_completion_length: int = flag(1024, "most tokens of the answer, which is greedy")
+    output: str = flag("sample.html", "report to write; its figure goes beside it as PNG and SVG")
 
     def __post_init__(self):
-        check_output(self.output)
+        super().__post_init__()
         if not 0 < self.min_pixels <= self.max_pixels:
             raise DataError("--min_pixels must be above 0 and at most --max_pixels")
-        if self.max_completion_length < 1 or self.temperature < 0:
-            raise DataError("--max_completion_length must be above 0, --temperature at least 0")
-        # Options make a multiple-choice question, and the other way round.
-        if self.problem_type is None:
-            self.problem_type = "multiple choice" if self.options else "free-form"
-        if (self.problem_type == "multiple choice") != bool(self.options):
-            raise DataError(
-                "--options 'A. ...' 'B. ...' and --problem_type multiple choice go together"
-            )
-        # Each option begins with another letter.
-        letters = {option[0] for option in self.options if re.match(r"[A-Z]\. ", option)}
-        if len(letters) < len(self.options):
-            raise DataError("--options are 'A. ...' 'B. ...' with a letter each")
-        if self.options and self.answer and set(self.answer.split(",")) - letters:
-            raise DataError("--answer is one of the letters of --options (or several: A,C)")
-        # Two names of one folder are the same model.
-        path = os.path.realpath(self.model_name_or_path)
-        if self.compare and os.path.realpath(self.compare) == path:
-            raise DataError("--compare names the model itself; give another one")
-        if not self.question.strip():
-            raise DataError("--question is empty")
 
 
-def sample(arguments, settings, command):
-    """Compute the prior of the question, and write the report of what the models look at."""
-    # These imports take seconds, which the other commands need not wait.
+def sample_report(arguments):
+    """Of common/sample_page.py, whose imports take seconds that other commands need not wait."""
     from transformers.utils import logging
 
-    from common.sample_page import check_model, sample_report
+    from common import sample_page
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    example = Example(
-        "0",
-        arguments.question,
-        arguments.options,
-        arguments.problem_type,
-        arguments.answer or "",
-        os.path.abspath(arguments.video),
-        "video",
-    )
-    # Everything that can be wrong is named before anything slow begins.
-    paths = [arguments.model_name_or_path]
-    if arguments.compare:
-        paths.append(arguments.compare)
-    notes = []
-    for path in paths:
-        notes += check_model(arguments, settings, path)
-    # A video that cannot be read is named before CLIP is loaded.
-    open_video(example.media)
-    for note in notes:
-        print(f"visualize.py: warning: {note}", file=sys.stderr)
-    # The prior's ablations without the semantic cue need no CLIP.
-    clip = None
-    if settings.has_semantic:
-        clip = load_clip(settings.clip, settings.clip_pretrained)
-    prior = make_prior(example, clip, settings)
-    # The page calls the models by the ends of their paths.
-    models = dict(zip(short_names(paths), paths, strict=True))
-    return sample_report(arguments, example, prior, models, notes, command)
+    return sample_page.sample_report(arguments)
 
 
 def make_parser():
-    """Parser of the four commands."""
+    """Parser of the four commands; `report` of its namespace is the function of the command."""
     parser = argparse.ArgumentParser(allow_abbrev=False, description=__doc__, formatter_class=Help)
     commands = parser.add_subparsers(dest="command", required=True, parser_class=Parser)
-
     # Only `sample` has so many settings that they are a dataclass.
     run = commands.add_parser("run", help="training dynamics of one or several runs")
-    run.add_argument(
-        "output_dirs", nargs="+", metavar="OUTPUT_DIR", help="--output_dir of a run of train.py"
-    )
-    run.add_argument(
-        "--label",
-        action="append",
-        metavar="NAME",
-        help="once a directory, in their order; same name: one line and a band",
-    )
-    run.add_argument(
-        "--output",
-        metavar="FILE.html",
-        help="default: report.html in the directory, of several ./report.html",
-    )
-
+    run.add_argument("output_dirs", nargs="+", help="--output_dir of a run of train.py")
     commands.add_parser(
         "sample",
-        dataclass_types=(SampleArguments, PriorSettings),
+        dataclass_types=SampleArguments,
         help="where a model looks when it answers a question about a video",
     )
-
     enrichment = commands.add_parser(
         "enrichment", help="the strongest token-slot pairs of answers (the paper's figure 9)"
     )
@@ -186,50 +107,37 @@ def make_parser():
         metavar="FILE",
         help="NAME.predictions.jsonl of evaluate.py --frame_use ... --priors ...",
     )
-    enrichment.add_argument(
-        "--label",
-        action="append",
-        metavar="NAME",
-        help="once a file, in their order; default: the files' names",
-    )
-    output = {"metavar": "FILE.html", "help": "report to write"}
-    enrichment.add_argument("--output", default="enrichment.html", **output)
-
+    for command in (run, enrichment):
+        text = "once a path, in their order; default: the paths. Runs of one name become one line"
+        command.add_argument("--label", action="append", metavar="NAME", help=text)
     prior = commands.add_parser("prior", help="what a priors file says, and some of its rows")
     prior.add_argument("--priors", required=True, metavar="FILE", help="output of prior.py")
     prior.add_argument(
-        "--media_root",
-        metavar="DIR",
-        help="folder that the rows' media paths start from; default: the priors file's",
+        "--media_root", metavar="DIR", help="of the rows' media; default: the priors file's folder"
     )
-    prior.add_argument(
-        "--items", type=int, default=6, metavar="N", help="rows drawn at random, with their frames"
-    )
+    text = "rows drawn at random, with their frames"
+    prior.add_argument("--items", type=int, default=6, metavar="N", help=text)
     prior.add_argument("--seed", type=int, default=0, help="random seed of that choice")
-    prior.add_argument("--output", default="priors.html", **output)
+    # The page of a run stands in its folder.
+    pages = {run: None, enrichment: "enrichment.html", prior: "priors.html"}
+    for command, page in pages.items():
+        command.add_argument("--output", default=page, metavar="FILE.html", help="page to write")
     return parser
 
 
-def settings_of(kind, arguments):
-    """Parsed arguments -> settings object of a dataclass."""
-    return kind(**{setting.name: getattr(arguments, setting.name) for setting in fields(kind)})
-
-
 def main():
-    arguments = make_parser().parse_args()
-    command = f"python {shlex.join(sys.argv)}"
+    arguments = vars(make_parser().parse_args())
+    # What is left has the names of the report's arguments.
+    command = arguments.pop("command")
     try:
-        if arguments.command == "run":
-            page = run_report(arguments.output_dirs, arguments.label, arguments.output, command)
-        elif arguments.command == "enrichment":
-            page = enrichment_report(
-                arguments.predictions, arguments.label, arguments.output, command
-            )
-        elif arguments.command == "prior":
-            page = prior_report(arguments, command)
+        if command == "run":
+            page = run_report(**arguments)
+        elif command == "enrichment":
+            page = enrichment_report(**arguments)
+        elif command == "prior":
+            page = prior_report(**arguments)
         else:
-            settings = settings_of(PriorSettings, arguments)
-            page = sample(settings_of(SampleArguments, arguments), settings, command)
+            page = sample_report(SampleArguments(**arguments))
         print(page)
     except (DataError, OSError) as error:
         print(f"visualize.py: error: {error}", file=sys.stderr)

@@ -5,65 +5,43 @@ of the answer, D hidden size.
 """
 
 import json
+import math
 import os
+import sys
 import textwrap
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 
-import cv2
-import matplotlib
-import numpy as np
 import torch
 from transformers import AutoConfig
 
 import reward
-from common.data import DataError, read_template
-from common.media import Encoder, decode_frames
-from common.pages import table_html, wide_html, write_report
-from common.plots import (
-    CUES,
-    NOTE,
-    RC,
-    Key,
-    add_words,
-    draw_prior,
-    line_key,
-    new_figure,
-    pixels_of,
-    prior_size,
-    show_film,
-    thumbnail,
-)
+from common.data import DataError, Example, read_solution, read_template, with_letters
+from common.media import Encoder, decode_frames, open_video
+from common.pages import page_path, table_html, write_page
+from common.plots import COLOURS, DOTTED, line_style, name_paths, prior_figure, show_film
 from common.policy import FAMILIES, Policy, collate, load_model
 from common.rollout import Sampling, sample_texts
-from grpo import rollout_frame_use, token_frame_use
-from prior import PriorSettings
+from grpo import overlaps, rollout_frame_use
+from prior import load_clip, make_prior
+
+NOTE = (
+    "Lines: frame use (Eq. 3-5), the share of each slot in what the answer looks at; dotted: even "
+    "use; filled: P of the slot's frames. Heat maps: what each patch adds to its slot's score, "
+    "dark least, pale yellow most."
+)
 
 
 @dataclass
 class Answer:
-    """One model's answer and what it looks at, by "hidden" (the paper's score) and "attention"."""
+    """One model's answer, and what it looks at by {name of the score: ...}."""
 
     name: str  # of the model
     text: str
-    pieces: list[str]  # (L,) text of each token
-    uses: dict  # score -> frame use (t,)
-    tokens: dict  # score -> cosine or share of attention of each token and slot (L, t)
-    maps: dict  # score -> what each patch adds to its slot's score (t, h, w)
-
-
-def token_pieces(ids, tokenizer):
-    """Token ids (L,) -> text that each adds; a character of several tokens goes to its last."""
-    pieces = []
-    done = ""
-    for count in range(1, len(ids) + 1):
-        text = tokenizer.decode(ids[:count], skip_special_tokens=True)
-        # A character that is not whole yet is decoded as U+FFFD.
-        whole = done if text.endswith("\ufffd") and count < len(ids) else text
-        pieces.append(whole[len(done) :])
-        done = whole
-    return pieces
+    length: int  # L
+    uses: dict  # frame use (t,)
+    maps: dict  # what each visual token adds to its slot's score (t, h, w)
 
 
 def patch_contributions(response, patches):
@@ -77,19 +55,19 @@ def patch_contributions(response, patches):
     Returns:
         (t, M); its sum over M is S_i.
     """
+    patches = patches.float()
     frames = reward.pool_frames(patches)  # (t, D)
     direction = torch.nn.functional.normalize(response.float(), dim=-1).mean(0)  # (D,)
-    winners = patches.float().argmax(1, keepdim=True)  # (t, 1, D)
-    own = torch.zeros_like(patches.float()).scatter(1, winners, frames[:, None])  # (t, M, D)
+    winners = patches.argmax(1, keepdim=True)  # (t, 1, D)
+    own = torch.zeros_like(patches).scatter(1, winners, frames[:, None])  # (t, M, D)
     return own @ direction / frames.norm(dim=-1, keepdim=True)
 
 
-def check_model(arguments, settings, path):
+def check_model(arguments, path):
     """Check that a checkpoint can be read, and has the layers to be drawn.
 
     Args:
         arguments: visualize.SampleArguments.
-        settings: prior.PriorSettings.
     Returns:
         Sentences on settings that differ from those of the training run beside the checkpoint.
     Raises:
@@ -101,8 +79,7 @@ def check_model(arguments, settings, path):
         raise DataError(f"{path} is not a checkpoint: {str(error).splitlines()[0]}") from error
     if config.model_type not in FAMILIES:
         raise DataError(
-            f"{path} is a {config.model_type} checkpoint; frame use is known for "
-            f"{', '.join(FAMILIES)}"
+            f"{path} is a {config.model_type} checkpoint, not one of {', '.join(FAMILIES)}"
         )
     layers = config.get_text_config().num_hidden_layers
     if not -1 <= arguments.hidden_layer <= layers or not 1 <= arguments.attention_layer <= layers:
@@ -112,16 +89,13 @@ def check_model(arguments, settings, path):
         )
     # A model that was trained on other frames or prompts answers badly; the reader should know.
     file = Path(path).parent / "run.json"
-    if not file.is_file():
-        return []
-    trained = json.loads(file.read_text(encoding="utf-8"))
-    asked = vars(arguments) | vars(settings)
-    names = "frames min_pixels max_pixels frame_times prompt_template system_prompt".split()
-    return [
-        f"{path} was trained with --{name} {trained[name]}, here it is {asked[name]}"
-        for name in names
-        if trained.get(name, asked[name]) != asked[name]
-    ]
+    trained = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    notes = []
+    for name in ("frames", "min_pixels", "max_pixels", "frame_times", "prompt_template"):
+        here = getattr(arguments, name)
+        if trained.get(name, here) != here:
+            notes.append(f"{path} was trained with --{name} {trained[name]}, here it is {here}")
+    return notes
 
 
 @torch.no_grad()
@@ -149,238 +123,139 @@ def answer_question(arguments, name, path, example, prior):
     )
     item = encoder.encode(example, prior)
     prompts = collate([item], model).to(model.device)
-    merge = model.config.vision_config.spatial_merge_size
-    slots, height, width = (item.grid_thw // torch.tensor([1, merge, merge])).tolist()
-    if slots < 2:
-        raise DataError(
-            f"{example.media}: {len(prior.frames)} sampled frames make one slot of the model, "
-            "with nothing to choose from"
-        )
+    if prompts.slots[0] < 2:
+        raise DataError(f"{example.media}: its frames make one slot, with nothing to choose from")
     # 2. The answer, and one forward over it for what it looks at.
-    sampling = Sampling(arguments.max_completion_length, arguments.temperature)
-    samples = sample_texts(model, processor, prompts, [1], [arguments.seed], sampling)
-    tokens = samples.tokens  # (1, L)
-    mask = samples.mask  # (1, L)
+    sampling = Sampling(arguments.max_completion_length, temperature=0.0)
+    samples = sample_texts(model, processor, prompts, [1], [0], sampling)
+    mask = samples.mask[:, None]  # (1, 1, L)
+    layer = arguments.hidden_layer
     scored = policy(
         prompts,
-        tokens[:, None],
-        mask[:, None],
-        hidden_layers=(arguments.hidden_layer,),
+        samples.tokens[:, None],
+        mask,
+        hidden_layers=(layer,),
         attention_layer=arguments.attention_layer if policy.packs else None,
     )
-    states = scored.hidden[arguments.hidden_layer]  # (1, P + L, D)
+    states = scored.hidden[layer]  # (1, P + L, D)
     if not states.isfinite().all():
         raise DataError(f"{path}: its hidden states of this video are not finite numbers")
-    # 3. Frame use by both scores: of the whole answer, of each token, and of each patch.
+    # 3. Frame use by both scores, and what each visual token adds to it.
     columns = prompts.visual[0].nonzero().squeeze(1)  # (t M,)
-    patches = states[0, columns].view(slots, height * width, -1)  # (t, M, D)
-    sources = {"hidden": {"hidden": states}}
-    maps = {"hidden": patch_contributions(states[0, -tokens.shape[1] :], patches)}  # (t, M)
+    merge = model.config.vision_config.spatial_merge_size
+    shape = (item.grid_thw // torch.tensor([1, merge, merge])).tolist()  # t, h, w
+    patches = states[0, columns].unflatten(0, (shape[0], -1))  # (t, M, D)
+    hidden = "the paper's score" if layer == -1 else f"hidden states {layer}"
+    uses = {hidden: rollout_frame_use(prompts, mask, states)}
+    maps = {hidden: patch_contributions(states[0, -mask.shape[2] :], patches)}
     # Models whose groups cannot be packed give no attention.
     if scored.attention is not None:
-        sources["attention"] = {"attention": scored.attention}
-        maps["attention"] = scored.attention[0, 0][:, columns].float().mean(0)  # (t M,)
-    uses = {}
-    each = {}
-    for score, source in sources.items():
-        uses[score] = rollout_frame_use(prompts, mask[:, None], **source)[0][0].cpu()
-        each[score] = token_frame_use(prompts, 0, mask[0], **source).cpu()
-        maps[score] = maps[score].view(slots, height, width).cpu()
-    pieces = token_pieces(tokens[0].tolist(), processor.tokenizer)
-    return Answer(name, samples.texts[0], pieces, uses, each, maps)
+        attention = f"attention, layer {arguments.attention_layer}"
+        uses[attention] = rollout_frame_use(prompts, mask, attention=scored.attention)
+        maps[attention] = scored.attention[0, 0][:, columns].float().mean(0)  # (t M,)
+    uses = {score: use[0][0].cpu() for score, use in uses.items()}
+    maps = {score: values.view(shape).cpu() for score, values in maps.items()}
+    return Answer(name, samples.texts[0], mask.shape[2], uses, maps)
 
 
-def score_names(arguments):
-    """{score of frame use: its name on the page}."""
-    hidden = f"hidden states {arguments.hidden_layer}"
-    if arguments.hidden_layer == -1:
-        hidden = "the paper's score"
-    return {"hidden": hidden, "attention": f"attention, layer {arguments.attention_layer}"}
-
-
-def reward_rows(arguments, example, prior, answer):
-    """{row of the table: text} of one answer; the temporal term needs a group of answers."""
-    length = len(answer.pieces)
-    cut = ", cut" if length == arguments.max_completion_length else ""
-    rows = {"answer": escape(reward.extract_answer(answer.text)) or "–", "tokens": f"{length}{cut}"}
-    slots = len(answer.uses["hidden"])
-    merged = reward.merge_prior(torch.tensor(prior.prior), slots)  # (t,)
-    for score, name in score_names(arguments).items():
-        rows[f"R_cf, {name}"] = "–"
-        if score in answer.uses:
-            consensus = reward.consensus_frame_reward(merged, answer.uses[score])
-            rows[f"R_cf, {name}"] = f"{consensus:.3f}"
-    rows["R_cf of even use"] = f"{1 / slots:.3f}"
-    rows["reward: format"] = f"{reward.format_reward(answer.text):.3f}"
+def reward_column(example, prior, answer):
+    """{measure: what the table shows of an answer}; the temporal term needs a group of answers."""
+    column = {
+        "model": answer.name,
+        "answer": reward.extract_answer(answer.text) or "–",
+        "tokens": answer.length,
+        "format reward": reward.format_reward(answer.text),
+    }
     # Without the right answer there is no accuracy, and no term that depends on it.
     if example.answer:
         right = reward.accuracy_reward(answer.text, example.answer, example.problem_type)
-        hidden = reward.consensus_frame_reward(merged, answer.uses["hidden"])
-        terms = {
-            "accuracy": right,
-            "length": reward.length_reward(length, right),
-            f"consensus, {arguments.cfr_weight:g} × accuracy × first R_cf": (
-                arguments.cfr_weight * reward.gate(right) * hidden
-            ),
-        }
-        total = reward.format_reward(answer.text) + sum(terms.values())
-        for name, value in {**terms, "total, without the temporal term": total}.items():
-            rows[f"reward: {name}"] = f"{value:.3f}"
-    return rows
+        column["accuracy reward"] = f"{right:.3f}"
+        column["length reward"] = reward.length_reward(answer.length, right)
+    consensus = overlaps(prior, answer.uses.values())
+    for score, value in zip(answer.uses, consensus, strict=True):
+        column[f"R_cf, {score}"] = f"{value:.3f}"
+        column["R_cf of even use"] = f"{1 / len(answer.uses[score]):.3f}"
+    return column
 
 
-def plot_use(axes, prior, answers, score):
-    """Draw every model's frame use over the slots, before P summed over the frames of a slot."""
-    words = []
-    drawn = [answer for answer in answers if score in answer.uses]
-    for index, answer in enumerate(answers):
-        if answer not in drawn:
-            continue
-        use = answer.uses[score]
-        patch = -(-len(prior.times) // len(use))  # frames in a slot
-        ends = [min(patch * slot, len(prior.times)) - 0.5 for slot in range(len(use) + 1)]
-        # P and even use are the same for all models.
-        if answer is drawn[0]:
-            merged = reward.merge_prior(torch.tensor(prior.prior), len(use))
-            axes.stairs(merged, ends, fill=True, color=CUES["prior"], alpha=0.3)
-            axes.axhline(1 / len(use), color="black", linestyle="dotted", linewidth=1)
-        key = line_key("", index)
-        style = {"color": key.colour, "linestyle": key.style, "linewidth": 2.5}
-        axes.stairs(use, ends, baseline=None, **style)
-        words.append(f"{answer.name}: {', '.join(f'{value:.3f}' for value in use.tolist())}")
-    axes.set_ylim(bottom=0)
-    return "; ".join(words)
+def draw_answers(prior, frames, answers):
+    """Draw frames, cues and P; below them, for each score, frame use and its heat maps."""
+    # There are one or two answers.
+    scores = list(answers[0].uses | answers[-1].uses)
+    names = [answer.name for answer in answers]
+    # A chart of frame use for each score, above a film of heat maps for each model.
+    heights = [1, *[frames[0].shape[0] / frames[0].shape[1]] * len(answers)]
+    figure, axes = prior_figure(prior, frames, names, NOTE, heights * len(scores))
+    axes = iter(axes)
+    slots = len(answers[0].uses[scores[0]])
+    patch = math.ceil(len(frames) / slots)  # frames in a slot
+    ends = [min(patch * slot, len(frames)) - 0.5 for slot in range(slots + 1)]
+    merged = reward.merge_prior(torch.tensor(prior.prior), slots)  # (t,)
+    for score in scores:
+        chart = next(axes)
+        chart.stairs(merged, ends, fill=True, color=COLOURS[4], alpha=0.3)
+        chart.axhline(1 / slots, **DOTTED)
+        chart.set_ylabel(textwrap.fill(score, 12), fontsize=9)
+        for index, answer in enumerate(answers):
+            film = next(axes)
+            film.set_ylabel(textwrap.fill(answer.name, 12), fontsize=9)
+            if score in answer.uses:
+                chart.stairs(answer.uses[score], ends, baseline=None, **line_style(index))
+                # A slot's map lies over each of its frames.
+                maps = answer.maps[score].repeat_interleave(patch, 0)  # (K, h, w)
+                show_film(film, frames, maps.numpy())
+        # Only now, since it ends the scaling to what is drawn.
+        chart.set_ylim(bottom=0)
+    return figure
 
 
-@matplotlib.rc_context(RC)
-def draw_use(arguments, prior, frames, answers, threshold):
-    """Draw frames, cues, P and frame use. Returns the figure and its alt text."""
-    names = score_names(arguments)
-    scores = [score for score in names if any(score in answer.uses for answer in answers)]
-    figure = new_figure(*prior_size(max(len(frames), 8), frames[0], 3 + len(scores)))
-    keys = [line_key(answer.name, index) for index, answer in enumerate(answers)]
-    keys.append(Key("P, summed over the frames of a slot", CUES["prior"]))
-    note = f"{NOTE} Frame use (Eq. 3-5): share of each slot in what the answer looks at; dotted:"
-    add_words(figure, arguments.question, keys, f"{note} even use.")
-    more, alt = draw_prior(figure, prior, frames, None, threshold, len(scores))
-    for axes, score in zip(more, scores, strict=True):
-        alt += f" Use by {names[score]}: {plot_use(axes, prior, answers, score)}."
-        axes.set_ylabel(textwrap.fill(names[score], 12), fontsize=9)
-    return figure, alt
+def read_question(arguments):
+    """The flags of the command line as a data.Example."""
+    options = with_letters(arguments.options)
+    kind = arguments.problem_type
+    if kind is None:
+        kind = "multiple choice" if options else "free-form"
+    answer = ""
+    if arguments.answer:
+        answer = read_solution({"problem_type": kind, "solution": arguments.answer}, options)
+    video = os.path.abspath(arguments.video)
+    return Example("0", arguments.question, options, kind, answer, video, "video")
 
 
-def heat(values, low, high, frame):
-    """Lay values (h, w), dark at `low` and bright at `high`, over a grey frame (H, W, 3)."""
-    scaled = ((values - low) / max(float(high - low), 1e-12)).clamp(0, 1).numpy()
-    # One flat cell a patch, so that nothing is read into the transitions.
-    colours = (matplotlib.colormaps["magma"](scaled)[..., :3] * 255).astype(np.uint8)
-    colours = cv2.resize(colours, frame.shape[1::-1], interpolation=cv2.INTER_NEAREST)
-    grey = cv2.cvtColor(cv2.cvtColor(frame, cv2.COLOR_RGB2GRAY), cv2.COLOR_GRAY2RGB)
-    return cv2.addWeighted(colours, 0.75, grey, 0.25, 0)
-
-
-@matplotlib.rc_context(RC)
-def draw_maps(arguments, prior, frames, answers):
-    """Draw the first frame of each slot above the heat maps of each score and model."""
-    slots = len(answers[0].uses["hidden"])
-    patch = -(-len(frames) // slots)
-    firsts = frames[::patch]
-    films = {"frame": firsts}
-    for score, name in score_names(arguments).items():
-        for answer in answers:
-            if score in answer.maps:
-                # One colour scale over all slots.
-                maps = answer.maps[score]
-                low = maps.min()
-                high = maps.max()
-                films[f"{name}\n{answer.name}"] = [
-                    heat(values, low, high, frame)
-                    for values, frame in zip(maps, firsts, strict=True)
-                ]
-    # Inches, as in plots.prior_size.
-    height = 1.4 * firsts[0].shape[0] / firsts[0].shape[1]
-    figure = new_figure(min(1.3 * max(slots, 6) + 2, 60), len(films) * height + 1.5)
-    note = "What each patch adds to its slot's score: black least, pale yellow most in a row."
-    add_words(figure, f"Where the answer looks within the frames: {arguments.question}", [], note)
-    axes = figure.subplots(len(films), 1, sharex=True)
-    for one, (name, pictures) in zip(axes, films.items(), strict=True):
-        show_film(one, pictures)
-        one.set_ylabel(name, rotation=0, ha="right", va="center", fontsize=9)
-    times = [f"slot {slot + 1}\n{time:.1f} s" for slot, time in enumerate(prior.times[::patch])]
-    axes[-1].set_xticks(range(slots), times, fontsize=9)
-    return figure, f"Heat maps of {slots} slots: {', '.join(films)}."
-
-
-def slot_colours(slots):
-    """Colours of the slots in time order, dark to bright: (background, readable text) each."""
-    colours = []
-    for slot in range(slots):
-        back = matplotlib.colormaps["cividis"](slot / max(slots - 1, 1))[:3]
-        bright = np.dot(back, (0.3, 0.59, 0.11)) > 0.5
-        colours.append((matplotlib.colors.to_hex(back), "#000" if bright else "#fff"))
-    return colours
-
-
-def text_html(answer, score):
-    """The answer, each token in the colour of the slot that it looks at most.
-
-    Where the slot changes, its number follows.
-    """
-    # Special tokens add no text.
-    best = answer.tokens[score].argmax(1).tolist()  # (L,)
-    colours = slot_colours(answer.tokens[score].shape[1])
-    shown = [(piece, slot) for piece, slot in zip(answer.pieces, best, strict=True) if piece]
-    following = [slot for _, slot in shown[1:]] + [None]
-    parts = []
-    for (piece, slot), after in zip(shown, following, strict=True):
-        back, text = colours[slot]
-        mark = f"<sub>{slot + 1}</sub>" if slot != after else ""
-        style = f"background:{back};color:{text}"
-        parts.append(f'<span style="{style}" title="slot {slot + 1}">{escape(piece)}{mark}</span>')
-    return f'<div class="text">{"".join(parts)}</div>'
-
-
-def sample_report(arguments, example, prior, models, notes, command):
+def sample_report(arguments):
     """Let the models answer, and write the page.
 
     Args:
         arguments: visualize.SampleArguments.
-        example, prior: the question (data.Example) and its data.Prior.
-        models: {name on the page: checkpoint}.
-        notes: sentences that the page shows.
-        command: shown at the end of the page.
     Returns:
-        Path of the page; FILE.png, FILE-maps.png and their SVG lie beside it.
+        Path of the page; FILE.png and FILE.svg lie beside it.
     """
-    frames = [thumbnail(frame, 240) for frame in decode_frames(example.media, prior.frames)[0]]
+    # Everything that can be wrong is named before anything slow begins.
+    output = page_path(arguments.output)
+    paths = [path for path in (arguments.model_name_or_path, arguments.compare) if path]
+    names = name_paths(paths)
+    notes = sum([check_model(arguments, path) for path in paths], [])
+    example = read_question(arguments)
+    open_video(example.media)
+    for note in notes:
+        print(f"visualize.py: warning: {note}", file=sys.stderr)
+    # The prior's ablations without the semantic cue need no CLIP.
+    clip = None
+    if arguments.has_semantic:
+        clip = load_clip(arguments.clip, arguments.clip_pretrained)
+    prior = make_prior(example, clip, arguments)
     answers = []
-    for name, path in models.items():
+    for name, path in zip(names, paths, strict=True):
         answers.append(answer_question(arguments, name, path, example, prior))
-    # Other detectors give 0 or 1, without a threshold to draw.
-    settings = PriorSettings(**prior.settings)
-    threshold = settings.hsv_threshold if settings.scene == "hsv" else None
-    use_figure, use_alt = draw_use(arguments, prior, frames, answers, threshold)
-    maps_figure, maps_alt = draw_maps(arguments, prior, frames, answers)
-    # One column a model.
-    rows = [reward_rows(arguments, example, prior, answer) for answer in answers]
-    rows = [(name, *(row[name] for row in rows)) for name in rows[0]]
-    asked = "<br>".join(escape(line) for line in [example.question, *example.options])
-    body = [f"<p><b>{asked}</b></p>"]
-    if example.answer:
-        body.append(f"<p>Right answer: {escape(example.answer)}</p>")
-    body += [f"<p>{escape(note)}.</p>" for note in notes]
-    body.append(table_html(["", *models], rows))
-    body += ["<h2>Prior and frame use</h2>", wide_html(pixels_of(use_figure), use_alt)]
+    columns = [reward_column(example, prior, answer) for answer in answers]
+    # One column a model; one that gives no attention has fewer rows.
+    rows = []
+    for measure in columns[0] | columns[-1]:
+        rows.append([measure, *(column.get(measure, "–") for column in columns)])
+    body = [f"<p>{escape(text)}</p>" for text in [*example.options, *notes]]
+    body.append(table_html(rows))
     for answer in answers:
-        body.append(f"<h2>Answer of {escape(answer.name)}, and the slot of each token</h2>")
-        for score, name in score_names(arguments).items():
-            if score in answer.tokens:
-                body.append(
-                    f"<p>By {escape(name)}; a small number ends the tokens that look at that slot "
-                    "most, and their colour goes from dark (first slot) to bright (last).</p>"
-                )
-                body.append(text_html(answer, score))
-    body += ["<h2>Within the frames</h2>", wide_html(pixels_of(maps_figure), maps_alt)]
-    heading = f"Where the answer looks: {os.path.basename(arguments.video)}"
-    figures = {"": use_figure, "-maps": maps_figure}
-    return write_report(arguments.output, heading, "\n".join(body), command, figures)
+        body.append(f"<h2>Answer of {escape(answer.name)}</h2><pre>{escape(answer.text)}</pre>")
+    frames, _ = decode_frames(example.media, prior.frames)
+    figures = {"": draw_answers(prior, frames, answers)}
+    return write_page(output, example.question, "\n".join(body), figures)

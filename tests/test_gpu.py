@@ -416,7 +416,7 @@ def test_look(checkpoint, toy_folder, as_if):
         if example.media_type == "video"
     )
     arguments = visualize.SampleArguments(
-        str(checkpoint),
+        model_name_or_path=str(checkpoint),
         video=video.media,
         question=video.question,
         min_pixels=3136,

@@ -9,7 +9,6 @@ import re
 import shutil
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import cv2
 import numpy as np
@@ -61,16 +60,6 @@ def test_patch_contributions():
     torch.testing.assert_close(contributions.sum(1), cosines.mean(0))
 
 
-def test_token_pieces_keep_whole_characters(toy_processor):
-    text = "é→ red 你好 <answer>A"
-    ids = toy_processor.tokenizer(text)["input_ids"]
-    pieces = sample_page.token_pieces(ids, toy_processor.tokenizer)
-    assert len(pieces) == len(ids) and "".join(pieces) == text
-    assert "\ufffd" not in text and "" in pieces  # é is two byte tokens
-    # Cut within a character: shown, not swallowed.
-    assert "".join(sample_page.token_pieces(ids[:1], toy_processor.tokenizer)) == "\ufffd"
-
-
 def test_answer_equals_plain_transformers(checkpoint, toy_folder, toy_processor):
     examples = load_examples(toy_folder / "train_cot.json")
     video = next(example for example in examples if example.media_type == "video")
@@ -108,66 +97,55 @@ def test_answer_equals_plain_transformers(checkpoint, toy_folder, toy_processor)
             **inputs,
         )
     text = toy_processor.tokenizer.decode(ids[-12:], skip_special_tokens=True)
-    assert one.text == text == "".join(one.pieces)
+    assert one.text == text and one.length == 12
+    assert list(one.uses) == list(one.maps) == ["hidden states 3", "attention, layer 2"]
+    uses = list(one.uses.values())
+    maps = list(one.maps.values())
     visual = (ids == model.config.video_token_id).nonzero()[:, 0]
     states = output.hidden_states[3][0]
     assert len(visual) == 4 * 4
     frames = reward.pool_frames(states[visual].view(4, 4, -1))
     cosines = torch.cosine_similarity(states[-12:][:, None], frames[None], dim=-1)  # (L, t)
     mean = cosines.mean(0)
-    torch.testing.assert_close(one.tokens["hidden"], cosines, atol=1e-5, rtol=0)
-    torch.testing.assert_close(one.maps["hidden"].sum((1, 2)), mean, atol=1e-5, rtol=0)
-    torch.testing.assert_close(one.uses["hidden"], (mean / 0.1).softmax(0), atol=1e-5, rtol=0)
+    torch.testing.assert_close(maps[0].sum((1, 2)), mean, atol=1e-5, rtol=0)
+    torch.testing.assert_close(uses[0], (mean / 0.1).softmax(0), atol=1e-5, rtol=0)
     weights = output.attentions[1][0].mean(0)[-12:][:, visual].view(12, 4, 2, 2)  # (L, t, h, w)
-    torch.testing.assert_close(one.maps["attention"], weights.mean(0), atol=1e-6, rtol=0)
-    torch.testing.assert_close(one.tokens["attention"], weights.sum((2, 3)), atol=1e-6, rtol=0)
+    torch.testing.assert_close(maps[1], weights.mean(0), atol=1e-6, rtol=0)
     share = weights.sum((0, 2, 3)) / weights.sum()
-    torch.testing.assert_close(one.uses["attention"], share, atol=1e-5, rtol=0)
+    torch.testing.assert_close(uses[1], share, atol=1e-5, rtol=0)
 
 
-def made_answer(name, text, use, pieces=("a", "b")):
-    each = torch.tensor([[0.9, 0.1], [0.2, 0.8]])
-    maps = {"hidden": torch.tensor([[[0.0, 1.0]], [[0.5, 0.25]]])}
-    uses = {"hidden": torch.tensor(use)}
-    return sample_page.Answer(name, text, list(pieces), uses, {"hidden": each}, maps)
-
-
-def test_reward_rows_by_hand():
+def test_rewards_by_hand():
     """P is (0.2, 0.8) over 2 slots; use (0.25, 0.75): R_cf = 0.05 + 0.6 = 0.65."""
     prior = [0.1, 0.1, 0.6, 0.2]
     row = Prior("0", frames=[0, 1, 2, 3], times=[0.0, 1.0, 2.0, 3.0], prior=prior)
     example = Example("0", "q", ["A. x", "B. y"], "multiple choice", "B", "", "video")
-    flags = {"hidden_layer": -1, "attention_layer": 1, "cfr_weight": 3.0}
-    flags = SimpleNamespace(**flags, max_completion_length=9)
-    right = made_answer("r", "<think>x</think><answer>B</answer>", [0.25, 0.75])
-    rows = sample_page.reward_rows(flags, example, row, right)
-    assert rows["answer"] == "B" and rows["tokens"] == "2"
-    assert rows["R_cf, the paper's score"] == "0.650" and rows["R_cf of even use"] == "0.500"
-    assert rows["R_cf, attention, layer 1"] == "–"
-    assert rows["reward: accuracy"] == rows["reward: format"] == "1.000"
-    assert rows["reward: consensus, 3 × accuracy × first R_cf"] == "1.950"
-    assert rows["reward: total, without the temporal term"] == "3.950"
+
+    def column(example, text, length, **uses):
+        uses = {score: torch.tensor(use) for score, use in uses.items()}
+        answer = sample_page.Answer("m", text, length, uses, {})
+        return sample_page.reward_column(example, row, answer)
+
+    right = "<think>x</think><answer>B</answer>"
+    assert column(example, right, 320, hidden=[0.25, 0.75]) == {
+        "model": "m",
+        "answer": "B",
+        "tokens": 320,
+        "format reward": 1.0,
+        "accuracy reward": "1.000",
+        "length reward": 0.2,
+        "R_cf, hidden": "0.650",
+        "R_cf of even use": "0.500",
+    }
     # R_cf = 0.15 + 0.2 by the paper's score, 0.8 by attention; no think block: no format reward
-    wrong = made_answer("w", "<answer>A</answer>", [0.75, 0.25])
-    wrong.uses["attention"] = torch.tensor([0.0, 1.0])
-    flags.max_completion_length = 2
-    rows = sample_page.reward_rows(flags, example, row, wrong)
-    assert rows["tokens"] == "2, cut" and rows["R_cf, the paper's score"] == "0.350"
-    assert rows["R_cf, attention, layer 1"] == "0.800"
-    assert rows["reward: total, without the temporal term"] == "0.000"
+    wrong = "<answer>A</answer>"
+    found = column(example, wrong, 320, hidden=[0.75, 0.25], attention=[0.0, 1.0])
+    assert found["format reward"] == found["length reward"] == 0
+    assert found["accuracy reward"] == "0.000" and found["R_cf, hidden"] == "0.350"
+    assert found["R_cf, attention"] == "0.800"
     unknown = Example("0", "q", [], "free-form", "", "", "video")
-    rows = sample_page.reward_rows(flags, unknown, row, right)
-    assert not any("accuracy" in name or "total" in name for name in rows)
-
-
-def test_text_is_coloured_by_the_slot_of_each_token():
-    colours = sample_page.slot_colours(2)
-    text = sample_page.text_html(made_answer("m", "<x>y", [0.5, 0.5], ["<x>", "y"]), "hidden")
-    pattern = r'<span style="background:(#\w+);color:(#\w+)" title="(.*?)">(.*?)<sub>(\d)</sub>'
-    assert re.findall(pattern, text) == [
-        (*colours[0], "slot 1", "&lt;x&gt;", "1"),
-        (*colours[1], "slot 2", "y", "2"),
-    ]
+    found = column(unknown, right, 2, hidden=[0.25, 0.75])
+    assert not any("accuracy" in name or "length" in name for name in found)
 
 
 def test_sample_of_two_models(checkpoint, small_toy, tmp_path, monkeypatch, capsys, chromium):
@@ -176,6 +154,14 @@ def test_sample_of_two_models(checkpoint, small_toy, tmp_path, monkeypatch, caps
     video.write_bytes(next((small_toy / "videos").glob("heldout_*.mp4")).read_bytes())
     other = tmp_path / "output" / "other"
     shutil.copytree(checkpoint, other)
+    drawn = []
+    draw = sample_page.draw_answers
+
+    def kept(*arguments):
+        drawn.append(arguments)
+        return draw(*arguments)
+
+    monkeypatch.setattr(sample_page, "draw_answers", kept)
     command(
         monkeypatch,
         model_name_or_path=checkpoint,
@@ -193,29 +179,25 @@ def test_sample_of_two_models(checkpoint, small_toy, tmp_path, monkeypatch, caps
     printed = capsys.readouterr()
     assert printed.out.endswith("out/s.html\n") and "warning" not in printed.err
     page = (tmp_path / "out/s.html").read_text()
-    pictures = re.findall(r'<img src="data:image/(\w+);base64,(.*?)"', page)
-    assert [kind for kind, _ in pictures] == ["jpeg", "jpeg"]
-    for _, content in pictures:
-        picture = Image.open(io.BytesIO(base64.b64decode(content)))
-        assert picture.width > 1000 and len(np.unique(np.asarray(picture))) > 20
-    # R_cf from the page's own numbers
-    alt = re.search(r'alt="Frames: (.*?)"', page).group(1)
-    prior = np.array(re.findall(r" P (\d\.\d+)", alt), float)
-    merged = prior.reshape(8, 2).sum(1)
-    uses = re.search(r"Use by the paper&#x27;s score: (.*?)\. Use by attention", alt).group(1)
+    (content,) = re.findall(r'<img src="data:image/png;base64,(.*?)"', page)
+    picture = Image.open(io.BytesIO(base64.b64decode(content)))
+    assert picture.width > 1000 and len(np.unique(np.asarray(picture))) > 20
+    # R_cf from P and the uses that are drawn
+    ((row, _, answers),) = drawn
+    merged = np.array(row.prior).reshape(8, 2).sum(1)
     rows = {}
-    for name, cells in re.findall(r"<th scope=row>(.*?)</th>(.*)", page):
-        rows[html.unescape(name)] = re.findall(r">([\d.]+)</td>", cells)
-    for use, consensus in zip(uses.split("; "), rows["R_cf, the paper's score"], strict=True):
-        shares = np.array(use.split(": ")[1].split(", "), float)
-        assert abs(shares.sum() - 1) < 0.005
-        assert abs(merged @ shares - float(consensus)) < 0.005
-    for name in ("s.png", "s-maps.png"):
-        file = tmp_path / "out" / name
-        assert Image.open(file).width > 1000
-        assert file.with_suffix(".svg").read_text().lstrip().startswith("<?xml")
+    for name, cells in re.findall(r"<tr><td>(.*?)</td>(.*)</tr>", page):
+        rows[html.unescape(name)] = re.findall(r"<td>([\d.]+)</td>", cells)
+    for name in ("the paper's score", "attention, layer 1"):
+        for answer, consensus in zip(answers, rows[f"R_cf, {name}"], strict=True):
+            shares = answer.uses[name].numpy()
+            assert abs(shares.sum() - 1) < 1e-5
+            assert abs(merged @ shares - float(consensus)) < 0.001
+    file = tmp_path / "out/s.png"
+    assert file.read_bytes() == base64.b64decode(content)
+    assert file.with_suffix(".svg").read_text().lstrip().startswith("<?xml")
     words = chromium(tmp_path / "out/s.html")
-    for word in ("B. <b>blue & 'x'", "my <video>.mp4", "talker", "other", "--compare"):
+    for word in ("B. <b>blue & 'x'", "my <video>.mp4", "other", "--compare"):
         assert word in words
 
 
@@ -223,11 +205,11 @@ def test_settings_of_the_training_run_are_compared(tmp_path, checkpoint):
     """A model that saw small frames answers large ones badly; the reader should know why."""
     path = tmp_path / "run" / "grpo"
     shutil.copytree(checkpoint, path)
-    settings = SimpleNamespace(frames=16)
-    assert sample_page.check_model(arguments(path), settings, str(path)) == []
+    asked = arguments(path, frames=16)
+    assert sample_page.check_model(asked, str(path)) == []
     trained = {"frames": 8, "max_pixels": 3136, "min_pixels": 100, "seed": 3}
     (tmp_path / "run/run.json").write_text(json.dumps(trained))
-    assert sample_page.check_model(arguments(path), settings, str(path)) == [
+    assert sample_page.check_model(asked, str(path)) == [
         f"{path} was trained with --frames 8, here it is 16",
         f"{path} was trained with --min_pixels 100, here it is 3136",
     ]
@@ -260,8 +242,7 @@ def test_other_family_without_attention(tmp_path, toy_folder, monkeypatch):
     def made(asked, name, path, example, row):
         uses = {"hidden": torch.full((8,), 0.125)}
         maps = {"hidden": torch.rand(8, 2, 2)}
-        tokens = {"hidden": torch.rand(1, 8)}
-        return sample_page.Answer(name, "<answer>A</answer>", ["A"], uses, tokens, maps)
+        return sample_page.Answer(name, "<answer>A</answer>", 1, uses, maps)
 
     monkeypatch.setattr(sample_page, "check_model", lambda *_: ["a note"])
     monkeypatch.setattr(sample_page, "answer_question", made)
@@ -270,8 +251,8 @@ def test_other_family_without_attention(tmp_path, toy_folder, monkeypatch):
     flags = {"model_name_or_path": "m", "video": video, "question": "q", "prior": "no_semantic"}
     command(monkeypatch, **flags, output=output)
     page = output.read_text()
-    assert page.count("<img") == 2 and "<p>a note.</p>" in page
-    assert "Use by the paper&#x27;s score: m: 0.125" in page and "Use by attention" not in page
+    assert page.count("<img") == 1 and "<p>a note</p>" in page
+    assert "R_cf, hidden" in page and "R_cf, attention" not in page
 
 
 def test_bad_input_is_one_sentence(tmp_path, toy_folder, checkpoint, capsys, monkeypatch):
@@ -301,23 +282,21 @@ def test_bad_input_is_one_sentence(tmp_path, toy_folder, checkpoint, capsys, mon
         "output": tmp_path / "x.html",
     }
     model_cases = {
-        "llava": "is a llava checkpoint; frame use is known for qwen2_vl",
+        "llava": "is a llava checkpoint, not one of qwen2_vl, ",
         "nowhere": "nowhere is not a checkpoint",
         "nan": "hidden states of this video are not finite numbers",
         "half": "half",
     }
     cases = [({"model_name_or_path": tmp_path / name}, text) for name, text in model_cases.items()]
     cases += [
-        ({"compare": checkpoint}, "--compare names the model itself"),
+        ({"compare": checkpoint}, "a path is given twice"),
         ({"video": tmp_path / "no.mp4"}, "no.mp4: no such file"),
         ({"video": tmp_path / "empty.mp4"}, "empty.mp4: empty file"),
         ({"video": tmp_path / "torn.mp4"}, "torn.mp4: not a readable video"),
-        ({"video": tmp_path / "still.mp4"}, "still.mp4: 1 sampled frames make one slot"),
-        ({"options": "x"}, "a letter each"),
-        ({"options": "A. x", "answer": "x"}, "--answer is one of the letters"),
+        ({"video": tmp_path / "still.mp4"}, "still.mp4: its frames make one slot"),
+        ({"options": "A. x", "answer": "y"}, "solution 'y' names none of the options A"),
         ({"attention_layer": 5}, "has layers 1 to 4 (--attention_layer)"),
         ({"hidden_layer": -2}, "hidden states 0 to 4 or -1"),
-        ({"options": "A. x", "problem_type": "OCR"}, "--problem_type multiple choice go together"),
         ({"min_pixels": 5000}, "at most --max_pixels"),
         ({"frames": 0}, "--frames must be at least 1 and finite"),
         ({"prior": "full", "clip": f"local-dir:{tmp_path}"}, "needs its weights as"),
