@@ -75,7 +75,7 @@ class SampleArguments(PriorSettings):
 
 
 def sample_report(arguments):
-    """Of common/sample_page.py, whose imports take seconds that other commands need not wait."""
+    """Import and run common/sample_page.py; its imports take seconds, which other commands save."""
     from transformers.utils import logging
 
     from common import sample_page
@@ -86,7 +86,7 @@ def sample_report(arguments):
 
 
 def make_parser():
-    """Parser of the four commands; `report` of its namespace is the function of the command."""
+    """Parser of the four commands, whose flags have the names of the arguments of their reports."""
     parser = argparse.ArgumentParser(allow_abbrev=False, description=__doc__, formatter_class=Help)
     commands = parser.add_subparsers(dest="command", required=True, parser_class=Parser)
     # Only `sample` has so many settings that they are a dataclass.
@@ -127,7 +127,6 @@ def make_parser():
 
 def main():
     arguments = vars(make_parser().parse_args())
-    # What is left has the names of the report's arguments.
     command = arguments.pop("command")
     try:
         if command == "run":

