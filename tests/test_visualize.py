@@ -138,7 +138,7 @@ def test_three_runs_two_arms(tmp_path, monkeypatch, capsys, chromium):
         alone = [f"{results[2][part][name]:.3f}" for part in ("before", "after")]
         assert table[name] == [" → ".join(parts), " → ".join(alone)]
     assert "--output out/compare.html" in page.words and "band:" in page.images[0]["alt"]
-    assert page.words.count(label) == 1
+    assert page.words.count(label) == 2  # in the table, in the command
     assert "before → after" in chromium(tmp_path / "out/compare.html")
 
 
