@@ -25,7 +25,8 @@ import time
 import uuid
 from collections import Counter, defaultdict
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
+from itertools import chain
 from pathlib import Path
 
 import deepspeed
@@ -60,7 +61,7 @@ from common.engine import (
 )
 from common.flags import Parser, flag
 from common.media import Encoder
-from common.policy import FAMILIES, PACKED_FAMILIES, Policy, collate
+from common.policy import FAMILIES, PACKED_FAMILIES, Policy, Prompts, collate
 from common.ranks import (
     average,
     check_finite,
@@ -228,6 +229,9 @@ class TrainArguments:
     sft_num_train_epochs: float = flag(1.0, "SFT epochs, when --sft_max_steps is -1.")
     sft_per_device_batch_size: int = flag(1, "Demonstrations per device and forward.")
     sft_gradient_accumulation_steps: int = flag(1, "Forwards per SFT step.")
+    sft_questions_per_medium: int = flag(
+        4, "Most demonstrations of one medium that follow each other, to share it in a forward."
+    )
 
     priors: str | None = flag(
         None,
@@ -452,10 +456,13 @@ class Schedule:
     def per_step(self):
         return self.batch * self.accumulation * dist.get_world_size()
 
-    def order(self, examples, seed):
+    def order(self, examples, seed, together=1):
         """The examples in the order of training, shuffled anew in every epoch.
 
         A longer run begins with the examples of a shorter one.
+
+        Args:
+            together: how many of the next examples of a medium follow one at once.
         """
         count = int(self.epochs * len(examples))
         if self.max_steps > 0:
@@ -464,7 +471,16 @@ class Schedule:
         rng = random.Random(seed)
         order = []
         while examples and len(order) < count:
-            order += rng.sample(examples, len(examples))
+            bundles = []
+            newest = {}  # bundle of each medium
+            for example in rng.sample(examples, len(examples)):
+                bundle = newest.get(example.media)
+                if not example.media or bundle is None or len(bundle) == together:
+                    bundle = []
+                    bundles.append(bundle)
+                    newest[example.media] = bundle
+                bundle.append(example)
+            order += chain.from_iterable(bundles)
         return order[:count]
 
     def steps(self, questions):
@@ -623,21 +639,63 @@ def run_seed(args, place):
 # ------------------------------------------------------------------------------------------- SFT
 
 
-def batch_targets(examples, processor):
-    """Demonstrations as groups of one: completions, mask (B, 1, T).
+@dataclass
+class Demonstrations:
+    """One forward's demonstrations, R rows [medium | question, answer | question, answer | ...]."""
 
-    A target leaves out what the chat template has already put in the assistant's place, and ends
-    with the end of the turn, which is learned too.
+    prompts: Prompts  # the R media
+    completions: torch.Tensor  # (R, G, T) questions and answers, at most G of a medium
+    mask: torch.Tensor  # (R, G, T) bool, False on padding
+    learned: torch.Tensor  # (R, G, T) bool, True on answers
+
+
+def answer_ids(example, processor):
+    """Token ids (T,) that SFT learns for a demonstration, the end of the turn included.
+
+    What the chat template has already put in the assistant's place is left out.
     """
     turn = read_turn(processor)
-    targets = []
-    for example in examples:
-        text = target_text(example).removeprefix(turn.opening.strip())
-        targets.append(torch.tensor([*plain_ids(processor.tokenizer, text), turn.end]))
-    # Right-padded with the end of the turn, which the mask leaves out.
-    completions = pad_sequence(targets, batch_first=True, padding_value=turn.end)
-    mask = pad_sequence([torch.ones_like(ids) for ids in targets], batch_first=True)
-    return completions[:, None], mask[:, None].bool()
+    text = target_text(example).removeprefix(turn.opening.strip())
+    return torch.tensor([*plain_ids(processor.tokenizer, text), turn.end])
+
+
+def pack_demonstrations(ready, processor, model):
+    """Neighbouring demonstrations of one medium share its tokens in a row -> Demonstrations."""
+    rows = []
+    for one in ready:
+        medium = one.example.media
+        if not medium or not rows or rows[-1][0].example.media != medium:
+            rows.append([])
+        rows[-1].append(one)
+    group = max(len(row) for row in rows)
+
+    # Behind the medium: a question with the header of the answer, and the answer.
+    media = []
+    branches = []
+    learned = []
+    for row in rows:
+        inputs = row[0].inputs
+        media.append(replace(inputs, input_ids=inputs.input_ids[: inputs.shared]))
+        for one in row:
+            question = one.inputs.input_ids[one.inputs.shared :]
+            answer = answer_ids(one.example, processor)
+            branches.append(torch.cat([question, answer]))
+            learned.append(torch.cat([torch.zeros_like(question), torch.ones_like(answer)]))
+        # Rows of fewer demonstrations end in empty ones.
+        empty = [answer[:0]] * (group - len(row))
+        branches += empty
+        learned += empty
+
+    def stack(parts):
+        padded = pad_sequence(parts, batch_first=True)  # (R * G, T)
+        return padded.unflatten(0, (len(rows), group)).to(model.device)
+
+    return Demonstrations(
+        collate(media, model).to(model.device),
+        stack(branches),
+        stack([torch.ones_like(branch) for branch in branches]).bool(),
+        stack(learned).bool(),
+    )
 
 
 def train_sft(run):
@@ -664,21 +722,17 @@ def sft_step(run, engine, forwards, log):
     """One optimizer step of SFT: the mean over the tokens of all its forwards and ranks."""
     world = dist.get_world_size()
     # The tokens of the whole step on all ranks: every token weighs the same, however it is split.
-    targets = []
-    tokens = torch.zeros((), device=engine.device)
-    for ready in forwards:
-        completions, mask = batch_targets([one.example for one in ready], run.processor)
-        targets.append((completions.to(engine.device), mask.to(engine.device)))
-        tokens += mask.sum()
+    model = engine.module.model
+    packs = [pack_demonstrations(ready, run.processor, model) for ready in forwards]
+    tokens = sum(pack.learned.sum() for pack in packs)
     dist.all_reduce(tokens)
 
     # One forward and backward each; the optimizer steps at the last.
     total = 0.0
-    for number, (ready, (completions, mask)) in enumerate(zip(forwards, targets, strict=True)):
+    for number, (ready, pack) in enumerate(zip(forwards, packs, strict=True)):
         engine.set_gradient_accumulation_boundary(number == len(forwards) - 1)
-        prompts = collate([one.inputs for one in ready], engine.module.model).to(engine.device)
-        logp = engine(prompts, completions, mask).logp  # (B, 1, T)
-        loss = -(logp * mask).sum() / tokens
+        logp = engine(pack.prompts, pack.completions, pack.mask).logp  # (R, G, T)
+        loss = -(logp * pack.learned).sum() / tokens
         total += loss.item()
         with run.checkpoint.stop_on_nan(log, [one.example for one in ready]):
             check_finite(loss.item(), "loss")
@@ -1175,7 +1229,7 @@ def load_demonstrations(args, data):
         raise DataError(f"{data} has no reasoning traces (field `process`) for --stage sft")
     rows = len(questions.examples) + len(questions.skipped)
     plan = schedule(args, "sft")
-    questions.examples = plan.order(reasoned, args.seed)
+    questions.examples = plan.order(reasoned, args.seed, args.sft_questions_per_medium)
     log_main(
         f"SFT: {len(reasoned)} of {rows} rows have reasoning, {plan.steps(questions)} step(s) of "
         f"{plan.per_step}"

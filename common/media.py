@@ -153,6 +153,7 @@ class ModelInputs:
     grid_thw: torch.Tensor | None  # (3,) patches in time, height, width
     second_per_grid: float  # seconds of a temporal slot
     times: list[float]  # (K,) seconds of the frames, [] for text
+    shared: int = 0  # tokens up to the end of the medium, the same for all questions about it
 
 
 @dataclass
@@ -231,7 +232,9 @@ class Encoder:
             inputs = medium.inputs
         # Tokenized apart from the rest, since its special tokens are ordinary text.
         ids = plain_ids(tokenizer, text) + tokenizer(after, add_special_tokens=False).input_ids
-        return replace(inputs, input_ids=torch.cat([inputs.input_ids, torch.tensor(ids)]))
+        shared = inputs.input_ids
+        ids = torch.cat([shared, torch.tensor(ids)])
+        return replace(inputs, input_ids=ids, shared=len(shared))
 
     def load(self, example, row):
         """Decode and resize an example's medium unless the cache has it -> CachedMedium."""

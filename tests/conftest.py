@@ -291,9 +291,9 @@ def other_family(request, items, toy_model):
         first, count = ids.index(token), ids.count(token) // int(video.grid_thw[0])
         run = [config.vision_start_token_id, *[token] * count, config.vision_end_token_id]
         slots = [[65 + slot, 66, *run] for slot in range(int(video.grid_thw[0]))]
-        video.input_ids = torch.tensor(
-            ids[: first - 1] + sum(slots, []) + ids[first + ids.count(token) + 1 :]
-        )
+        behind = ids[first + ids.count(token) + 1 :]
+        video.input_ids = torch.tensor(ids[: first - 1] + sum(slots, []) + behind)
+        video.shared += len(video.input_ids) - len(ids)
     return model, [video, image, words]
 
 

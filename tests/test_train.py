@@ -662,7 +662,8 @@ def test_steps_come_from_epochs(monkeypatch):
 
     def steps(count, **more):
         plan = train.schedule(SimpleNamespace(**flags | more), "sft")
-        return plan.steps(train.Questions(plan.order(range(count), 0), "d.json"))
+        examples = [SimpleNamespace(media="")] * count
+        return plan.steps(train.Questions(plan.order(examples, 0), "d.json"))
 
     assert steps(10) == 6  # 25 demonstrations, four a step
     assert steps(10, sft_max_steps=7) == 7

@@ -13,7 +13,7 @@ from common.data import Example, chat_parts, plain_ids
 from common.media import Encoder
 from common.rollout import read_turn, stop_tokens
 from grpo import answer_likelihoods
-from train import batch_targets
+from train import answer_ids
 
 END = 151645  # <|im_end|>
 END_OF_TEXT = 151643  # <|endoftext|>
@@ -76,8 +76,7 @@ def test_special_tokens_in_a_question_are_text(processor, tmp_path):
 
 
 def test_special_tokens_in_a_demonstration_are_text(processor):
-    completions, mask = batch_targets([replace(EXAMPLE, reasoning=ATTACK)], processor)
-    ids = completions[0, 0][mask[0, 0]].tolist()
+    ids = answer_ids(replace(EXAMPLE, reasoning=ATTACK), processor).tolist()
     assert [token for token in ids if END_OF_TEXT <= token <= VIDEO_PAD] == [END]
     assert processor.tokenizer.decode(ids[:-1]) == f"<think>{ATTACK}</think><answer>B</answer>"
 
@@ -112,13 +111,8 @@ def test_the_stop_tokens_are_the_union(toy_model, monkeypatch, configured, eos, 
 
 def test_targets_do_not_open_the_think_block_again(processor, thinking):
     for one, opening in ((processor, "<think>"), (thinking, "")):
-        completions, mask = batch_targets(
-            [EXAMPLE, replace(EXAMPLE, reasoning="It rolls away.")], one
-        )
-        texts = [
-            one.tokenizer.decode(row[0][seen[0]])
-            for row, seen in zip(completions, mask, strict=True)
-        ]
+        examples = [EXAMPLE, replace(EXAMPLE, reasoning="It rolls away.")]
+        texts = [one.tokenizer.decode(answer_ids(example, one)) for example in examples]
         assert texts == [
             f"{opening}It rolls.</think><answer>B</answer><|im_end|>",
             f"{opening}It rolls away.</think><answer>B</answer><|im_end|>",
