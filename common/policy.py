@@ -533,19 +533,37 @@ class Policy(torch.nn.Module):
         features = self.encode(rows) if rows.features is None else rows.features
         features = [feature.to(embeds.dtype) for feature in features]
         embeds = embeds.masked_scatter(visual[..., None], features[0])
-        if len(features) > 1:
-            options |= dict(visual_pos_masks=visual, deepstack_visual_embeds=features[1:])
-        if self.packs:
-            layout.checkpointed = self.model.training and language.layers[0].gradient_checkpointing
-            options["layout"] = layout
-        else:
-            options["attention_mask"] = torch.cat([rows.mask, tail_mask], dim=1).long()
         # every completion starts right behind the prompt
         start = rows.position_ids.amax(dim=(0, 2)) + 1  # (rows,)
         steps = torch.arange(layout.length, device=tail.device).repeat(layout.group)  # (share*T,)
         later = (start[:, None] + steps)[None].expand(3, -1, -1)
         positions = torch.cat([rows.position_ids, later], dim=2)  # (3, rows, S)
-        return language(inputs_embeds=embeds, position_ids=positions, **options)
+        # one completion, of which the last states are asked: plain causal attention, with the
+        # padding behind the row instead of before it
+        asks_more = layout.layer is not None or options.get("output_hidden_states")
+        plain = self.packs and layout.group == 1 and not asks_more
+        if plain:
+            padding = (~rows.mask).sum(1)  # (rows,)
+            embeds = roll_rows(embeds, padding)
+            visual = roll_rows(visual, padding)
+            positions = torch.stack([roll_rows(axis, padding) for axis in positions])
+        elif self.packs:
+            layout.checkpointed = self.model.training and language.layers[0].gradient_checkpointing
+            options["layout"] = layout
+        else:
+            options["attention_mask"] = torch.cat([rows.mask, tail_mask], dim=1).long()
+        if len(features) > 1:
+            options |= dict(visual_pos_masks=visual, deepstack_visual_embeds=features[1:])
+        output = language(inputs_embeds=embeds, position_ids=positions, **options)
+        if plain:
+            output.last_hidden_state = roll_rows(output.last_hidden_state, -padding)
+        return output
+
+
+def roll_rows(values, shifts):
+    """Roll row b of values (B, S, ...) by shifts[b] columns to the left."""
+    rows, columns = (torch.arange(size, device=values.device) for size in values.shape[:2])
+    return values[rows[:, None], (columns + shifts[:, None]) % len(columns)]
 
 
 # ------------------------------------------------------------------------------------- loading
