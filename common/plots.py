@@ -155,7 +155,8 @@ def prior_figure(prior, frames, names=(), note="", more=()):
         # Dots, since the zero of a cosine means nothing.
         plot = one.scatter if name == "semantic cue" else one.bar
         faces = [colour if place in chosen else "white" for place in range(count)]
-        plot(range(count), values, color=faces, edgecolor=colour)
+        # The highest dot is drawn whole.
+        plot(range(count), values, color=faces, edgecolor=colour, clip_on=False)
         one.set_ylabel(name)
     step = math.ceil(count / 70)  # of many frames not every time fits
     times = [f"{time:.1f} s" for time in prior.times[::step]]
