@@ -34,7 +34,7 @@ DEFAULTS = {  # one of each, by hand
     "evaluate.py": ("--temperature", "0.0"),
     "evaluate.py compare": ("--seed", "0"),
     "toy.py": ("--seed", "0"),
-    "visualize.py sample": ("--cfr_weight", "3.0"),
+    "visualize.py sample": ("--w_sem", "3.0"),
     "visualize.py enrichment": ("--output", "enrichment.html"),
     "visualize.py prior": ("--items", "6"),
     "bench.py": ("--visual_tokens", "2048"),
