@@ -230,7 +230,9 @@ class TrainArguments:
     sft_per_device_batch_size: int = flag(1, "Demonstrations per device and forward.")
     sft_gradient_accumulation_steps: int = flag(1, "Forwards per SFT step.")
     sft_questions_per_medium: int = flag(
-        4, "Most demonstrations of one medium that follow each other, to share it in a forward."
+        1,
+        "Most demonstrations of one medium that follow each other; those of a forward share its "
+        "tokens in one row.",
     )
 
     priors: str | None = flag(

@@ -358,6 +358,7 @@ WHERE_A_RUN_IS = {
     "gradient_accumulation_steps",
     "sft_per_device_batch_size",
     "sft_gradient_accumulation_steps",
+    "sft_questions_per_medium",
     "invert_questions",
 }
 

@@ -544,6 +544,9 @@ def test_a_checkpoint_older_than_a_setting_had_its_default(monkeypatch):
     older = {"stage": "sft", "settings": settings | {"packed": False}}
     checkpoints.compare_settings("folder", older, arguments)
     assert lines == ["the checkpoint's --packed False is no setting any more"]
+    other = dataclasses.replace(arguments, sft_questions_per_medium=4)
+    with pytest.raises(DataError, match=r"another --sft_questions_per_medium \(1\)"):
+        checkpoints.compare_settings("folder", state, other)
     other = dataclasses.replace(arguments, sft_gradient_accumulation_steps=2)
     with pytest.raises(DataError, match=r"another --sft_gradient_accumulation_steps \(1\)"):
         checkpoints.compare_settings("folder", state, other)
