@@ -63,7 +63,7 @@ from common.data import (
 from common.flags import Parser, flag
 from common.media import Encoder
 from common.policy import Policy, collate, load_model
-from common.rollout import Sampling, read_turn, sample_texts
+from common.rollout import Sampling, answer_prompts, read_turn
 from common.workers import ShardedLines, check_settings, join_ranks, write_whole
 from grpo import rollout_frame_use, slot_shares, token_frame_use
 from prior import read_priors
@@ -467,25 +467,23 @@ def answer_batch(model, processor, prompts, seeds, arguments):
     settings = Sampling(
         arguments.max_completion_length, arguments.temperature, arguments.top_p, arguments.top_k
     )
-    # One answer to each prompt, which rollout() also accepts in groups.
-    counts = [1] * len(seeds)
-    tokens, mask, _, texts = sample_texts(model, processor, prompts, counts, seeds, settings)
-    mask = mask[:, None]  # (B, 1, T)
-    uses = [None] * len(seeds)
-    if arguments.frame_use == "none":
-        return texts, uses
-    # A second forward, on the sampled tokens, reads the asked layer.
     layer = arguments.frame_use_layer
-    layers = {"attention_layer": layer}
-    if arguments.frame_use == "hidden":
+    layers = {}
+    if arguments.frame_use == "attention":
+        layers = {"attention_layer": layer}
+    elif arguments.frame_use == "hidden":
         layers = {"hidden_layers": (layer,)}
-    scored = Policy(model)(prompts, tokens[:, None], mask, **layers)
+    samples, scored = answer_prompts(model, processor, prompts, seeds, settings, **layers)
+    uses = [None] * len(seeds)
+    if scored is None:
+        return samples.texts, uses
+    mask = samples.mask[:, None]  # (B, 1, T)
     looked = (scored.hidden.get(layer), scored.attention)
     for row, (slots,) in enumerate(rollout_frame_use(prompts, mask, *looked)):
         if slots is not None:
             per_token = token_frame_use(prompts, row, mask[row, 0].bool(), *looked)
             uses[row] = FrameUse(slots, per_token)
-    return texts, uses
+    return samples.texts, uses
 
 
 def strongest_events(tokens, share=0.05):

@@ -72,7 +72,14 @@ from common.ranks import (
     on_main_first,
     start_ranks,
 )
-from common.rollout import Sampling, read_turn, sample_texts, sampling, stop_tokens
+from common.rollout import (
+    Sampling,
+    answer_prompts,
+    read_turn,
+    sample_texts,
+    sampling,
+    stop_tokens,
+)
 from common.run_page import run_report
 from common.workers import write_lines
 from grpo import (
@@ -1124,7 +1131,6 @@ def score_heldout(run, engine):
     return average(log.values)
 
 
-@torch.no_grad()
 def score_answers(run, model, ready, log):
     """Logs greedy and sampled answers to a batch of held-out questions.
 
@@ -1138,12 +1144,11 @@ def score_answers(run, model, ready, log):
     # The same prompts answered greedily and sampled; frame use is read on the latter.
     prompts = collate([one.inputs for one in ready], model)
     prompts = prompts.to(model.get_input_embeddings().weight.device)
-    for decoding, temperature in (("greedy", 0.0), ("sampled", args.temperature)):
+    kinds = {"greedy": (0.0, {}), "sampled": (args.temperature, asked_layers(args))}
+    for decoding, (temperature, layers) in kinds.items():
         settings = sampling_settings(args, temperature)
-        tokens, mask, _, texts = sample_texts(
-            model, run.processor, prompts, [1] * len(ready), seeds, settings
-        )
-        for example, text in zip(examples, texts, strict=True):
+        samples, scored = answer_prompts(model, run.processor, prompts, seeds, settings, **layers)
+        for example, text in zip(examples, samples.texts, strict=True):
             accuracy = accuracies(example, [text])
             # The toy's own kind, elsewhere the problem type.
             kind = example.extra.get("kind", example.problem_type)
@@ -1151,10 +1156,8 @@ def score_answers(run, model, ready, log):
             log.add(f"{decoding}/{kind}", accuracy)
             if example.extra.get("salient_is_asked") is False:
                 log.add(f"{decoding}/conflict", accuracy)
-    log.add("length", mask.sum(-1))
-    mask = mask[:, None]  # (B, 1, T)
-    scored = Policy(model)(prompts, tokens[:, None], mask, **asked_layers(args))
-    both = frame_uses(args, prompts, mask, scored)
+    log.add("length", samples.mask.sum(-1))
+    both = frame_uses(args, prompts, samples.mask[:, None], scored)
     log_frame_use(log, "{}consensus", "{}evidence_use", examples, rows, both)
     for example, row, use in zip(examples, rows, both[0], strict=True):
         if example.evidence and use[0] is not None:

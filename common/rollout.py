@@ -371,6 +371,24 @@ def sample_texts(model, processor, prompts, counts, seeds, settings):
     return samples._replace(texts=texts)
 
 
+@torch.no_grad()
+def answer_prompts(model, processor, prompts, seeds, settings, **layers):
+    """Sample one answer to each of B prompts, as evaluation and held-out scoring do.
+
+    Args:
+        seeds: B ints.
+        layers: hidden_layers and attention_layer of Policy.forward; a second forward over the
+            answers reads them.
+    Returns:
+        Samples of B rows; Scored with one completion a prompt, None if no layer is asked for.
+    """
+    samples = sample_texts(model, processor, prompts, [1] * len(seeds), seeds, settings)
+    scored = None
+    if layers:
+        scored = Policy(model)(prompts, samples.tokens[:, None], samples.mask[:, None], **layers)
+    return samples, scored
+
+
 @contextmanager
 def sampling(engine):
     """The bare model of a DeepSpeed engine, in eval mode, for a rollout phase.

@@ -22,7 +22,7 @@ from common.media import Encoder, decode_frames, open_video
 from common.pages import page_path, table_html, write_page
 from common.plots import COLOURS, DOTTED, line_style, name_paths, prior_figure, show_film
 from common.policy import FAMILIES, Policy, collate, load_model
-from common.rollout import Sampling, sample_texts
+from common.rollout import Sampling, answer_prompts
 from grpo import overlaps, rollout_frame_use
 from prior import load_clip, make_prior
 
@@ -127,16 +127,17 @@ def answer_question(arguments, name, path, example, prior):
         raise DataError(f"{example.media}: its frames make one slot, with nothing to choose from")
     # 2. The answer, and one forward over it for what it looks at.
     sampling = Sampling(arguments.max_completion_length, temperature=0.0)
-    samples = sample_texts(model, processor, prompts, [1], [0], sampling)
-    mask = samples.mask[:, None]  # (1, 1, L)
     layer = arguments.hidden_layer
-    scored = policy(
+    samples, scored = answer_prompts(
+        model,
+        processor,
         prompts,
-        samples.tokens[:, None],
-        mask,
+        [0],
+        sampling,
         hidden_layers=(layer,),
         attention_layer=arguments.attention_layer if policy.packs else None,
     )
+    mask = samples.mask[:, None]  # (1, 1, L)
     states = scored.hidden[layer]  # (1, P + L, D)
     if not states.isfinite().all():
         raise DataError(f"{path}: its hidden states of this video are not finite numbers")
