@@ -668,12 +668,21 @@ def answer_ids(example, processor):
     return torch.tensor([*plain_ids(processor.tokenizer, text), turn.end])
 
 
-def pack_demonstrations(ready, processor, model):
-    """Neighbouring demonstrations of one medium share its tokens in a row -> Demonstrations."""
+def pack_demonstrations(ready, processor, model, together):
+    """Neighbouring demonstrations of one medium share its tokens in a row.
+
+    Args:
+        ready: list of Ready.
+        together: most demonstrations of a row. Neighbours by chance stay apart at 1: one row of two
+            would leave a place empty in every other row.
+    Returns:
+        Demonstrations.
+    """
     rows = []
     for one in ready:
         medium = one.example.media
-        if not medium or not rows or rows[-1][0].example.media != medium:
+        full = not rows or len(rows[-1]) == together
+        if full or not medium or rows[-1][0].example.media != medium:
             rows.append([])
         rows[-1].append(one)
     group = max(len(row) for row in rows)
@@ -732,7 +741,8 @@ def sft_step(run, engine, forwards, log):
     world = dist.get_world_size()
     # The tokens of the whole step on all ranks: every token weighs the same, however it is split.
     model = engine.module.model
-    packs = [pack_demonstrations(ready, run.processor, model) for ready in forwards]
+    together = run.args.sft_questions_per_medium
+    packs = [pack_demonstrations(ready, run.processor, model, together) for ready in forwards]
     tokens = sum(pack.learned.sum() for pack in packs)
     dist.all_reduce(tokens)
 

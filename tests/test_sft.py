@@ -106,18 +106,21 @@ def compare(first, second):
 
 def check_rows(model, items, processor):
     rows = ready_rows(model, items)
-    pack = train.pack_demonstrations(rows, processor, model)
+    pack = train.pack_demonstrations(rows, processor, model, together=4)
     # A row for the video, one for the image, one for each text.
     assert pack.completions.shape[:2] == (4, 3)
     assert pack.mask.any(-1).sum(-1).tolist() == [3, 2, 1, 1]
     policy = Policy(model)
     together = sft_gradients(policy, [pack])
-    alone = [train.pack_demonstrations([one], processor, model) for one in rows]
+    alone = [train.pack_demonstrations([one], processor, model, 4) for one in rows]
     assert all(pack.completions.shape[:2] == (1, 1) for pack in alone)
     compare(together, sft_gradients(policy, alone))
+    # At most two a row: the video's third begins another.
+    pairs = train.pack_demonstrations(rows, processor, model, 2)
+    assert pairs.mask.any(-1).sum(-1).tolist() == [2, 1, 2, 1, 1]
+    compare(together, sft_gradients(policy, [pairs]))
     # Rows of one demonstration each, padded to a common length: plain causal attention.
-    rows = [rows[0], rows[3], rows[1], rows[4], rows[5], rows[2], rows[6]]
-    apart = train.pack_demonstrations(rows, processor, model)
+    apart = train.pack_demonstrations(rows, processor, model, 1)
     assert apart.completions.shape[:2] == (7, 1)
     compare(together, sft_gradients(policy, [apart]))
     return together, rows
@@ -130,12 +133,13 @@ def test_a_shared_medium_gives_the_gradients_of_separate_rows(talker, items, toy
 
 def test_in_other_families_too(other_family, toy_processor):
     model, family_items = other_family
-    check_rows(model, family_items, toy_processor)
+    together, rows = check_rows(model, family_items, toy_processor)
+    compare(together, plain_gradients(model, rows, toy_processor))
 
 
 def test_what_is_learned_is_the_answer(talker, items, toy_processor):
     rows = ready_rows(talker, [items[0], items[1], items[3]])
-    pack = train.pack_demonstrations(rows, toy_processor, talker)
+    pack = train.pack_demonstrations(rows, toy_processor, talker, 4)
     second = pack.completions[0, 1]
     learned = toy_processor.tokenizer.decode(second[pack.learned[0, 1]])
     assert learned == "<think>rolls rolls </think><answer>a ball</answer><|im_end|>"
