@@ -1656,8 +1656,10 @@ def check_arguments(args):
         )
     if args.cuda_graph and not torch.cuda.is_available():
         raise DataError("--cuda_graph needs a GPU")
-    if args.num_generations < 2:
-        raise DataError("--num_generations must be at least 2")
+    if args.num_generations < 2 or args.sft_questions_per_medium < 1:
+        raise DataError(
+            "--num_generations must be at least 2 and --sft_questions_per_medium at least 1"
+        )
     if args.freeze_vision and args.train_only_merger:
         raise DataError("--freeze_vision freezes the mergers too; give it or --train_only_merger")
     refuse_unread_flags(args.stage)
