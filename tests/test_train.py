@@ -419,16 +419,7 @@ def cold_start(small_toy, tmp_path_factory):
     folder = shared_folder(
         tmp_path_factory, "cold_start", lambda folder: make_cold_start(small_toy, folder)
     )
-    flags = [
-        "--dataset_name",
-        folder / "data.json",
-        "--media_root",
-        small_toy,
-        "--min_pixels",
-        3136,
-        "--max_pixels",
-        3136,
-    ]
+    flags = data_flags(small_toy, folder)
     return folder / "run" / "sft", [
         *flags,
         "--model_name_or_path",
@@ -444,6 +435,12 @@ def cold_start(small_toy, tmp_path_factory):
     ]
 
 
+def data_flags(small_toy, folder):
+    """Flags that read the data of cold_start."""
+    flags = ["--dataset_name", folder / "data.json", "--media_root", small_toy]
+    return [*flags, "--min_pixels", 3136, "--max_pixels", 3136]
+
+
 def make_cold_start(small_toy, folder):
     """The data and the run of cold_start."""
     folder.mkdir()
@@ -456,16 +453,7 @@ def make_cold_start(small_toy, folder):
         row["process"] = f"<think>0s {row['grounding'][min(row['grounding'])]}.</think>"
     data = folder / "data.json"
     data.write_text(json.dumps(rows))
-    flags = [
-        "--dataset_name",
-        data,
-        "--media_root",
-        small_toy,
-        "--min_pixels",
-        3136,
-        "--max_pixels",
-        3136,
-    ]
+    flags = data_flags(small_toy, folder)
     launch(
         *flags,
         "--stage",
