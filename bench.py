@@ -45,7 +45,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 import prior
 import toy
 import train
-from common.data import DataError, Example
+from common.data import DataError, Example, Medium
 from common.engine import start_engine
 from common.flags import Parser, flag
 from common.media import Encoder
@@ -230,7 +230,7 @@ def our_steps(arguments, side, folder, medium):
     processor = load_processor(folder)
     encoder = Encoder(processor, 0, 1 << 40, arguments.frames)
     kind = "video" if arguments.frames else "image"
-    example = Example("0", "Which ball is red?", [], "numerical", "1", medium, kind)
+    example = Example("0", "Which ball is red?", [], "numerical", "1", [Medium(kind, medium)])
     stops = stop_tokens(model, processor)
     # No completion ends early.
     banned = vision_tokens(model.config) + stops
@@ -373,7 +373,9 @@ def bench_prior(arguments):
     settings = prior.PriorSettings(prior="no_semantic")
     examples = []
     for path in arguments.videos:
-        examples.append(Example(path, "what is seen", [], "free-form", "a", path, "video"))
+        examples.append(
+            Example(path, "what is seen", [], "free-form", "a", [Medium("video", path)])
+        )
     ratios = []
     for _ in tqdm(range(arguments.repeats), desc="turns"):
         begin = time.perf_counter()

@@ -343,7 +343,7 @@ def load_questions(arguments):
         )
     # No medium is read at all.
     if arguments.control == "question_only":
-        examples = [replace(example, media="", media_type="text") for example in examples]
+        examples = [replace(example, media=[]) for example in examples]
     # Repeated rows are warned about, unusable ones count as wrong.
     known = {example.id for example in examples}
     unusable = {}
@@ -439,7 +439,7 @@ def encode(encoder, example, arguments, position):
     """Encode an example under --control, which changes neither times nor number of tokens."""
     # Only the frames change places: their times stay in order.
     shuffle = None
-    if arguments.control == "shuffled" and example.media_type != "text":
+    if arguments.control == "shuffled" and example.media:
         count = len(encoder.load(example, None).frames)
         shuffle = frame_order(arguments, position, count)
     return encoder.encode(example, shuffle=shuffle, black=arguments.control == "black")
@@ -645,10 +645,10 @@ def media_parts(arguments, example, position):
         MediaError: the medium cannot be read.
     """
     if example.media_type == "video" and arguments.api_media == "video":
-        if not os.path.isfile(example.media):
-            raise MediaError(f"{example.media}: no such file")
-        mime = mimetypes.guess_type(example.media)[0] or "video/mp4"
-        return [media_part("video", Path(example.media).read_bytes(), mime)]
+        if not os.path.isfile(example.path):
+            raise MediaError(f"{example.path}: no such file")
+        mime = mimetypes.guess_type(example.path)[0] or "video/mp4"
+        return [media_part("video", Path(example.path).read_bytes(), mime)]
     encoder = FrameEncoder(None, arguments.min_pixels, arguments.max_pixels, arguments.frames)
     frames = encoder.load(example, None).frames  # (K, 3, h, w)
     frames = frames[frame_order(arguments, position, len(frames))]
@@ -667,7 +667,7 @@ def make_messages(arguments, example, position):
     """Make the turns of a request: system prompt, the medium and the question."""
     # The medium stands before the question, as in training.
     content = []
-    if example.media_type != "text":
+    if example.media:
         content += media_parts(arguments, example, position)
     text = build_prompt(example, read_template(arguments.prompt_template))
     content.append({"type": "text", "text": text})

@@ -41,6 +41,7 @@ from common.data import (
     DataError,
     Example,
     MediaError,
+    Medium,
     Prior,
     first_words,
     load_examples,
@@ -437,8 +438,8 @@ def read_cues(medium, settings, preprocess=None):
         Cues.
     Errors: MediaError if the medium cannot be read.
     """
-    kind, path = medium
-    if kind == "image":
+    path = medium.path
+    if medium.kind == "image":
         load_image(path)  # finds a broken one
         return Cues([0], [0.0], [], None)
     reader = open_video(path)
@@ -480,7 +481,7 @@ def rounded(scores):
 
 def media_name(example):
     """The medium as the data set names it, whatever the media root."""
-    return example.extra.get("path") or os.path.basename(example.media)
+    return example.extra.get("path") or os.path.basename(example.path)
 
 
 def weigh(row, settings):
@@ -537,12 +538,12 @@ def make_prior(example, clip, settings):
 
     Errors: MediaError if the medium cannot be read.
     """
-    cues = read_cues((example.media_type, example.media), settings, clip and clip.preprocess)
+    cues = read_cues(example.medium, settings, clip and clip.preprocess)
     return media_rows([example], cues, clip, settings)[0]
 
 
 def all_cues(media, settings, preprocess, workers=0, timeout=300.0):
-    """Yields (medium, Cues or MediaError) of every ("video" or "image", path) as they finish.
+    """Yields (medium, Cues or MediaError) of every Medium as they finish.
 
     Args:
         workers, timeout: see Pool.
@@ -552,18 +553,18 @@ def all_cues(media, settings, preprocess, workers=0, timeout=300.0):
 
 
 def group_by_medium(examples):
-    """Examples as {("video" or "image", path): list of Example}, without text-only ones."""
+    """Examples as {Medium: list of Example}, without text-only ones."""
     groups = {}
     for example in examples:
-        if example.media_type != "text":
-            groups.setdefault((example.media_type, example.media), []).append(example)
+        if example.media:
+            groups.setdefault(example.medium, []).append(example)
     return groups
 
 
 def error_lines(examples, cause):
     """Rows of the errors file for examples that cannot be used."""
     cause = str(cause)
-    return [{"problem_id": one.id, "media": one.media, "cause": cause} for one in examples]
+    return [{"problem_id": one.id, "media": one.path, "cause": cause} for one in examples]
 
 
 def group_priors(groups, clip, settings, workers=0, timeout=300.0):
@@ -609,7 +610,7 @@ def check_count(owner, frames, example, settings, fps):
     """
     count = len(frames)
     fewer = count < settings.frames and (fps or frames == list(range(count)))
-    if example.media_type == "video" and count != settings.frames and not fewer:
+    if example.video and count != settings.frames and not fewer:
         raise DataError(
             f"{owner} has {count} frames of {example.id}, this run uses --frames {settings.frames}"
         )
@@ -645,9 +646,9 @@ def frame_set_rows(examples, settings):
         frames = sorted(set(sets["uniform"]))
         check_count("the field frame_sets", frames, example, settings, settings.fps)
         times = [0.0]
-        if example.media_type == "video":
+        if example.video:
             try:
-                times = frame_times(example.media, tuple(frames))
+                times = frame_times(example.path, tuple(frames))
             except MediaError as error:
                 errors += error_lines([example], error)
                 continue
@@ -750,7 +751,7 @@ def load_priors(path, examples, settings, own=False):
         remedy = "give the same here, or weigh the file's sets anew (docs/priors.md)"
         for name in ("frames", "clip", "clip_pretrained"):
             del compared[name]
-    needed = {example.id: example for example in examples if example.media_type != "text"}
+    needed = {example.id: example for example in examples if example.media}
     rows = {}
     for row in read_priors(path):
         example = needed.get(row.problem_id)
@@ -809,7 +810,7 @@ def run_dataset(arguments):
             workers = max(1, workers // 2)
     # An image needs no cue, so that no model is loaded for images alone.
     clip = None
-    if arguments.has_semantic and any(kind == "video" for kind, _ in mine):
+    if arguments.has_semantic and any(medium.kind == "video" for medium in mine):
         clip = load_here(arguments, workers)
 
     # What an earlier run could not use is tried again, now that nothing can refuse this run.
@@ -839,7 +840,7 @@ def conclude(output, errors_file, examples):
             f"the first: {json.loads(errors[0])['cause']}"
         )
     # Everything that a reader counts: rows, failures, and what needs neither.
-    texts = sum(example.media_type == "text" for example in examples)
+    texts = sum(not example.media for example in examples)
     print(
         f"{count} priors are in {output}; {len(errors)} examples could not be used (causes in "
         f"{errors_file}); {texts} text-only examples need none"
@@ -874,7 +875,7 @@ def run_video(arguments):
 
     clip = load_here(arguments, 0) if arguments.has_semantic else None
     path = os.path.abspath(arguments.video)
-    example = Example("0", arguments.question, [], "free-form", "", path, "video")
+    example = Example("0", arguments.question, [], "free-form", "", [Medium("video", path)])
     row = make_prior(example, clip, arguments)
     # nan where the cue is left out.
     print("frame    time    scene  semantic      P")

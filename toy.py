@@ -553,8 +553,8 @@ def clip_frames(folder):
     # The grounding says what each second shows.
     groundings = {}
     for example in load_examples(folder / "train_cot.json"):
-        if example.media_type == "video":
-            groundings[example.media] = example.grounding
+        if example.video:
+            groundings[example.path] = example.grounding
     images = []
     labels = []
     for path in list(groundings)[:CLIP_VIDEOS]:

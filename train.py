@@ -483,11 +483,12 @@ class Schedule:
             bundles = []
             newest = {}  # bundle of each medium
             for example in rng.sample(examples, len(examples)):
-                bundle = newest.get(example.media)
-                if not example.media or bundle is None or len(bundle) == together:
+                media = tuple(example.media)
+                bundle = newest.get(media)
+                if not media or bundle is None or len(bundle) == together:
                     bundle = []
                     bundles.append(bundle)
-                    newest[example.media] = bundle
+                    newest[media] = bundle
                 bundle.append(example)
             order += chain.from_iterable(bundles)
         return order[:count]
@@ -567,7 +568,7 @@ def step_requests(run, name, questions, step):
         part = []
         for place in range(first, first + plan.batch):
             one = questions.request(place)
-            if name == "grpo" and run.args.temporal and one.example.media_type == "video":
+            if name == "grpo" and run.args.temporal and one.example.video:
                 # The control's order of frames depends on the question's place alone.
                 frames = range(len(one.prior.frames))
                 one.order = random.Random(run_seed(run.args, place)).sample(frames, len(frames))
@@ -680,9 +681,9 @@ def pack_demonstrations(ready, processor, model, together):
     """
     rows = []
     for one in ready:
-        medium = one.example.media
+        shown = one.example.media
         full = not rows or len(rows[-1]) == together
-        if full or not medium or rows[-1][0].example.media != medium:
+        if full or not shown or rows[-1][0].example.media != shown:
             rows.append([])
         rows[-1].append(one)
     group = max(len(row) for row in rows)
@@ -1306,7 +1307,7 @@ def add_priors(args, settings, questions, name, file, resume):
         if made.is_file() and (resume or str(made) == file):
             old = list(prior.read_priors(made))
             done.update(prior.load_priors(made, examples, settings))
-        left = [e for e in examples if e.media_type != "text" and e.id not in done]
+        left = [e for e in examples if e.media and e.id not in done]
         rows, errors = compute_priors(settings, left, name)
         if rows or not old:
             write_lines(made, [*old, *rows])
@@ -1328,7 +1329,7 @@ def compute_priors(settings, examples, name):
     if others:
         log_main(f"computing the priors of {len(others)} {name} questions (prior.py does it ahead)")
         clip = None
-        if settings.has_semantic and any(e.media_type == "video" for e in others):
+        if settings.has_semantic and any(e.video for e in others):
             device = deepspeed.get_accelerator().current_device_name()
             clip = prior.load_clip(settings.clip, settings.clip_pretrained, device)
         computed, unreadable = prior.build_priors(others, clip, settings)

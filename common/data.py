@@ -95,6 +95,17 @@ class Prior:
     settings: dict = field(default_factory=dict)  # PriorSettings that made it
 
 
+@dataclass(frozen=True)
+class Medium:
+    """A video or a picture that a question shows."""
+
+    kind: str  # "video" or "image"
+    path: str  # absolute; of a file, or of a folder that holds a video's frames
+    fps: float | None = None  # of a folder of frames
+    start: float | None = None  # seconds; the part of a video that is shown
+    end: float | None = None
+
+
 @dataclass
 class Example:
     """One question of a data set."""
@@ -104,12 +115,31 @@ class Example:
     options: list[str]  # "A. red", "B. blue"
     problem_type: str  # one of PROBLEM_TYPES
     answer: str  # the solution without tags; letters of the right options, "A" or "A,C"
-    media: str  # absolute path; '' for a text-only example
-    media_type: str  # one of DATA_TYPES
+    media: list[Medium] = field(default_factory=list)  # in the prompt's order; one video at most
     reasoning: str = ""  # text of the think block of a demonstration
     grounding: list[tuple[float, float, str]] = field(default_factory=list)  # start s, end s, text
     evidence: list[tuple[float, float]] = field(default_factory=list)  # (start s, end s)
     extra: dict = field(default_factory=dict)  # path and all other fields of the row, unchanged
+
+    @property
+    def video(self):
+        """The Medium that is a video, or None."""
+        return next((medium for medium in self.media if medium.kind == "video"), None)
+
+    @property
+    def medium(self):
+        """The Medium that priors are about: the video, else the first picture, else None."""
+        return self.video or next(iter(self.media), None)
+
+    @property
+    def media_type(self):
+        """One of DATA_TYPES: that of the medium."""
+        return self.medium.kind if self.media else "text"
+
+    @property
+    def path(self):
+        """Path of the medium, which messages name; "" for text."""
+        return self.medium.path if self.media else ""
 
 
 # ------------------------------------------------------------------------------------ text
@@ -391,15 +421,15 @@ def resolve_media(path, media_root, owner):
 
 
 def read_media(row, media_root):
-    """Absolute path of a row's medium, "" for a text-only row."""
+    """The media of a row, list of Medium."""
     if row["data_type"] == "text":
-        return ""
+        return []
     path = row.get("path")
     if not path:
         raise DataError(f"has no {row['data_type']}: its path is empty")
     if not isinstance(path, str) or "\0" in path:
         raise DataError(f"has {path!r}, which is not a path")
-    return resolve_media(path, media_root, "has a path that")
+    return [Medium(row["data_type"], resolve_media(path, media_root, "has a path that"))]
 
 
 def read_solution(row, options):
@@ -472,7 +502,6 @@ def read_example(row, index, media_root):
         problem_type=row["problem_type"],
         answer=answer,
         media=media,
-        media_type=row["data_type"],
         reasoning=strip_tag(process, "think"),
         grounding=grounding,
         evidence=evidence,

@@ -389,7 +389,7 @@ class Inputs:
 
         Errors: MediaError if its medium cannot be decoded.
         """
-        made = self.pool.result(self.tasks.pop(one.place), one.example.media)
+        made = self.pool.result(self.tasks.pop(one.place), one.example.path)
         one.inputs, one.control = pickle.loads(made)
 
     def usable(self, requests, limit, skipped):
@@ -411,7 +411,7 @@ class Inputs:
                 length = len(one.inputs.input_ids)
                 if length > limit:
                     words = f"the prompt has {length} tokens (--max_prompt_length {limit})"
-                    raise MediaError(f"{one.example.media}: {words}")
+                    raise MediaError(f"{one.example.path}: {words}")
                 found.append(one)
             except MediaError as error:
                 broken[one.example.id] = str(error)

@@ -207,7 +207,9 @@ class Encoder:
             DataError: the prior was made for other frames.
         """
         medium = None
-        if example.media_type != "text":
+        if len(example.media) > 1:
+            raise DataError(f"{example.id} has several media")
+        if example.media:
             medium = self.load(example, row)
         # Times as text stand in the user's turn, before the question.
         if self.frame_times == "text" and example.media_type == "video":
@@ -238,9 +240,9 @@ class Encoder:
 
     def load(self, example, row):
         """Decode and resize an example's medium unless the cache has it -> CachedMedium."""
-        path = example.media
+        path = example.path
         # A prior's frames and uniform frames of one video are two entries.
-        key = (path, tuple(row.frames) if row else None)
+        key = (example.medium, tuple(row.frames) if row else None)
         if key not in self.media:
             if example.media_type == "image":
                 frames = load_image(path)

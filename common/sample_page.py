@@ -17,7 +17,7 @@ import torch
 from transformers import AutoConfig
 
 import reward
-from common.data import DataError, Example, read_solution, read_template, with_letters
+from common.data import DataError, Example, Medium, read_solution, read_template, with_letters
 from common.media import Encoder, decode_frames, open_video
 from common.pages import page_path, table_html, write_page
 from common.plots import COLOURS, DOTTED, line_style, name_paths, prior_figure, show_film
@@ -124,7 +124,7 @@ def answer_question(arguments, name, path, example, prior):
     item = encoder.encode(example, prior)
     prompts = collate([item], model).to(model.device)
     if prompts.slots[0] < 2:
-        raise DataError(f"{example.media}: its frames make one slot, with nothing to choose from")
+        raise DataError(f"{example.path}: its frames make one slot, with nothing to choose from")
     # 2. The answer, and one forward over it for what it looks at.
     sampling = Sampling(arguments.max_completion_length, temperature=0.0)
     layer = arguments.hidden_layer
@@ -220,7 +220,7 @@ def read_question(arguments):
     if arguments.answer:
         answer = read_solution({"problem_type": kind, "solution": arguments.answer}, options)
     video = os.path.abspath(arguments.video)
-    return Example("0", arguments.question, options, kind, answer, video, "video")
+    return Example("0", arguments.question, options, kind, answer, [Medium("video", video)])
 
 
 def sample_report(arguments):
@@ -237,7 +237,7 @@ def sample_report(arguments):
     names = name_paths(paths)
     notes = sum([check_model(arguments, path) for path in paths], [])
     example = read_question(arguments)
-    open_video(example.media)
+    open_video(example.path)
     for note in notes:
         print(f"visualize.py: warning: {note}", file=sys.stderr)
     # The prior's ablations without the semantic cue need no CLIP.
@@ -257,6 +257,6 @@ def sample_report(arguments):
     body.append(table_html(rows))
     for answer in answers:
         body.append(f"<h2>Answer of {escape(answer.name)}</h2><pre>{escape(answer.text)}</pre>")
-    frames, _ = decode_frames(example.media, prior.frames)
+    frames, _ = decode_frames(example.path, prior.frames)
     figures = {"": draw_answers(prior, frames, answers)}
     return write_page(output, example.question, "\n".join(body), figures)

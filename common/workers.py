@@ -178,7 +178,7 @@ class Pool:
             self.begin(task)
 
     def each(self, function, media, *args):
-        """Calls function(medium, *args) for every medium (kind, path), then stops the workers.
+        """Calls function(medium, *args) for every Medium, then stops the workers.
 
         Yields:
             (medium, value or MediaError) in the order in which the calls finish.
@@ -199,7 +199,7 @@ class Pool:
                 for task in done:
                     medium = running.pop(task)
                     try:
-                        value = self.result(task, medium[1])
+                        value = self.result(task, medium.path)
                     except MediaError as error:
                         value = error
                     yield medium, value

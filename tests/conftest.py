@@ -150,10 +150,10 @@ def items(toy_folder, toy_processor):
 
     examples = load_examples(toy_folder / "train_cot.json")
     encoder = Encoder(toy_processor, 56 * 56, 56 * 56)
-    videos = {example.media: example for example in examples if example.media_type == "video"}
+    videos = {example.path: example for example in examples if example.media_type == "video"}
     first, second = list(videos.values())[:2]
     image = next(example for example in examples if example.media_type == "image")
-    text = replace(image, id="text", media="", media_type="text", question="Which letter is red?")
+    text = replace(image, id="text", media=[], question="Which letter is red?")
     return [
         encoder.encode(first, video_row([0, 10, 20, 30, 40, 50])),
         encoder.encode(image),

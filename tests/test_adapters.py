@@ -410,11 +410,9 @@ def test_cfr_hand_numbers():
 def test_cfr_from_forward_is_what_the_packed_path_gives(toy_folder, toy_processor, toy_model):
     examples = load_examples(toy_folder / "train_cot.json")
     videos = list(
-        {example.media: example for example in examples if example.media_type == "video"}.values()
+        {example.path: example for example in examples if example.media_type == "video"}.values()
     )
-    text = replace(
-        videos[0], id="text", media="", media_type="text", question="Which letter is red?"
-    )
+    text = replace(videos[0], id="text", media=[], question="Which letter is red?")
     encoder = Encoder(toy_processor, 56 * 56, 56 * 56)
     items = [
         encoder.encode(example, video_row(frames))
@@ -519,7 +517,7 @@ def test_trl_trains_with_a_copy_of_the_file(toy_folder, toy_processor, toy_model
         [
             {
                 "prompt": [{"role": "user", "content": build_prompt(example)}],
-                "image": str(Path(example.media).with_suffix(".png")),
+                "image": str(Path(example.path).with_suffix(".png")),
                 "solution": row["solution"],
                 "problem_type": row["problem_type"],
             }

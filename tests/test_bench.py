@@ -17,7 +17,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import bench
 import toy
-from common.data import Example
+from common.data import Example, Medium
 from common.media import Encoder
 
 SMALL = {
@@ -93,7 +93,7 @@ def test_a_video_has_its_slots_and_visual_tokens(tmp_path):
         assert (arguments.rows, arguments.visual_tokens) == (rows, tokens)
     arguments = small(frames=5, visual_tokens=25)
     medium = bench.prepare(arguments, tmp_path)
-    example = Example("0", "Which ball is red?", [], "numerical", "1", medium, "video")
+    example = Example("0", "Which ball is red?", [], "numerical", "1", [Medium("video", medium)])
     processor = AutoProcessor.from_pretrained(tmp_path)
     item = Encoder(processor, 0, 1 << 40, arguments.frames).encode(example)
     assert item.grid_thw.tolist() == [3, 4, 8]

@@ -13,6 +13,7 @@ from common.data import (
     PROBLEM_TYPES,
     DataError,
     Example,
+    Medium,
     answer_type,
     build_prompt,
     chat_parts,
@@ -60,8 +61,7 @@ def test_a_row_becomes_an_example(tmp_path):
         options=["A. a ball", "B. a car"],
         problem_type="multiple choice",
         answer="A",
-        media=str(tmp_path.resolve() / "videos/a.mp4"),
-        media_type="video",
+        media=[Medium("video", str(tmp_path.resolve() / "videos/a.mp4"))],
         reasoning="It rolls.",
         grounding=[(4.0, 68.0, "a ball rolls"), (10.0, 10.0, "it stops")],
         evidence=[(4, 8.5)],
@@ -75,7 +75,7 @@ def test_json_lines_and_media_root(tmp_path):
     file.write_text(file.read_text() + "\n\n")
     examples = load_examples(str(file), media_root=str(tmp_path / "media"))
     assert [example.id for example in examples] == ["0", "1", "2"]
-    assert examples[0].media == str(tmp_path.resolve() / "media/videos/a.mp4")
+    assert examples[0].path == str(tmp_path.resolve() / "media/videos/a.mp4")
 
 
 def test_json_lines_may_hold_unicode_line_separators(tmp_path):
@@ -243,7 +243,7 @@ def test_rows_without_optional_fields(tmp_path):
         example.evidence,
     ) == ("4", [], "", [], [])
     text = parse_example({**row, "data_type": "text", "path": ""}, 0, tmp_path)
-    assert text.media == "" and text.media_type == "text"
+    assert text.media == [] and text.media_type == "text" and text.path == ""
 
 
 @pytest.mark.parametrize(
@@ -396,7 +396,7 @@ def test_unusable_rows_are_listed_when_asked_for(tmp_path):
 
 def one(folder, row):
     [example] = load_examples(write_dataset(folder, [row]))
-    return example, example.media.removeprefix(f"{folder.resolve()}/")
+    return example, example.path.removeprefix(f"{folder.resolve()}/")
 
 
 @pytest.mark.parametrize(
@@ -576,8 +576,7 @@ EXAMPLE = Example(
     options=["A. a ball", "B. a car"],
     problem_type="multiple choice",
     answer="A",
-    media="",
-    media_type="text",
+    media=[],
     reasoning="It rolls.",
 )
 
@@ -607,14 +606,17 @@ def test_prompt_template_replaces_the_wording():
 
 
 def test_chat_parts(toy_processor):
-    text = "".join(chat_parts(toy_processor, replace(EXAMPLE, media_type="video")))
+    text = "".join(chat_parts(toy_processor, replace(EXAMPLE, media=[Medium("video", "v.mp4")])))
     assert text == (
         "<|im_start|>user\n<|vision_start|><|video_pad|><|vision_end|>"
         + build_prompt(EXAMPLE)
         + "<|im_end|>\n<|im_start|>assistant\n"
     )
     assert "\nA. a ball\nB. a car\n" in text
-    assert "<|image_pad|>" in chat_parts(toy_processor, replace(EXAMPLE, media_type="image"))[0]
+    assert (
+        "<|image_pad|>"
+        in chat_parts(toy_processor, replace(EXAMPLE, media=[Medium("image", "i.png")]))[0]
+    )
     assert "<|vision_start|>" not in chat_parts(toy_processor, EXAMPLE)[0]
     assert "".join(chat_parts(toy_processor, EXAMPLE, "<{question}>")).startswith(
         "<|im_start|>user\n<What moves?"
@@ -738,8 +740,7 @@ CHOICE = Example(
     ["A. sit", "B. (stand) up", "C. run", "D. sleep"],
     "multiple choice",
     "B",
-    "/a.mp4",
-    "video",
+    [Medium("video", "/a.mp4")],
     reasoning="He stands.",
     evidence=[(1.0, 2.0)],
     extra={"path": "a.mp4"},
@@ -752,7 +753,7 @@ def test_inversion_exchanges_right_and_wrong():
         new = invert_question(CHOICE, random.Random(seed))
         assert (new.id, new.media, new.evidence, new.extra["path"]) == (
             "q",
-            "/a.mp4",
+            [Medium("video", "/a.mp4")],
             [(1.0, 2.0)],
             "a.mp4",
         )

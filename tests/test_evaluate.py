@@ -1242,7 +1242,7 @@ def test_controls_change_what_the_model_sees(
     example = next(
         e
         for e in load_examples(flags[3], errors=[])
-        if e.media_type == "video" and Path(e.media).name not in ("missing.mp4", "damaged.mp4")
+        if e.media_type == "video" and Path(e.path).name not in ("missing.mp4", "damaged.mp4")
     )
     encoder = Encoder(toy_processor, 3136, 3136, 4)
     seen = {}

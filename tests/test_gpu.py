@@ -287,7 +287,7 @@ def test_groups_of_every_recipe(flags, toy_folder, toy_processor, talker, monkey
     """Sampling, reference, policy, rewards, loss and backward of two videos and an image."""
     examples = load_examples(toy_folder / "train.json")
     videos = {
-        example.media: example
+        example.path: example
         for example in examples
         if example.media_type == "video" and example.options
     }
@@ -417,7 +417,7 @@ def test_look(checkpoint, toy_folder, as_if):
     )
     arguments = visualize.SampleArguments(
         model_name_or_path=str(checkpoint),
-        video=video.media,
+        video=video.path,
         question=video.question,
         min_pixels=3136,
         max_pixels=3136,

@@ -9,7 +9,7 @@ from PIL import Image
 
 import toy
 from common import media
-from common.data import DataError, Example, MediaError, Prior, chat_parts
+from common.data import DataError, Example, MediaError, Medium, Prior, chat_parts
 from common.media import (
     Encoder,
     decode_frames,
@@ -25,8 +25,7 @@ EXAMPLE = Example(
     options=["A. a ball", "B. a car"],
     problem_type="multiple choice",
     answer="A",
-    media="",
-    media_type="text",
+    media=[],
 )
 
 
@@ -158,7 +157,9 @@ def test_an_image_that_cannot_be_resized_is_a_media_error(tmp_path, toy_processo
     Image.new("RGB", (4000, 10)).save(
         tmp_path / "strip.png"
     )  # aspect 400; Qwen's smart_resize refuses over 200
-    example = Example("1", "What?", [], "free-form", "x", str(tmp_path / "strip.png"), "image")
+    example = Example(
+        "1", "What?", [], "free-form", "x", [Medium("image", str(tmp_path / "strip.png"))]
+    )
     with pytest.raises(MediaError, match="strip.png"):
         Encoder(toy_processor, 784, 4 * 784).encode(example)
 
@@ -190,13 +191,13 @@ def brightness(item, processor):
 @pytest.fixture
 def video_example(tmp_path):
     path = write_video(tmp_path / "v.mp4", size=(56, 56))
-    return replace(EXAMPLE, id="v", media=path, media_type="video")
+    return replace(EXAMPLE, id="v", media=[Medium("video", path)])
 
 
 @pytest.fixture
 def image_example(tmp_path):
     Image.new("RGB", (56, 56), (200, 60, 20)).save(tmp_path / "i.png")
-    return replace(EXAMPLE, id="i", media=str(tmp_path / "i.png"), media_type="image")
+    return replace(EXAMPLE, id="i", media=[Medium("image", str(tmp_path / "i.png"))])
 
 
 def test_encode_video(video_example, toy_processor):
@@ -274,7 +275,7 @@ def test_examples_of_two_files_may_share_an_id(video_example, toy_processor, tmp
     """
     encoder = encoder_of(toy_processor)
     path = write_video(tmp_path / "w.mp4", size=(56, 56))
-    other = replace(video_example, question="What stands still?", media=path)
+    other = replace(video_example, question="What stands still?", media=[Medium("video", path)])
     for example, word in ((video_example, "moves"), (other, "still"), (video_example, "moves")):
         assert word in toy_processor.tokenizer.decode(encoder.encode(example).input_ids)
 
@@ -291,7 +292,7 @@ def test_eviction_keeps_within_the_limit_and_stays_right(tmp_path, toy_processor
     examples = []
     for index in range(3):
         path = write_video(tmp_path / f"{index}.mp4", step=index + 1, size=(56, 56))
-        examples.append(replace(EXAMPLE, id=path, media=path, media_type="video"))
+        examples.append(replace(EXAMPLE, id=path, media=[Medium("video", path)]))
     # a video: 4 frames of 3 x 56 x 56 = 37,632 bytes, and as float32 patches four times that:
     # 188,160; two fit into 400 kB
     encoder = encoder_of(toy_processor, cache_gb=400e3 / 1e9)
@@ -301,7 +302,7 @@ def test_eviction_keeps_within_the_limit_and_stays_right(tmp_path, toy_processor
     assert len(encoder.media) == 2
     assert sum(map(bytes_held, encoder.media.values())) <= 400e3
     # the one used longest ago was dropped
-    assert [path for path, _ in encoder.media] == [examples[2].media, examples[1].media]
+    assert [medium for medium, _ in encoder.media] == [examples[2].video, examples[1].video]
 
 
 @pytest.mark.parametrize("kind", ["video", "image"])
@@ -355,7 +356,7 @@ def test_a_prior_of_other_frames_than_the_cached_ones_is_decoded(video_example, 
 
 def test_a_broken_video_is_not_cached(tmp_path, toy_processor):
     encoder = encoder_of(toy_processor)
-    example = replace(EXAMPLE, media=str(tmp_path / "late.mp4"), media_type="video")
+    example = replace(EXAMPLE, media=[Medium("video", str(tmp_path / "late.mp4"))])
     with pytest.raises(MediaError, match="late.mp4"):
         encoder.encode(example)
     write_video(tmp_path / "late.mp4")

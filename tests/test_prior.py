@@ -30,7 +30,7 @@ from warm import Script, run_script
 
 import prior
 from common import workers
-from common.data import DataError, Example, MediaError, load_examples
+from common.data import DataError, Example, MediaError, Medium, load_examples
 from common.media import decode_frames
 from common.workers import Pool
 
@@ -165,10 +165,9 @@ def media(tmp_path_factory):
 
 
 def example(media, name, question="which scene comes first", id=None):
-    kind = {".mp4": "video", ".png": "image"}.get(Path(name).suffix, "text")
-    return Example(
-        id or name, question, [], "free-form", "a", str(media / name) if name else "", kind
-    )
+    kind = {".mp4": "video", ".png": "image"}.get(Path(name).suffix)
+    shown = [Medium(kind, str(media / name))] if name else []
+    return Example(id or name, question, [], "free-form", "a", shown)
 
 
 def arguments(**changes):
@@ -330,7 +329,7 @@ def test_every_detector_finds_every_hard_cut(tmp_path, detector, seed, k):
         ],
     )
     indices, _, scores, pixels = prior.read_cues(
-        ("video", str(tmp_path / "cuts.mp4")), arguments(frames=k, scene=detector)
+        Medium("video", str(tmp_path / "cuts.mp4")), arguments(frames=k, scene=detector)
     )
     starts = np.cumsum(lengths)[:-1]
     assert cuts(scores, detector) == [
@@ -346,7 +345,7 @@ def test_the_threshold_detector_finds_cuts_through_black(tmp_path):
         tmp_path / "fades.mp4", [frame for scene, n in parts for frame in noisy(scene, n, rng, 2)]
     )
     indices, _, scores, _ = prior.read_cues(
-        ("video", str(tmp_path / "fades.mp4")), arguments(frames=32, scene="threshold")
+        Medium("video", str(tmp_path / "fades.mp4")), arguments(frames=32, scene="threshold")
     )
     found = [indices[i] for i, score in enumerate(scores) if score == 1]
     step = indices[1] - indices[0]
@@ -365,7 +364,7 @@ def test_no_detector_finds_a_cut_in_a_static_video(tmp_path, detector, picture):
         tmp_path / "static.mp4", noisy(pictures()[picture], 80, np.random.default_rng(2), 6)
     )
     scores = prior.read_cues(
-        ("video", str(tmp_path / "static.mp4")), arguments(frames=16, scene=detector)
+        Medium("video", str(tmp_path / "static.mp4")), arguments(frames=16, scene=detector)
     )[2]
     assert cuts(scores, detector) == [] and (detector == "hsv" or set(scores) == {0.0})
 
@@ -377,9 +376,9 @@ def test_a_threshold_is_the_detectors_own(tmp_path):
     path = str(write_video(tmp_path / "cut.mp4", frames))
     scores = [
         sum(
-            prior.read_cues(("video", path), arguments(scene="content", scene_threshold=threshold))[
-                2
-            ]
+            prior.read_cues(
+                Medium("video", path), arguments(scene="content", scene_threshold=threshold)
+            )[2]
         )
         for threshold in (None, 250)
     ]
@@ -420,7 +419,9 @@ def write_av(path, frames, times=None, codec="mpeg4", fps=8, **options):
     ],
 )
 def test_fps(media, fps, expected):
-    indices, times, _, _ = prior.read_cues(("video", str(media / "scenes.mp4")), arguments(fps=fps))
+    indices, times, _, _ = prior.read_cues(
+        Medium("video", str(media / "scenes.mp4")), arguments(fps=fps)
+    )
     assert indices == expected and times == [index / 8 for index in indices]
 
 
@@ -436,7 +437,7 @@ def test_variable_frame_rate(tmp_path, scene):
     ]  # 8 fps for 2 s, then 2 fps
     path = write_av(tmp_path / "vfr.mp4", frames, times)
     indices, seconds, scores, _ = prior.read_cues(
-        ("video", path), arguments(scene=scene, frames=12)
+        Medium("video", path), arguments(scene=scene, frames=12)
     )
     assert seconds == pytest.approx([times[index] / 1000 for index in indices], abs=2e-3)
     assert cuts(scores, scene) == [
@@ -452,7 +453,7 @@ def test_a_stream_that_begins_late(tmp_path):
     ]
     path = write_av(tmp_path / "late.mkv", frames, [5000 + 125 * i for i in range(48)])
     for scene in ("hsv", "content"):
-        indices, _, scores, _ = prior.read_cues(("video", path), arguments(scene=scene))
+        indices, _, scores, _ = prior.read_cues(Medium("video", path), arguments(scene=scene))
         assert cuts(scores, scene) == [next(i for i, index in enumerate(indices) if index >= 24)]
 
 
@@ -472,7 +473,7 @@ def test_a_rotated_video_is_seen_upright(tmp_path):
     rotate(tmp_path / "turned.mp4")
     shapes = []
     prior.read_cues(
-        ("video", str(tmp_path / "turned.mp4")),
+        Medium("video", str(tmp_path / "turned.mp4")),
         arguments(),
         lambda image: shapes.append(image.copy()) or torch.zeros(3, 1, 1),
     )
@@ -488,7 +489,7 @@ def test_large_frames_are_not_held_together(tmp_path):
     code = (
         "import resource, prior; usage = resource.getrusage; own = resource.RUSAGE_SELF;"
         "peak = lambda: usage(own).ru_maxrss; before = peak();"
-        f"medium = ('video', {str(tmp_path / 'large.mp4')!r});"
+        f"medium = prior.Medium('video', {str(tmp_path / 'large.mp4')!r});"
         "indices = prior.read_cues(medium, prior.PriorSettings(frames=24))[0];"
         "print(len(indices), (peak() - before) // 1024)"
     )
@@ -684,18 +685,18 @@ def test_a_fault_of_ours_is_not_swallowed(clip, media, monkeypatch):
 
 
 def hang(medium, settings, preprocess):
-    time.sleep(600 if "hang" in medium[1] else 0)
-    if "crash" in medium[1]:
+    time.sleep(600 if "hang" in medium.path else 0)
+    if "crash" in medium.path:
         os.kill(os.getpid(), signal.SIGSEGV)
-    if "fault" in medium[1]:
+    if "fault" in medium.path:
         raise ZeroDivisionError("ours")
-    return medium[1]
+    return medium.path
 
 
 def test_a_decoder_that_hangs_or_dies_costs_its_medium_alone(monkeypatch):
     monkeypatch.setattr(prior, "read_cues", hang)
     media = [
-        ("video", name)
+        Medium("video", name)
         for name in ("a", "hang", "b", "crash", "c", "hang2", "d", "e", "f", "g", "h")
     ]
     begin = time.monotonic()
@@ -704,10 +705,12 @@ def test_a_decoder_that_hangs_or_dies_costs_its_medium_alone(monkeypatch):
     assert list(found) != media and set(found) == set(
         media
     )  # in the order in which they are finished
-    assert [found["video", name] for name in "abcdefgh"] == list("abcdefgh")
-    assert "hang: not decoded within 1 s (--decode_timeout)" in str(found["video", "hang"])
-    assert "crash: the decoder died of it (exit code -11)" in str(found["video", "crash"])
-    assert all(isinstance(found["video", name], MediaError) for name in ("hang", "hang2", "crash"))
+    assert [found[Medium("video", name)] for name in "abcdefgh"] == list("abcdefgh")
+    assert "hang: not decoded within 1 s (--decode_timeout)" in str(found[Medium("video", "hang")])
+    assert "crash: the decoder died of it (exit code -11)" in str(found[Medium("video", "crash")])
+    assert all(
+        isinstance(found[Medium("video", name)], MediaError) for name in ("hang", "hang2", "crash")
+    )
 
 
 def test_workers_killed_between_two_calls_cost_nothing():
@@ -742,7 +745,11 @@ def test_a_fault_of_ours_in_a_worker_is_not_swallowed(monkeypatch):
     with pytest.raises(ZeroDivisionError, match="ours"):
         list(
             prior.all_cues(
-                [("video", name) for name in ("a", "fault", "b")], None, None, workers=1, timeout=30
+                [Medium("video", name) for name in ("a", "fault", "b")],
+                None,
+                None,
+                workers=1,
+                timeout=30,
             )
         )
 
@@ -801,7 +808,7 @@ def test_options_in_the_text(clip, media):
     alone, both = (
         prior.make_prior(asked, clip, arguments(semantic_options=flag)) for flag in (False, True)
     )
-    frames, _ = decode_frames(asked.media, alone.frames)
+    frames, _ = decode_frames(asked.path, alone.frames)
     assert alone.semantic_scores == pytest.approx(
         prior.semantic_scores(frames, "which scene", clip).tolist(), abs=1e-6
     )
@@ -1343,7 +1350,9 @@ def test_a_second_run_keeps_the_rows_and_tries_the_broken_again(
     monkeypatch.setattr(
         prior,
         "read_cues",
-        lambda medium, *others: decoded.append(Path(medium[1]).name) or read_cues(medium, *others),
+        lambda medium, *others: (
+            decoded.append(Path(medium.path).name) or read_cues(medium, *others)
+        ),
     )
     (media / "absent.mp4").write_bytes((media / "short.mp4").read_bytes())  # mended
     try:
@@ -1492,10 +1501,10 @@ def test_workers_end_with_the_process_they_work_for(tmp_path):
         "import multiprocessing, os, signal, sys, time\n"
         "import prior\n"
         "def hang(medium, settings, preprocess):\n"
-        "    time.sleep(600 if medium[1] == 'hang' else 0)\n"
+        "    time.sleep(600 if medium.path == 'hang' else 0)\n"
         "prior.read_cues = hang\n"
         "if __name__ == '__main__':\n"
-        "    media = [('video', 'a'), ('video', 'hang')]\n"
+        "    media = [prior.Medium('video', name) for name in ('a', 'hang')]\n"
         "    for medium, found in prior.all_cues(media, None, None, workers=1):\n"
         "        print(*(child.pid for child in multiprocessing.active_children()), flush=True)\n"
         "        os.kill(os.getpid(), signal.SIGKILL)"

@@ -63,7 +63,7 @@ def test_patch_contributions():
 def test_answer_equals_plain_transformers(checkpoint, toy_folder, toy_processor):
     examples = load_examples(toy_folder / "train_cot.json")
     video = next(example for example in examples if example.media_type == "video")
-    example = Example("0", "q", [], "free-form", "", video.media, "video")
+    example = Example("0", "q", [], "free-form", "", [video.medium])
     frames = [0, 9, 20, 31, 42, 53, 60]  # 7 frames, 4 slots
     times = [index / 4 for index in frames]
     row = Prior("0", frames=frames, times=times, prior=[1 / 7] * 7)
@@ -119,7 +119,7 @@ def test_rewards_by_hand():
     """P is (0.2, 0.8) over 2 slots; use (0.25, 0.75): R_cf = 0.05 + 0.6 = 0.65."""
     prior = [0.1, 0.1, 0.6, 0.2]
     row = Prior("0", frames=[0, 1, 2, 3], times=[0.0, 1.0, 2.0, 3.0], prior=prior)
-    example = Example("0", "q", ["A. x", "B. y"], "multiple choice", "B", "", "video")
+    example = Example("0", "q", ["A. x", "B. y"], "multiple choice", "B")
 
     def column(example, text, length, **uses):
         uses = {score: torch.tensor(use) for score, use in uses.items()}
@@ -143,7 +143,7 @@ def test_rewards_by_hand():
     assert found["format reward"] == found["length reward"] == 0
     assert found["accuracy reward"] == "0.000" and found["R_cf, hidden"] == "0.350"
     assert found["R_cf, attention"] == "0.800"
-    unknown = Example("0", "q", [], "free-form", "", "", "video")
+    unknown = Example("0", "q", [], "free-form", "")
     found = column(unknown, right, 2, hidden=[0.25, 0.75])
     assert not any("accuracy" in name or "length" in name for name in found)
 

@@ -8,13 +8,13 @@ import torch
 from conftest import hf_inputs
 
 import train
-from common.data import Example
+from common.data import Example, Medium
 from common.policy import Policy
 
 
 def example(name, media, reasoning="It rolls."):
-    kind = "video" if media else "text"
-    return Example(name, "What?", [], "free-form", "a ball", media, kind, reasoning=reasoning)
+    shown = [Medium("video", media)] if media else []
+    return Example(name, "What?", [], "free-form", "a ball", shown, reasoning=reasoning)
 
 
 def order(examples, count, together=1):

@@ -255,7 +255,7 @@ def test_held_out_priors_are_given_or_computed(place, monkeypatch):
         prior,
         "read_cues",
         lambda medium, *others: (
-            decoded.append(os.path.basename(medium[1])) or read_cues(medium, *others)
+            decoded.append(os.path.basename(medium.path)) or read_cues(medium, *others)
         ),
     )
     place.start(*flags)

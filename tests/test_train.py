@@ -367,9 +367,7 @@ def test_other_families_train(family, small_toy, tmp_path):
 )
 def test_what_no_answer_can_earn(kind, answer, earned):
     cause = f"its own solution '{answer}' scores 0 as {kind}, so no answer can earn it"
-    assert train.unearnable(Example("1", "?", [], kind, answer, "", "text")) == (
-        None if earned else cause
-    )
+    assert train.unearnable(Example("1", "?", [], kind, answer)) == (None if earned else cause)
     assert (
         train.plain_cause(cause)
         == f"its own solution ... scores ... as {kind}, so no answer can earn it"
@@ -650,7 +648,7 @@ def test_steps_come_from_epochs(monkeypatch):
 
     def steps(count, **more):
         plan = train.schedule(SimpleNamespace(**flags | more), "sft")
-        examples = [SimpleNamespace(media="")] * count
+        examples = [SimpleNamespace(media=[])] * count
         return plan.steps(train.Questions(plan.order(examples, 0), "d.json"))
 
     assert steps(10) == 6  # 25 demonstrations, four a step

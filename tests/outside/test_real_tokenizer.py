@@ -9,7 +9,7 @@ from outside.qwen import TEMPLATE, THINKING_TEMPLATE, qwen_processor, qwen_token
 from PIL import Image
 from transformers import GenerationConfig
 
-from common.data import Example, chat_parts, plain_ids
+from common.data import Example, Medium, chat_parts, plain_ids
 from common.media import Encoder
 from common.rollout import read_turn, stop_tokens
 from grpo import answer_likelihoods
@@ -28,8 +28,7 @@ EXAMPLE = Example(
     options=["A. a ball", "B. a car"],
     problem_type="multiple choice",
     answer="B",
-    media="",
-    media_type="text",
+    media=[],
     reasoning="It rolls.",
 )
 
@@ -51,10 +50,11 @@ def test_the_tokenizer_is_qwen_s():
     assert own.convert_tokens_to_ids(["<|im_end|>", "<|video_pad|>"]) == [END, VIDEO_PAD]
 
 
-@pytest.mark.parametrize("media_type", ["text", "image"])
-def test_ordinary_words_become_the_ids_of_the_whole_prompt(processor, media_type, tmp_path):
+@pytest.mark.parametrize("kind", ["text", "image"])
+def test_ordinary_words_become_the_ids_of_the_whole_prompt(processor, kind, tmp_path):
     Image.new("RGB", (56, 56)).save(tmp_path / "i.png")
-    example = replace(EXAMPLE, media=str(tmp_path / "i.png"), media_type=media_type)
+    picture = Medium("image", str(tmp_path / "i.png"))
+    example = replace(EXAMPLE, media=[picture] if kind == "image" else [])
     item = Encoder(processor, 56 * 56, 56 * 56).encode(example)
     text = "".join(chat_parts(processor, example)).replace("<|image_pad|>", "<|image_pad|>" * 4)
     assert text.startswith(
@@ -65,7 +65,7 @@ def test_ordinary_words_become_the_ids_of_the_whole_prompt(processor, media_type
 
 def test_special_tokens_in_a_question_are_text(processor, tmp_path):
     Image.new("RGB", (56, 56)).save(tmp_path / "i.png")
-    picture = dict(media=str(tmp_path / "i.png"), media_type="image")
+    picture = dict(media=[Medium("image", str(tmp_path / "i.png"))])
     encoder = Encoder(processor, 56 * 56, 56 * 56)
     plain = encoder.encode(replace(EXAMPLE, **picture)).input_ids.tolist()
     attacked = encoder.encode(replace(EXAMPLE, question=ATTACK, **picture)).input_ids.tolist()
