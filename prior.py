@@ -24,6 +24,7 @@ import math
 import os
 import sys
 from dataclasses import dataclass, fields
+from fractions import Fraction
 from functools import lru_cache
 from pathlib import Path
 
@@ -34,6 +35,8 @@ import scenedetect
 import torch
 from PIL import Image
 from safetensors import SafetensorError
+from scenedetect.common import FrameTimecode, Timecode
+from scenedetect.scene_manager import compute_downscale_factor
 from tqdm import tqdm
 
 from common.data import (
@@ -47,7 +50,9 @@ from common.data import (
     load_examples,
 )
 from common.flags import Parser, flag
-from common.media import decode_frames, load_image, open_video, read_frames, uniform_frames
+from common.media import decode_frames
+from common.media import uniform_frames as uniform_frames  # people import it from here
+from common.video import DECODERS, load_image, open_medium, open_video
 from common.workers import Pool, ShardedLines, check_settings, join_ranks, take_core
 from grpo import slot_shares
 
@@ -83,7 +88,16 @@ class PriorSettings:
         group="Prior (Eq. 1-2)",
     )
     fps: float | None = flag(
-        None, "Frames a second to sample evenly instead, at most --frames of them. None: --frames."
+        None,
+        "Frames a second to sample evenly instead, an even number, at most --frames. None: "
+        "--frames. (The releases: 2, with --min_frames 4.)",
+    )
+    min_frames: int = flag(1, "Fewest frames that --fps samples; all of a shorter video.")
+    decoder: str = flag(
+        "pyav",
+        "Reads video files. pyav: the frames that a player shows. decord: those that the releases "
+        "see, which are other ones in some files (docs/priors.md).",
+        choices=DECODERS,
     )
     scene: str = flag(
         "hsv",
@@ -128,7 +142,14 @@ class PriorSettings:
 
     def __post_init__(self):
         # P is a distribution over all frames. Flags of the command line are checked as well.
-        least = {"frames": 1, "semantic_k": 1, "scene_threshold": 0, "w_scene": 0, "w_sem": 0}
+        least = {
+            "frames": 1,
+            "min_frames": 1,
+            "semantic_k": 1,
+            "scene_threshold": 0,
+            "w_scene": 0,
+            "w_sem": 0,
+        }
         least |= {"w_base": 1e-6, "fps": 1e-6, "decode_timeout": 1e-6, "workers": 0}
         for name, bound in least.items():
             value = getattr(self, name, None)
@@ -273,29 +294,34 @@ def histogram_distances(histograms):
     return np.array(distances)  # (K,)
 
 
-def detector_scores(path, times, name, threshold=None):
+def detector_scores(video, indices, name, threshold=None):
     """1 where a sampled frame is the first after a cut that a PySceneDetect detector finds, else 0.
 
     Args:
-        times: (K,) seconds of the sampled frames since the video's first frame. A cut after the
-            last of them is not seen.
-        name: key of DETECTORS, applied to every frame of the video.
+        video: video.Video.
+        indices: (K,) sampled frames. The detector sees every frame from the first to the last.
+        name: key of DETECTORS.
     Returns:
         (K,) float64.
     """
     options = {} if threshold is None else {"threshold": threshold}
     detector = DETECTORS[name](min_scene_len=SHORTEST_SCENE, **options)
-    try:
-        scenes = scenedetect.detect(path, detector)
-    except (scenedetect.VideoOpenFailure, cv2.error, OSError) as error:
-        raise MediaError(
-            f"{path}: PySceneDetect cannot read the video ({first_words(error)})"
-        ) from error
+    rate = (len(video) - 1) / video.times[-1] if len(video) > 1 else 1.0
+    numbers = range(indices[0], indices[-1] + 1)
+    cuts = []
+    for number, frame in zip(numbers, video.read(numbers), strict=True):
+        microseconds = round(video.times[number] * 1e6)
+        stamp = FrameTimecode(Timecode(microseconds, Fraction(1, 10**6)), rate)
+        # In the size that the library's own reading gives its detectors.
+        scale = 1 / compute_downscale_factor(max(frame.shape[:2]))
+        frame = cv2.resize(frame, None, fx=scale, fy=scale)
+        cuts += detector.process_frame(stamp, cv2.cvtColor(frame, cv2.COLOR_RGB2BGR))
+    cuts += detector.post_process(stamp)
     # A frame exactly at a cut belongs to the new scene, whatever the rounding of its time.
-    starts = [start.seconds - 1e-3 for start, _ in scenes[1:]]
-    scores = np.zeros(len(times) + 1)  # a cut after the last sampled frame counts for the last
-    scores[np.searchsorted(times, starts)] = 1.0
-    return scores[:-1]
+    starts = [cut.seconds - 1e-3 for cut in cuts]
+    scores = np.zeros(len(indices))
+    scores[np.searchsorted(video.times[indices], starts)] = 1.0
+    return scores
 
 
 def scene_set(scores, threshold=0.2):
@@ -432,25 +458,21 @@ def read_cues(medium, settings, preprocess=None):
     """Decodes a medium and reads its cues, one frame at a time.
 
     Args:
-        medium: ("video" or "image", path).
+        medium: Medium.
         preprocess: Clip.preprocess; None: no pixels are returned.
     Returns:
         Cues.
     Errors: MediaError if the medium cannot be read.
     """
-    path = medium.path
     if medium.kind == "image":
-        load_image(path)  # finds a broken one
+        load_image(medium.path)  # finds a broken one
         return Cues([0], [0.0], [], None)
-    reader = open_video(path)
-    indices = sample_frames(reader, settings)
-    times = []
+    video, indices = open_medium(medium, settings)
+    times = rounded(video.times[indices])
     histograms = []
     pixels = []
     # All frames of a long 4K video would not fit into the memory of many workers.
-    for index in indices:
-        [frame], [time] = read_frames(reader, path, [index])  # (H, W, 3), seconds
-        times.append(round(float(time), 6))
+    for frame in video.read(indices):  # (H, W, 3)
         if settings.scene == "hsv":
             histograms.append(hsv_histogram(frame))
         if preprocess is not None:
@@ -458,20 +480,8 @@ def read_cues(medium, settings, preprocess=None):
     if settings.scene == "hsv":
         scores = histogram_distances(histograms)
     else:
-        since_begin = np.array(times) - times[0]
-        scores = detector_scores(path, since_begin, settings.scene, settings.scene_threshold)
+        scores = detector_scores(video, indices, settings.scene, settings.scene_threshold)
     return Cues(indices, times, rounded(scores), np.stack(pixels) if pixels else None)
-
-
-def sample_frames(reader, settings):
-    """Frame indices of an open video: --frames, or --fps a second but at most --frames, evenly."""
-    total = len(reader)
-    count = settings.frames
-    if settings.fps is not None:
-        times = reader.get_frame_timestamp([0, total - 1])  # (2, 2): start and end, in seconds
-        seconds = times[1, 1] - times[0, 0]
-        count = min(count, max(1, round(seconds * settings.fps)))
-    return uniform_frames(total, count)
 
 
 def rounded(scores):
@@ -648,7 +658,7 @@ def frame_set_rows(examples, settings):
         times = [0.0]
         if example.video:
             try:
-                times = frame_times(example.path, tuple(frames))
+                times = frame_times(example.video, settings.decoder, tuple(frames))
             except MediaError as error:
                 errors += error_lines([example], error)
                 continue
@@ -660,6 +670,7 @@ def frame_set_rows(examples, settings):
             times=times,
             scene=nearest(frames, sets["scene"]),
             semantic=nearest(frames, sets["semantic"]),
+            settings={"decoder": settings.decoder},
         )
         rows.append(weigh(row, settings))
     return rows, errors
@@ -671,14 +682,15 @@ def nearest(frames, indices):
 
 
 @lru_cache(1 << 14)  # the questions of a video share its frames
-def frame_times(path, frames):
+def frame_times(medium, decoder, frames):
     """Seconds of these frames of a video, without decoding them."""
-    reader = open_video(path)
-    if frames[-1] >= len(reader):
+    video = open_video(medium.path, decoder, medium.fps)
+    if frames[-1] >= len(video):
         raise MediaError(
-            f"{path}: its frame_sets name frame {frames[-1]}, the video ends with {len(reader) - 1}"
+            f"{medium.path}: its frame_sets name frame {frames[-1]}, the video ends with "
+            f"{len(video) - 1}"
         )
-    return rounded(reader.get_frame_timestamp(frames)[:, 0])
+    return rounded(video.times[list(frames)])
 
 
 # ----------------------------------------------------------------------------------- priors files
@@ -763,7 +775,10 @@ def load_priors(path, examples, settings, own=False):
                 "file; build it for this data set, or choose another file"
             )
         check_count(f"priors file {path}", row.frames, example, settings, row.settings.get("fps"))
-        # Rows of other programs need not record settings.
+        # Rows of other programs need not record settings; ours had no other decoder at first.
+        if row.settings:
+            row.settings.setdefault("decoder", "decord")
+            row.settings.setdefault("min_frames", 1)
         made_with = {**compared, **row.settings}
         check_settings(f"priors file {path}", made_with, compared, remedy)
         rows[row.problem_id] = row
@@ -888,7 +903,7 @@ def run_video(arguments):
             f"{frame:5d} {row.times[position]:6.1f} s  {row.scene_scores[position]:6.3f}{begins} "
             f"{semantic[position]:8.3f}{alike} {prior:6.3f} {'#' * round(100 * prior)}"
         )
-    frames, _ = decode_frames(path, row.frames)  # (K, H, W, 3)
+    frames, _ = decode_frames(path, row.frames, arguments.decoder)  # (K, H, W, 3)
     figure, _ = prior_figure(row, frames)
     figure.savefig(arguments.output)
     print(

@@ -1410,6 +1410,9 @@ def read_inputs(args, settings, resume):
         read_template(args.prompt_template),
         frame_times=args.frame_times,
         system_prompt=args.system_prompt,
+        fps=settings.fps,
+        min_frames=settings.min_frames,
+        decoder=settings.decoder,
     )
     # result.json gets its further entries in run().
     result = {"command": sys.argv, "seed": args.seed}
@@ -1533,7 +1536,7 @@ def prepare_output(output, args, settings, resume):
         with open(output / name, "ab") as file:
             file.truncate(min(file.tell(), resume.get("sizes", {}).get(name, 0)))
     # Every setting, and what the numbers may depend on beside them.
-    packages = ("torch", "transformers", "deepspeed", "open_clip_torch", "decord")
+    packages = ("torch", "transformers", "deepspeed", "open_clip_torch", "av")
     facts = {
         **asdict(args),
         **asdict(settings),

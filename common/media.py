@@ -10,39 +10,26 @@ from collections import OrderedDict
 from dataclasses import dataclass, field, replace
 
 import cv2
-import decord
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from transformers import ProcessorMixin
 from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
 
-from common.data import PROMPT_TEMPLATE, DataError, MediaError, chat_parts, first_words, plain_ids
-
-# The exception says what is wrong with a video; decord's own messages would break the progress bar.
-decord.logging.set_level(decord.logging.QUIET)
-
-# What decord raises depends on the kind of damage.
-VIDEO_ERRORS = (decord.DECORDError, RuntimeError, MemoryError)
+from common.data import PROMPT_TEMPLATE, DataError, MediaError, chat_parts, plain_ids
+from common.video import load_image, open_medium, open_video
 
 
-def open_video(path):
-    """Open a video file with decord. MediaError if it is missing, empty or not a video."""
-    # decord's messages for these two do not name the cause.
-    if not os.path.isfile(path):
-        raise MediaError(f"{path}: no such file")
-    if os.path.getsize(path) == 0:
-        raise MediaError(f"{path}: empty file")
-    try:
-        reader = decord.VideoReader(path, num_threads=1)
-    except VIDEO_ERRORS as error:
-        if cv2.haveImageReader(path):
-            raise MediaError(f"{path}: an image where a video was promised") from error
-        raise MediaError(f"{path}: not a readable video ({first_words(error)})") from error
-    if len(reader) == 0:
-        raise MediaError(f"{path}: the video has no frames")
-    return reader
+@dataclass
+class Frames:
+    """Frames of a medium, in the order in which they were asked for."""
+
+    indices: list[int]  # (K,) numbers among the frames that are shown
+    times: np.ndarray  # (K,) seconds since the first frame shown
+    frames: np.ndarray  # (K, H, W, 3) uint8 RGB
+
+    def __iter__(self):
+        return iter((self.indices, self.times, self.frames))
 
 
 def uniform_frames(total, k):
@@ -50,46 +37,44 @@ def uniform_frames(total, k):
     return np.linspace(0, total - 1, min(k, total)).round().astype(int).tolist()
 
 
-def read_frames(reader, path, indices):
-    """Decode frames of an open video.
+def sample_video(
+    path, count, fps=None, start=None, end=None, *, least=1, decoder="pyav", folder_fps=None
+):
+    """Frames of a video file, an animated picture or a folder of pictures, evenly spread in time.
+
+    Priors, training, evaluation and figures take their frames from here.
 
     Args:
-        reader: decord.VideoReader.
-        path: of the video, for error messages.
-        indices: (K,) frame numbers.
+        path: file, or folder of pictures.
+        count: number of frames; all of a shorter video.
+        fps: frames a second instead, at most `count` and at least `least`; see Video.pick. Of a
+            folder without `folder_fps`: its own rate, as for a frame folder in a data set.
+        start, end: seconds; frames outside are not taken.
+        decoder: "pyav" or "decord".
+        folder_fps: a folder's own frames a second, None: 1.
     Returns:
-        uint8 array (K, H, W, 3), RGB, and the presentation times of the frames, (K,) in seconds.
+        Frames.
     Raises:
-        MediaError: an index outside the video, or a damaged video.
+        MediaError: what open_video, Video.pick and Video.read raise.
     """
-    # A prior of a longer file that was replaced since asks for such frames.
-    if min(indices) < 0 or max(indices) >= len(reader):
-        raise MediaError(
-            f"{path}: frames {min(indices)} to {max(indices)} asked for, "
-            f"the video has 0 to {len(reader) - 1}"
-        )
-    try:
-        frames = reader.get_batch(list(indices)).asnumpy()
-        times = reader.get_frame_timestamp(list(indices))[:, 0]  # start of (start, end)
-    except VIDEO_ERRORS as error:
-        raise MediaError(f"{path}: damaged video ({first_words(error)})") from error
-    return frames, times
+    if folder_fps is None and os.path.isdir(path):
+        folder_fps, fps = fps, None
+    video = open_video(path, decoder, folder_fps)
+    return read_frames(video, video.pick(count, fps, start, end, least))
 
 
-def decode_frames(path, indices):
-    """Decode frames of a video file; see read_frames."""
-    return read_frames(open_video(path), path, indices)
+def read_frames(video, indices):
+    """Frames of an open Video in the order of `indices` -> Frames."""
+    indices = list(indices)
+    ascending = sorted(set(indices))
+    frames = dict(zip(ascending, video.read(ascending), strict=True))
+    return Frames(indices, video.times[indices], np.stack([frames[index] for index in indices]))
 
 
-def load_image(path):
-    """Read an image as one frame: uint8 array (1, H, W, 3), RGB."""
-    if not os.path.isfile(path):
-        raise MediaError(f"{path}: no such file")
-    try:
-        with Image.open(path) as image:
-            return np.asarray(image.convert("RGB"))[None]
-    except (Image.DecompressionBombError, OSError, SyntaxError, ValueError) as error:
-        raise MediaError(f"{path}: not a readable image ({error})") from error
+def decode_frames(path, indices, decoder="pyav", folder_fps=None):
+    """Frames of a file by their numbers: (K, H, W, 3) uint8, and their times, (K,) seconds."""
+    found = read_frames(open_video(path, decoder, folder_fps), indices)
+    return found.frames, found.times
 
 
 def resize_frames(frames, min_pixels, max_pixels, factor=28):
@@ -187,6 +172,10 @@ class Encoder:
     cache_gb: float = 1.0
     frame_times: str = "none"  # show a video's times as "text" before the question, or "drawn"
     system_prompt: str | None = None  # None: what the chat template does by itself
+    fps: float | None = None  # frames a second instead, from min_frames to `frames` of them
+    min_frames: int = 1
+    decoder: str = "pyav"
+    image_max_pixels: int | None = None  # of a picture; None: max_pixels
 
     media: OrderedDict = field(default_factory=OrderedDict, init=False)  # key -> CachedMedium
     media_bytes: int = field(default=0, init=False)
@@ -248,15 +237,16 @@ class Encoder:
                 frames = load_image(path)
                 times = [0.0]
             else:
-                reader = open_video(path)
-                indices = key[1] or uniform_frames(len(reader), self.frames)
-                frames, times = read_frames(reader, path, indices)
+                video, indices = open_medium(example.medium, self)
+                shown = read_frames(video, key[1] or indices)
+                frames = shown.frames
+                times = shown.times
             try:
                 frames = resize_frames(frames, self.min_pixels, self.max_pixels, self.factor)
             except ValueError as error:  # one side is over 200 times the other
                 raise MediaError(f"{path}: cannot be resized ({error})") from error
             fps = 1.0
-            # In float32, as decord gives the times; a single frame has no rate.
+            # A single frame has no rate.
             if len(times) > 1:
                 fps = float((len(times) - 1) / (times[-1] - times[0]))
             self.media[key] = CachedMedium(frames, [float(time) for time in times], fps)

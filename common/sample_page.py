@@ -18,11 +18,12 @@ from transformers import AutoConfig
 
 import reward
 from common.data import DataError, Example, Medium, read_solution, read_template, with_letters
-from common.media import Encoder, decode_frames, open_video
+from common.media import Encoder, decode_frames
 from common.pages import page_path, table_html, write_page
 from common.plots import COLOURS, DOTTED, line_style, name_paths, prior_figure, show_film
 from common.policy import FAMILIES, Policy, collate, load_model
 from common.rollout import Sampling, answer_prompts
+from common.video import open_video
 from grpo import overlaps, rollout_frame_use
 from prior import load_clip, make_prior
 
@@ -120,6 +121,7 @@ def answer_question(arguments, name, path, example, prior):
         cache_gb=0,
         frame_times=arguments.frame_times,
         system_prompt=arguments.system_prompt,
+        decoder=arguments.decoder,
     )
     item = encoder.encode(example, prior)
     prompts = collate([item], model).to(model.device)
@@ -237,7 +239,7 @@ def sample_report(arguments):
     names = name_paths(paths)
     notes = sum([check_model(arguments, path) for path in paths], [])
     example = read_question(arguments)
-    open_video(example.path)
+    open_video(example.path, arguments.decoder)
     for note in notes:
         print(f"visualize.py: warning: {note}", file=sys.stderr)
     # The prior's ablations without the semantic cue need no CLIP.
@@ -257,6 +259,6 @@ def sample_report(arguments):
     body.append(table_html(rows))
     for answer in answers:
         body.append(f"<h2>Answer of {escape(answer.name)}</h2><pre>{escape(answer.text)}</pre>")
-    frames, _ = decode_frames(example.path, prior.frames)
+    frames, _ = decode_frames(example.path, prior.frames, arguments.decoder)
     figures = {"": draw_answers(prior, frames, answers)}
     return write_page(output, example.question, "\n".join(body), figures)

@@ -38,7 +38,7 @@ from common.data import DataError, MediaError
 CORE_CLAIM = "videocfr-prior-core-"  # prefix of the socket by which a worker claims its core
 
 # Slow imports of the workers, done once in the process that they fork from.
-PRELOAD = ["cv2", "decord", "open_clip", "pebble", "scenedetect", "torch", "transformers"]
+PRELOAD = ["av", "cv2", "open_clip", "pebble", "scenedetect", "torch", "transformers"]
 
 TASKS_PER_WORKER = 1000  # then it is replaced, since decoders leak memory
 
@@ -46,7 +46,7 @@ TASKS_PER_WORKER = 1000  # then it is replaced, since decoders leak memory
 def take_core():
     """Pins this process to the first core that no other worker has claimed, if there is one.
 
-    decord decodes in its own thread. Where the scheduler moved the threads of two workers between
+    Where the scheduler moved the threads of two workers between
     cores, both took 1.6 times as long (docs/performance.md). The system frees a claim when its
     process ends, so that the replacement of a dead worker takes over its core.
     """

@@ -8,16 +8,16 @@ import torch
 from PIL import Image
 
 import toy
-from common import media
+from common import media, video
 from common.data import DataError, Example, MediaError, Medium, Prior, chat_parts
 from common.media import (
     Encoder,
     decode_frames,
     load_image,
-    open_video,
     resize_frames,
     uniform_frames,
 )
+from common.video import open_video
 
 EXAMPLE = Example(
     id="1",
@@ -69,7 +69,7 @@ def test_colours_are_rgb(tmp_path):
     ("damage", "cause"),
     [
         ("missing", "no such file"),
-        ("folder", "no such file"),
+        ("folder", "a folder without pictures"),
         ("empty", "empty file"),
         ("text", "not a readable video"),
         ("picture", "an image where a video was promised"),
@@ -248,11 +248,11 @@ def test_cache_gives_the_same_and_reads_the_file_once(
 ):
     opened = []
 
-    def open_and_count(path):
+    def open_and_count(path, *settings):
         opened.append(path)
-        return open_video(path)
+        return open_video(path, *settings)
 
-    monkeypatch.setattr(media, "open_video", open_and_count)
+    monkeypatch.setattr(video, "open_video", open_and_count)
     encoder = encoder_of(toy_processor)
     for example in (video_example, image_example):
         first = encoder.encode(example)

@@ -37,7 +37,7 @@ PRELOAD = [
     "deepspeed.runtime.zero.muon.muon_optimizer",
     "torch.utils.tensorboard",
     "open_clip",
-    "decord",
+    "av",
     "scenedetect",
     "train",
     "prior",

@@ -1,0 +1,466 @@
+"""Any medium's frames, exactly: by their number in the order in which they are shown.
+
+video = open_video("a.mp4")                  # a video, an animated picture, a folder of pictures
+indices = video.pick(16)                     # evenly spread in time
+for frame in video.read(indices):            # each (H, W, 3) uint8 RGB, as a viewer shows it
+    ...
+video.times[indices]                         # seconds since the first frame shown
+"""
+
+import os
+import re
+from functools import partial
+
+import av
+import cv2
+import numpy as np
+from av.stream import Disposition
+from av.video.reformatter import VideoReformatter
+from PIL import Image, ImageOps
+
+from common.data import DataError, MediaError, first_words
+
+# The exception says what is wrong with a video; FFmpeg's own messages would break the progress bar.
+av.logging.set_level(None)
+
+DECODERS = ("pyav", "decord")
+
+# Containers with a presentation time for every frame. Others order frames by decoding times.
+TIMED_CONTAINERS = {"mov", "matroska", "mpegts", "flv"}
+
+# Codecs of which a packet is one frame shown; VP8 has packets of hidden frames, for one.
+PACKET_IS_FRAME = {"h264", "hevc", "vp9", "libdav1d", "av1", "mpeg4", "mpeg1video", "mpeg2video"}
+PACKET_IS_FRAME |= {"mjpeg", "prores", "wmv1", "wmv2", "flv", "h263", "msmpeg4v2", "msmpeg4v3"}
+
+PICTURES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")  # of a folder
+
+TOLERANCE = 1e-3  # seconds: containers round times to milliseconds
+
+
+class Video:
+    """Frames of a medium and their times.
+
+    Args:
+        path: for messages.
+        times: (N,) seconds of all frames in the order in which they are shown.
+        frames: function of ascending indices that yields those frames, (H, W, 3) uint8 RGB.
+        by_index: pick frames evenly by number, whatever their times, as the releases do.
+    Raises:
+        MediaError: no frames, or times that are not finite and strictly increasing.
+    """
+
+    def __init__(self, path, times, frames, by_index=False):
+        times = np.asarray(times, np.float64)
+        if len(times) == 0:
+            raise MediaError(f"{path}: the video has no frames")
+        if not np.isfinite(times).all() or (np.diff(times) <= 0).any():
+            raise MediaError(f"{path}: damaged video (the times of its frames do not increase)")
+        self.path = path
+        self.times = times - times[0]
+        self.frames = frames
+        self.by_index = by_index
+
+    def __len__(self):
+        return len(self.times)
+
+    def pick(self, count, fps=None, start=None, end=None, least=1):
+        """Indices of frames that are spread evenly in time.
+
+        Args:
+            count: number of frames; all where there are fewer.
+            fps: frames a second instead, an even number of them where it is above 1 (a temporal
+                slot takes two), at least `least` and at most `count`.
+            start, end: seconds; frames outside are not picked. None: the video's.
+        Returns:
+            list of ascending ints.
+        Raises:
+            MediaError: the video ends before `start`, or `end` is before it.
+        """
+        step = self.times[-1] / max(1, len(self) - 1)  # mean seconds between frames
+        first = 0
+        last = len(self) - 1
+        if start is not None:
+            first = np.searchsorted(self.times, start - TOLERANCE)
+        if end is not None:
+            last = np.searchsorted(self.times, end + TOLERANCE, "right") - 1
+        if start is not None and start > self.times[-1] + max(step, TOLERANCE) or last < 0:
+            raise MediaError(
+                f"{self.path}: the span from {start} to {end} s lies outside its "
+                f"{self.times[-1]:.1f} s"
+            )
+        if end is not None and start is not None and end < start:
+            raise MediaError(f"{self.path}: the span from {start} to {end} s ends before it begins")
+        # Between two frames the earlier is seen.
+        first = min(first, last)
+        clock = self.times[first : last + 1]  # (n,)
+        total = len(clock)
+        if fps is not None:
+            seconds = (clock[-1] - clock[0]) * total / max(1, total - 1)
+            wanted = int(round(seconds * fps, 3))
+            count = min(count, max(least, wanted - wanted % 2, 1))
+        count = min(count, total)
+        # A constant rate, its times rounded by the container, is even in number as well.
+        steady = np.linspace(clock[0], clock[-1], total)
+        if self.by_index or np.abs(clock - steady).max() <= step / 2:
+            clock = np.arange(total)
+        places = np.interp(np.linspace(clock[0], clock[-1], count), clock, np.arange(total))
+        places = places.round(6).round().astype(int)  # halves to even, as the releases round them
+        # Each frame once: where the rate is low, the next free one.
+        order = np.arange(count)
+        places = np.maximum.accumulate(places - order) + order
+        places = np.minimum(places, total - count + order)
+        return (first + places).tolist()
+
+    def read(self, indices):
+        """Yield the frames of ascending indices, one in memory at a time.
+
+        Raises:
+            MediaError: an index outside the video, or a damaged video.
+        """
+        # A prior of a longer file that was replaced since asks for such frames.
+        if min(indices) < 0 or max(indices) >= len(self):
+            raise MediaError(
+                f"{self.path}: frames {min(indices)} to {max(indices)} asked for, "
+                f"the video has 0 to {len(self) - 1}"
+            )
+        yield from self.frames(indices)
+
+
+def open_video(path, decoder="pyav", fps=None):
+    """Open a video file, an animated GIF, WebP or PNG, or a folder of pictures.
+
+    Args:
+        decoder: "pyav", or "decord" for the frames of a file that the releases see.
+        fps: a folder's frames a second, None: 1.
+    Returns:
+        Video.
+    Raises:
+        MediaError: it is missing, empty or not a readable video.
+    """
+    if os.path.isdir(path):
+        return open_folder(path, fps)
+    if not os.path.isfile(path):
+        raise MediaError(f"{path}: no such file")
+    if os.path.getsize(path) == 0:
+        raise MediaError(f"{path}: empty file")
+    # FFmpeg would read any picture as a video of one frame.
+    if cv2.haveImageReader(path):
+        return open_animation(path)
+    return open_decord(path) if decoder == "decord" else open_pyav(path)
+
+
+def open_medium(medium, settings):
+    """Open a Medium and choose its frames.
+
+    Args:
+        settings: has decoder, frames, fps and min_frames, as prior.PriorSettings does.
+    Returns:
+        Video, list of indices.
+    Raises:
+        MediaError: what open_video and Video.pick raise.
+    """
+    video = open_video(medium.path, settings.decoder, medium.fps)
+    span = (medium.start, medium.end)
+    return video, video.pick(settings.frames, settings.fps, *span, settings.min_frames)
+
+
+# ------------------------------------------------------------------------ files by FFmpeg
+
+
+def video_stream(container):
+    """The video of a container, not the picture of its cover; decoded by one thread."""
+    stream = container.streams.best("video")
+    if stream is None or stream.disposition & Disposition.attached_pic:
+        raise MediaError(f"{container.name}: not a readable video (it has no video stream)")
+    stream.thread_type = "NONE"
+    stream.thread_count = 1
+    return stream
+
+
+def packets(container, stream):
+    """Packets of a stream from its first key frame on, which alone can be decoded."""
+    begun = False
+    for packet in container.demux(stream):
+        begun = begun or packet.is_keyframe
+        if begun and packet.size:
+            yield packet
+
+
+def open_pyav(path):
+    """Index a video file by the times of its packets where each is a frame, else by decoding it."""
+    try:
+        with av.open(path) as container:
+            stream = video_stream(container)
+            found = [
+                (packet.pts, packet.is_keyframe, packet.is_discard, packet.is_corrupt)
+                for packet in packets(container, stream)
+            ]
+            timed = not TIMED_CONTAINERS.isdisjoint(container.format.name.split(","))
+            timed = timed or not stream.codec_context.has_b_frames
+            timed = timed and stream.codec_context.name in PACKET_IS_FRAME
+            base = stream.time_base
+        points, keys, discarded, corrupt = map(np.array, zip(*found, strict=True))
+        if corrupt.any():
+            raise MediaError(f"{path}: damaged video (the file is cut short)")
+        if timed and None not in points and is_ordered(points, keys):
+            shown = np.sort(points[~discarded])
+            frames = partial(read_timed, path, points, keys, shown)
+            return Video(path, shown * float(base), frames)
+        times = decoded_times(path)
+    except (av.FFmpegError, ValueError) as error:
+        raise MediaError(f"{path}: not a readable video ({first_words(error)})") from error
+    return Video(path, times, partial(read_all, path))
+
+
+def is_ordered(points, keys):
+    """Whether times are unique, and those of key frames and of what follows them increase."""
+    starts = points[keys]
+    return len(set(points)) == len(points) and (np.diff(starts) > 0).all()
+
+
+def decoded_times(path):
+    """Seconds of all frames, found by decoding them: (N,)."""
+    with av.open(path) as container:
+        stream = video_stream(container)
+        points = [frame.pts for frame in decoded(container, stream)]
+        rate = stream.average_rate
+        base = stream.time_base
+    # AVI stores no times of presentation: its frames follow one another at the file's rate.
+    if None in points or (np.diff(points) <= 0).any():
+        return np.arange(len(points)) / float(rate)
+    return np.array(points) * float(base)
+
+
+def decoded(container, stream):
+    """All frames of a stream, one after another."""
+    for packet in packets(container, stream):
+        yield from stream.decode(packet)
+    yield from stream.decode(None)
+
+
+def read_all(path, indices):
+    """Yield frames by counting all that are decoded."""
+    wanted = iter(indices)
+    index = next(wanted)
+    show = Viewer()
+    try:
+        with av.open(path) as container:
+            for number, frame in enumerate(decoded(container, video_stream(container))):
+                if number == index:
+                    yield show(frame)
+                    index = next(wanted, None)
+    except av.FFmpegError as error:
+        raise MediaError(f"{path}: damaged video ({first_words(error)})") from error
+    if index is not None:
+        raise MediaError(f"{path}: damaged video (frame {index} cannot be decoded)")
+
+
+def read_timed(path, points, keys, shown, indices):
+    """Yield frames by their times, each decoded from the key frame before it.
+
+    Args:
+        points: (P,) times of the packets in their order, in units of the stream.
+        keys: (P,) bool.
+        shown: (N,) times of the frames.
+    """
+    wanted = shown[indices]
+    show = Viewer()
+    done = 0
+    cause = ""
+    # Some key frames only begin to refresh the picture; then everything before is decoded as well.
+    for starts in (np.flatnonzero(keys), np.array([0])):
+        try:
+            for frame in jump(path, points, starts, wanted[done:]):
+                yield show(frame)
+                done += 1
+        except av.FFmpegError as error:
+            cause = f": {first_words(error)}"
+        if done == len(wanted):
+            return
+    raise MediaError(f"{path}: damaged video (frame {indices[done]} cannot be decoded{cause})")
+
+
+def jump(path, points, starts, wanted):
+    """Yield the frames of ascending times, without decoding what none of them depends on.
+
+    Args:
+        starts: numbers of the packets at which decoding can begin.
+        wanted: (K,) times in units of the stream.
+    """
+    # Pictures that lead the first start are decoded from it.
+    places = np.searchsorted(points[starts], wanted, "right") - 1
+    places = starts[places.clip(0)].tolist()  # (K,)
+    done = 0
+    with av.open(path) as container:
+        stream = video_stream(container)
+        for number, packet in enumerate(packets(container, stream)):
+            if number < places[done]:
+                continue
+            # What the decoder still holds is from before, and not wanted.
+            if number == places[done]:
+                stream.codec_context.flush_buffers()
+            for frame in stream.decode(packet):
+                if frame.pts == wanted[done] and not frame.is_corrupt:
+                    yield frame
+                    done += 1
+                    if done == len(wanted):
+                        return
+        for frame in stream.decode(None):
+            if done < len(wanted) and frame.pts == wanted[done]:
+                yield frame
+                done += 1
+
+
+class Viewer:
+    """Converts decoded frames to RGB, turned and mirrored as the file asks, alpha on white."""
+
+    def __init__(self):
+        self.reformatter = VideoReformatter()
+        self.size = None
+
+    def __call__(self, frame):
+        """av.VideoFrame -> (H, W, 3) uint8."""
+        # A video whose frames change their size has that of the first.
+        self.size = self.size or (frame.width, frame.height)
+        clear = any(component.is_alpha for component in frame.format.components)
+        # One thread, as the decoder's.
+        frame_rgb = self.reformatter.reformat(
+            frame, *self.size, format="rgba" if clear else "rgb24", threads=1
+        )
+        pixels = frame_rgb.to_ndarray()
+        if clear:
+            pixels = on_white(Image.fromarray(pixels))
+        matrix = frame.side_data.get("DISPLAYMATRIX")
+        if matrix is not None:
+            pixels = turn(pixels, np.frombuffer(matrix, np.int32).reshape(3, 3))
+        return pixels
+
+
+def turn(pixels, matrix):
+    """Apply the nearest turn by right angles, and mirroring, of a file's display matrix (3, 3)."""
+    (a, b), (c, d) = matrix[:2, :2].astype(float)  # a point (x, y) goes to (ax + cy, bx + dy)
+    if abs(b) + abs(c) > abs(a) + abs(d):
+        pixels = pixels.transpose(1, 0, 2)
+        a, d = c, b
+    if a < 0:
+        pixels = pixels[:, ::-1]
+    if d < 0:
+        pixels = pixels[::-1]
+    return np.ascontiguousarray(pixels)
+
+
+# ------------------------------------------------------------------------ files by decord
+
+
+def open_decord(path):
+    """Open a video file with decord, which docs/priors.md says what it gets wrong."""
+    # Imported for those who ask for it alone: it has no wheels for some machines.
+    try:
+        import decord
+    except ImportError as error:
+        raise DataError("--decoder decord: pip install decord") from error
+    decord.logging.set_level(decord.logging.QUIET)
+    # What decord raises depends on the kind of damage.
+    faults = (decord.DECORDError, RuntimeError, MemoryError)
+
+    def frames(indices):
+        try:
+            yield from (reader.get_batch([index]).asnumpy()[0] for index in indices)
+        except faults as error:
+            raise MediaError(f"{path}: damaged video ({first_words(error)})") from error
+
+    try:
+        reader = decord.VideoReader(path, num_threads=1)
+        times = reader.get_frame_timestamp(range(len(reader)))[:, 0]  # start of (start, end)
+    except faults as error:
+        raise MediaError(f"{path}: not a readable video ({first_words(error)})") from error
+    return Video(path, times, frames, by_index=True)
+
+
+# ------------------------------------------------------------------------ pictures
+
+
+def on_white(image):
+    """A Pillow image with transparency -> (H, W, 3) uint8 of what is seen on a white page."""
+    page = Image.new("RGBA", image.size, "white")
+    return np.asarray(Image.alpha_composite(page, image.convert("RGBA")).convert("RGB"))
+
+
+def as_shown(image):
+    """A Pillow image as a viewer shows it: turned upright, on white, 8 bits -> (H, W, 3) uint8."""
+    image = ImageOps.exif_transpose(image)
+    if image.has_transparency_data:
+        return on_white(image)
+    # Numbers of more than 8 bits, which Pillow would cut off at 255.
+    if image.mode in ("F", "I") or image.mode.startswith("I;"):
+        grey = np.nan_to_num(np.asarray(image).astype(np.float64))
+        # Floats are from 0 to 1, integers from 0 to 65535; what goes beyond is white at its most.
+        usual = 1.0 if image.mode == "F" else 65535.0
+        grey = (grey * 255 / max(usual, grey.max())).clip(0, 255).round().astype(np.uint8)
+        return np.repeat(grey[:, :, None], 3, 2)
+    return np.asarray(image.convert("RGB"))
+
+
+# What Pillow raises depends on the kind of damage.
+PICTURE_ERRORS = (Image.DecompressionBombError, OSError, SyntaxError, ValueError)
+
+
+def load_image(path):
+    """Read a picture as one frame: uint8 array (1, H, W, 3), RGB, as a viewer shows it."""
+    if not os.path.isfile(path):
+        raise MediaError(f"{path}: no such file")
+    try:
+        with Image.open(path) as image:
+            return as_shown(image)[None]
+    except PICTURE_ERRORS as error:
+        raise MediaError(f"{path}: not a readable image ({error})") from error
+
+
+def open_animation(path):
+    """Open an animated picture; each frame lasts as long as it says."""
+    try:
+        with Image.open(path) as image:
+            if getattr(image, "n_frames", 1) == 1:
+                raise MediaError(f"{path}: an image where a video was promised")
+            durations = []
+            for index in range(image.n_frames):
+                image.seek(index)
+                image.load()  # some formats know the duration of a frame once it is decoded
+                duration = image.info.get("duration", 0)  # ms
+                # As browsers do with a frame that says no time, or one too short to be seen.
+                durations.append(duration if duration > 10 else 100)
+    except PICTURE_ERRORS as error:
+        raise MediaError(f"{path}: not a readable video ({error})") from error
+    return Video(path, np.cumsum([0, *durations[:-1]]) / 1000, partial(read_animation, path))
+
+
+def read_animation(path, indices):
+    with Image.open(path) as image:
+        for index in indices:
+            image.seek(index)
+            yield as_shown(image)
+
+
+def open_folder(path, fps):
+    """Open a folder of pictures, the frames of a video in the natural order of their names."""
+    names = [name for name in os.listdir(path) if name.lower().endswith(PICTURES)]
+    if not names:
+        raise MediaError(f"{path}: a folder without pictures")
+    # frame_2 stands before frame_10.
+    names.sort(
+        key=lambda name: [
+            int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)
+        ]
+    )
+    times = np.arange(len(names)) / (fps or 1.0)
+    return Video(path, times, partial(read_folder, path, names))
+
+
+def read_folder(path, names, indices):
+    size = None
+    for index in indices:
+        [frame] = load_image(os.path.join(path, names[index]))
+        size = size or frame.shape
+        if frame.shape != size:
+            raise MediaError(f"{path}: {names[index]} has another size than {names[indices[0]]}")
+        yield frame
