@@ -99,7 +99,8 @@ class EvaluateArguments:
     max_pixels: int = flag(256 * 28 * 28, "Most pixels of a frame (the paper's at inference).")
     prompt_template: str | None = flag(
         None,
-        "Text file with {question} and {instruction}; replaces our wording. Scores depend on it.",
+        "Text file with {question}, {options} and {instruction}, or a .json file with such a text "
+        "for each problem type; replaces our wording. Scores depend on it.",
     )
     system_prompt: str | None = flag(
         None,

@@ -178,7 +178,9 @@ class TrainArguments:
     )
     toy_dir: str | None = flag(None, "Folder of the toy. Default: toy-seedN, made on first use.")
     prompt_template: str | None = flag(
-        None, "Text file with {question} and {instruction}; replaces our wording."
+        None,
+        "Text file with {question}, {options} and {instruction}, or a .json file with such a text "
+        "for each problem type; replaces our wording.",
     )
     system_prompt: str | None = flag(
         None,

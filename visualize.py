@@ -54,7 +54,7 @@ class SampleArguments(PriorSettings):
     )
     min_pixels: int = flag(4 * 28 * 28, "fewest pixels a frame", group="prompt, as in training")
     max_pixels: int = flag(256 * 28 * 28, "most pixels a frame")
-    prompt_template: str | None = flag(None, "text file with {question} and {instruction}")
+    prompt_template: str | None = flag(None, "wording of the prompt, as in training")
     system_prompt: str | None = flag(None, "text of a system turn before the question")
     frame_times: str = flag(
         "none", "how frames say when they were taken", choices=["none", "text", "drawn"]

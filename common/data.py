@@ -4,24 +4,34 @@
     prompt = build_prompt(examples[0])  # question, options, instruction
 
 A data set is a JSON array (or JSON lines) in Video-R1's format: problem, problem_type, options,
-solution, path, data_type and, for SFT, process. We add two optional fields: evidence,
-[[start, end], ...] in seconds, and grounding, {"00:04-00:08": "sentence"}. Rows of SEED-Bench-R1,
-TW-GRPO (CLEVRER, NExT-GQA, STAR) and Video-R2 are recognised by their fields and converted to
-Video-R1's first. docs/own_data.md has a row of every type.
+solution, path, data_type and, for SFT, process. We add optional fields: evidence,
+[[start, end], ...] in seconds, grounding, {"00:04-00:08": "sentence"}, and media for several of
+them. Rows of SEED-Bench-R1, TW-GRPO (CLEVRER, NExT-GQA, STAR), MVBench and Video-R2 are recognised
+by their fields and converted to Video-R1's first. docs/own_data.md has a row of every type.
 """
 
 import json
+import logging
 import math
 import os
 import random
 import re
+from collections import Counter
 from dataclasses import KW_ONLY, dataclass, field, replace
 from pathlib import Path
 from string import ascii_uppercase
 from typing import NamedTuple
 
+logger = logging.getLogger(__name__)
+
 PROBLEM_TYPES = ("multiple choice", "numerical", "regression", "free-form", "OCR")
 DATA_TYPES = ("video", "image", "text")
+
+# A video that is missing under its name is looked for with these; SSv2 has .webm for .mp4.
+VIDEO_SUFFIXES = (".mp4", ".webm", ".mkv", ".avi", ".mov", ".m4v")
+
+# Frames a second of MVBench's folders of frames (TVQA), whose rows do not say it.
+MVBENCH_FPS = 3.0
 
 # Fields of a row that have their own place in an Example; all others go to `extra`.
 FIELDS = {
@@ -31,15 +41,19 @@ FIELDS = {
     "problem_type",
     "solution",
     "data_type",
+    "media",
     "process",
     "grounding",
     "evidence",
 }
 
+# Fields of known formats that no prompt shows; a data set that has them is told so.
+UNUSED = ("subtitle", "key_frame", "temporal_captions")
+
 # Half of a character: JSON can hold it, but no tokenizer and no file accepts it.
 SURROGATE = re.compile(r"[\ud800-\udfff]")
 
-# Our own wording; --prompt_template FILE replaces it.
+# Our own wording for all types; --prompt_template FILE replaces it.
 PROMPT_TEMPLATE = """{question}
 {instruction}"""
 
@@ -282,20 +296,54 @@ def solution_letters(solution, options):
     return ",".join(letters)
 
 
+def cut_options(question, options):
+    """The question without lines at its end that repeat its options, such as "A red"."""
+    lines = question.strip().split("\n")
+    begin = len(lines) - len(options)
+    repeated = [line.partition(" ")[2].strip() for line in lines[begin:]]
+    if begin > 0 and repeated == list(option_texts(options).values()):
+        question = "\n".join(lines[:begin])
+    return question
+
+
 # -------------------------------------------------------------------- rows of other projects
 
 
 def from_tw_grpo(row):
-    """TW-GRPO: option lines in the problem, letters joined by commas, `glue` for the evidence."""
-    question, options = split_options(row["problem"])
+    """TW-GRPO: option lines in the problem, letters joined by commas, `glue` for the evidence.
+
+    NExT-GQA before its conversion has question, options and answer instead.
+    """
+    question = row["problem"] if "problem" in row else row["question"]
+    options = row.get("options")
+    if not options:
+        question, options = split_options(question)
     return {
         "data_type": "video",
         "problem_type": "multiple choice",
         "evidence": row.get("glue"),
+        "solution": row.get("answer"),
         **row,
         "problem": question,
-        "options": options or row.get("options"),
+        "options": options,
         "path": row["video"].lstrip("/"),
+    }
+
+
+def from_mvbench(row):
+    """MVBench's own files: candidates without letters, and the text of the right one."""
+    texts = row["candidates"]
+    # By the text alone: a candidate may be a single letter.
+    if texts.count(row["answer"]) != 1:
+        raise DataError(f"has the answer {row['answer']!r}, which is not one of its candidates")
+    return {
+        **row,
+        "problem": row["question"],
+        "problem_type": "multiple choice",
+        "options": add_letters(texts),
+        "solution": ascii_uppercase[texts.index(row["answer"])],
+        "data_type": "frame",  # where the path is a folder
+        "path": row["video"],
     }
 
 
@@ -303,7 +351,8 @@ def from_seed_bench(row):
     """SEED-Bench-R1: its validation files list choice_a to choice_d, its training file does not.
 
     A training row gets its answer and three of its negative_answers as options, shuffled once.
-    The medium is the video of the task so far, else the picture of the current observation.
+    Shown are the video of the task so far, if there is one, and the picture of the current
+    observation.
     """
     if "golden_choice_idx" in row:
         texts = [row[f"choice_{name}"] for name in "abcd"]
@@ -315,24 +364,24 @@ def from_seed_bench(row):
         rng.shuffle(texts)
         letter = ascii_uppercase[texts.index(row["answer"])]
     # The question is asked in the middle of a task, seen in a video so far.
-    row = {
+    source = row["video_source"]
+    video = {"data_type": "video", "path": f"videos/{source}/{row['video_basename']}"}
+    picture = f"images/{source}/{row['current_observation_basename']}"
+    media = [video] if row["task_progress_metadata"] else []
+    return {
         **row,
         "problem": row["question"],
         "problem_type": "multiple choice",
         "solution": letter,
         "options": add_letters(texts),
-        "data_type": "video",
-        "path": f"videos/{row['video_source']}/{row['video_basename']}",
+        "media": [*media, {"data_type": "image", "path": picture}],
     }
-    if not row["task_progress_metadata"]:
-        row["data_type"] = "image"
-        row["path"] = f"images/{row['video_source']}/{row['current_observation_basename']}"
-    return row
 
 
-def answer_type(answer):
+def answer_type(answer, options=()):
     """Problem type of a Video-R2 answer, whose rows do not name one."""
-    if re.fullmatch(r"\(?[A-Za-z][.)]?", answer):
+    lettered = re.fullmatch(LETTER, answer) or LETTERED.fullmatch(answer)
+    if lettered or (options and solution_letters(answer, options)):
         return "multiple choice"
     if re.fullmatch(r"-?[\d,]*\.\d{4,}", answer):
         return "regression"
@@ -342,16 +391,23 @@ def answer_type(answer):
 
 
 def from_video_r2(row):
-    """Video-R2: `video` or `image` (a path or a list of one path) and a conversation of two turns,
+    """Video-R2: `video` and `image` (a path or a list of paths) and a conversation of two turns,
     the second with think and answer blocks."""
-    media_type = "video" if row.get("video") else "image"
-    path = row.get(media_type)
-    if isinstance(path, list):
-        if len(path) != 1:
-            raise DataError(f"has {len(path)} {media_type}s; one is supported")
-        path = path[0]
     user, assistant = (turn["value"] for turn in row["conversations"])
-    # The placeholder of the medium is the chat template's to add.
+    paths = {}
+    for kind in ("video", "image"):
+        paths[kind] = row.get(kind) or []
+        if not isinstance(paths[kind], list):
+            paths[kind] = [paths[kind]]
+    # The placeholders tell the order, if every medium has one.
+    given = [kind for kind in paths for _ in paths[kind]]
+    order = re.findall("<(video|image)>", user)
+    if order and not given:
+        raise DataError(f"has no {order[0]}: its path is empty")
+    if sorted(order) != sorted(given):
+        order = given
+    ahead = {kind: iter(paths[kind]) for kind in paths}
+    # The placeholders of the prompt are the chat template's to add.
     question, options = split_options(re.sub(r"<(video|image)>\n?", "", user))
     answer = strip_tag(assistant, "answer")
     return {
@@ -360,9 +416,8 @@ def from_video_r2(row):
         "options": options,
         "solution": answer,
         "process": assistant if "<think>" in assistant else "",
-        "problem_type": answer_type(answer),
-        "data_type": media_type,
-        "path": path,
+        "problem_type": answer_type(answer, options),
+        "media": [{"data_type": kind, "path": next(ahead[kind])} for kind in order],
         "grounding": row.get("temporal_grounding"),
     }
 
@@ -378,6 +433,8 @@ def to_video_r1(row):
             return from_video_r2(row)
         if "task_progress_metadata" in row:
             return from_seed_bench(row)
+        if "candidates" in row:
+            return from_mvbench(row)
         if "video" in row and "path" not in row:
             return from_tw_grpo(row)
         return row
@@ -410,26 +467,71 @@ def resolve_media(path, media_root, owner):
         media_root: folder that it starts from.
         owner: subject of the error message.
     Raises:
-        DataError: the path leaves media_root (by "..", an absolute path or a link).
+        DataError: the path leaves media_root (by ".." or an absolute path; links are the user's).
     """
-    # Resolve links first, so that none leads out of the root.
-    root = os.path.realpath(media_root)
-    full = os.path.realpath(os.path.join(root, path))
-    if os.path.commonpath([root, full]) != root:
+    root = os.path.abspath(media_root)
+    if os.path.isabs(path) or ".." in Path(path).parts:
         raise DataError(f"{owner} points outside the media root {root}: {path}")
+    full = os.path.normpath(os.path.join(root, path))
+    stem, suffix = os.path.splitext(full)
+    if suffix.lower() in VIDEO_SUFFIXES and not os.path.exists(full):
+        for other in VIDEO_SUFFIXES:
+            if os.path.exists(stem + other):
+                return stem + other
     return full
 
 
-def read_media(row, media_root):
-    """The media of a row, list of Medium."""
-    if row["data_type"] == "text":
-        return []
-    path = row.get("path")
+def is_empty(value):
+    """Whether it is None, blank or NaN, as tables write an empty cell."""
+    return value is None or value != value or not str(value).strip()
+
+
+def read_number(part, name):
+    """A field as float; None if it is empty."""
+    value = part.get(name)
+    try:
+        return None if is_empty(value) else float(value)
+    except (TypeError, ValueError) as error:
+        raise DataError(f"has {name} {value!r}, which is not a number") from error
+
+
+def read_medium(part, media_root):
+    """The Medium that a row is about, or an entry of its field media."""
+    kind = part.get("data_type")
+    path = part.get("path")
+    fps = read_number(part, "fps")
+    # MVBench's word for a folder of frames.
+    if kind == "frame":
+        kind = "video"
+        fps = fps or MVBENCH_FPS
+    if kind not in ("video", "image"):
+        raise DataError(f"has data_type {kind!r}; known are {', '.join(DATA_TYPES)}")
     if not path:
-        raise DataError(f"has no {row['data_type']}: its path is empty")
+        raise DataError(f"has no {kind}: its path is empty")
     if not isinstance(path, str) or "\0" in path:
         raise DataError(f"has {path!r}, which is not a path")
-    return [Medium(row["data_type"], resolve_media(path, media_root, "has a path that"))]
+    full = resolve_media(path, media_root, "has a path that")
+    if kind == "image":
+        return Medium(kind, full)
+    start = read_number(part, "start")
+    end = read_number(part, "end")
+    if not 0 <= (start or 0) < (math.inf if end is None else end):
+        raise DataError(f"has a video that starts at {start} s and ends at {end} s")
+    return Medium(kind, full, fps if os.path.isdir(full) else None, start, end)
+
+
+def read_media(row, media_root):
+    """The media of a row, list of Medium in the order of the prompt."""
+    parts = row.get("media")
+    if parts is None:
+        parts = [] if row["data_type"] == "text" else [row]
+    if not isinstance(parts, list) or not all(isinstance(part, dict) for part in parts):
+        raise DataError("media must be a list of objects with data_type and path")
+    media = [read_medium(part, media_root) for part in parts]
+    videos = sum(medium.kind == "video" for medium in media)
+    if videos > 1:
+        raise DataError(f"has {videos} videos; one is supported")
+    return media
 
 
 def read_solution(row, options):
@@ -442,6 +544,13 @@ def read_solution(row, options):
     answer = strip_tag(str(solution), "answer")
     if not answer:
         raise DataError("has an empty solution")
+    if row["problem_type"] in ("numerical", "regression"):
+        try:
+            finite = math.isfinite(float(answer.replace(",", "")))
+        except ValueError:
+            finite = False
+        if not finite:
+            raise DataError(f"has the solution {answer[:60]!r}, which is not a number")
     if row["problem_type"] != "multiple choice":
         return answer
     if len(options) > len(ascii_uppercase):
@@ -457,31 +566,45 @@ def read_solution(row, options):
 
 
 def read_times(row):
-    """Grounding [(start s, end s, sentence), ...] and evidence [(start s, end s), ...] of a row."""
+    """Grounding [(start s, end s, sentence), ...] and evidence [(start s, end s), ...] of a row.
+
+    Third, the number of null sentences, which are left out.
+    """
     grounding = []
+    nulls = 0
     try:
-        for span, sentence in (row.get("grounding") or {}).items():
-            start, _, end = span.partition("-")
-            grounding.append((parse_time(start), parse_time(end or start), sentence))
+        spans = row.get("grounding") or {}
+        if isinstance(spans, str):
+            spans = json.loads(spans)
+        for span, sentence in spans.items():
+            if is_empty(sentence):
+                nulls += 1
+                continue
+            start, *end = re.split(r"\s*(?:[-–—]|\bto\b)\s*", span.strip(), maxsplit=1)
+            grounding.append((parse_time(start), parse_time(*end or [start]), str(sentence)))
         evidence = [(float(start), float(end)) for start, end in row.get("evidence") or []]
+        if not all(start <= end for start, end in evidence):
+            raise ValueError("an interval ends before it starts")
     except (AttributeError, TypeError, ValueError) as error:
         raise DataError(
             f'grounding must be {{"MM:SS-MM:SS": sentence}}, evidence [[start, end], ...] ({error})'
         ) from error
-    return grounding, evidence
+    return grounding, evidence, nulls
 
 
 def read_example(row, index, media_root):
     """A row in Video-R1's format -> Example. DataError says what is wrong, not in which row."""
-    needed = ("problem", "problem_type", "solution", "data_type")
+    needed = ["problem", "problem_type", "solution"]
+    if row.get("media") is None:
+        needed.append("data_type")
     missing = [name for name in needed if row.get(name) in (None, "")]
     if missing:
         raise DataError(f"has no {', '.join(missing)}")
-    for name, known in (("problem_type", PROBLEM_TYPES), ("data_type", DATA_TYPES)):
-        if row[name] not in known:
-            raise DataError(f"has {name} {row[name]!r}; known are {', '.join(known)}")
+    kind = row["problem_type"]
+    if kind not in PROBLEM_TYPES:
+        raise DataError(f"has problem_type {kind!r}; known are {', '.join(PROBLEM_TYPES)}")
     # Checked before anything is printed, hashed or tokenized.
-    for name in ("problem", "options", "process", "solution", "path"):
+    for name in ("problem", "options", "process", "solution", "path", "media"):
         if SURROGATE.search(json.dumps(row.get(name), ensure_ascii=False)):
             raise DataError(f"has no valid Unicode in {name} (a lone surrogate)")
 
@@ -489,17 +612,20 @@ def read_example(row, index, media_root):
     process = row.get("process") or ""
     if not isinstance(options, list) or not isinstance(process, str):
         raise DataError("options must be a list and process a text")
+    if any(map(is_empty, [row["problem"], *options])):
+        raise DataError("has an empty problem or option")
     options = [str(option) for option in options]
     media = read_media(row, media_root)
     answer = read_solution(row, options)
-    if row["problem_type"] == "multiple choice":
+    question = cut_options(str(row["problem"]), options) if options else str(row["problem"])
+    if kind == "multiple choice":
         options = with_letters(options)
-    grounding, evidence = read_times(row)
-    return Example(
+    grounding, evidence, nulls = read_times(row)
+    example = Example(
         id=row_id(row, index),
-        question=str(row["problem"]),
+        question=question,
         options=options,
-        problem_type=row["problem_type"],
+        problem_type=kind,
         answer=answer,
         media=media,
         reasoning=strip_tag(process, "think"),
@@ -507,6 +633,12 @@ def read_example(row, index, media_root):
         evidence=evidence,
         extra={name: value for name, value in row.items() if name not in FIELDS},
     )
+    if nulls:
+        example.extra["null_sentences"] = nulls
+    # The name of the medium in the files that we write.
+    if row.get("media"):
+        example.extra["path"] = row["media"][media.index(example.medium)]["path"]
+    return example
 
 
 def parse_example(row, index, media_root):
@@ -530,7 +662,7 @@ def parse_example(row, index, media_root):
 
 
 def read_rows(dataset_name):
-    """Rows of a data set file (a JSON array, or JSON lines named .jsonl) as they are.
+    """Rows of a data set file (a JSON array, or JSON lines) as they are.
 
     Raises:
         DataError: the file is missing, malformed or empty.
@@ -539,8 +671,9 @@ def read_rows(dataset_name):
     if not file.is_file():
         raise DataError(f"data set {file} not found (a JSON array or JSON lines file is expected)")
     try:
-        text = file.read_text(encoding="utf-8")
-        if file.suffix == ".jsonl":
+        text = file.read_text(encoding="utf-8-sig")  # with a byte order mark or without
+        # JSON lines may be named .json.
+        if file.suffix == ".jsonl" or re.match(r"\s*{.*}\s*\n\s*{", text):
             # str.splitlines would also split at U+2028, which a JSON string may hold.
             rows = [json.loads(line) for line in text.split("\n") if line.strip()]
         else:
@@ -550,6 +683,25 @@ def read_rows(dataset_name):
     if not isinstance(rows, list) or not rows:
         raise DataError(f"data set {file} holds no examples (a non-empty JSON array is expected)")
     return rows
+
+
+def tell_differences(dataset_name, examples):
+    """Log what is not as the rows of a data set say, and how often."""
+    counts = Counter()
+    for example in examples:
+        suffix = os.path.splitext(example.path)[1]
+        if not example.extra.get("path", "").endswith(suffix):
+            counts[f"videos are there as {suffix} alone, which is taken"] += 1
+        for name in UNUSED:
+            if example.extra.get(name):
+                counts[f"rows have {name}, which no prompt shows"] += 1
+        counts["sentences of grounding are null and left out"] += example.extra.get(
+            "null_sentences", 0
+        )
+    # Every rank reads the file.
+    for words, count in counts.items():
+        if count and os.environ.get("RANK", "0") == "0":
+            logger.warning("%s: %d %s", dataset_name, count, words)
 
 
 def load_examples(dataset_name, media_root=None, errors=None):
@@ -587,6 +739,7 @@ def load_examples(dataset_name, media_root=None, errors=None):
                 {"problem_id": row_id(fields, index), "media": medium, "cause": str(error)}
             )
 
+    tell_differences(dataset_name, examples)
     # If one question of the file has several right options, the prompts of all others ask for
     # "all right options" too, since the wording must not give away how many are right.
     choices = [example for example in examples if example.problem_type == "multiple choice"]
@@ -708,30 +861,49 @@ def invert_question(example, rng):
 
 
 def read_template(path):
-    """Text of the file of --prompt_template; our own wording when `path` is None."""
+    """Wording of --prompt_template; our own when `path` is None.
+
+    Returns:
+        text, or the {problem type: text} of a .json file.
+    """
     if path is None:
         return PROMPT_TEMPLATE
     if not Path(path).is_file():
         raise DataError(f"prompt template {path} not found")
     template = Path(path).read_text(encoding="utf-8")
-    names = set(re.findall(r"{(.*?)}", template))
-    if "question" not in names or names - {"question", "instruction"}:
-        raise DataError(
-            f"prompt template {path}: {{question}} must be in it, {{instruction}} may, "
-            "no other braces"
-        )
+    texts = dict.fromkeys(INSTRUCTIONS, template)
+    if Path(path).suffix == ".json":
+        try:
+            template = texts = dict(json.loads(template))
+        except (TypeError, ValueError) as error:
+            raise DataError(f"prompt template {path} is not a JSON object: {error}") from error
+    for kind in INSTRUCTIONS:
+        names = set(re.findall(r"{(.*?)}", str(texts.get(kind))))
+        if "question" not in names or names - {"question", "options", "instruction"}:
+            raise DataError(
+                f"prompt template {path}, {kind}: {{question}} must be in it, {{options}} and "
+                "{instruction} may, no other braces"
+            )
     return template
 
 
 def build_prompt(example, template=PROMPT_TEMPLATE):
-    """Text of the user's turn: question, "Options:" with one option a line, instruction."""
-    question = example.question
-    if example.options:
-        question += "\nOptions:\n" + "\n".join(example.options)
+    """Text of the user's turn: question, "Options:" with one option a line, instruction.
+
+    Args:
+        template: see read_template.
+    """
     kind = example.problem_type
     if kind == "multiple choice" and example.extra.get("multi_answer"):
         kind = "several letters"
-    return template.format(question=question, instruction=INSTRUCTIONS[kind])
+    if isinstance(template, dict):
+        template = template[kind]
+    question = example.question
+    options = "\n".join(example.options)
+    # A template that places the options itself has the question alone.
+    if options and "{options}" not in template:
+        question += f"\nOptions:\n{options}"
+    return template.format(question=question, options=options, instruction=INSTRUCTIONS[kind])
 
 
 MARK = "\ue000"  # stands for the user's text while the chat template is rendered
@@ -744,14 +916,13 @@ def chat_parts(processor, example, template=PROMPT_TEMPLATE, system_prompt=None)
     "<|im_end|>" must not end the turn.
 
     Returns:
-        (before, text, after): `before` ends with the placeholder of the medium, `after` where the
-        assistant's turn begins.
+        (before, text, after): `before` ends with the placeholder of the last medium, `after` where
+        the assistant's turn begins.
     Raises:
         DataError: the template does not show the user's text exactly once.
     """
-    content = [{"type": "text", "text": MARK}]
-    if example.media_type != "text":
-        content.insert(0, {"type": example.media_type})
+    content = [{"type": medium.kind} for medium in example.media]
+    content.append({"type": "text", "text": MARK})
     messages = [{"role": "user", "content": content}]
     if system_prompt:
         messages.insert(0, {"role": "system", "content": [{"type": "text", "text": system_prompt}]})

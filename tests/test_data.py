@@ -22,6 +22,7 @@ from common.data import (
     negate_question,
     parse_example,
     parse_time,
+    read_template,
     split_options,
     strip_tag,
     target_text,
@@ -273,6 +274,16 @@ def test_rows_without_optional_fields(tmp_path):
         ({"solution": float("inf")}, "has a solution that is neither text nor number: inf"),
         ({"solution": {"A": 1}}, "has a solution that is neither text nor number"),
         ({"solution": " "}, "has an empty solution"),
+        ({"problem_type": "numerical", "solution": "two"}, "'two', which is not a number"),
+        ({"problem_type": "regression", "solution": "50%"}, "'50%', which is not a number"),
+        ({"problem_type": "numerical", "solution": "NaN"}, "'NaN', which is not a number"),
+        ({"solution": "NaN"}, "names none of the options"),
+        ({"problem": " "}, "has an empty problem or option"),
+        ({"problem": float("nan")}, "has an empty problem or option"),
+        ({"options": ["A. x", float("nan")]}, "has an empty problem or option"),
+        ({"options": ["A. x", ""]}, "has an empty problem or option"),
+        ({"evidence": [[5, 4]]}, "an interval ends before it starts"),
+        ({"evidence": [[float("nan"), 4]]}, "an interval ends before it starts"),
         ({"solution": "<answer> </answer>"}, "has an empty solution"),
         ({"problem": "What \udc80?"}, r"has no valid Unicode in problem \(a lone surrogate\)"),
         ({"options": ["A. x", "B. \ud83d"]}, "has no valid Unicode in options"),
@@ -310,12 +321,34 @@ def test_a_neighbour_with_the_roots_name_as_prefix_is_outside(tmp_path):
         parse_example({**ROW, "path": "../media2/a.mp4"}, 0, tmp_path / "media")
 
 
-def test_a_link_out_of_the_root_is_outside(tmp_path):
+def test_links_are_the_users_own(tmp_path):
+    # A hub cache, or a folder on another disk.
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "disk/a.mp4").write_text("x")
     (tmp_path / "media").mkdir()
-    (tmp_path / "secret.mp4").write_text("x")
-    (tmp_path / "media/a.mp4").symlink_to(tmp_path / "secret.mp4")
-    with pytest.raises(DataError, match="outside"):
-        parse_example({**ROW, "path": "a.mp4"}, 0, tmp_path / "media")
+    (tmp_path / "media/videos").symlink_to(tmp_path / "disk")
+    example = parse_example(ROW, 0, tmp_path / "media")
+    assert example.path == str(tmp_path / "media/videos/a.mp4")
+    for path in ("videos/../a.mp4", str(tmp_path / "media/videos/a.mp4")):
+        with pytest.raises(DataError, match="outside"):
+            parse_example({**ROW, "path": path}, 0, tmp_path / "media")
+
+
+def test_another_video_suffix_is_taken_and_counted(tmp_path, caplog):
+    (tmp_path / "videos").mkdir()
+    for name in ("a.webm", "b.mp4", "b.webm"):
+        (tmp_path / "videos" / name).write_text("x")
+    names = ["a.mp4", "b.mp4", "c.mp4", "a.png"]
+    rows = [{**ROW, "problem_id": name, "path": f"videos/{name}"} for name in names]
+    rows[3]["data_type"] = "image"
+    examples = load_examples(write_dataset(tmp_path, rows))
+    found = ["a.webm", "b.mp4", "c.mp4", "a.png"]
+    assert [example.path for example in examples] == [f"{tmp_path}/videos/{name}" for name in found]
+    assert examples[0].extra["path"] == "videos/a.mp4"
+    (record,) = caplog.records
+    assert record.getMessage().endswith(
+        "data.json: 1 videos are there as .webm alone, which is taken"
+    )
 
 
 @pytest.mark.parametrize(
@@ -333,6 +366,14 @@ def test_a_bad_file_is_named(tmp_path, content, message):
     file.write_text(content)
     with pytest.raises(DataError, match=f"bad.json.*{message}"):
         load_examples(file)
+
+
+def test_a_byte_order_mark_and_json_lines_named_json_are_read(tmp_path):
+    lines = "\n".join(json.dumps({**ROW, "problem_id": index}) for index in range(2))
+    for name, text in (("a.json", json.dumps([ROW])), ("b.jsonl", lines), ("c.json", lines)):
+        (tmp_path / name).write_bytes(b"\xef\xbb\xbf" + text.encode())
+        assert load_examples(tmp_path / name)[0].question == "What moves?"
+    assert len(load_examples(tmp_path / "c.json")) == 2
 
 
 def test_bad_json_lines_and_bytes_are_named(tmp_path):
@@ -440,12 +481,115 @@ def test_a_row_of_tw_grpo(tmp_path):
     assert path == "CLEVRER/validation/v1.mp4"
     assert example.evidence == [(1.5, 4.0)] and example.id == "0"
     row = {key: value for key, value in ROW.items() if key != "path"}
-    renamed, _ = one(tmp_path, {**row, "video": "/x.mp4", "problem_type": "numerical"})
+    free = {"video": "/x.mp4", "problem_type": "free-form"}
+    renamed, _ = one(tmp_path, {**row, **free})
     assert (renamed.id, renamed.problem_type, renamed.options) == (
         "7",
-        "numerical",
+        "free-form",
         ["A. a ball", "B. a car"],
     )  # what the row says is kept
+
+
+def test_options_of_nextgqa_stand_once(tmp_path):
+    raw = {
+        "video": "1106/42.mp4",
+        "question": "why did the boy sit",
+        "options": ["(A) share with the girl", "(B) unwrap it"],
+        "answer": "(B)",
+        "glue": [[13.8, 29.8]],
+    }
+    # As TW-GRPO converts it: the problem repeats the options, without a sign behind the letter.
+    converted = {
+        **raw,
+        "problem": "why did the boy sit\nA share with the girl\nB unwrap it",
+        "solution": "<answer>B</answer>",
+        "is_negated": False,
+    }
+    # STAR's options have no letters.
+    star = {**converted, "options": ["share with the girl", "unwrap it"]}
+    for row, options in ((raw, raw["options"]), (converted, raw["options"]), (star, None)):
+        example, path = one(tmp_path, row)
+        assert example.question == "why did the boy sit"
+        assert example.options == (options or ["A. share with the girl", "B. unwrap it"])
+        assert (example.answer, example.evidence) == ("B", [(13.8, 29.8)])
+        assert path == "1106/42.mp4"
+        assert build_prompt(example).count("unwrap it") == 1
+        inverted = invert_question(example, random.Random(0))
+        assert "unwrap" not in inverted.question
+    # Lines that are not the options stay.
+    kept, _ = one(tmp_path, {**converted, "problem": "why did the boy sit\nA share\nB unwrap it"})
+    assert kept.question.endswith("\nB unwrap it")
+
+
+def test_rows_of_mvbench(tmp_path):
+    row = {
+        "video": "castle_clip_00",
+        "question": "Why?",
+        "candidates": ["B", "because", "A"],
+        "answer": "A",
+        "start": 1,
+        "end": 5.5,
+    }
+    (tmp_path / "castle_clip_00").mkdir()
+    example, path = one(tmp_path, row)
+    # By the text of the option, not by its letter.
+    assert (example.options, example.answer) == (["A. B", "B. because", "C. A"], "C")
+    assert example.media == [Medium("video", f"{tmp_path}/{path}", 3.0, 1.0, 5.5)]
+    assert example.extra["path"] == path == "castle_clip_00"
+    file, _ = one(tmp_path, {**row, "video": "a.mp4", "start": None, "end": None})
+    assert file.media == [Medium("video", f"{tmp_path}/a.mp4")]
+    # Video-R1's and TW-GRPO's copies of the benchmark.
+    copy = {**ROW, "data_type": "frame", "path": "castle_clip_00", "start": 1}
+    assert one(tmp_path, copy)[0].media == [Medium("video", f"{tmp_path}/{path}", 3.0, 1.0)]
+    del copy["path"]
+    copy = {**copy, "video": "/castle_clip_00", "fps": 2}
+    assert one(tmp_path, copy)[0].media == [Medium("video", f"{tmp_path}/{path}", 2.0, 1.0)]
+    for change in ({"answer": "C"}, {"candidates": ["x", "x"], "answer": "x"}):
+        with pytest.raises(DataError, match="which is not one of its candidates"):
+            one(tmp_path, {**row, **change})
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"start": 5, "end": 5}, "a video that starts at 5.0 s and ends at 5.0 s"),
+        ({"start": -1}, "starts at -1.0 s and ends at None s"),
+        ({"end": "soon"}, "has end 'soon', which is not a number"),
+        ({"media": ["a.mp4"]}, "media must be a list of objects"),
+        (
+            {"media": [{"data_type": "video", "path": "a.mp4"}] * 2},
+            "has 2 videos; one is supported",
+        ),
+        ({"media": [{"data_type": "image", "path": "../a.png"}]}, "outside the media root"),
+        ({"media": [{"data_type": "sound", "path": "a.wav"}]}, "has data_type 'sound'"),
+        ({"media": [{"data_type": "image"}]}, "has no image: its path is empty"),
+    ],
+)
+def test_media_that_cannot_be_right_are_refused(tmp_path, change, message):
+    with pytest.raises(DataError, match=message):
+        one(tmp_path, {**ROW, **change})
+
+
+def test_several_media_are_kept_in_order(tmp_path, toy_processor):
+    media = [
+        {"data_type": "image", "path": "a.png"},
+        {"data_type": "video", "path": "v.mp4", "start": 2},
+        {"data_type": "image", "path": "b.png"},
+    ]
+    row = {name: ROW[name] for name in ROW if name not in ("data_type", "path")}
+    example, path = one(tmp_path, {**row, "media": media})
+    assert example.media == [
+        Medium("image", f"{tmp_path}/a.png"),
+        Medium("video", f"{tmp_path}/v.mp4", start=2.0),
+        Medium("image", f"{tmp_path}/b.png"),
+    ]
+    # The video is what priors are about and what files name.
+    assert path == example.extra["path"] == "v.mp4" and example.video == example.media[1]
+    before, _, _ = chat_parts(toy_processor, example)
+    pads = ["image", "video", "image"]
+    assert before.endswith("".join(f"<|vision_start|><|{pad}_pad|><|vision_end|>" for pad in pads))
+    text, _ = one(tmp_path, {**row, "media": []})
+    assert text.media_type == "text"
 
 
 def test_rows_of_seed_bench(tmp_path):
@@ -477,7 +621,10 @@ def test_rows_of_seed_bench(tmp_path):
         ["A. stir", "B. pour", "C. cut", "D. wash"],
         "B",
     )
-    assert (valid.media_type, path) == ("video", "videos/Ego4D/v.mp4")
+    assert path == valid.extra["path"] == "videos/Ego4D/v.mp4"
+    # The question refers to the picture of the current observation.
+    picture = Medium("image", f"{tmp_path}/images/Ego4D/v.png")
+    assert valid.media == [Medium("video", f"{tmp_path}/{path}"), picture]
     train = {**row, "answer": "pour", "negative_answers": ["stir", "cut", "wash", "peel"]}
     example, _ = one(tmp_path, train)
     texts = [option[3:] for option in example.options]
@@ -489,7 +636,7 @@ def test_rows_of_seed_bench(tmp_path):
     orders = {one(tmp_path, {**train, "sample_id": number})[0].answer for number in range(12)}
     assert len(orders) > 1
     image, path = one(tmp_path, {**train, "task_progress_metadata": []})
-    assert (image.media_type, path) == ("image", "images/Ego4D/v.png")
+    assert image.media == [picture] and path == image.extra["path"] == "images/Ego4D/v.png"
 
 
 def test_rows_of_video_r2(tmp_path):
@@ -516,7 +663,9 @@ def test_rows_of_video_r2(tmp_path):
         ("(b)", "B", "multiple choice"),
         ("B.", "B", "multiple choice"),
         ("3.5", "3.5", "numerical"),
-        ("red", "red", "OCR"),
+        ("red", "A", "multiple choice"),
+        ("B. blue", "B", "multiple choice"),
+        ("green", "green", "OCR"),
     ):
         turns = [
             row["conversations"][0],
@@ -529,7 +678,13 @@ def test_rows_of_video_r2(tmp_path):
         tmp_path, {**{key: value for key, value in row.items() if key != "video"}, "image": "p.png"}
     )
     assert (image.media_type, path) == ("image", "p.png")
+    turns = [{"value": "<image><video>\n<image>Who?"}, row["conversations"][1]]
+    several, _ = one(tmp_path, {**row, "image": ["p.png", "q.png"], "conversations": turns})
+    names = ["p.png", "v/abc.mp4", "q.png"]
+    assert [medium.path for medium in several.media] == [f"{tmp_path}/{name}" for name in names]
+    assert several.question == "Who?"
     for change in (
+        {"video": None},
         {"video": ["a.mp4", "b.mp4"]},
         {"conversations": row["conversations"][:1]},
         {"conversations": 3},
@@ -538,10 +693,50 @@ def test_rows_of_video_r2(tmp_path):
             one(tmp_path, {**row, **change})
 
 
+def test_grounding_of_video_r2(tmp_path, caplog):
+    turns = [{"value": "<video>\nWho wins?"}, {"value": "<think>.</think><answer>3</answer>"}]
+    row = {"video": "a.mp4", "conversations": turns}
+    spans = {
+        "00:10–00:14": "en dash",
+        "01:00 to 01:02": "to",
+        "00:20 - 00:21": "spaces",
+        "00:30": "point",
+        "00:40-00:41": None,
+    }
+    read = [
+        (10, 14, "en dash"),
+        (60, 62, "to"),
+        (20, 21, "spaces"),
+        (30, 30, "point"),
+    ]
+    for grounding in (spans, json.dumps(spans)):
+        caplog.clear()
+        example, _ = one(tmp_path, {**row, "temporal_grounding": grounding})
+        assert example.grounding == read
+        assert "1 sentences of grounding are null and left out" in caplog.text
+    for grounding in ("soon", {"soon": "x"}, {"00:01-00:02-00:03": "x"}, [3]):
+        with pytest.raises(DataError, match="grounding must be"):
+            one(tmp_path, {**row, "temporal_grounding": grounding})
+
+
+def test_fields_that_no_prompt_shows_are_named_once(tmp_path, caplog, monkeypatch):
+    rows = [{**ROW, "problem_id": index, "subtitle": "Hello." * index} for index in range(3)]
+    file = write_dataset(tmp_path, rows)
+    load_examples(file)
+    (record,) = caplog.records
+    assert record.getMessage() == f"{file}: 2 rows have subtitle, which no prompt shows"
+    # One of the ranks tells.
+    caplog.clear()
+    monkeypatch.setenv("RANK", "1")
+    load_examples(file)
+    assert not caplog.records
+
+
 @pytest.mark.parametrize(
     "answer, expected",
     [
         ("A", "multiple choice"),
+        ("A. a red car", "multiple choice"),
         ("(b)", "multiple choice"),
         ("C.", "multiple choice"),
         ("blue car", "OCR"),
@@ -603,6 +798,35 @@ def test_prompt_template_replaces_the_wording():
     )
     braces = replace(EXAMPLE, question="What is {x} in {0}?", options=[])
     assert build_prompt(braces, "{question}") == "What is {x} in {0}?"
+
+
+def test_a_template_places_options_and_has_a_text_for_each_type(tmp_path):
+    file = tmp_path / "wording.json"
+    texts = {kind: "{question} in words" for kind in INSTRUCTIONS}
+    texts["multiple choice"] = "{question}Options:\n{options}\n Which letter?"
+    file.write_text(json.dumps(texts))
+    template = read_template(file)
+    assert template == texts
+    prompt = "What moves?Options:\nA. a ball\nB. a car\n Which letter?"
+    assert build_prompt(EXAMPLE, template) == prompt
+    words = replace(EXAMPLE, problem_type="OCR", options=[])
+    assert build_prompt(words, template) == "What moves? in words"
+    several = replace(EXAMPLE, extra={"multi_answer": True})
+    assert build_prompt(several, template) == (
+        "What moves?\nOptions:\nA. a ball\nB. a car in words"
+    )
+    file = tmp_path / "wording.txt"
+    file.write_text("{options}|{question}")
+    assert build_prompt(EXAMPLE, read_template(file)) == "A. a ball\nB. a car|What moves?"
+    del texts["OCR"]
+    for name, text, message in (
+        ("a.json", json.dumps(texts), "a.json, OCR: {question} must be in it"),
+        ("b.json", "[3", "b.json is not a JSON object"),
+        ("c.txt", "{question} {solution}", "no other braces"),
+    ):
+        (tmp_path / name).write_text(text)
+        with pytest.raises(DataError, match=message):
+            read_template(tmp_path / name)
 
 
 def test_chat_parts(toy_processor):

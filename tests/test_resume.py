@@ -298,7 +298,7 @@ def test_every_third_item_broken_in_another_way(small_toy, first_run, tmp_path):
         ({"solution": "Z"}, "solution ... names none of the options"),
         (
             {"problem_type": "numerical", "solution": "50%"},
-            "its own solution ... scores ... as numerical",
+            "has the solution ..., which is not a number",
         ),
         (
             {"problem_type": "regression", "solution": 0},
