@@ -441,7 +441,7 @@ def encode(encoder, example, arguments, position):
     # Only the frames change places: their times stay in order.
     shuffle = None
     if arguments.control == "shuffled" and example.media:
-        count = len(encoder.load(example, None).frames)
+        count = len(encoder.load(example.medium).frames)
         shuffle = frame_order(arguments, position, count)
     return encoder.encode(example, shuffle=shuffle, black=arguments.control == "black")
 
@@ -639,21 +639,26 @@ class FrameEncoder(Encoder):
     factor = 28  # sides in pixels are multiples of it, as for Qwen2.5-VL
 
 
-def media_parts(arguments, example, position):
-    """Make the parts of a message that hold the video file, or an image or frames as PNG.
+def media_parts(arguments, example, medium, position):
+    """Make the parts of a message that hold a video file, or an image or frames as PNG.
 
+    Args:
+        medium: one of the example's.
     Raises:
         MediaError: the medium cannot be read.
     """
-    if example.media_type == "video" and arguments.api_media == "video":
-        if not os.path.isfile(example.path):
-            raise MediaError(f"{example.path}: no such file")
-        mime = mimetypes.guess_type(example.path)[0] or "video/mp4"
-        return [media_part("video", Path(example.path).read_bytes(), mime)]
+    # Of a span or a folder the server gets frames: it would see all of a file.
+    whole = replace(medium, start=None, end=None) == medium and not os.path.isdir(medium.path)
+    if medium.kind == "video" and arguments.api_media == "video" and whole:
+        if not os.path.isfile(medium.path):
+            raise MediaError(f"{medium.path}: no such file")
+        mime = mimetypes.guess_type(medium.path)[0] or "video/mp4"
+        return [media_part("video", Path(medium.path).read_bytes(), mime)]
     encoder = FrameEncoder(None, arguments.min_pixels, arguments.max_pixels, arguments.frames)
-    frames = encoder.load(example, None).frames  # (K, 3, h, w)
+    frames = encoder.load(medium).frames  # (K, 3, h, w)
     frames = frames[frame_order(arguments, position, len(frames))]
-    if arguments.control == "black":
+    # As in Encoder.encode: pictures beside a video stay.
+    if arguments.control == "black" and medium.kind == example.media_type:
         frames = torch.zeros_like(frames)
     parts = []
     # PNG, since JPEG would change the pixels.
@@ -665,11 +670,11 @@ def media_parts(arguments, example, position):
 
 
 def make_messages(arguments, example, position):
-    """Make the turns of a request: system prompt, the medium and the question."""
-    # The medium stands before the question, as in training.
+    """Make the turns of a request: system prompt, the media and the question."""
+    # The media stand before the question, as in training.
     content = []
-    if example.media:
-        content += media_parts(arguments, example, position)
+    for medium in example.media:
+        content += media_parts(arguments, example, medium, position)
     text = build_prompt(example, read_template(arguments.prompt_template))
     content.append({"type": "text", "text": text})
     messages = [{"role": "user", "content": content}]

@@ -231,7 +231,7 @@ def rollout_frame_use(
         # An image or a text: nothing to choose.
         if slots < 2:
             continue
-        columns = prompts.visual[b].nonzero().squeeze(1)  # (t * M,)
+        columns = (prompts.kinds[b] == 2).nonzero().squeeze(1)  # (t * M,)
         if hidden is not None:
             visual = hidden[b, columns].unflatten(0, (slots, -1))  # (t, M, D)
             frames = reward.pool_frames(visual, pool)  # (t, D), Eq. 3
@@ -255,7 +255,7 @@ def token_frame_use(prompts, row, valid, hidden=None, attention=None):
     Returns:
         (L, t).
     """
-    columns = prompts.visual[row].nonzero().squeeze(1)  # (t * M,)
+    columns = (prompts.kinds[row] == 2).nonzero().squeeze(1)  # (t * M,)
     shape = (prompts.slots[row], -1)
     if attention is not None:
         weights = attention[row, 0][valid][:, columns].float()  # (L, t * M)

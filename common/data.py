@@ -336,15 +336,10 @@ def from_mvbench(row):
     # By the text alone: a candidate may be a single letter.
     if texts.count(row["answer"]) != 1:
         raise DataError(f"has the answer {row['answer']!r}, which is not one of its candidates")
-    return {
-        **row,
-        "problem": row["question"],
-        "problem_type": "multiple choice",
-        "options": add_letters(texts),
-        "solution": ascii_uppercase[texts.index(row["answer"])],
-        "data_type": "frame",  # where the path is a folder
-        "path": row["video"],
-    }
+    # A video that is a folder holds frames.
+    letter = ascii_uppercase[texts.index(row["answer"])]
+    options = add_letters(texts)
+    return from_tw_grpo({**row, "options": options, "solution": letter, "data_type": "frame"})
 
 
 def from_seed_bench(row):

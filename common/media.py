@@ -134,21 +134,30 @@ class ModelInputs:
     """Output of the checkpoint's processor for one example."""
 
     input_ids: torch.Tensor  # (P,)
-    pixel_values: torch.Tensor | None  # (patches, C), None for text
-    grid_thw: torch.Tensor | None  # (3,) patches in time, height, width
-    second_per_grid: float  # seconds of a temporal slot
-    times: list[float]  # (K,) seconds of the frames, [] for text
-    shared: int = 0  # tokens up to the end of the medium, the same for all questions about it
+    pixel_values: torch.Tensor | None  # (patches, C) of all media, None for text
+    grid_thw: torch.Tensor | None  # (media, 3) patches in time, height, width
+    second_per_grid: float  # seconds of a temporal slot of the video
+    times: list[float]  # (K,) seconds of the video's frames, [0.0] for pictures, [] for text
+    shared: int = 0  # tokens up to the end of the media, the same for all questions about them
+    kinds: list[str] = field(default_factory=list)  # of the media in the prompt's order
+
+    @property
+    def slots(self):
+        """Temporal slots of the video; 1 for pictures alone, 0 for text."""
+        if "video" in self.kinds:
+            return int(self.grid_thw[self.kinds.index("video"), 0])
+        return min(1, len(self.kinds))
 
 
 @dataclass
 class CachedMedium:
     """Decoded video or image in the cache of an Encoder."""
 
+    kind: str  # "video" or "image"
     frames: torch.Tensor  # (K, 3, h, w) uint8, resized
     times: list[float]  # (K,) seconds
     fps: float  # mean frame rate of the K frames
-    inputs: ModelInputs | None = None  # prompt up to the end of the medium, once it was encoded
+    inputs: ModelInputs | None = None  # prompt of this medium alone up to its end, once encoded
 
     @property
     def nbytes(self):
@@ -186,58 +195,66 @@ class Encoder:
         Args:
             example: Example.
             row: its Prior, whose frames are shown; None shows `frames` uniform ones.
-            shuffle: (K,) new order of the frames (control of the temporal reward). Times and
-                prompt do not change.
-            black: show black frames (control of the evaluation).
+            shuffle: (K,) new order of the video's frames (control of the temporal reward). Times
+                and prompt do not change.
+            black: show black frames of the video, of the pictures where there is none (control of
+                the evaluation).
         Returns:
             ModelInputs.
         Raises:
-            MediaError: the medium cannot be decoded.
+            MediaError: a medium cannot be decoded.
             DataError: the prior was made for other frames.
         """
-        medium = None
-        if len(example.media) > 1:
-            raise DataError(f"{example.id} has several media")
-        if example.media:
-            medium = self.load(example, row)
+        media = []
+        for medium in example.media:
+            # The prior is the video's, or the first picture's.
+            loaded = self.load(medium, row if medium == example.medium else None)
+            # A control leaves the pictures beside a video as they are.
+            if medium.kind == example.media_type and black:
+                loaded = replace(loaded, frames=torch.zeros_like(loaded.frames))
+            elif medium.kind == example.media_type and shuffle is not None:
+                loaded = replace(loaded, frames=loaded.frames[list(shuffle)])
+            media.append(loaded)
         # Times as text stand in the user's turn, before the question.
-        if self.frame_times == "text" and example.media_type == "video":
-            times = ", ".join(map(clock, medium.times))
+        if self.frame_times == "text" and example.video:
+            shown = media[example.media.index(example.video)]
+            times = ", ".join(map(clock, shown.times))
             question = f"The frames were taken at {times}.\n{example.question}"
             example = replace(example, question=question)
         before, text, after = chat_parts(self.processor, example, self.template, self.system_prompt)
 
         tokenizer = self.processor.tokenizer
-        if medium is None:
+        if not media:
             before_ids = torch.tensor(tokenizer(before).input_ids)
             inputs = ModelInputs(before_ids, None, None, second_per_grid=1.0, times=[])
-        elif black or shuffle is not None:
-            frames = torch.zeros_like(medium.frames)
-            if not black:
-                frames = medium.frames[list(shuffle)]
-            inputs = self.process(example, before, frames, medium)
+        elif black or shuffle is not None or len(media) > 1:
+            inputs = self.process(before, media)
         else:
             # All questions about a medium share the prompt up to its end.
-            if medium.inputs is None:
-                medium.inputs = self.process(example, before, medium.frames, medium)
-            inputs = medium.inputs
+            if media[0].inputs is None:
+                media[0].inputs = self.process(before, media)
+            inputs = media[0].inputs
         # Tokenized apart from the rest, since its special tokens are ordinary text.
         ids = plain_ids(tokenizer, text) + tokenizer(after, add_special_tokens=False).input_ids
         shared = inputs.input_ids
         ids = torch.cat([shared, torch.tensor(ids)])
         return replace(inputs, input_ids=ids, shared=len(shared))
 
-    def load(self, example, row):
-        """Decode and resize an example's medium unless the cache has it -> CachedMedium."""
-        path = example.path
+    def load(self, medium, row=None):
+        """Decode and resize a Medium unless the cache has it -> CachedMedium.
+
+        Args:
+            row: see encode.
+        """
+        path = medium.path
         # A prior's frames and uniform frames of one video are two entries.
-        key = (example.medium, tuple(row.frames) if row else None)
+        key = (medium, tuple(row.frames) if row else None)
         if key not in self.media:
-            if example.media_type == "image":
+            if medium.kind == "image":
                 frames = load_image(path)
                 times = [0.0]
             else:
-                video, indices = open_medium(example.medium, self)
+                video, indices = open_medium(medium, self)
                 shown = read_frames(video, key[1] or indices)
                 frames = shown.frames
                 times = shown.times
@@ -249,7 +266,8 @@ class Encoder:
             # A single frame has no rate.
             if len(times) > 1:
                 fps = float((len(times) - 1) / (times[-1] - times[0]))
-            self.media[key] = CachedMedium(frames, [float(time) for time in times], fps)
+            times = [float(time) for time in times]
+            self.media[key] = CachedMedium(medium.kind, frames, times, fps)
             self.media_bytes += self.media[key].nbytes
             # The newest entry stays even if it exceeds the limit by itself.
             while self.media_bytes > self.cache_gb * 1e9 and len(self.media) > 1:
@@ -257,14 +275,14 @@ class Encoder:
                 self.media_bytes -= oldest.nbytes
         # The first entry is the one used longest ago.
         self.media.move_to_end(key)
-        medium = self.media[key]
+        loaded = self.media[key]
         # The same numbers in another file are other frames.
-        if row and not np.allclose(medium.times, row.times, atol=0.02):
+        if row and not np.allclose(loaded.times, row.times, atol=0.02):
             raise DataError(
                 f"{path}: its prior was made for other frames (the times differ); "
                 "build the priors again"
             )
-        return medium
+        return loaded
 
     @property
     def factor(self):
@@ -272,34 +290,47 @@ class Encoder:
         image_processor = self.processor.image_processor
         return image_processor.patch_size * image_processor.merge_size
 
-    def process(self, example, text, frames, medium):
+    def process(self, text, media):
         """Run the processor on a prompt and frames of settled size.
 
         Args:
-            example: Example of an image or a video.
-            text: the prompt up to the end of the medium.
-            frames: (K, 3, h, w) uint8, those of `medium` or a control's.
-            medium: CachedMedium.
+            text: the prompt up to the end of the last medium.
+            media: list of CachedMedium in the prompt's order, with their frames or a control's.
         Returns:
             ModelInputs.
         """
-        if example.media_type == "image":
-            seconds = 1.0
-            pixels = "pixel_values"
-            media = {"images": [frames[0]]}
-        else:
+        given = {}
+        seconds = 1.0
+        times = media[0].times
+        images = [one.frames[0] for one in media if one.kind == "image"]
+        if images:
+            given["images"] = images
+        for video in media:
+            if video.kind == "image":
+                continue
+            frames = video.frames
+            times = video.times
             # Drawn after a control has shuffled the frames: the times stay in order.
             if self.frame_times == "drawn":
-                frames = draw_times(frames, medium.times)
-            seconds = self.processor.video_processor.temporal_patch_size / medium.fps
-            pixels = "pixel_values_videos"
+                frames = draw_times(frames, times)
+            seconds = self.processor.video_processor.temporal_patch_size / video.fps
             # The frames are sampled already; their rate gives the seconds per slot.
             metadata = {
-                "fps": medium.fps,
+                "fps": video.fps,
                 "total_num_frames": len(frames),
                 "frames_indices": list(range(len(frames))),
             }
-            media = {"videos": [frames], "video_metadata": [metadata], "do_sample_frames": False}
-        output = self.processor(text=[text], do_resize=False, return_tensors="pt", **media)
-        grid = output[f"{example.media_type}_grid_thw"][0]
-        return ModelInputs(output["input_ids"][0], output[pixels], grid, seconds, medium.times)
+            given |= {"videos": [frames], "video_metadata": [metadata], "do_sample_frames": False}
+        output = self.processor(text=[text], do_resize=False, return_tensors="pt", **given)
+        # The processor gives pictures and videos apart.
+        parts = {}
+        for kind, name in (("image", "pixel_values"), ("video", "pixel_values_videos")):
+            if name in output:
+                grids = output[f"{kind}_grid_thw"]
+                patches = output[name].split(grids.prod(1).tolist())
+                parts[kind] = zip(grids, patches, strict=True)
+        kinds = [one.kind for one in media]
+        grids, pixels = zip(*(next(parts[kind]) for kind in kinds), strict=True)
+        return ModelInputs(
+            output["input_ids"][0], torch.cat(pixels), torch.stack(grids), seconds, times, 0, kinds
+        )

@@ -73,23 +73,23 @@ def blank_image(config, device):
     return pixels, torch.tensor([[1, side, side]], device=device)
 
 
-def rotary_positions(model, input_ids, mask, kinds, grids, seconds):
+def rotary_positions(model, input_ids, mask, kinds, grids, videos, seconds):
     """Rotary positions (3, B, P) in time, height and width, as the families were trained.
 
     Args:
         input_ids, mask: (B, P).
         kinds: (B, P) 0 text, 1 image, 2 video.
-        grids: (B, 3) patches of each row's medium, zeros for text.
+        grids: (media, 3) patches of all media in batch order.
+        videos: (media,) bool, True for a video, of which a row has one at most.
         seconds: (B,) of a temporal slot, which Qwen2.5-VL's time axis counts.
     """
-    kind = kinds.amax(dim=1)  # (B,)
     position_ids, _ = model.model.get_rope_index(
         input_ids,
         mm_token_type_ids=kinds.int(),
         attention_mask=mask.long(),
-        image_grid_thw=grids[kind == 1],
-        video_grid_thw=grids[kind == 2],
-        second_per_grid_ts=seconds[kind == 2],
+        image_grid_thw=grids[~videos],
+        video_grid_thw=grids[videos],
+        second_per_grid_ts=seconds[(kinds == 2).any(1)],
     )
     return continue_positions(position_ids, kinds, mask)
 
@@ -141,11 +141,17 @@ class Prompts:
     input_ids: torch.Tensor  # (B, P)
     mask: torch.Tensor  # (B, P) bool, False on padding
     position_ids: torch.Tensor  # (3, B, P) rotary positions in time, height, width
-    visual: torch.Tensor  # (B, P) bool, True on visual tokens
+    kinds: torch.Tensor  # (B, P) 0 text, 1 token of an image, 2 of a video
     pixel_values: torch.Tensor | None  # (patches, C) of all media in batch order, None: all text
-    grid_thw: torch.Tensor  # (B, 3) patches in time, height, width; zeros for text
-    slots: list[int]  # temporal slots of each row's medium, 0 for text
+    grid_thw: torch.Tensor  # (media, 3) patches in time, height, width
+    media: list[int]  # media of each row
+    slots: list[int]  # temporal slots of each row's video, 1 for images alone, 0 for text
     features: list | None = None  # Policy.encode's, where a frozen tower has seen these media
+
+    @property
+    def visual(self):
+        """(B, P) bool, True on visual tokens."""
+        return self.kinds > 0
 
     def to(self, device):
         """Move all tensors but the features, which are made on their device."""
@@ -157,7 +163,7 @@ class Prompts:
         return (~self.mask).sum(1).tolist()
 
     def repeat(self, times):
-        """Repeat row b times[b] times, with its medium, as trainers that do not pack a group do.
+        """Repeat row b times[b] times, with its media, as trainers that do not pack a group do.
 
         Args:
             times: list of B ints.
@@ -170,8 +176,8 @@ class Prompts:
             input_ids=self.input_ids[rows],
             mask=self.mask[rows],
             position_ids=self.position_ids[:, rows],
-            visual=self.visual[rows],
-            grid_thw=self.grid_thw[rows],
+            kinds=self.kinds[rows],
+            media=[self.media[row] for row in rows],
             slots=[self.slots[row] for row in rows],
         )
         if self.pixel_values is None:
@@ -182,7 +188,9 @@ class Prompts:
             parts = tensor.split(sizes)
             return torch.cat([parts[row] for row in rows])
 
-        repeated.pixel_values = select(self.pixel_values, self.grid_thw.prod(1).tolist())
+        patches = [int(grids.prod(1).sum()) for grids in self.grid_thw.split(self.media)]
+        repeated.pixel_values = select(self.pixel_values, patches)
+        repeated.grid_thw = select(self.grid_thw, self.media)
         if self.features is not None:
             tokens = self.visual.sum(1).tolist()
             repeated.features = [select(feature, tokens) for feature in self.features]
@@ -196,12 +204,9 @@ def collate(items, model):
     pad_left = partial(pad_sequence, batch_first=True, padding_side="left")
     input_ids = pad_left(ids, padding_value=config.text_config.pad_token_id or 0)
     mask = pad_left([torch.ones_like(row, dtype=torch.bool) for row in ids])
-    grids = torch.zeros(len(items), 3, dtype=torch.long)
-    pixels = []
-    for row, item in enumerate(items):
-        if item.grid_thw is not None:
-            grids[row] = item.grid_thw
-            pixels.append(item.pixel_values)
+    shown = [item for item in items if item.kinds]
+    grids = torch.cat([torch.zeros(0, 3, dtype=torch.long), *(item.grid_thw for item in shown)])
+    videos = torch.tensor([kind == "video" for item in items for kind in item.kinds]).bool()
     # (B, P) 0 text, 1 image, 2 video
     kinds = (input_ids == config.image_token_id) + 2 * (input_ids == config.video_token_id)
     kinds *= mask
@@ -209,11 +214,12 @@ def collate(items, model):
     return Prompts(
         input_ids=input_ids,
         mask=mask,
-        position_ids=rotary_positions(model, input_ids, mask, kinds, grids, seconds),
-        visual=kinds > 0,
-        pixel_values=torch.cat(pixels) if pixels else None,
+        position_ids=rotary_positions(model, input_ids, mask, kinds, grids, videos, seconds),
+        kinds=kinds,
+        pixel_values=torch.cat([item.pixel_values for item in shown]) if shown else None,
         grid_thw=grids,
-        slots=grids[:, 0].tolist(),
+        media=[len(item.kinds) for item in items],
+        slots=[item.slots for item in items],
     )
 
 
@@ -434,8 +440,7 @@ class Policy(torch.nn.Module):
             # keeps this rank's ZeRO-3 gathers in step with the ranks that have media
             blank = blank_image(self.model.config, prompts.input_ids.device)
             return encode_media(self.model, *blank)
-        grids = prompts.grid_thw[prompts.grid_thw[:, 0] > 0]  # (media, 3)
-        features = encode_media(self.model, prompts.pixel_values, grids)
+        features = encode_media(self.model, prompts.pixel_values, prompts.grid_thw)
         visual = int(prompts.visual.sum())
         if len(features[0]) != visual:
             raise ValueError(

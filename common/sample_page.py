@@ -146,7 +146,7 @@ def answer_question(arguments, name, path, example, prior):
     # 3. Frame use by both scores, and what each visual token adds to it.
     columns = prompts.visual[0].nonzero().squeeze(1)  # (t M,)
     merge = model.config.vision_config.spatial_merge_size
-    shape = (item.grid_thw // torch.tensor([1, merge, merge])).tolist()  # t, h, w
+    shape = (item.grid_thw[0] // torch.tensor([1, merge, merge])).tolist()  # t, h, w
     patches = states[0, columns].unflatten(0, (shape[0], -1))  # (t, M, D)
     hidden = "the paper's score" if layer == -1 else f"hidden states {layer}"
     uses = {hidden: rollout_frame_use(prompts, mask, states)}

@@ -206,18 +206,15 @@ def hf_inputs(item, model, completion=None):
     if item.grid_thw is None:
         return inputs
     inputs["mm_token_type_ids"] = (is_image.int() + 2 * is_video.int())[None]
-    if is_image.any():
-        return {
-            **inputs,
-            "pixel_values": item.pixel_values,
-            "image_grid_thw": item.grid_thw[None],
-        }
-    return {
-        **inputs,
-        "pixel_values_videos": item.pixel_values,
-        "video_grid_thw": item.grid_thw[None],
-        "second_per_grid_ts": torch.tensor([item.second_per_grid]),
-    }
+    pixels = item.pixel_values.split(item.grid_thw.prod(1).tolist())
+    names = {"image": "pixel_values", "video": "pixel_values_videos"}
+    for kind in set(item.kinds):
+        places = [place for place, own in enumerate(item.kinds) if own == kind]
+        inputs[f"{kind}_grid_thw"] = item.grid_thw[places]
+        inputs[names[kind]] = torch.cat([pixels[place] for place in places])
+    if "video" in item.kinds:
+        inputs["second_per_grid_ts"] = torch.tensor([item.second_per_grid])
+    return inputs
 
 
 NO_EOS = 10**9
@@ -288,9 +285,9 @@ def other_family(request, items, toy_model):
     video, image, words = replace(items[0]), items[1], items[3]
     if name != "Qwen2VL":  # one run of video tokens becomes a run for every slot
         ids, token = video.input_ids.tolist(), config.video_token_id
-        first, count = ids.index(token), ids.count(token) // int(video.grid_thw[0])
+        first, count = ids.index(token), ids.count(token) // video.slots
         run = [config.vision_start_token_id, *[token] * count, config.vision_end_token_id]
-        slots = [[65 + slot, 66, *run] for slot in range(int(video.grid_thw[0]))]
+        slots = [[65 + slot, 66, *run] for slot in range(video.slots)]
         behind = ids[first + ids.count(token) + 1 :]
         video.input_ids = torch.tensor(ids[: first - 1] + sum(slots, []) + behind)
         video.shared += len(video.input_ids) - len(ids)

@@ -96,7 +96,7 @@ def test_a_video_has_its_slots_and_visual_tokens(tmp_path):
     example = Example("0", "Which ball is red?", [], "numerical", "1", [Medium("video", medium)])
     processor = AutoProcessor.from_pretrained(tmp_path)
     item = Encoder(processor, 0, 1 << 40, arguments.frames).encode(example)
-    assert item.grid_thw.tolist() == [3, 4, 8]
+    assert item.grid_thw.tolist() == [[3, 4, 8]]
     config = json.loads((tmp_path / "config.json").read_text())
     visual = sum(token == config["video_token_id"] for token in item.input_ids.tolist())
     assert visual == arguments.visual_tokens == 24

@@ -326,7 +326,14 @@ def prompts_of(visual, slots):
     visual = torch.tensor(visual).bool()
     nothing = torch.zeros(visual.shape, dtype=torch.long)
     return Prompts(
-        nothing, torch.ones_like(visual), nothing.expand(3, -1, -1), visual, None, None, slots
+        nothing,
+        torch.ones_like(visual),
+        nothing.expand(3, -1, -1),
+        2 * visual,
+        None,
+        None,
+        [1] * len(slots),
+        slots,
     )
 
 

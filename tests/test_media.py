@@ -181,7 +181,7 @@ def brightness(item, processor):
 
     A row of pixel_values is (channel 3, time 2, 14, 14).
     """
-    slots = int(item.grid_thw[0])
+    slots = int(item.grid_thw[:, 0].sum())
     mean = torch.tensor(processor.video_processor.image_mean).view(1, 1, 3, 1)
     std = torch.tensor(processor.video_processor.image_std).view(1, 1, 3, 1)
     values = item.pixel_values.view(slots, -1, 3, 2, 14 * 14).mean(-1)  # (slots, patches, 3, 2)
@@ -205,7 +205,7 @@ def test_encode_video(video_example, toy_processor):
     # frames 0 6 13 19 (linspace 0..19), brightness 10 + 10 i, 5 frames a second
     np.testing.assert_allclose(brightness(item, toy_processor), [10, 70, 140, 200], atol=4)
     np.testing.assert_allclose(item.times, [0, 1.2, 2.6, 3.8], atol=1e-3)
-    assert item.grid_thw.tolist() == [2, 4, 4]
+    assert item.grid_thw.tolist() == [[2, 4, 4]]
     assert item.pixel_values.shape == (32, 3 * 2 * 14 * 14)
     assert item.second_per_grid == pytest.approx(2 * 3.8 / 3)  # 2 frames a slot, 3 steps in 3.8 s
     ids = item.input_ids.tolist()
@@ -226,7 +226,7 @@ def test_encode_image_and_text(image_example, toy_processor):
     tokenizer = toy_processor.tokenizer
     encoder = encoder_of(toy_processor)
     item = encoder.encode(image_example)
-    assert item.grid_thw.tolist() == [1, 4, 4] and item.times == [0.0]
+    assert item.grid_thw.tolist() == [[1, 4, 4]] and item.times == [0.0]
     pad = tokenizer.convert_tokens_to_ids("<|image_pad|>")
     assert item.input_ids.tolist().count(pad) == 4
     np.testing.assert_allclose(brightness(item, toy_processor), [(200 + 60 + 20) / 3] * 2, atol=2)
@@ -375,11 +375,11 @@ def test_frame_times_are_shown_as_text_or_drawn(video_example, toy_processor):
     assert torch.equal(items["drawn"].input_ids, items["none"].input_ids)
     assert not torch.equal(items["drawn"].pixel_values, items["none"].pixel_values)
     # a control's frames change places, the times on them do not
-    medium = encoders["drawn"].load(video_example, row)
+    medium = encoders["drawn"].load(video_example.video, row)
     shuffled = encoders["drawn"].encode(video_example, row, shuffle=[2, 0, 1])
     frames = media.draw_times(medium.frames[[2, 0, 1]], row.times)
     before = "x<|vision_start|><|video_pad|><|vision_end|>"
-    expected = encoders["none"].process(video_example, before, frames, medium)
+    expected = encoders["none"].process(before, [replace(medium, frames=frames)])
     assert torch.equal(shuffled.pixel_values, expected.pixel_values)
 
 

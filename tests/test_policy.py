@@ -459,7 +459,7 @@ vision = dict(depth=1, hidden_size=64, num_heads=4, intermediate_size=128, out_h
 config = Qwen2_5_VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=True)
 model = Qwen2_5_VLForConditionalGeneration._from_config(config, attn_implementation="sdpa")
 ids, positions = torch.randint(20, 9999, (1, 512)), torch.arange(512).expand(3, 1, -1)
-prompts = Prompts(ids, ids > 0, positions, ids < 0, None, None, [0])
+prompts = Prompts(ids, ids > 0, positions, 0 * ids, None, None, [0], [0])
 completions, mask = torch.randint(20, 9999, (1, 8, 256)), torch.ones(1, 8, 256).bool()
 before = memory("VmRSS")
 scored = Policy(model)(prompts, completions, mask, weight_alpha=1.7)

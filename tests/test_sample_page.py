@@ -77,7 +77,7 @@ def test_answer_equals_plain_transformers(checkpoint, toy_folder, toy_processor)
     banned = torch.tensor(banned_ids(model))
     inputs = {
         "pixel_values_videos": item.pixel_values,
-        "video_grid_thw": item.grid_thw[None],
+        "video_grid_thw": item.grid_thw,
         "second_per_grid_ts": torch.tensor([item.second_per_grid]),
     }
 

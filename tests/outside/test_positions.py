@@ -53,7 +53,7 @@ def test_words_stand_behind_the_video_as_in_transformers_5_2(make, step, monkeyp
     small = make()
     video = small.config.video_token_id
     ids = torch.tensor([7] * 15 + [video] * (84 * 12 * 16) + [7] * 10)
-    item = ModelInputs(ids, torch.zeros(1, 4), torch.tensor([84, 24, 32]), 2.0, [])
+    item = ModelInputs(ids, torch.zeros(1, 4), torch.tensor([[84, 24, 32]]), 2.0, [], 0, ["video"])
     text = ModelInputs(torch.tensor([7] * 40), None, None, 1.0, [])
     positions = collate([text, item], small).position_ids  # (3, 2, P)
     assert positions[:, 1, :15].tolist() == [list(range(15))] * 3
