@@ -341,6 +341,59 @@ def prompt_weights(query, key, prompt_key, scaling):
 ALL_ATTENTION_FUNCTIONS.register("group", group_attention)
 ALL_MASK_ATTENTION_FUNCTIONS.register("group", sdpa_mask)
 
+# ------------------------------------------------------------------------------ the vision tower
+
+
+def window_attention(
+    module, query, key, value, attention_mask, scaling=None, cu_seq_lens_q=None, **kwargs
+):
+    """Attention within the windows of a vision tower: transformers' function "flash_windows".
+
+    Windows of one length are one batch; transformers itself calls sdpa once a window, thousands of
+    times for a video. It hands over the bounds to functions with "flash" in their name.
+
+    Args:
+        query, key, value: (1, heads, N, d).
+        cu_seq_lens_q: (windows + 1,) where windows begin and end.
+    Returns:
+        (1, N, heads, d), and None, as transformers expects.
+    """
+    begins = cu_seq_lens_q[:-1]
+    lengths = cu_seq_lens_q.diff()
+    places = []
+    attended = []
+    for length in lengths.unique().tolist():
+        window = torch.arange(length, device=begins.device)
+        columns = begins[lengths == length, None] + window  # (windows, length)
+        # (windows, heads, length, d) each
+        batch = [states[0][:, columns].transpose(0, 1) for states in (query, key, value)]
+        attended.append(scaled_dot_product_attention(*batch, scale=scaling).transpose(1, 2))
+        places.append(columns.flatten())
+    rows = torch.cat([part.flatten(0, 1) for part in attended])  # (N, heads, d)
+    return rows[torch.cat(places).argsort()][None], None
+
+
+ALL_ATTENTION_FUNCTIONS.register("flash_windows", window_attention)
+
+
+class PatchEmbedding(torch.nn.Conv3d):
+    """A vision tower's patch embedding: its kernel is a whole patch, so it is one product."""
+
+    def forward(self, patches):
+        """(N, C, t, h, w) -> (N, D)."""
+        return torch.nn.functional.linear(patches.flatten(1), self.weight.flatten(1), self.bias)
+
+
+def speed_up_vision(model):
+    """Let the model's vision tower use the two above; its numbers stay the same."""
+    visual = model.model.visual
+    embedding = visual.patch_embed.proj
+    if type(embedding) is torch.nn.Conv3d and embedding.stride == embedding.kernel_size:
+        embedding.__class__ = PatchEmbedding
+    if visual.config._attn_implementation == "sdpa":
+        visual.config._attn_implementation = "flash_windows"  # not saved
+
+
 # ------------------------------------------------------------------------------------ the policy
 
 CHUNK_LOGITS = 1 << 25  # float32 values of (tokens, vocabulary) that exist at a time: 128 MiB
@@ -428,6 +481,7 @@ class Policy(torch.nn.Module):
                 f"{family} with {kernel} attention: groups are not packed, every completion "
                 f"repeats its prompt (packed: {', '.join(PACKED_FAMILIES)} with sdpa)"
             )
+        speed_up_vision(model)
         self.model = model
 
     def encode(self, prompts):

@@ -19,14 +19,63 @@ from common import policy as policy_module
 from common.policy import (
     Layout,
     Policy,
+    blank_image,
     checkpoint_activations,
     collate,
+    encode_media,
     group_attention,
+    speed_up_vision,
 )
 from common.rollout import Sampling, rollout
 from grpo import group_advantages, policy_loss, rollout_frame_use, token_weights
 
 NAN, INF = float("nan"), float("inf")
+
+
+# ------------------------------------------------------------------------------ the vision tower
+
+
+def vision_numbers(model, pixels, grid, faster):
+    """Features of three media, and the gradients of all weights of the vision tower."""
+    visual = copy.deepcopy(model.model.visual)
+    visual.patch_embed.proj.__class__ = torch.nn.Conv3d
+    visual.config._attn_implementation = "sdpa"
+    if hasattr(visual, "fullatt_block_indexes"):
+        visual.fullatt_block_indexes = [1]  # windows in the first block
+    holder = SimpleNamespace(model=SimpleNamespace(visual=visual))
+    if faster:
+        speed_up_vision(holder)
+        assert visual.config._attn_implementation == "flash_windows"
+        assert type(visual.patch_embed.proj) is not torch.nn.Conv3d
+    features = encode_media(holder, pixels, grid)
+    visual.zero_grad()
+    sum(
+        (feature * torch.linspace(-1, 1, feature.shape[1])).sum() for feature in features
+    ).backward()
+    gradients = {n: p.grad for n, p in visual.named_parameters() if p.grad is not None}
+    return features, gradients
+
+
+def check_vision(model):
+    grid = torch.tensor([[2, 4, 6], [1, 4, 4], [3, 2, 10]])
+    pixels, _ = blank_image(model.config, "cpu")
+    generator = torch.Generator().manual_seed(0)
+    pixels = torch.randn(int(grid.prod(1).sum()), pixels.shape[1], generator=generator)
+    plain, slow = vision_numbers(model, pixels, grid, faster=False)
+    fast, quick = vision_numbers(model, pixels, grid, faster=True)
+    for one, two in zip(plain, fast, strict=True):
+        torch.testing.assert_close(one, two, atol=1e-4, rtol=1e-4)
+    assert slow.keys() == quick.keys() and len(slow) > 10
+    for name in slow:
+        torch.testing.assert_close(slow[name], quick[name], atol=1e-3, rtol=1e-3, msg=name)
+
+
+def test_windows_of_a_vision_tower_in_batches(toy_model):
+    check_vision(toy_model)
+
+
+def test_windows_of_another_familys_tower_in_batches(other_family):
+    check_vision(other_family[0])
 
 
 # ------------------------------------------------------------------------------------- the mask
