@@ -18,6 +18,7 @@ import random
 import re
 from collections import Counter
 from dataclasses import KW_ONLY, dataclass, field, replace
+from functools import lru_cache
 from pathlib import Path
 from string import ascii_uppercase
 from typing import NamedTuple
@@ -916,7 +917,15 @@ def chat_parts(processor, example, template=PROMPT_TEMPLATE, system_prompt=None)
     Raises:
         DataError: the template does not show the user's text exactly once.
     """
-    content = [{"type": medium.kind} for medium in example.media]
+    kinds = tuple(medium.kind for medium in example.media)
+    before, after = around_text(processor, kinds, system_prompt)
+    return before, build_prompt(example, template), after
+
+
+@lru_cache(maxsize=64)
+def around_text(processor, kinds, system_prompt):
+    """What the chat template puts before and behind the user's text; kinds of the media."""
+    content = [{"type": kind} for kind in kinds]
     content.append({"type": "text", "text": MARK})
     messages = [{"role": "user", "content": content}]
     if system_prompt:
@@ -927,7 +936,7 @@ def chat_parts(processor, example, template=PROMPT_TEMPLATE, system_prompt=None)
         raise DataError(
             f"the checkpoint's chat template shows the user's text {len(parts) - 1} times, not once"
         )
-    return parts[0], build_prompt(example, template), parts[1]
+    return parts
 
 
 def plain_ids(tokenizer, text):
