@@ -62,6 +62,7 @@ from common.engine import (
 from common.flags import Parser, flag
 from common.media import Encoder
 from common.policy import FAMILIES, PACKED_FAMILIES, Policy, Prompts, collate
+from common.progress import Progress
 from common.ranks import (
     average,
     check_finite,
@@ -196,7 +197,7 @@ class TrainArguments:
         choices=["none", "text", "drawn"],
     )
     decode_workers: int = flag(
-        2, "Processes per rank that decode the next step's media; 0: none. Default for the toy: 0."
+        2, "Processes per rank that decode the next step's media; 0: none. Default for the toy: 1."
     )
     decode_timeout: float = flag(300.0, "Seconds after which a medium is given up (with workers).")
     max_prompt_length: int = flag(
@@ -372,6 +373,16 @@ class TrainArguments:
     local_rank: int = flag(-1, "Set by the deepspeed launcher.")
 
 
+# Seconds of the toy's stages on 2 CPU cores, see docs/performance.md; the first estimate of a run.
+TOY_SECONDS = {
+    "toy": 20,
+    "priors": 15,
+    "SFT": 90,
+    "score before GRPO": 12,
+    "GRPO": 90,
+    "score after GRPO": 12,
+}
+
 # Settings of a recipe that are meant for billions of parameters; the toy keeps its own.
 NOT_FOR_THE_TOY = ("learning_rate", "frames", "fps", "max_completion_length", "prior")
 
@@ -382,8 +393,8 @@ def toy_defaults(folder, world_size):
     Global batches do not depend on the number of ranks. Frame use comes from the attention of the
     first layer: on the toy's known evidence it was above chance on every checkpoint that was
     checked (evaluate.py --frame_use_check), while the paper's lies at chance; the paper's is
-    computed and logged beside it. Beta is higher because at a learning rate that a 1.2 M-parameter
-    model needs to move in 80 steps, whatever no reward asks for drifts.
+    computed and logged beside it. Beta is higher because at a learning rate that a 1.0 M-parameter
+    model needs to move in 40 steps, whatever no reward asks for drifts.
     """
     return dict(
         dataset_name=f"{folder}/train.json",
@@ -391,19 +402,19 @@ def toy_defaults(folder, world_size):
         model_name_or_path=f"{folder}/model",
         toy_dir=folder,
         clip=f"local-dir:{folder}/clip",
-        min_pixels=56 * 56,
-        max_pixels=56 * 56,
-        decode_workers=0,
-        max_completion_length=96,
+        min_pixels=28 * 28,
+        max_pixels=28 * 28,
+        decode_workers=1,
+        max_completion_length=64,
         length_bonus=0.0,
         frame_use="attention",
         frame_use_layer=1,
         sft_learning_rate=2e-3,
-        sft_max_steps=600,
-        sft_per_device_batch_size=max(1, 32 // world_size),
-        learning_rate=2e-4,
+        sft_max_steps=400,
+        sft_per_device_batch_size=max(1, 16 // world_size),
+        learning_rate=4e-4,
         beta=0.1,
-        max_steps=80,
+        max_steps=40,
         per_device_train_batch_size=max(1, 16 // world_size),
         max_grad_norm=1.0,
     )
@@ -1357,7 +1368,8 @@ def run(args, settings):
     if resume is None:
         return
     set_seed(args.seed)
-    this = read_inputs(args, settings, resume)
+    progress = Progress(stages_ahead(args, resume))
+    this = read_inputs(args, settings, resume, progress)
     # From here on the output folder is written.
     shown = on_main_first(lambda: prepare_output(output, args, settings, resume))
     if is_main():
@@ -1379,27 +1391,49 @@ def run(args, settings):
     if args.stage != "grpo":
         model_path = output / "sft"
         if this.demonstrations:
+            progress.start("SFT")
             train_sft(this)
             result["skipped"].update(this.demonstrations.skipped)
     if resume.get("stage") == "grpo":
         result["before"] = resume["before"]
     else:
+        progress.start("score before GRPO")
         result["before"] = score_checkpoint(this, model_path)
     shared["before"] = result["before"]
     # Without GRPO both columns of the table are the same.
     result["after"] = result["before"]
     if this.training:
+        progress.start("GRPO")
         model_path = train_grpo(this, model_path)
         result["skipped"].update(this.training.skipped)
+        progress.start("score after GRPO")
         result["after"] = score_checkpoint(this, model_path)
     finish_run(this)
 
 
-def read_inputs(args, settings, resume):
+def stages_ahead(args, resume):
+    """{stage: expected seconds} of what is left of a run, see Progress."""
+    names = list(TOY_SECONDS)
+    if not args.toy_dir or toy.is_made(args.toy_dir):
+        names.remove("toy")
+    if args.stage == "grpo" or resume.get("stage") == "grpo":
+        names.remove("SFT")
+    if resume.get("stage") == "grpo" or not args.eval_dataset_name:
+        names.remove("score before GRPO")
+    if args.stage == "sft":
+        names.remove("GRPO")
+    if args.stage == "sft" or not args.eval_dataset_name:
+        names.remove("score after GRPO")
+    # Other data take their own time; their progress bars tell it.
+    return {name: TOY_SECONDS[name] if args.toy_dir else None for name in names}
+
+
+def read_inputs(args, settings, resume, progress):
     """Reads and checks everything that a run needs; says what will be trained. Returns the Run."""
     sft_data = args.dataset_name
     # The toy is made on first use; its demonstrations are a file of their own.
     if args.toy_dir:
+        progress.start("toy")
         on_main_first(lambda: toy.make_toy(args.toy_dir, seed=args.seed))
         sft_data = f"{args.toy_dir}/train_cot.json"
     # The checkpoint's own processor makes the model inputs.
@@ -1429,6 +1463,7 @@ def read_inputs(args, settings, resume):
     if args.stage != "sft":
         this.training = load_training(args)
     # Priors, the slow part where they are not given.
+    progress.start("priors")
     if args.eval_dataset_name:
         add_priors(args, settings, this.heldout, "held-out", args.eval_priors, resume)
     if this.training:

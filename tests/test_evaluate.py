@@ -849,7 +849,7 @@ def test_what_is_no_checkpoint(flags, tmp_path, monkeypatch, capsys):
     status, _, err = command(
         monkeypatch, capsys, *flags, "--frame_use", "attention", "--frame_use_layer", 99
     )
-    assert status == 2 and "the model has layers 1 to 4" in err
+    assert status == 2 and "the model has layers 1 to 3" in err
 
 
 def test_no_answers_at_all_is_an_error(flags, tmp_path, monkeypatch, capsys):
@@ -1227,7 +1227,8 @@ def test_a_real_server_answers_as_the_model_here_does(
     # Untrained, it opens think blocks anywhere, which the server then moves, and writes vision
     # tokens, which are banned here.
     pairs = [(a, b) for a, b in pairs if "think>" not in a and "<|" not in b]
-    assert len(pairs) >= 3 and all(a == b for a, b in pairs)
+    # The server cuts white space at the end.
+    assert len(pairs) >= 3 and all(a.rstrip() == b for a, b in pairs)
 
 
 # ---------------------------------------------------------------------------- controls and a judge
