@@ -99,9 +99,9 @@ class Video:
             wanted = int(round(seconds * fps, 3))
             count = min(count, max(least, wanted - wanted % 2, 1))
         count = min(count, total)
-        # A constant rate, its times rounded by the container, is even in number as well.
+        # At a constant rate, times rounded or a frame or two left out at a cut, by number.
         steady = np.linspace(clock[0], clock[-1], total)
-        if self.by_index or np.abs(clock - steady).max() <= step / 2:
+        if self.by_index or np.abs(clock - steady).max() <= 2 * step:
             clock = np.arange(total)
         places = np.interp(np.linspace(clock[0], clock[-1], count), clock, np.arange(total))
         places = places.round(6).round().astype(int)  # halves to even, as the releases round them
@@ -178,89 +178,89 @@ def video_stream(container):
 
 
 def packets(container, stream):
-    """Packets of a stream from its first key frame on, which alone can be decoded."""
+    """Packets of a stream from its first key frame on, which alone can be decoded, and None."""
     begun = False
     for packet in container.demux(stream):
         begun = begun or packet.is_keyframe
         if begun and packet.size:
             yield packet
+    yield None  # makes the decoder give out its last frames
 
 
 def open_pyav(path):
     """Index a video file by the times of its packets where each is a frame, else by decoding it."""
+    found = []
     try:
         with av.open(path) as container:
             stream = video_stream(container)
-            found = [
-                (packet.pts, packet.is_keyframe, packet.is_discard, packet.is_corrupt)
-                for packet in packets(container, stream)
-            ]
+            for packet in filter(None, packets(container, stream)):
+                if packet.is_corrupt:
+                    raise MediaError(f"{path}: damaged video (a part of it is missing)")
+                found.append((packet.pts, packet.is_keyframe, packet.is_discard))
             timed = not TIMED_CONTAINERS.isdisjoint(container.format.name.split(","))
             timed = timed or not stream.codec_context.has_b_frames
             timed = timed and stream.codec_context.name in PACKET_IS_FRAME
-            base = stream.time_base
-        points, keys, discarded, corrupt = map(np.array, zip(*found, strict=True))
-        if corrupt.any():
-            raise MediaError(f"{path}: damaged video (the file is cut short)")
-        if timed and None not in points and is_ordered(points, keys):
+            base = float(stream.time_base)
+        if not found:
+            raise MediaError(f"{path}: not a readable video (it has no frames)")
+        points, keys, discarded = map(np.array, zip(*found, strict=True))
+        if timed and None not in points and is_ordered(points, keys, discarded):
             shown = np.sort(points[~discarded])
-            frames = partial(read_timed, path, points, keys, shown)
-            return Video(path, shown * float(base), frames)
+            starts = np.flatnonzero(keys)
+            return Video(path, shown * base, partial(read_timed, path, points, starts, shown))
         times = decoded_times(path)
-    except (av.FFmpegError, ValueError) as error:
+    except av.FFmpegError as error:
         raise MediaError(f"{path}: not a readable video ({first_words(error)})") from error
-    return Video(path, times, partial(read_all, path))
+    return Video(path, times, partial(read_counted, path))
 
 
-def is_ordered(points, keys):
-    """Whether times are unique, and those of key frames and of what follows them increase."""
-    starts = points[keys]
-    return len(set(points)) == len(points) and (np.diff(starts) > 0).all()
+def is_ordered(points, keys, discarded):
+    """Whether the times of packets say which frames there are, and where to begin for each."""
+    # Pictures that lead the first key frame depend on what was cut off.
+    whole = discarded[0] or points[0] <= points[~discarded].min()
+    return whole and len(set(points)) == len(points) and (np.diff(points[keys]) > 0).all()
 
 
 def decoded_times(path):
     """Seconds of all frames, found by decoding them: (N,)."""
+    points = []
     with av.open(path) as container:
         stream = video_stream(container)
-        points = [frame.pts for frame in decoded(container, stream)]
-        rate = stream.average_rate
-        base = stream.time_base
+        for packet in packets(container, stream):
+            points += [frame.pts for frame in stream.decode(packet)]
+        rate = float(stream.average_rate or 1)
+        base = float(stream.time_base)
     # AVI stores no times of presentation: its frames follow one another at the file's rate.
     if None in points or (np.diff(points) <= 0).any():
-        return np.arange(len(points)) / float(rate)
-    return np.array(points) * float(base)
+        return np.arange(len(points)) / rate
+    return np.array(points) * base
 
 
-def decoded(container, stream):
-    """All frames of a stream, one after another."""
-    for packet in packets(container, stream):
-        yield from stream.decode(packet)
-    yield from stream.decode(None)
-
-
-def read_all(path, indices):
+def read_counted(path, indices):
     """Yield frames by counting all that are decoded."""
-    wanted = iter(indices)
+    wanted = iter([*indices, None])
     index = next(wanted)
+    number = 0
     show = Viewer()
     try:
         with av.open(path) as container:
-            for number, frame in enumerate(decoded(container, video_stream(container))):
-                if number == index:
-                    yield show(frame)
-                    index = next(wanted, None)
+            stream = video_stream(container)
+            for packet in packets(container, stream):
+                for frame in stream.decode(packet):
+                    if number == index:
+                        yield show(frame)
+                        index = next(wanted)
+                    number += 1
     except av.FFmpegError as error:
         raise MediaError(f"{path}: damaged video ({first_words(error)})") from error
-    if index is not None:
-        raise MediaError(f"{path}: damaged video (frame {index} cannot be decoded)")
 
 
-def read_timed(path, points, keys, shown, indices):
+def read_timed(path, points, starts, shown, indices):
     """Yield frames by their times, each decoded from the key frame before it.
 
     Args:
         points: (P,) times of the packets in their order, in units of the stream.
-        keys: (P,) bool.
+        starts: numbers of the packets at which decoding can begin.
         shown: (N,) times of the frames.
     """
     wanted = shown[indices]
@@ -268,9 +268,9 @@ def read_timed(path, points, keys, shown, indices):
     done = 0
     cause = ""
     # Some key frames only begin to refresh the picture; then everything before is decoded as well.
-    for starts in (np.flatnonzero(keys), np.array([0])):
+    for begin in (starts, starts[:1]):
         try:
-            for frame in jump(path, points, starts, wanted[done:]):
+            for frame in jump(path, points, begin, wanted[done:]):
                 yield show(frame)
                 done += 1
         except av.FFmpegError as error:
@@ -281,14 +281,12 @@ def read_timed(path, points, keys, shown, indices):
 
 
 def jump(path, points, starts, wanted):
-    """Yield the frames of ascending times, without decoding what none of them depends on.
+    """Yield the frames of ascending times (K,), but for the first that cannot be decoded and later.
 
-    Args:
-        starts: numbers of the packets at which decoding can begin.
-        wanted: (K,) times in units of the stream.
+    Nothing is decoded that none of them depends on.
     """
-    # Pictures that lead the first start are decoded from it.
     places = np.searchsorted(points[starts], wanted, "right") - 1
+    # What the first start discards may come before it.
     places = starts[places.clip(0)].tolist()  # (K,)
     done = 0
     with av.open(path) as container:
@@ -305,10 +303,6 @@ def jump(path, points, starts, wanted):
                     done += 1
                     if done == len(wanted):
                         return
-        for frame in stream.decode(None):
-            if done < len(wanted) and frame.pts == wanted[done]:
-                yield frame
-                done += 1
 
 
 class Viewer:
