@@ -31,6 +31,7 @@ import io
 import json
 import mimetypes
 import os
+import pickle
 import random
 import re
 import sys
@@ -51,7 +52,7 @@ from transformers import AutoConfig
 from transformers.utils import logging as hf_logging
 
 import reward
-from common import scores
+from common import engine, scores
 from common.data import (
     DataError,
     MediaError,
@@ -61,14 +62,16 @@ from common.data import (
     target_text,
 )
 from common.flags import Parser, flag
-from common.media import Encoder
+from common.media import MIN_PIXELS, Encoder
 from common.policy import Policy, collate, load_model
 from common.rollout import Sampling, answer_prompts, read_turn
-from common.workers import ShardedLines, check_settings, join_ranks, write_whole
+from common.video import DECODERS
+from common.workers import Pool, ShardedLines, check_settings, join_ranks, write_whole
 from grpo import rollout_frame_use, slot_shares, token_frame_use
 from prior import read_priors
 
-ABOVE_0 = "frames min_pixels max_completion_length batch_size api_workers api_timeout"
+ABOVE_0 = "frames min_frames min_pixels max_completion_length batch_size decode_timeout "
+ABOVE_0 += "api_workers api_timeout"
 
 
 @dataclass
@@ -95,8 +98,24 @@ class EvaluateArguments:
         "report.json", "Report to write; the answers go beside it, to NAME.predictions.jsonl."
     )
     frames: int = flag(16, "Frames sampled evenly from a video.", group="Frames and prompt")
-    min_pixels: int = flag(4 * 28 * 28, "Fewest pixels of a frame.")
+    fps: float | None = flag(
+        None,
+        "Frames a second instead, an even number from --min_frames to --frames. None: --frames. "
+        "(The releases: 2, with --min_frames 4.)",
+    )
+    min_frames: int = flag(1, "Fewest frames that --fps samples; all of a shorter video.")
+    decoder: str = flag(
+        "pyav",
+        "Reads video files: pyav as a player shows them, decord as the releases see them.",
+        choices=DECODERS,
+    )
+    min_pixels: int | None = flag(
+        None,
+        "Fewest pixels of a frame; smaller ones are scaled up. None: the releases' 100,352, or "
+        "--max_pixels if that is less.",
+    )
     max_pixels: int = flag(256 * 28 * 28, "Most pixels of a frame (the paper's at inference).")
+    image_max_pixels: int | None = flag(None, "Most pixels of a picture. None: --max_pixels.")
     prompt_template: str | None = flag(
         None,
         "Text file with {question}, {options} and {instruction}, or a .json file with such a text "
@@ -122,6 +141,12 @@ class EvaluateArguments:
     top_p: float = flag(1.0, "Nucleus, when sampled.")
     top_k: int = flag(0, "Most probable tokens to choose from, when sampled; 0: all.")
     batch_size: int = flag(32, "Questions answered at once, on each rank.")
+    decode_workers: int | None = flag(
+        None,
+        "Processes per rank that decode the next batch's media; 0: none, and no timeout. None: 2 "
+        "with a GPU, else 0.",
+    )
+    decode_timeout: float = flag(300.0, "Seconds that a worker may take for a question's media.")
     seed: int = flag(0, "Seed of the sampling.")
     frame_use: str = flag(
         "none",
@@ -172,6 +197,10 @@ class EvaluateArguments:
     local_rank: int = flag(-1, "Set by the deepspeed launcher.")
 
     def __post_init__(self):
+        if self.min_pixels is None:
+            self.min_pixels = min(MIN_PIXELS, self.max_pixels)
+        if self.decode_workers is None:
+            self.decode_workers = 2 if torch.cuda.is_available() else 0
         rescore = self.rescore
         measures = self.frame_use != "none"
         addresses = (self.api_base or "http:", self.judge_base or "http:")
@@ -203,6 +232,7 @@ class EvaluateArguments:
             "--temperature, --top_k and --api_retries must be at least 0": (
                 min(self.temperature, self.top_k, self.api_retries) < 0
             ),
+            "--fps must be above 0": self.fps is not None and not self.fps > 0,
             "--top_p must be above 0 and at most 1": not 0 < self.top_p <= 1,
             "--min_pixels must not be above --max_pixels": self.min_pixels > self.max_pixels,
             "--frame_times goes with a model on this machine and frames to be seen: no --api_base, "
@@ -255,7 +285,8 @@ def score_settings(arguments):
 
     A run continues an earlier one only if they are the same.
     """
-    names = "model_name_or_path frames frame_times system_prompt min_pixels max_pixels "
+    names = "model_name_or_path frames fps min_frames decoder frame_times system_prompt "
+    names += "min_pixels max_pixels image_max_pixels "
     names += "max_completion_length temperature top_p top_k seed control "
     # Padding in a batch changes the last bits of a greedy choice, so its size is one of them.
     here = "batch_size frame_use frame_use_layer priors"
@@ -424,8 +455,8 @@ def frame_order(arguments, position, count):
     return order
 
 
-def make_encoder(arguments, processor):
-    return Encoder(
+def make_encoder(arguments, processor, kind=Encoder):
+    return kind(
         processor,
         arguments.min_pixels,
         arguments.max_pixels,
@@ -433,6 +464,10 @@ def make_encoder(arguments, processor):
         read_template(arguments.prompt_template),
         frame_times=arguments.frame_times,
         system_prompt=arguments.system_prompt,
+        fps=arguments.fps,
+        min_frames=arguments.min_frames,
+        decoder=arguments.decoder,
+        image_max_pixels=arguments.image_max_pixels,
     )
 
 
@@ -444,6 +479,11 @@ def encode(encoder, example, arguments, position):
         count = len(encoder.load(example.medium).frames)
         shuffle = frame_order(arguments, position, count)
     return encoder.encode(example, shuffle=shuffle, black=arguments.control == "black")
+
+
+def encode_ahead(example, arguments, position):
+    """The same in a worker of common/engine.py -> bytes of a pickle, as its encode()."""
+    return pickle.dumps(encode(engine.worker_encoder, example, arguments, position))
 
 
 @dataclass
@@ -550,22 +590,37 @@ def answer_here(arguments, examples, done, rank, world):
     priors = {}
     if arguments.priors:
         priors = {prior.problem_id: prior for prior in read_priors(arguments.priors)}
-    model = None
-    starts = range(rank * size, len(examples), world * size)
-    for start in tqdm(starts, desc="answer", unit="batch", disable=rank > 0):
-        answers = {example.id: {} for example in examples[start : start + size]}
-        if done.issuperset(answers):
-            continue
-        # A finished run loads no model.
-        if model is None:
-            model, processor = load_model(arguments.model_name_or_path)
-            encoder = make_encoder(arguments, processor)
+    batches = []  # of positions in the data set
+    for start in range(rank * size, len(examples), world * size):
+        batch = range(start, min(start + size, len(examples)))
+        if not done.issuperset(examples[position].id for position in batch):
+            batches.append(batch)
+    # A finished run loads no model.
+    if not batches:
+        return
+    model, processor = load_model(arguments.model_name_or_path)
+    encoder = make_encoder(arguments, processor)
+    workers = (arguments.decode_workers, arguments.decode_timeout)
+    pool = Pool(*workers, engine.keep_encoder, (encoder,))
+    tasks = {}
+
+    def begin(batches):
+        for position in chain(*batches):
+            task = pool.submit(encode_ahead, examples[position], arguments, position)
+            tasks[position] = task
+
+    begin(batches[:1])
+    for number, batch in enumerate(tqdm(batches, "answer", unit="batch", disable=rank > 0)):
+        # Workers decode the next batch while this one is answered.
+        begin(batches[number + 1 : number + 2])
+        answers = {examples[position].id: {} for position in batch}
         # An unreadable medium costs its own question alone.
         inputs = {}  # position in the data set: ModelInputs
-        for position in range(start, start + len(answers)):
+        for position in batch:
             example = examples[position]
             try:
-                inputs[position] = encode(encoder, example, arguments, position)
+                made = pool.result(tasks.pop(position), example.path)
+                inputs[position] = pickle.loads(made)
             except MediaError as error:
                 answers[example.id]["error"] = f"unreadable media: {error}"
         # Nothing to sample if no medium of the batch could be read.
@@ -580,6 +635,7 @@ def answer_here(arguments, examples, done, rank, world):
                     row = use_row(example, inputs[position].times, use, priors.get(example.id))
                     answers[example.id]["frame_use"] = row
         yield answers
+    pool.stop()
 
 
 # --------------------------------------------------------------------------- answers of a server
@@ -654,7 +710,7 @@ def media_parts(arguments, example, medium, position):
             raise MediaError(f"{medium.path}: no such file")
         mime = mimetypes.guess_type(medium.path)[0] or "video/mp4"
         return [media_part("video", Path(medium.path).read_bytes(), mime)]
-    encoder = FrameEncoder(None, arguments.min_pixels, arguments.max_pixels, arguments.frames)
+    encoder = make_encoder(arguments, None, FrameEncoder)
     frames = encoder.load(medium).frames  # (K, 3, h, w)
     frames = frames[frame_order(arguments, position, len(frames))]
     # As in Encoder.encode: pictures beside a video stay.

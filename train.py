@@ -60,7 +60,7 @@ from common.engine import (
     write_shards,
 )
 from common.flags import Parser, flag
-from common.media import Encoder
+from common.media import MIN_PIXELS, Encoder
 from common.policy import FAMILIES, PACKED_FAMILIES, Policy, Prompts, collate
 from common.progress import Progress
 from common.ranks import (
@@ -188,8 +188,11 @@ class TrainArguments:
         "Text of a system turn before every question. None: the chat template's default.",
     )
 
-    min_pixels: int = flag(16 * 28 * 28, "Fewest pixels of a frame.", group="Frames")
+    min_pixels: int = flag(
+        MIN_PIXELS, "Fewest pixels of a frame; smaller ones are scaled up.", group="Frames"
+    )
     max_pixels: int = flag(128 * 28 * 28, "Most pixels of a frame.")
+    image_max_pixels: int = flag(512 * 28 * 28, "Most pixels of a picture (Video-R1's).")
     frame_times: str = flag(
         "none",
         "How the model gets the frames' times: text (a line before the question), drawn (on the "
@@ -404,6 +407,7 @@ def toy_defaults(folder, world_size):
         clip=f"local-dir:{folder}/clip",
         min_pixels=28 * 28,
         max_pixels=28 * 28,
+        image_max_pixels=28 * 28,
         decode_workers=1,
         max_completion_length=64,
         length_bonus=0.0,
@@ -1449,6 +1453,7 @@ def read_inputs(args, settings, resume, progress):
         fps=settings.fps,
         min_frames=settings.min_frames,
         decoder=settings.decoder,
+        image_max_pixels=args.image_max_pixels,
     )
     # result.json gets its further entries in run().
     result = {"command": sys.argv, "seed": args.seed}

@@ -52,7 +52,7 @@ class SampleArguments(PriorSettings):
         "how it is asked and scored; None: multiple choice with --options, else free-form",
         choices=list(PROBLEM_TYPES),
     )
-    min_pixels: int = flag(4 * 28 * 28, "fewest pixels a frame", group="prompt, as in training")
+    min_pixels: int = flag(128 * 28 * 28, "fewest pixels a frame", group="prompt, as in training")
     max_pixels: int = flag(256 * 28 * 28, "most pixels a frame")
     prompt_template: str | None = flag(None, "wording of the prompt, as in training")
     system_prompt: str | None = flag(None, "text of a system turn before the question")

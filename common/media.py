@@ -19,6 +19,10 @@ from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
 from common.data import PROMPT_TEMPLATE, DataError, MediaError, chat_parts, plain_ids
 from common.video import load_image, open_medium, open_video
 
+MIN_PIXELS = 128 * 28 * 28  # of a frame, in the releases
+
+IMAGE_MIN_PIXELS = 4 * 28 * 28  # of a picture
+
 
 @dataclass
 class Frames:
@@ -258,8 +262,13 @@ class Encoder:
                 shown = read_frames(video, key[1] or indices)
                 frames = shown.frames
                 times = shown.times
+            most = self.max_pixels
+            least = self.min_pixels
+            if example.media_type == "image":
+                most = self.image_max_pixels or most
+                least = min(least, IMAGE_MIN_PIXELS)
             try:
-                frames = resize_frames(frames, self.min_pixels, self.max_pixels, self.factor)
+                frames = resize_frames(frames, min(least, most), most, self.factor)
             except ValueError as error:  # one side is over 200 times the other
                 raise MediaError(f"{path}: cannot be resized ({error})") from error
             fps = 1.0

@@ -18,7 +18,7 @@ from av.stream import Disposition
 from av.video.reformatter import VideoReformatter
 from PIL import Image, ImageOps
 
-from common.data import DataError, MediaError, first_words
+from common.data import DataError, MediaError, first_words, parse_time
 
 # The exception says what is wrong with a video; FFmpeg's own messages would break the progress bar.
 av.logging.set_level(None)
@@ -167,11 +167,18 @@ def open_medium(medium, settings):
 # ------------------------------------------------------------------------ files by FFmpeg
 
 
-def video_stream(container):
-    """The video of a container, not the picture of its cover; decoded by one thread."""
+def video_stream(container, strict=False):
+    """The video of a container, not the picture of its cover; decoded by one thread.
+
+    Args:
+        strict: raise at every error that the decoder would otherwise hide, a lost frame too.
+    """
     stream = container.streams.best("video")
-    if stream is None or stream.disposition & Disposition.attached_pic:
-        raise MediaError(f"{container.name}: not a readable video (it has no video stream)")
+    cover = stream and stream.disposition & Disposition.attached_pic
+    if stream is None or cover or stream.codec_context is None:
+        raise MediaError(f"{container.name}: not a readable video (nothing in it can be decoded)")
+    if strict:
+        stream.codec_context.options = {"err_detect": "explode"}
     stream.thread_type = "NONE"
     stream.thread_count = 1
     return stream
@@ -190,6 +197,7 @@ def packets(container, stream):
 def open_pyav(path):
     """Index a video file by the times of its packets where each is a frame, else by decoding it."""
     found = []
+    end = 0.0
     try:
         with av.open(path) as container:
             stream = video_stream(container)
@@ -197,12 +205,17 @@ def open_pyav(path):
                 if packet.is_corrupt:
                     raise MediaError(f"{path}: damaged video (a part of it is missing)")
                 found.append((packet.pts, packet.is_keyframe, packet.is_discard))
+                end = max(end, (packet.pts or 0) + (packet.duration or 0))
             timed = not TIMED_CONTAINERS.isdisjoint(container.format.name.split(","))
             timed = timed or not stream.codec_context.has_b_frames
             timed = timed and stream.codec_context.name in PACKET_IS_FRAME
             base = float(stream.time_base)
+            promised = stream.metadata.get("DURATION", "0")
         if not found:
             raise MediaError(f"{path}: not a readable video (it has no frames)")
+        # FFmpeg takes a Matroska file that is cut short for the end of it.
+        if end * base < 0.95 * parse_time(promised) - 0.5:
+            raise MediaError(f"{path}: damaged video (it ends at {end * base:.1f} of {promised} s)")
         points, keys, discarded = map(np.array, zip(*found, strict=True))
         if timed and None not in points and is_ordered(points, keys, discarded):
             shown = np.sort(points[~discarded])
@@ -225,7 +238,7 @@ def decoded_times(path):
     """Seconds of all frames, found by decoding them: (N,)."""
     points = []
     with av.open(path) as container:
-        stream = video_stream(container)
+        stream = video_stream(container, strict=True)
         for packet in packets(container, stream):
             points += [frame.pts for frame in stream.decode(packet)]
         rate = float(stream.average_rate or 1)
@@ -244,7 +257,7 @@ def read_counted(path, indices):
     show = Viewer()
     try:
         with av.open(path) as container:
-            stream = video_stream(container)
+            stream = video_stream(container, strict=True)
             for packet in packets(container, stream):
                 for frame in stream.decode(packet):
                     if number == index:

@@ -7,11 +7,8 @@ from pathlib import Path
 import imageio_ffmpeg
 import numpy as np
 import pytest
-from PIL import Image
 
-from common.data import MediaError
 from common.media import sample_video
-from common.video import open_video
 
 WIDTH, HEIGHT, FRAMES, FPS = 192, 64, 72, 24
 
