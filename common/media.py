@@ -8,6 +8,7 @@ inputs = encoder.encode(example)  # ModelInputs
 import os
 from collections import OrderedDict
 from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 import cv2
 import numpy as np
@@ -24,16 +25,12 @@ MIN_PIXELS = 128 * 28 * 28  # of a frame, in the releases
 IMAGE_MIN_PIXELS = 4 * 28 * 28  # of a picture
 
 
-@dataclass
-class Frames:
+class Frames(NamedTuple):
     """Frames of a medium, in the order in which they were asked for."""
 
-    indices: list[int]  # (K,) numbers among the frames that are shown
+    indices: list  # (K,) numbers among the frames that are shown
     times: np.ndarray  # (K,) seconds since the first frame shown
     frames: np.ndarray  # (K, H, W, 3) uint8 RGB
-
-    def __iter__(self):
-        return iter((self.indices, self.times, self.frames))
 
 
 def uniform_frames(total, k):

@@ -77,21 +77,15 @@ class Video:
             MediaError: the video ends before `start`, or `end` is before it.
         """
         step = self.times[-1] / max(1, len(self) - 1)  # mean seconds between frames
-        first = 0
-        last = len(self) - 1
-        if start is not None:
-            first = np.searchsorted(self.times, start - TOLERANCE)
-        if end is not None:
-            last = np.searchsorted(self.times, end + TOLERANCE, "right") - 1
-        if start is not None and start > self.times[-1] + max(step, TOLERANCE) or last < 0:
+        start = start or 0.0
+        end = np.inf if end is None else end
+        if not -TOLERANCE <= start <= min(end, self.times[-1] + max(step, TOLERANCE)):
             raise MediaError(
-                f"{self.path}: the span from {start} to {end} s lies outside its "
-                f"{self.times[-1]:.1f} s"
+                f"{self.path}: a span from {start} to {end} s, the video has {self.times[-1]:.1f} s"
             )
-        if end is not None and start is not None and end < start:
-            raise MediaError(f"{self.path}: the span from {start} to {end} s ends before it begins")
+        last = np.searchsorted(self.times, end + TOLERANCE, "right") - 1
         # Between two frames the earlier is seen.
-        first = min(first, last)
+        first = min(np.searchsorted(self.times, start - TOLERANCE), last)
         clock = self.times[first : last + 1]  # (n,)
         total = len(clock)
         if fps is not None:
@@ -217,14 +211,18 @@ def open_pyav(path):
         if end * base < 0.95 * parse_time(promised) - 0.5:
             raise MediaError(f"{path}: damaged video (it ends at {end * base:.1f} of {promised} s)")
         points, keys, discarded = map(np.array, zip(*found, strict=True))
-        if timed and None not in points and is_ordered(points, keys, discarded):
+        timed = timed and None not in points and is_ordered(points, keys, discarded)
+        if timed:
             shown = np.sort(points[~discarded])
+            times = shown * base
             starts = np.flatnonzero(keys)
-            return Video(path, shown * base, partial(read_timed, path, points, starts, shown))
-        times = decoded_times(path)
+        else:
+            times = decoded_times(path)
+            shown = np.arange(len(times))
+            points = starts = shown[:1]
     except av.FFmpegError as error:
         raise MediaError(f"{path}: not a readable video ({first_words(error)})") from error
-    return Video(path, times, partial(read_counted, path))
+    return Video(path, times, partial(read_file, path, timed, points, starts, shown))
 
 
 def is_ordered(points, keys, discarded):
@@ -249,32 +247,14 @@ def decoded_times(path):
     return np.array(points) * base
 
 
-def read_counted(path, indices):
-    """Yield frames by counting all that are decoded."""
-    wanted = iter([*indices, None])
-    index = next(wanted)
-    number = 0
-    show = Viewer()
-    try:
-        with av.open(path) as container:
-            stream = video_stream(container, strict=True)
-            for packet in packets(container, stream):
-                for frame in stream.decode(packet):
-                    if number == index:
-                        yield show(frame)
-                        index = next(wanted)
-                    number += 1
-    except av.FFmpegError as error:
-        raise MediaError(f"{path}: damaged video ({first_words(error)})") from error
-
-
-def read_timed(path, points, starts, shown, indices):
-    """Yield frames by their times, each decoded from the key frame before it.
+def read_file(path, timed, points, starts, shown, indices):
+    """Yield frames, each decoded from the key frame before it, or all counted from the first on.
 
     Args:
-        points: (P,) times of the packets in their order, in units of the stream.
+        timed: whether `points` and `shown` are times in units of the stream, not numbers of frames.
+        points: (P,) of the packets in their order.
         starts: numbers of the packets at which decoding can begin.
-        shown: (N,) times of the frames.
+        shown: (N,) of the frames.
     """
     wanted = shown[indices]
     show = Viewer()
@@ -282,8 +262,11 @@ def read_timed(path, points, starts, shown, indices):
     cause = ""
     # Some key frames only begin to refresh the picture; then everything before is decoded as well.
     for begin in (starts, starts[:1]):
+        # What a cut hides may lead the first start.
+        places = np.searchsorted(points[begin], wanted[done:], "right") - 1
+        places = begin[places.clip(0)].tolist()  # packet to begin with, for each frame
         try:
-            for frame in jump(path, points, begin, wanted[done:]):
+            for frame in decode(path, timed, places, wanted[done:]):
                 yield show(frame)
                 done += 1
         except av.FFmpegError as error:
@@ -293,17 +276,12 @@ def read_timed(path, points, starts, shown, indices):
     raise MediaError(f"{path}: damaged video (frame {indices[done]} cannot be decoded{cause})")
 
 
-def jump(path, points, starts, wanted):
-    """Yield the frames of ascending times (K,), but for the first that cannot be decoded and later.
-
-    Nothing is decoded that none of them depends on.
-    """
-    places = np.searchsorted(points[starts], wanted, "right") - 1
-    # What the first start discards may come before it.
-    places = starts[places.clip(0)].tolist()  # (K,)
+def decode(path, timed, places, wanted):
+    """Yield the frames of read_file up to one that cannot be decoded, and nothing needless."""
     done = 0
+    count = 0
     with av.open(path) as container:
-        stream = video_stream(container)
+        stream = video_stream(container, strict=not timed)
         for number, packet in enumerate(packets(container, stream)):
             if number < places[done]:
                 continue
@@ -311,7 +289,9 @@ def jump(path, points, starts, wanted):
             if number == places[done]:
                 stream.codec_context.flush_buffers()
             for frame in stream.decode(packet):
-                if frame.pts == wanted[done] and not frame.is_corrupt:
+                name = frame.pts if timed else count
+                count += 1
+                if name == wanted[done] and not frame.is_corrupt:
                     yield frame
                     done += 1
                     if done == len(wanted):

@@ -46,7 +46,7 @@ TASKS_PER_WORKER = 1000  # then it is replaced, since decoders leak memory
 def take_core():
     """Pins this process to the first core that no other worker has claimed, if there is one.
 
-    Where the scheduler moved the threads of two workers between
+    decord decodes in its own thread. Where the scheduler moved the threads of two workers between
     cores, both took 1.6 times as long (docs/performance.md). The system frees a claim when its
     process ends, so that the replacement of a dead worker takes over its core.
     """

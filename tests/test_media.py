@@ -116,6 +116,48 @@ def test_load_image(tmp_path, mode):
         assert (image == (200, 60, 20)).all()
 
 
+def test_pictures_are_read_as_a_viewer_shows_them(tmp_path):
+    def load(image, name="a.png", **options):
+        image.save(tmp_path / name, **options)
+        return load_image(str(tmp_path / name))[0]
+
+    # Orientation 6: the camera's left edge is the upper one.
+    left = np.zeros((16, 32, 3), np.uint8)
+    left[:, :16] = 255
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    turned = load(Image.fromarray(left), "a.jpg", exif=exif)
+    assert turned.shape == (32, 16, 3)
+    assert turned[:14].min() > 240 and turned[18:].max() < 15
+    # Transparency is white, half of it half.
+    clear = load(Image.new("RGBA", (4, 4), (0, 0, 0, 0)))
+    half = load(Image.new("LA", (4, 4), (0, 128)))
+    assert (clear == 255).all() and (half == 127).all()
+    palette = Image.new("P", (4, 4))
+    assert (load(palette, transparency=0) == 255).all()
+    # 16 bits and floats have their whole range.
+    deep = load(Image.fromarray(np.array([[0, 32896, 65535]], np.uint16)))
+    assert deep[0, :, 0].tolist() == [0, 128, 255]
+    real = load(Image.fromarray(np.array([[0.0, 0.5, 1.0]], np.float32)), "a.tif")
+    assert real[0].tolist() == [[0] * 3, [128] * 3, [255] * 3]
+
+
+def test_pictures_have_bounds_of_their_own(tmp_path, toy_processor):
+    Image.new("RGB", (280, 280)).save(tmp_path / "a.png")
+    Image.new("RGB", (56, 56)).save(tmp_path / "small.png")
+    write_video(tmp_path / "v.mp4", size=(56, 56))
+
+    def grid(kind, name, **bounds):
+        example = replace(EXAMPLE, media=[Medium(kind, str(tmp_path / name))])
+        encoder = Encoder(toy_processor, 112 * 112, 112 * 112, 4, **bounds)
+        return encoder.encode(example).grid_thw.flatten().tolist()
+
+    assert grid("image", "a.png") == [1, 8, 8]  # 112 pixels are 8 patches
+    assert grid("image", "a.png", image_max_pixels=280 * 280) == [1, 20, 20]
+    assert grid("image", "small.png") == [1, 4, 4]  # not scaled up
+    assert grid("video", "v.mp4", image_max_pixels=280 * 280) == [2, 8, 8]  # scaled up
+
+
 @pytest.mark.parametrize("damage", ["missing", "empty", "text", "truncated"])
 def test_an_undecodable_image_is_named(tmp_path, damage):
     path = tmp_path / f"{damage}.png"

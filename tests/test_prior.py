@@ -956,6 +956,7 @@ def test_load_priors_of_another_k(priors_file):
         ({"scene_threshold": 0.3}, "made with --scene_threshold None"),
         ({"semantic_k": 2}, "made with --semantic_k None"),
         ({"scene": "content"}, "made with --scene hsv"),
+        ({"decoder": "decord"}, "made with --decoder pyav, this run has decord"),
         ({"semantic_options": True}, "made with --semantic_options False"),
     ],
 )

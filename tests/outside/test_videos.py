@@ -7,8 +7,12 @@ from pathlib import Path
 import imageio_ffmpeg
 import numpy as np
 import pytest
+from PIL import Image
 
-from common.media import sample_video
+import evaluate
+import prior
+from common.data import Example, MediaError, Medium
+from common.media import Encoder, sample_video
 
 WIDTH, HEIGHT, FRAMES, FPS = 192, 64, 72, 24
 
@@ -138,3 +142,164 @@ def test_no_wrong_frame_and_no_wrong_time(folder, name):
         assert found.indices == expected.tolist()
         assert [read_number(frame) for frame in found.frames] == [numbers[i] for i in expected]
         np.testing.assert_allclose(found.times, truth[expected], atol=slack)
+
+
+@pytest.mark.parametrize("suffix", ["mp4", "mkv"])
+def test_variable_rate_is_even_in_time(folder, suffix):
+    """60 frames in 2.5 s, then one a second: 14.5 s in all."""
+    path = folder / f"slow.{suffix}"
+    late = "setpts='if(lt(N,60),N/(24*TB),(60/24+(N-60))/TB)'"
+    ffmpeg("-i", folder / "plain.mp4", "-vf", late, "-fps_mode", "vfr", "-c:v", "libx264", path)
+    truth = [n / 24 if n < 60 else 2.5 + n - 60 for n in range(FRAMES)]
+    for fps, count in ((None, 8), (0.5, 16)):
+        found = sample_video(str(path), count, fps=fps)
+        assert [read_number(frame) for frame in found.frames] == found.indices
+        np.testing.assert_allclose(found.times, [truth[i] for i in found.indices], atol=1.1e-3)
+        wanted = np.linspace(0, 13.5, len(found.indices))
+        assert len(wanted) == (8 if fps is None else 6)
+        # The nearest frame is at most half a second away, or the next where that one is taken.
+        assert np.abs(found.times - wanted).max() <= 0.5 + 2e-3
+
+
+@pytest.mark.parametrize("suffix", ["mp4", "mkv"])
+@pytest.mark.parametrize("turn", ["rotation 90", "rotation 180", "rotation 270", "hflip", "vflip"])
+def test_turned_and_mirrored_as_ffmpeg_shows_it(folder, suffix, turn):
+    path = folder / f"turned.{suffix}"
+    option, *angle = turn.split()
+    words = [f"-display_{option}", *angle, "-i", folder / "plain.mp4", "-c", "copy", path]
+    ffmpeg(*words)
+    frame = sample_video(str(path), 3).frames[1]
+    pixels = ffmpeg("-i", path, "-f", "rawvideo", "-pix_fmt", "rgb24", "-").stdout
+    shown = np.frombuffer(pixels, np.uint8).reshape(FRAMES, *frame.shape)[36]
+    # FFmpeg writes no vertical mirroring into Matroska.
+    assert (frame == shown).all() or turn == "vflip" and suffix == "mkv"
+
+
+def test_transparency_is_white(folder):
+    source = f"-f rawvideo -pix_fmt rgb24 -s {WIDTH}x{HEIGHT} -r {FPS} -i -".split()
+    clear = "-vf format=rgba,colorchannelmixer=aa=0 -c:v qtrle -pix_fmt argb".split()
+    ffmpeg(*source, *clear, folder / "clear.mov", data=RAW)
+    assert (sample_video(str(folder / "clear.mov"), 3).frames == 255).all()
+    red = Image.new("RGBA", (40, 20))
+    # A frame of WebP without half-transparent pixels is cut to what is opaque.
+    red.paste((0, 255, 0, 90), (38, 0, 40, 20))
+    red.paste((255, 0, 0, 255), (0, 0, 20, 20))
+    for name in ("red.gif", "red.webp", "red.png"):
+        blue = Image.new("RGBA", (40, 20))
+        blue.paste((0, 0, 255, 255), (20, 0, 40, 20))
+        options = {"save_all": True, "append_images": [blue, red], "duration": [50, 70, 90]}
+        if name == "red.gif":
+            options["disposal"] = 2  # clear the page before the next frame
+        red.save(folder / name, lossless=True, **options)
+        found = sample_video(str(folder / name), 8)
+        np.testing.assert_allclose(found.times, [0, 0.05, 0.12])
+        assert found.frames[:, 10, [10, 30]].tolist() == [
+            [[255, 0, 0], [255] * 3],
+            [[255] * 3, [0, 0, 255]],
+            [[255, 0, 0], [255] * 3],
+        ]
+
+
+@pytest.mark.parametrize(
+    "name, damage, cause",
+    [
+        ("plain.mp4", "half", "not a readable video"),
+        ("fragments.mp4", "text", "not a readable video"),
+        ("b_frames.mp4", "hole", "damaged video"),
+        ("b_frames.mkv", "half", "it ends at 0.* of 00:00:03"),
+        ("vp9.webm", "half", "it ends at 1.* of 00:00:03"),
+        ("b_frames.avi", "half", "not a readable video"),
+        ("theora.ogv", "half", "not a readable video"),
+        ("b_frames.ts", "hole", "damaged video"),
+        ("b_frames.ts", "twice", "damaged video"),
+        ("mpeg4.mp4", "hole", "damaged video"),
+        ("picture.webp", "half", "not a readable video"),
+    ],
+)
+def test_a_broken_file_is_refused_with_its_cause(folder, tmp_path, name, damage, cause):
+    data = (folder / name).read_bytes()
+    middle = len(data) // 2
+    broken = {
+        "half": data[:middle],
+        "hole": data[:middle] + bytes(600) + data[middle + 600 :],
+        "twice": 2 * data,
+        "text": b"no video" * 100,
+    }
+    path = tmp_path / name
+    path.write_bytes(broken[damage])
+    with pytest.raises(MediaError, match=f"{name}: .*{cause}") as caught:
+        sample_video(str(path), 32)
+    assert "\n" not in str(caught.value)
+
+
+def test_sound_with_a_cover_has_no_video(tmp_path):
+    tone = "-f lavfi -i sine=duration=1 -f lavfi -i color=red:s=64x64:d=0.04 -c:v png -c:a aac"
+    cover = "-map 0 -map 1 -disposition:v attached_pic"
+    ffmpeg(*tone.split(), *cover.split(), tmp_path / "song.m4a")
+    with pytest.raises(MediaError, match=r"song.m4a: not a readable video \(nothing in it"):
+        sample_video(str(tmp_path / "song.m4a"), 4)
+
+
+def test_a_span(folder):
+    """The frames from 1 s to 2 s are 24 to 48, on the clock of the whole video."""
+    for name in ("b_frames.mp4", "xvid.avi", "picture.gif"):
+        found = sample_video(str(folder / name), 5, start=1.0, end=2.0)
+        assert [read_number(frame) for frame in found.frames] == found.indices
+        assert found.indices == [24, 30, 36, 42, 48]
+        np.testing.assert_allclose(found.times, [1, 1.25, 1.5, 1.75, 2], atol=0.011)
+    path = str(folder / "plain.mp4")
+    assert sample_video(path, 8, start=1.01, end=1.03).indices == [24]  # 24 is seen until 1.04 s
+    assert sample_video(path, 8, start=2.99).indices == [71]
+    assert sample_video(path, 100, end=0.5).indices == list(range(13))
+    for start, end in ((3.5, 4.0), (2.0, 1.0)):
+        with pytest.raises(MediaError, match="plain.mp4: a span from"):
+            sample_video(path, 8, start=start, end=end)
+
+
+@pytest.mark.parametrize(
+    "fps, least, expected", [(2, 4, 6), (1, 4, 4), (1, 1, 2), (9, 1, 16), (0.1, 1, 1)]
+)
+def test_frames_a_second_as_the_releases_count_them(folder, fps, least, expected):
+    """3 s: an even number of frames, from `least` to 16."""
+    found = sample_video(str(folder / "plain.mp4"), 16, fps=fps, least=least)
+    assert len(found.indices) == expected
+
+
+def test_a_folder_of_frames(tmp_path):
+    for number in (0, 1, 2, 9, 10, 11):
+        Image.fromarray(draw(number)).save(tmp_path / f"frame_{number}.png")
+    (tmp_path / "notes.txt").write_text("no picture")
+    found = sample_video(str(tmp_path), 4, fps=3)
+    assert [read_number(frame) for frame in found.frames] == [0, 2, 9, 11]
+    np.testing.assert_allclose(found.times, [0, 2 / 3, 1, 5 / 3])
+    assert sample_video(str(tmp_path), 8).times.tolist() == [0, 1, 2, 3, 4, 5]
+    Image.new("RGB", (20, 20)).save(tmp_path / "frame_10.png")
+    with pytest.raises(MediaError, match="frame_10.png has another size than frame_0.png"):
+        sample_video(str(tmp_path), 8)
+
+
+def test_priors_training_and_evaluation_take_the_same_frames(folder, toy_processor):
+    """Priors, the encoder of training and that of evaluation; with --fps and a span as well."""
+    for name in ("b_frames.avi", "cut.mp4", "hevc.ts"):
+        for settings in ({}, {"fps": 2.0, "min_frames": 4}):
+            medium = Medium("video", str(folder / name), start=0.2, end=1.1)
+            found = sample_video(
+                medium.path, 6, settings.get("fps"), 0.2, 1.1, least=settings.get("min_frames", 1)
+            )
+            cues = prior.read_cues(medium, prior.PriorSettings(frames=6, **settings))
+            assert cues.frames == found.indices
+            np.testing.assert_allclose(cues.times, found.times, atol=1e-6)
+            flags = evaluate.EvaluateArguments("model", "data", frames=6, **settings)
+            example = Example("0", "What?", [], "free-form", "x", [medium])
+            for encoder in (
+                Encoder(toy_processor, 3136, 3136, 6, **settings),
+                evaluate.make_encoder(flags, toy_processor),
+            ):
+                np.testing.assert_allclose(encoder.encode(example).times, found.times)
+
+
+def test_decord_reads_a_plain_file_alike(folder):
+    exact = sample_video(str(folder / "plain.mp4"), 8)
+    other = sample_video(str(folder / "plain.mp4"), 8, decoder="decord")
+    assert other.indices == exact.indices and (other.frames == exact.frames).all()
+    np.testing.assert_allclose(other.times, exact.times, atol=1e-5)
