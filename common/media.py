@@ -261,7 +261,7 @@ class Encoder:
                 times = shown.times
             most = self.max_pixels
             least = self.min_pixels
-            if example.media_type == "image":
+            if medium.kind == "image":
                 most = self.image_max_pixels or most
                 least = min(least, IMAGE_MIN_PIXELS)
             try:

@@ -197,7 +197,7 @@ def open_pyav(path):
             stream = video_stream(container)
             for packet in filter(None, packets(container, stream)):
                 if packet.is_corrupt:
-                    raise MediaError(f"{path}: damaged video (a part of it is missing)")
+                    raise MediaError(f"{path}: not a readable video (a part of it is missing)")
                 found.append((packet.pts, packet.is_keyframe, packet.is_discard))
                 end = max(end, (packet.pts or 0) + (packet.duration or 0))
             timed = not TIMED_CONTAINERS.isdisjoint(container.format.name.split(","))
