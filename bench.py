@@ -4,6 +4,7 @@
     python bench.py step --sides packed repeated zero3 trl              # after pip install trl
     python bench.py step --shape 7b --frames 16 --visual_tokens 1024 --completion_length 512 \\
         --sides packed graph                       # random weights of that size, on a GPU
+    python bench.py sft --visual_tokens 1024 --completion_length 300
     python bench.py prior --videos toy-seed0/videos/*.mp4
 
 `step`: one question about a picture, or with --frames a video: sampling, reference, policy, update.
@@ -16,6 +17,9 @@ medium, group and lengths; each turn of a side is a process. Sides:
     graph     packed, sampled in fixed shapes, on a GPU as one CUDA graph
 Memory is the peak of a phase over that of the process with its libraries, on a GPU that of torch's
 allocator. A side that fails in the middle, for want of memory mostly, is named and left out.
+
+`sft`: a step of SFT on --num_generations demonstrations of one medium, `together` in one row, or
+`apart` in a row each.
 
 `prior`: exact decoding of videos, and priors without CLIP, against decord's get_batch of the same
 frames.
@@ -59,6 +63,7 @@ DEVICE = "cuda" if GPU else "cpu"
 DTYPE = torch.bfloat16 if GPU else torch.float32
 
 SIDES = ["packed", "repeated", "zero3", "trl", "graph"]
+SFT_SIDES = ["together", "apart"]
 
 # Text configurations of the released Qwen2.5-VL.
 SHAPES = {
@@ -85,19 +90,19 @@ SHAPES = {
 
 @dataclass
 class Arguments:
-    """Flags of both commands."""
+    """Flags of all commands."""
 
-    repeats: int = flag(3, "timed turns", group="step and prior")
+    repeats: int = flag(3, "timed turns", group="step, sft and prior")
     shape: str = flag(
         "small",
         "size of the random model: width 256 and 6 layers, or those of Qwen2.5-VL-3B or -7B",
-        group="step",
+        group="step and sft",
         choices=["small", *SHAPES],
     )
     sides: list[str] | None = flag(None, "default: packed, repeated and zero3", choices=SIDES)
     frames: int = flag(0, "of a video, two a temporal slot; 0: a picture")
     visual_tokens: int = flag(2048, "of the medium; rounded to 2 n^2 a temporal slot")
-    num_generations: int = flag(8, "completions of the question")
+    num_generations: int = flag(8, "completions of the question; demonstrations of the medium")
     completion_length: int = flag(128, "tokens of every completion")
     steps: int = flag(2, "timed steps of a process, after one that is not timed")
     videos: list[str] | None = flag(None, "paths of videos", group="prior")
@@ -263,6 +268,31 @@ def our_steps(arguments, side, folder, medium):
         yield costs
 
 
+def sft_steps(arguments, side, folder, medium):
+    """Run SFT steps as train.py does; see our_steps(), the side is one of SFT_SIDES."""
+    base = memory_in_use()
+    engine = PlainEngine(Policy(load_model(folder)[0]).train())
+    processor = load_processor(folder)
+    encoder = Encoder(processor, 0, 1 << 40, arguments.frames)
+    media = [Medium("video" if arguments.frames else "image", medium)]
+    # Letters that the toy's tokenizer does not join; the tags, the answer and the end are six.
+    reasoning = "z" * (arguments.completion_length - 6)
+    ready = []
+    for number in range(arguments.num_generations):
+        question = f"Which ball is {number}?"
+        example = Example("0", question, [], "numerical", "1", media, reasoning=reasoning)
+        ready.append(train.Ready(number, example, None, inputs=encoder.encode(example)))
+    group = arguments.num_generations if side == "together" else 1
+    while True:
+        costs = {}
+        with phase(costs, "step", base):
+            pack = train.pack_demonstrations(ready, processor, engine.module.model, group)
+            logp = engine(pack.prompts, pack.completions, pack.mask).logp  # (R, G, T)
+            engine.backward(-(logp * pack.learned).sum() / pack.learned.sum())
+            engine.step()
+        yield costs
+
+
 def trl_step(arguments, folder, medium):
     """Return seconds and MB of a step of TRL's GRPOTrainer, which runs its own loop."""
     # Neither is needed by anything else: pip install trl.
@@ -311,7 +341,8 @@ def run_side(arguments, side, folder, medium):
     torch.set_flush_denormal(True)
     if side == "trl":
         return {"step": trl_step(arguments, folder, medium)}
-    steps = our_steps(arguments, side, folder, medium)
+    run = sft_steps if side in SFT_SIDES else our_steps
+    steps = run(arguments, side, folder, medium)
     # The first step is not timed.
     steps = list(itertools.islice(steps, 1, 1 + arguments.steps))
     return {name: np.median([costs[name] for costs in steps], axis=0) for name in steps[0]}
@@ -346,21 +377,28 @@ def print_ratio(title, ratios):
 
 
 def bench_step(arguments):
-    """Time a step on every side; print the phases of each and the ratios to `packed`."""
+    """Time a step on every side; print the phases of each and ratios."""
     results = time_sides(arguments)
     print("medians; MB at the peak of a phase")
     for side, turns in results.items():
         for name in turns[0]:
             seconds, megabytes = np.median([costs[name] for costs in turns], axis=0)
             print(f"{side:10s}{name:10s}{seconds:10.4f} s{megabytes:8.0f} MB")
-    if "packed" not in results:
+    base = "together" if "together" in arguments.sides else "packed"
+    if base not in results:
         return
     # Turns are paired: each ratio compares processes that ran one after the other.
-    packed = np.array([costs["step"] for costs in results.pop("packed")])  # (turns, 2)
+    divisors = np.array([costs["step"] for costs in results.pop(base)])  # (turns, 2)
     for side, turns in results.items():
-        ratios = np.array([costs["step"] for costs in turns]) / packed
-        print_ratio(f"step, {side} / packed", ratios[:, 0])
-        print_ratio(f"memory, {side} / packed", ratios[:, 1])
+        ratios = np.array([costs["step"] for costs in turns]) / divisors
+        print_ratio(f"step, {side} / {base}", ratios[:, 0])
+        print_ratio(f"memory, {side} / {base}", ratios[:, 1])
+
+
+def bench_sft(arguments):
+    """Time an SFT step with a medium's demonstrations in one row and apart; print the ratios."""
+    arguments.sides = SFT_SIDES
+    bench_step(arguments)
 
 
 # ---- Priors ----
@@ -399,9 +437,10 @@ def bench_prior(arguments):
 
 def main():
     parser = Parser(Arguments, description=__doc__)
-    parser.add_argument("work", choices=["step", "prior"], help="what is timed")
+    parser.add_argument("work", choices=["step", "sft", "prior"], help="what is timed")
     flags = vars(parser.parse_args())
-    bench = {"step": bench_step, "prior": bench_prior}[flags.pop("work")]
+    works = {"step": bench_step, "sft": bench_sft, "prior": bench_prior}
+    bench = works[flags.pop("work")]
     device = torch.cuda.get_device_name() if GPU else platform.machine()
     try:
         arguments = Arguments(**flags)

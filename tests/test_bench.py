@@ -81,6 +81,27 @@ def test_smallest_step_prints_phases_and_ratios(step_run):
             assert ratio == low == high == pytest.approx(of_cells, rel=0.15)
 
 
+def test_an_sft_step_trains_the_same_tokens_together_and_apart(tmp_path, monkeypatch):
+    arguments = small(num_generations=3, completion_length=9)
+    medium = bench.prepare(arguments, tmp_path)
+    seen = {}
+    pack = bench.train.pack_demonstrations
+    for side, rows in (("together", (1, 3)), ("apart", (3, 1))):
+        packs = []
+        monkeypatch.setattr(
+            bench.train,
+            "pack_demonstrations",
+            lambda *words, p=packs: p.append(pack(*words)) or p[-1],
+        )
+        costs = next(bench.sft_steps(arguments, side, tmp_path, medium))
+        assert list(costs) == ["step"] and min(costs["step"]) > 0
+        (made,) = packs
+        assert made.learned.shape[:2] == rows
+        assert int(made.prompts.visual.sum()) == 18 * rows[0]
+        seen[side] = made.completions[made.learned].reshape(3, -1).tolist()
+    assert seen["together"] == seen["apart"] and len(seen["apart"][0]) == 9
+
+
 def test_a_video_has_its_slots_and_visual_tokens(tmp_path):
     for frames, asked, rows, tokens in (
         (0, 2048, 32, 2048),
