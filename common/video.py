@@ -407,10 +407,8 @@ def open_animation(path):
     """Open an animated picture; each frame lasts as long as it says."""
     try:
         with Image.open(path) as image:
-            if getattr(image, "n_frames", 1) == 1:
-                raise MediaError(f"{path}: an image where a video was promised")
             durations = []
-            for index in range(image.n_frames):
+            for index in range(getattr(image, "n_frames", 1)):
                 image.seek(index)
                 image.load()  # some formats know the duration of a frame once it is decoded
                 duration = image.info.get("duration", 0)  # ms
@@ -418,6 +416,8 @@ def open_animation(path):
                 durations.append(duration if duration > 10 else 100)
     except PICTURE_ERRORS as error:
         raise MediaError(f"{path}: not a readable video ({error})") from error
+    if len(durations) == 1:
+        raise MediaError(f"{path}: an image where a video was promised")
     return Video(path, np.cumsum([0, *durations[:-1]]) / 1000, partial(read_animation, path))
 
 
