@@ -519,7 +519,8 @@ def read_medium(part, media_root):
 def read_media(row, media_root):
     """The media of a row, list of Medium in the order of the prompt."""
     parts = row.get("media")
-    if parts is None:
+    # An empty list beside a path is a column that other rows fill.
+    if parts is None or (parts == [] and row.get("path")):
         parts = [] if row["data_type"] == "text" else [row]
     if not isinstance(parts, list) or not all(isinstance(part, dict) for part in parts):
         raise DataError("media must be a list of objects with data_type and path")

@@ -590,6 +590,9 @@ def test_several_media_are_kept_in_order(tmp_path, toy_processor):
     assert before.endswith("".join(f"<|vision_start|><|{pad}_pad|><|vision_end|>" for pad in pads))
     text, _ = one(tmp_path, {**row, "media": []})
     assert text.media_type == "text"
+    # beside a path it is a column that other rows fill
+    plain, path = one(tmp_path, {**ROW, "media": []})
+    assert path == "videos/a.mp4" and plain.media == one(tmp_path, ROW)[0].media
 
 
 def test_rows_of_seed_bench(tmp_path):
