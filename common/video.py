@@ -90,7 +90,8 @@ class Video:
         total = len(clock)
         if fps is not None:
             seconds = (clock[-1] - clock[0]) * total / max(1, total - 1)
-            wanted = int(round(seconds * fps, 3))
+            # Both ends may be rounded down to a millisecond; a frame must not go for that.
+            wanted = int((seconds + 2 * TOLERANCE) * fps)
             count = min(count, max(least, wanted - wanted % 2, 1))
         count = min(count, total)
         # At a constant rate, times rounded or a frame or two left out at a cut, by number.

@@ -265,6 +265,13 @@ def test_frames_a_second_as_the_releases_count_them(folder, fps, least, expected
     assert len(found.indices) == expected
 
 
+@pytest.mark.parametrize("name", ["plain.mp4", "vp9.webm", "xvid.avi"])
+def test_the_count_does_not_depend_on_how_a_container_rounds_times(folder, name):
+    """3 s at 4/3 frames a second are 4, at 2 they are 6, at 4 they are 12."""
+    for fps, expected in ((4 / 3, 4), (2, 6), (4, 12)):
+        assert len(sample_video(str(folder / name), 16, fps=fps).indices) == expected
+
+
 def test_a_folder_of_frames(tmp_path):
     for number in (0, 1, 2, 9, 10, 11):
         Image.fromarray(draw(number)).save(tmp_path / f"frame_{number}.png")
