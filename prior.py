@@ -614,12 +614,14 @@ def build_priors(examples, clip, settings):
 def check_count(owner, frames, example, settings, fps):
     """Refuses frames that this run would not sample from an example's video.
 
-    Right are --frames of them, fewer with --fps, and all frames of a shorter video.
+    Right are --frames of them, fewer with --fps, and all frames of a shorter video or span.
 
     Errors: DataError, which begins with `owner`.
     """
     count = len(frames)
-    fewer = count < settings.frames and (fps or frames == list(range(count)))
+    part = example.video and (example.video.start, example.video.end) != (None, None)
+    first = frames[0] if part and frames else 0
+    fewer = count < settings.frames and (fps or frames == list(range(first, first + count)))
     if example.video and count != settings.frames and not fewer:
         raise DataError(
             f"{owner} has {count} frames of {example.id}, this run uses --frames {settings.frames}"
@@ -739,9 +741,16 @@ def read_priors(path):
 
 
 def other_question(row, example):
-    """Whether a Prior is about another question or medium than the example with its problem_id."""
+    """Whether a Prior is about another question, medium or span than the example of its id."""
     if row.question not in (None, example.question):
         return True
+    video = example.video
+    if video and len(row.times) > 1:
+        # A span that lies between two frames shows the one before it.
+        start = (video.start or 0.0) - 0.02
+        end = (video.end or math.inf) + 0.02
+        if row.times[0] < start or row.times[-1] > end:
+            return True
     return row.media not in (None, media_name(example))
 
 

@@ -13,6 +13,7 @@ import sys
 import time
 from concurrent.futures.process import BrokenProcessPool
 from fractions import Fraction
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -974,6 +975,26 @@ def test_load_priors_of_another_question(priors_file, media):
             DataError, match="scenes.mp4 is another question there, or about another file"
         ):
             prior.load_priors(priors_file.path, [other], arguments())
+
+
+def test_priors_of_a_span_are_read_again_and_no_others(media, tmp_path):
+    """Scenes of 2 s at 8 fps: from 2 to 2.5 s there are 5 frames, fewer than the 8 asked for."""
+    whole = example(media, "scenes.mp4", id="0")
+    settings = arguments(prior="no_semantic")
+    span = replace(whole, media=[replace(whole.video, start=2.0, end=2.5)])
+    files = {}
+    for name, one in (("whole", whole), ("span", span)):
+        rows, errors = prior.build_priors([one], None, settings)
+        assert not errors
+        files[name] = tmp_path / f"{name}.jsonl"
+        workers.write_lines(files[name], rows)
+        assert prior.load_priors(files[name], [one], settings)["0"].frames == rows[0].frames
+    assert prior.load_priors(files["span"], [span], settings)["0"].frames == [16, 17, 18, 19, 20]
+    with pytest.raises(DataError, match="0 is another question there, or about another file"):
+        prior.load_priors(files["whole"], [span], settings)
+    # of a whole video such frames are not what this run would sample
+    with pytest.raises(DataError, match="has 5 frames of 0"):
+        prior.load_priors(files["span"], [whole], settings)
 
 
 def test_examples_without_a_row_have_no_prior(priors_file, media):
