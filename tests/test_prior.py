@@ -12,8 +12,8 @@ import subprocess
 import sys
 import time
 from concurrent.futures.process import BrokenProcessPool
-from fractions import Fraction
 from dataclasses import replace
+from fractions import Fraction
 from pathlib import Path
 from types import SimpleNamespace
 

@@ -214,6 +214,7 @@ def test_two_ranks_equal_one_on_a_mixture(small_toy, first_run, tmp_path, pictur
     b = {"data_type": "image", "path": "b.png"}
     clips = [{"data_type": "video", "path": row["path"]} for row in rows]
     media = [[], [a], [a, b], [b, clips[3], a], None, [{**clips[5], "start": 1, "end": 6}, a]]
+    rows[0] |= {"data_type": "text"}
     rows[4] |= {"data_type": "frame", "path": "frames"}
     for number, shown in enumerate(media):
         rows[number] |= {"problem_id": str(number), "media": shown}
