@@ -19,6 +19,7 @@ import multiprocessing
 import os
 import signal
 import socket
+import sys
 import threading
 from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, Future, wait
@@ -117,7 +118,9 @@ class Pool:
     def start(self):
         # Workers are forks of a process without threads or CUDA.
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(PRELOAD)
+        # Only training needs deepspeed, which takes 2 s.
+        trainer = [name for name in ["deepspeed"] if name in sys.modules]
+        context.set_forkserver_preload(PRELOAD + trainer)
         self.processes = ProcessPool(
             self.workers,
             max_tasks=TASKS_PER_WORKER,
