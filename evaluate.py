@@ -38,7 +38,7 @@ import sys
 import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from itertools import chain
 from pathlib import Path
 
@@ -61,21 +61,17 @@ from common.data import (
     read_template,
     target_text,
 )
-from common.flags import Parser, flag
-from common.media import MIN_PIXELS, Encoder
+from common.flags import Parser, check_least, flag
+from common.media import Encoder, PromptFlags
 from common.policy import Policy, collate, load_model
 from common.rollout import Sampling, answer_prompts, read_turn
-from common.video import DECODERS
 from common.workers import Pool, ShardedLines, check_settings, join_ranks, write_whole
 from grpo import rollout_frame_use, slot_shares, token_frame_use
 from prior import read_priors
 
-ABOVE_0 = "frames min_frames min_pixels max_completion_length batch_size decode_timeout "
-ABOVE_0 += "api_workers api_timeout"
-
 
 @dataclass
-class EvaluateArguments:
+class EvaluateArguments(PromptFlags):
     model_name_or_path: str | None = flag(
         None,
         "Qwen-VL checkpoint, folder or hub id; with --api_base the server's name of the model.",
@@ -97,46 +93,14 @@ class EvaluateArguments:
     output: str = flag(
         "report.json", "Report to write; the answers go beside it, to NAME.predictions.jsonl."
     )
-    frames: int = flag(16, "Frames sampled evenly from a video.", group="Frames and prompt")
-    fps: float | None = flag(
-        None,
-        "Frames a second instead, an even number from --min_frames to --frames. None: --frames. "
-        "(The releases: 2, with --min_frames 4.)",
-    )
-    min_frames: int = flag(1, "Fewest frames that --fps samples; all of a shorter video.")
-    decoder: str = flag(
-        "pyav",
-        "Reads video files: pyav as a player shows them, decord as the releases see them.",
-        choices=DECODERS,
-    )
-    min_pixels: int | None = flag(
-        None,
-        "Fewest pixels of a frame; smaller ones are scaled up. None: the releases' 100,352, or "
-        "--max_pixels if that is less.",
-    )
-    max_pixels: int = flag(256 * 28 * 28, "Most pixels of a frame (the paper's at inference).")
-    image_max_pixels: int | None = flag(None, "Most pixels of a picture. None: --max_pixels.")
-    prompt_template: str | None = flag(
-        None,
-        "Text file with {question}, {options} and {instruction}, or a .json file with such a text "
-        "for each problem type; replaces our wording. Scores depend on it.",
-    )
-    system_prompt: str | None = flag(
-        None,
-        "System turn before every question, as in training. None: the chat template's default.",
-    )
-    frame_times: str = flag(
-        "none",
-        "How frames show their times, as in training. For a model on this machine.",
-        choices=["none", "text", "drawn"],
-    )
     control: str = flag(
         "none",
         "How much of the score needs the video? Answer with the frames shuffled, all black, or "
         "without the medium, and compare.",
         choices=["none", "shuffled", "black", "question_only"],
+        group="Answers",
     )
-    max_completion_length: int = flag(1024, "Most tokens of an answer.", group="Sampling")
+    max_completion_length: int = flag(1024, "Most tokens of an answer.")
     temperature: float = flag(0.0, "0 is greedy.")
     top_p: float = flag(1.0, "Nucleus, when sampled.")
     top_k: int = flag(0, "Most probable tokens to choose from, when sampled; 0: all.")
@@ -197,8 +161,10 @@ class EvaluateArguments:
     local_rank: int = flag(-1, "Set by the deepspeed launcher.")
 
     def __post_init__(self):
-        if self.min_pixels is None:
-            self.min_pixels = min(MIN_PIXELS, self.max_pixels)
+        super().__post_init__()
+        check_least(self, max_completion_length=1, batch_size=1, decode_workers=0)
+        check_least(self, temperature=0, top_k=0, decode_timeout=1e-6)
+        check_least(self, api_workers=1, api_timeout=1e-6, api_retries=0)
         if self.decode_workers is None:
             self.decode_workers = 2 if torch.cuda.is_available() else 0
         rescore = self.rescore
@@ -226,15 +192,7 @@ class EvaluateArguments:
             "--judge_base and --judge_model go together": (
                 bool(self.judge_base) != bool(self.judge_model)
             ),
-            f"these flags must be above 0: {ABOVE_0}": (
-                any(getattr(self, name) <= 0 for name in ABOVE_0.split())
-            ),
-            "--temperature, --top_k and --api_retries must be at least 0": (
-                min(self.temperature, self.top_k, self.api_retries) < 0
-            ),
-            "--fps must be above 0": self.fps is not None and not self.fps > 0,
             "--top_p must be above 0 and at most 1": not 0 < self.top_p <= 1,
-            "--min_pixels must not be above --max_pixels": self.min_pixels > self.max_pixels,
             "--frame_times goes with a model on this machine and frames to be seen: no --api_base, "
             "no --control black": (
                 self.frame_times != "none" and (self.api_base or self.control == "black")
@@ -285,13 +243,12 @@ def score_settings(arguments):
 
     A run continues an earlier one only if they are the same.
     """
-    names = "model_name_or_path frames fps min_frames decoder frame_times system_prompt "
-    names += "min_pixels max_pixels image_max_pixels "
-    names += "max_completion_length temperature top_p top_k seed control "
+    names = "model_name_or_path max_completion_length temperature top_p top_k seed control "
     # Padding in a batch changes the last bits of a greedy choice, so its size is one of them.
     here = "batch_size frame_use frame_use_layer priors"
     names += "api_base api_media api_extra" if arguments.api_base else here
-    settings = {name: getattr(arguments, name) for name in names.split()}
+    prompt = [one.name for one in fields(PromptFlags)]
+    settings = {name: getattr(arguments, name) for name in [*prompt, *names.split()]}
     settings["prompt_template"] = read_template(arguments.prompt_template)
     settings["engine"] = "api" if arguments.api_base else "local"
     if arguments.api_base:
@@ -455,22 +412,6 @@ def frame_order(arguments, position, count):
     return order
 
 
-def make_encoder(arguments, processor, kind=Encoder):
-    return kind(
-        processor,
-        arguments.min_pixels,
-        arguments.max_pixels,
-        arguments.frames,
-        read_template(arguments.prompt_template),
-        frame_times=arguments.frame_times,
-        system_prompt=arguments.system_prompt,
-        fps=arguments.fps,
-        min_frames=arguments.min_frames,
-        decoder=arguments.decoder,
-        image_max_pixels=arguments.image_max_pixels,
-    )
-
-
 def encode(encoder, example, arguments, position):
     """Encode an example under --control, which changes neither times nor number of tokens."""
     # Only the frames change places: their times stay in order.
@@ -599,7 +540,7 @@ def answer_here(arguments, examples, done, rank, world):
     if not batches:
         return
     model, processor = load_model(arguments.model_name_or_path)
-    encoder = make_encoder(arguments, processor)
+    encoder = Encoder.from_flags(processor, arguments)
     workers = (arguments.decode_workers, arguments.decode_timeout)
     pool = Pool(*workers, engine.keep_encoder, (encoder,))
     tasks = {}
@@ -710,7 +651,7 @@ def media_parts(arguments, example, medium, position):
             raise MediaError(f"{medium.path}: no such file")
         mime = mimetypes.guess_type(medium.path)[0] or "video/mp4"
         return [media_part("video", Path(medium.path).read_bytes(), mime)]
-    encoder = make_encoder(arguments, None, FrameEncoder)
+    encoder = FrameEncoder.from_flags(None, arguments)
     frames = encoder.load(medium).frames  # (K, 3, h, w)
     frames = frames[frame_order(arguments, position, len(frames))]
     # As in Encoder.encode: pictures beside a video stay.
@@ -1081,7 +1022,7 @@ def run_check(arguments):
     examples = load_examples(arguments.dataset_name, arguments.media_root)
     settings = score_settings(arguments)
     model, processor = load_model(arguments.model_name_or_path)
-    encoder = make_encoder(arguments, processor)
+    encoder = Encoder.from_flags(processor, arguments)
     hits = Counter()
     mass = Counter()
     chance = 0.0

@@ -49,10 +49,10 @@ from common.data import (
     first_words,
     load_examples,
 )
-from common.flags import Parser, flag
-from common.media import decode_frames
+from common.flags import Parser, check_least, flag
+from common.media import FrameFlags, decode_frames
 from common.media import uniform_frames as uniform_frames  # people import it from here
-from common.video import DECODERS, load_image, open_medium, open_video
+from common.video import load_image, open_medium, open_video
 from common.workers import Pool, ShardedLines, check_settings, join_ranks, take_core
 from grpo import slot_shares
 
@@ -78,33 +78,17 @@ SHORTEST_SCENE = "0.6s"  # of the detectors; the default of PySceneDetect's comm
 CLIP_FILES = ("open_clip_model.safetensors", "open_clip_pytorch_model.safetensors")
 
 
-@dataclass
-class PriorSettings:
+@dataclass(kw_only=True)
+class PriorSettings(FrameFlags):
     """What a prior depends on; every row records it. train.py has the same flags."""
 
-    frames: int = flag(
-        16,
-        "K of Eq. 1-2: frames sampled evenly from a video; all of a shorter one.",
-        group="Prior (Eq. 1-2)",
-    )
-    fps: float | None = flag(
-        None,
-        "Frames a second to sample evenly instead, an even number, at most --frames. None: "
-        "--frames. (The releases: 2, with --min_frames 4.)",
-    )
-    min_frames: int = flag(1, "Fewest frames that --fps samples; all of a shorter video.")
-    decoder: str = flag(
-        "pyav",
-        "Reads video files. pyav: the frames that a player shows. decord: those that the releases "
-        "see, which are other ones in some files (docs/priors.md).",
-        choices=DECODERS,
-    )
     scene: str = flag(
         "hsv",
         "Scene cue, S_scene of Eq. 1. hsv (the paper's): distances of the sampled frames' "
         "histograms. The others: PySceneDetect's detectors on every frame of the video (slower); "
         "threshold finds fades and cuts through black only.",
         choices=["hsv", *DETECTORS],
+        group="Prior (Eq. 1-2)",
     )
     scene_threshold: float | None = flag(
         None,
@@ -141,20 +125,9 @@ class PriorSettings:
     w_sem: float = flag(3.0, "lambda_sem of Eq. 1: added to a frame that is like the question.")
 
     def __post_init__(self):
-        # P is a distribution over all frames. Flags of the command line are checked as well.
-        least = {
-            "frames": 1,
-            "min_frames": 1,
-            "semantic_k": 1,
-            "scene_threshold": 0,
-            "w_scene": 0,
-            "w_sem": 0,
-        }
-        least |= {"w_base": 1e-6, "fps": 1e-6, "decode_timeout": 1e-6, "workers": 0}
-        for name, bound in least.items():
-            value = getattr(self, name, None)
-            if value is not None and not bound <= value < math.inf:
-                raise DataError(f"--{name} must be at least {bound} and finite")
+        super().__post_init__()
+        # P is a distribution over all frames.
+        check_least(self, w_base=1e-6, w_scene=0, w_sem=0, semantic_k=1, scene_threshold=0)
 
     @property
     def has_scene(self):
@@ -204,6 +177,7 @@ class PriorArguments(PriorSettings):
 
     def __post_init__(self):
         super().__post_init__()
+        check_least(self, decode_timeout=1e-6, workers=0)
         # Two commands in one: a data set, or one video with its question.
         if (self.dataset_name is None) == (self.video is None):
             raise DataError("give one of --dataset_name and --video")

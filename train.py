@@ -46,7 +46,6 @@ from common.data import (
     invert_question,
     load_examples,
     plain_ids,
-    read_template,
     target_text,
 )
 from common.engine import (
@@ -59,8 +58,8 @@ from common.engine import (
     update_reference,
     write_shards,
 )
-from common.flags import Parser, flag
-from common.media import MIN_PIXELS, Encoder
+from common.flags import Parser, check_least, flag
+from common.media import Encoder, PromptFlags
 from common.policy import FAMILIES, PACKED_FAMILIES, Policy, Prompts, collate
 from common.progress import Progress
 from common.ranks import (
@@ -143,7 +142,7 @@ RECIPES = {
 
 
 @dataclass
-class TrainArguments:
+class TrainArguments(PromptFlags, prior.PriorSettings):
     """Settings of a run; run.json in its output folder has their values."""
 
     model_name_or_path: str | None = flag(
@@ -178,27 +177,8 @@ class TrainArguments:
         "Priors file of the held-out questions; what it lacks is computed.",
     )
     toy_dir: str | None = flag(None, "Folder of the toy. Default: toy-seedN, made on first use.")
-    prompt_template: str | None = flag(
-        None,
-        "Text file with {question}, {options} and {instruction}, or a .json file with such a text "
-        "for each problem type; replaces our wording.",
-    )
-    system_prompt: str | None = flag(
-        None,
-        "Text of a system turn before every question. None: the chat template's default.",
-    )
-
-    min_pixels: int = flag(
-        MIN_PIXELS, "Fewest pixels of a frame; smaller ones are scaled up.", group="Frames"
-    )
     max_pixels: int = flag(128 * 28 * 28, "Most pixels of a frame.")
-    image_max_pixels: int = flag(512 * 28 * 28, "Most pixels of a picture (Video-R1's).")
-    frame_times: str = flag(
-        "none",
-        "How the model gets the frames' times: text (a line before the question), drawn (on the "
-        "frames), none.",
-        choices=["none", "text", "drawn"],
-    )
+    image_max_pixels: int | None = flag(512 * 28 * 28, "Most pixels of a picture (Video-R1's).")
     decode_workers: int = flag(
         2, "Processes per rank that decode the next step's media; 0: none. Default for the toy: 1."
     )
@@ -405,7 +385,6 @@ def toy_defaults(folder, world_size):
         model_name_or_path=f"{folder}/model",
         toy_dir=folder,
         clip=f"local-dir:{folder}/clip",
-        min_pixels=28 * 28,
         max_pixels=28 * 28,
         image_max_pixels=28 * 28,
         decode_workers=1,
@@ -1303,11 +1282,10 @@ def invert_share(args, stream):
     return counts
 
 
-def add_priors(args, settings, questions, name, file, resume):
+def add_priors(args, questions, name, file, resume):
     """Reads the priors of the questions, or computes them; leaves out unreadable media.
 
     Args:
-        settings: prior.PriorSettings.
         name: "training" or "held-out".
         file: priors file of the command line, or None.
         resume: state of the checkpoint that this run continues, {} without one.
@@ -1320,12 +1298,12 @@ def add_priors(args, settings, questions, name, file, resume):
         old = []
         done = {}
         if file is not None:
-            done = prior.load_priors(file, examples, settings)
+            done = prior.load_priors(file, examples, args)
         if made.is_file() and (resume or str(made) == file):
             old = list(prior.read_priors(made))
-            done.update(prior.load_priors(made, examples, settings))
+            done.update(prior.load_priors(made, examples, args))
         left = [e for e in examples if e.media and e.id not in done]
-        rows, errors = compute_priors(settings, left, name)
+        rows, errors = compute_priors(args, left, name)
         if rows or not old:
             write_lines(made, [*old, *rows])
         return errors
@@ -1334,7 +1312,7 @@ def add_priors(args, settings, questions, name, file, resume):
     errors = on_main_first(compute)
     questions.leave_out({error["problem_id"]: error["cause"] for error in errors})
     for source in [made] if file is None else [file, made]:
-        questions.priors.update(prior.load_priors(source, questions.examples, settings))
+        questions.priors.update(prior.load_priors(source, questions.examples, args))
 
 
 def compute_priors(settings, examples, name):
@@ -1358,12 +1336,11 @@ def compute_priors(settings, examples, name):
 # ----------------------------------------------------------------------------------------- a run
 
 
-def run(args, settings):
+def run(args):
     """SFT, GRPO or both, with the held-out score before and after.
 
     Args:
         args: TrainArguments.
-        settings: prior.PriorSettings.
     Errors: DataError, one sentence, for everything that a user can mend.
     """
     output = Path(args.output_dir)
@@ -1373,9 +1350,9 @@ def run(args, settings):
         return
     set_seed(args.seed)
     progress = Progress(stages_ahead(args, resume))
-    this = read_inputs(args, settings, resume, progress)
+    this = read_inputs(args, resume, progress)
     # From here on the output folder is written.
-    shown = on_main_first(lambda: prepare_output(output, args, settings, resume))
+    shown = on_main_first(lambda: prepare_output(output, args, resume))
     if is_main():
         for name in LOGS:
             this.files[name] = open(output / name, "a", 1, encoding="utf-8")
@@ -1432,7 +1409,7 @@ def stages_ahead(args, resume):
     return {name: TOY_SECONDS[name] if args.toy_dir else None for name in names}
 
 
-def read_inputs(args, settings, resume, progress):
+def read_inputs(args, resume, progress):
     """Reads and checks everything that a run needs; says what will be trained. Returns the Run."""
     sft_data = args.dataset_name
     # The toy is made on first use; its demonstrations are a file of their own.
@@ -1442,19 +1419,7 @@ def read_inputs(args, settings, resume, progress):
         sft_data = f"{args.toy_dir}/train_cot.json"
     # The checkpoint's own processor makes the model inputs.
     processor = load_processor(args, args.model_name_or_path)
-    encoder = Encoder(
-        processor,
-        args.min_pixels,
-        args.max_pixels,
-        settings.frames,
-        read_template(args.prompt_template),
-        frame_times=args.frame_times,
-        system_prompt=args.system_prompt,
-        fps=settings.fps,
-        min_frames=settings.min_frames,
-        decoder=settings.decoder,
-        image_max_pixels=args.image_max_pixels,
-    )
+    encoder = Encoder.from_flags(processor, args)
     # result.json gets its further entries in run().
     result = {"command": sys.argv, "seed": args.seed}
     this = Run(args, processor, encoder, Questions([]), result)
@@ -1470,20 +1435,20 @@ def read_inputs(args, settings, resume, progress):
     # Priors, the slow part where they are not given.
     progress.start("priors")
     if args.eval_dataset_name:
-        add_priors(args, settings, this.heldout, "held-out", args.eval_priors, resume)
+        add_priors(args, this.heldout, "held-out", args.eval_priors, resume)
     if this.training:
-        read_training_priors(this, settings, resume)
+        read_training_priors(this, resume)
     return this
 
 
-def read_training_priors(run, settings, resume):
+def read_training_priors(run, resume):
     """Priors of GRPO's questions, inversion of a share of them, and what will be trained."""
     args = run.args
     training = run.training
     wanted = len(training.examples)
     # What could not be read before stays out, so that the other questions keep their places.
     training.leave_out(resume.get("without_prior", {}))
-    add_priors(args, settings, training, "training", args.priors, resume)
+    add_priors(args, training, "training", args.priors, resume)
     run.result.update(invert_share(args, training.examples))
     plan = schedule(args, "grpo")
     log_main(
@@ -1559,7 +1524,7 @@ def find_start(output, args):
     return find_checkpoint(args)
 
 
-def prepare_output(output, args, settings, resume):
+def prepare_output(output, args, resume):
     """Makes the output folder with run.json, its files as they were at the checkpoint (resume).
 
     Returns:
@@ -1581,7 +1546,6 @@ def prepare_output(output, args, settings, resume):
     packages = ("torch", "transformers", "deepspeed", "open_clip_torch", "av")
     facts = {
         **asdict(args),
-        **asdict(settings),
         "command": sys.argv,
         "ranks": dist.get_world_size(),
         "revision": revision(),
@@ -1654,10 +1618,10 @@ def parse_arguments():
     """The command line over the recipe's defaults over the toy's over those of TrainArguments.
 
     Returns:
-        TrainArguments, prior.PriorSettings.
+        TrainArguments.
     """
     parser = Parser(
-        (TrainArguments, prior.PriorSettings),
+        TrainArguments,
         f"{__doc__}\nThe defaults are those for a checkpoint; --recipe changes some, and so does "
         "the toy. run.json has what a run used.",
     )
@@ -1689,9 +1653,9 @@ def parse_arguments():
         recipe.pop("prior", None)  # the file's cues are there to be looked at
     # The second look: the command line wins over what was set here.
     parser.set_defaults(stage=stage, **recipe)
-    args, settings = parser.parse_args_into_dataclasses()
+    (args,) = parser.parse_args_into_dataclasses()
     check_arguments(args)
-    return args, settings
+    return args
 
 
 def check_arguments(args):
@@ -1702,10 +1666,8 @@ def check_arguments(args):
         )
     if args.cuda_graph and not torch.cuda.is_available():
         raise DataError("--cuda_graph needs a GPU")
-    if args.num_generations < 2 or args.sft_questions_per_medium < 1:
-        raise DataError(
-            "--num_generations must be at least 2 and --sft_questions_per_medium at least 1"
-        )
+    check_least(args, num_generations=2, sft_questions_per_medium=1)
+    check_least(args, decode_workers=0, decode_timeout=1e-6)
     if args.freeze_vision and args.train_only_merger:
         raise DataError("--freeze_vision freezes the mergers too; give it or --train_only_merger")
     refuse_unread_flags(args.stage)
@@ -1715,9 +1677,9 @@ def main():
     # transformers repeats warnings at every load.
     hf_logging.set_verbosity_error()
     try:
-        args, settings = parse_arguments()
+        args = parse_arguments()
         start_ranks()
-        run(args, settings)
+        run(args)
         dist.barrier()
         dist.destroy_process_group()
     except DataError as error:

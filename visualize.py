@@ -24,13 +24,14 @@ from dataclasses import dataclass, field
 from common.data import PROBLEM_TYPES, DataError
 from common.enrichment_page import enrichment_report
 from common.flags import Help, Parser, flag
+from common.media import PromptFlags
 from common.prior_page import prior_report
 from common.run_page import run_report
 from prior import PriorSettings
 
 
 @dataclass(kw_only=True)
-class SampleArguments(PriorSettings):
+class SampleArguments(PromptFlags, PriorSettings):
     """One question about one video, and the models that answer it."""
 
     model_name_or_path: str = field(
@@ -52,13 +53,6 @@ class SampleArguments(PriorSettings):
         "how it is asked and scored; None: multiple choice with --options, else free-form",
         choices=list(PROBLEM_TYPES),
     )
-    min_pixels: int = flag(128 * 28 * 28, "fewest pixels a frame", group="prompt, as in training")
-    max_pixels: int = flag(256 * 28 * 28, "most pixels a frame")
-    prompt_template: str | None = flag(None, "wording of the prompt, as in training")
-    system_prompt: str | None = flag(None, "text of a system turn before the question")
-    frame_times: str = flag(
-        "none", "how frames say when they were taken", choices=["none", "text", "drawn"]
-    )
     hidden_layer: int = flag(
         -1,
         "hidden states that the paper's score reads: 0 embeddings ... -1 last layer (the paper's)",
@@ -67,11 +61,6 @@ class SampleArguments(PriorSettings):
     attention_layer: int = flag(1, "layer whose attention is drawn, 1 is the first")
     max_completion_length: int = flag(1024, "most tokens of the answer, which is greedy")
     output: str = flag("sample.html", "report to write; its figure goes beside it as PNG and SVG")
-
-    def __post_init__(self):
-        super().__post_init__()
-        if not 0 < self.min_pixels <= self.max_pixels:
-            raise DataError("--min_pixels must be above 0 and at most --max_pixels")
 
 
 def sample_report(arguments):

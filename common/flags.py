@@ -11,9 +11,12 @@ The help shows the docstring of the command and the default of every flag.
 
 import argparse
 import copy
+import math
 from dataclasses import field
 
 from transformers import HfArgumentParser
+
+from common.data import DataError
 
 
 def flag(default, text, **more):
@@ -26,6 +29,14 @@ def flag(default, text, **more):
             after it.
     """
     return field(default=default, metadata={"help": text, **more})
+
+
+def check_least(settings, **least):
+    """Refuses a setting below its least value, NaN or infinite; None is right for all."""
+    for name, bound in least.items():
+        value = getattr(settings, name)
+        if value is not None and not bound <= value < math.inf:
+            raise DataError(f"--{name} must be at least {bound} and finite")
 
 
 class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):

@@ -1,13 +1,13 @@
 """Videos and pictures: frames, their times, and model inputs.
 
 frames, times = decode_frames("a.mp4", [0, 12, 24])  # (K, H, W, 3) uint8 RGB, (K,) seconds
-encoder = Encoder(processor, min_pixels=3136, max_pixels=100352, frames=16)
+encoder = Encoder.from_flags(processor, arguments)       # of any PromptFlags
 inputs = encoder.encode(example)  # ModelInputs
 """
 
 import os
 from collections import OrderedDict
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import NamedTuple
 
 import cv2
@@ -17,12 +17,83 @@ import torch.nn.functional as F
 from transformers import ProcessorMixin
 from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
 
-from common.data import PROMPT_TEMPLATE, DataError, MediaError, chat_parts, plain_ids
-from common.video import load_image, open_medium, open_video
+from common.data import (
+    PROMPT_TEMPLATE,
+    DataError,
+    MediaError,
+    chat_parts,
+    plain_ids,
+    read_template,
+)
+from common.flags import check_least, flag
+from common.video import DECODERS, load_image, open_medium, open_video
 
 MIN_PIXELS = 128 * 28 * 28  # of a frame, in the releases
 
 IMAGE_MIN_PIXELS = 4 * 28 * 28  # of a picture
+
+
+@dataclass(kw_only=True)
+class FrameFlags:
+    """Which frames of a video are taken; flags of every command."""
+
+    frames: int = flag(
+        16,
+        "K of Eq. 1-2: frames sampled evenly from a video; all of a shorter one.",
+        group="Frames",
+    )
+    fps: float | None = flag(
+        None,
+        "Frames a second to sample evenly instead, an even number from --min_frames to --frames. "
+        "None: --frames. (The releases: 2, with --min_frames 4.)",
+    )
+    min_frames: int = flag(1, "Fewest frames that --fps samples; all of a shorter video.")
+    decoder: str = flag(
+        "pyav",
+        "Reads video files. pyav: the frames that a player shows. decord: those that the releases "
+        "see, which are other ones in some files (docs/priors.md).",
+        choices=DECODERS,
+    )
+
+    def __post_init__(self):
+        check_least(self, frames=1, min_frames=1, fps=1e-6)
+
+
+@dataclass(kw_only=True)
+class PromptFlags(FrameFlags):
+    """How a model gets a question; flags of training, evaluation and figures."""
+
+    min_pixels: int | None = flag(
+        None,
+        "Fewest pixels of a frame; smaller ones are scaled up. None: the releases' 100,352, or "
+        "--max_pixels if that is less.",
+        group="Prompt",
+    )
+    max_pixels: int = flag(256 * 28 * 28, "Most pixels of a frame (the paper's at inference).")
+    image_max_pixels: int | None = flag(None, "Most pixels of a picture. None: --max_pixels.")
+    frame_times: str = flag(
+        "none",
+        "How the model gets the frames' times: text (a line before the question), drawn (on the "
+        "frames), none.",
+        choices=["none", "text", "drawn"],
+    )
+    prompt_template: str | None = flag(
+        None,
+        "Text file with {question}, {options} and {instruction}, or a .json file with such a text "
+        "for each problem type; replaces our wording. Scores depend on it.",
+    )
+    system_prompt: str | None = flag(
+        None,
+        "Text of a system turn before every question. None: the chat template's default.",
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.min_pixels is None:
+            self.min_pixels = min(MIN_PIXELS, self.max_pixels)
+        check_least(self, min_pixels=1, max_pixels=1, image_max_pixels=1)
+        if self.min_pixels > self.max_pixels:
+            raise DataError("--min_pixels must not be above --max_pixels")
 
 
 class Frames(NamedTuple):
@@ -189,6 +260,13 @@ class Encoder:
 
     media: OrderedDict = field(default_factory=OrderedDict, init=False)  # key -> CachedMedium
     media_bytes: int = field(default=0, init=False)
+
+    @classmethod
+    def from_flags(cls, processor, flags, **more):
+        """The encoder that PromptFlags ask for; `more` are further fields."""
+        shared = vars(flags).keys() & {one.name for one in fields(cls)}
+        more |= {name: getattr(flags, name) for name in shared}
+        return cls(processor, template=read_template(flags.prompt_template), **more)
 
     def encode(self, example, row=None, shuffle=None, black=False):
         """Encode one example.

@@ -17,7 +17,7 @@ import torch
 from transformers import AutoConfig
 
 import reward
-from common.data import DataError, Example, Medium, read_solution, read_template, with_letters
+from common.data import DataError, Example, Medium, read_solution, with_letters
 from common.media import Encoder, decode_frames
 from common.pages import page_path, table_html, write_page
 from common.plots import COLOURS, DOTTED, line_style, name_paths, prior_figure, show_film
@@ -112,17 +112,7 @@ def answer_question(arguments, name, path, example, prior):
     # 1. Frames and prompt as in training.
     model, processor = load_model(path)
     policy = Policy(model)
-    encoder = Encoder(
-        processor,
-        arguments.min_pixels,
-        arguments.max_pixels,
-        len(prior.frames),
-        read_template(arguments.prompt_template),
-        cache_gb=0,
-        frame_times=arguments.frame_times,
-        system_prompt=arguments.system_prompt,
-        decoder=arguments.decoder,
-    )
+    encoder = Encoder.from_flags(processor, arguments, cache_gb=0)
     item = encoder.encode(example, prior)
     prompts = collate([item], model).to(model.device)
     if prompts.slots[0] < 2:

@@ -308,7 +308,7 @@ def test_groups_of_every_recipe(flags, toy_folder, toy_processor, talker, monkey
     monkeypatch.setattr(
         sys, "argv", ["train.py", "--model_name_or_path", "x", "--num_generations", "4", *flags]
     )
-    arguments, _ = train.parse_arguments()
+    arguments = train.parse_arguments()
     arguments.max_completion_length = 12  # the toy's default wins over a flag of its recipe
     monkeypatch.undo()
 

@@ -16,7 +16,7 @@ from common.flags import Parser, flag
 
 # command -> the settings whose flags it must name
 COMMANDS = {
-    "train.py": (train, [train.TrainArguments, prior.PriorSettings]),
+    "train.py": (train, [train.TrainArguments]),
     "prior.py": (prior, [prior.PriorArguments]),
     "evaluate.py": (evaluate, [evaluate.EvaluateArguments]),
     "evaluate.py compare": (evaluate, []),
@@ -24,7 +24,7 @@ COMMANDS = {
     "visualize.py": (visualize, []),
     "visualize.py run": (visualize, []),
     "visualize.py enrichment": (visualize, []),
-    "visualize.py sample": (visualize, [visualize.SampleArguments, prior.PriorSettings]),
+    "visualize.py sample": (visualize, [visualize.SampleArguments]),
     "visualize.py prior": (visualize, []),
     "bench.py": (bench, [bench.Arguments]),
 }

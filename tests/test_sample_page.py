@@ -297,7 +297,7 @@ def test_bad_input_is_one_sentence(tmp_path, toy_folder, checkpoint, capsys, mon
         ({"options": "A. x", "answer": "y"}, "solution 'y' names none of the options A"),
         ({"attention_layer": 5}, "has layers 1 to 3 (--attention_layer)"),
         ({"hidden_layer": -2}, "hidden states 0 to 3 or -1"),
-        ({"min_pixels": 5000}, "at most --max_pixels"),
+        ({"min_pixels": 5000}, "must not be above --max_pixels"),
         ({"frames": 0}, "--frames must be at least 1 and finite"),
         ({"prior": "full", "clip": f"local-dir:{tmp_path}"}, "needs its weights as"),
         ({"output": "x.png"}, "must end in .html"),

@@ -69,7 +69,7 @@ def place(alone, toy_folder, checkpoint, tmp_path, monkeypatch, capsys):
         ]
         words += [] if "sft" in flags else ["--beta", 0]  # SFT does not read it
         monkeypatch.setattr(sys, "argv", [str(word) for word in words])
-        train.run(*train.parse_arguments())
+        train.run(train.parse_arguments())
         return capsys.readouterr().out
 
     def train_sft(run):

@@ -300,7 +300,7 @@ def test_priors_training_and_evaluation_take_the_same_frames(folder, toy_process
             example = Example("0", "What?", [], "free-form", "x", [medium])
             for encoder in (
                 Encoder(toy_processor, 3136, 3136, 6, **settings),
-                evaluate.make_encoder(flags, toy_processor),
+                Encoder.from_flags(toy_processor, flags),
             ):
                 np.testing.assert_allclose(encoder.encode(example).times, found.times)
 
