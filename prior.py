@@ -50,7 +50,7 @@ from common.data import (
     load_examples,
 )
 from common.flags import Parser, check_least, flag
-from common.media import FrameFlags, decode_frames
+from common.media import FrameFlags, sample_medium
 from common.media import uniform_frames as uniform_frames  # people import it from here
 from common.video import load_image, open_medium, open_video
 from common.workers import Pool, ShardedLines, check_settings, join_ranks, take_core
@@ -886,8 +886,7 @@ def run_video(arguments):
             f"{frame:5d} {row.times[position]:6.1f} s  {row.scene_scores[position]:6.3f}{begins} "
             f"{semantic[position]:8.3f}{alike} {prior:6.3f} {'#' * round(100 * prior)}"
         )
-    frames, _ = decode_frames(path, row.frames, arguments.decoder)  # (K, H, W, 3)
-    figure, _ = prior_figure(row, frames)
+    figure, _ = prior_figure(row, sample_medium(example.medium, arguments).frames)
     figure.savefig(arguments.output)
     print(
         "* begins a scene, or is among the frames most like the question. "

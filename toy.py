@@ -44,7 +44,7 @@ from transformers import (
 
 from common.data import DataError, add_letters, build_prompt, load_examples, target_text
 from common.flags import Parser, flag
-from common.media import clock, decode_frames, uniform_frames
+from common.media import clock, sample_video
 
 VERSION = 4  # of the toy; a cached toy of another version is made anew
 SIZE = 112  # pixels a side
@@ -567,7 +567,7 @@ def clip_frames(folder):
     images = []
     labels = []
     for path in list(groundings)[:CLIP_VIDEOS]:
-        frames, times = decode_frames(path, uniform_frames(FPS * SECONDS, 16))
+        _, times, frames = sample_video(path, 16)
         images.append(frames)
         for second in times:
             for start, end, scene in groundings[path]:

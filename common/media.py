@@ -1,6 +1,6 @@
 """Videos and pictures: frames, their times, and model inputs.
 
-frames, times = decode_frames("a.mp4", [0, 12, 24])  # (K, H, W, 3) uint8 RGB, (K,) seconds
+indices, times, frames = sample_video("a.mp4", 16)       # (K,), (K,) seconds, (K, H, W, 3) uint8
 encoder = Encoder.from_flags(processor, arguments)       # of any PromptFlags
 inputs = encoder.encode(example)  # ModelInputs
 """
@@ -21,12 +21,13 @@ from common.data import (
     PROMPT_TEMPLATE,
     DataError,
     MediaError,
+    Medium,
     chat_parts,
     plain_ids,
     read_template,
 )
 from common.flags import check_least, flag
-from common.video import DECODERS, load_image, open_medium, open_video
+from common.video import DECODERS, load_image, open_medium
 
 MIN_PIXELS = 128 * 28 * 28  # of a frame, in the releases
 
@@ -109,30 +110,45 @@ def uniform_frames(total, k):
     return np.linspace(0, total - 1, min(k, total)).round().astype(int).tolist()
 
 
-def sample_video(
-    path, count, fps=None, start=None, end=None, *, least=1, decoder="pyav", folder_fps=None
-):
+def sample_video(path, count, fps=None, start=None, end=None, **more):
     """Frames of a video file, an animated picture or a folder of pictures, evenly spread in time.
-
-    Priors, training, evaluation and figures take their frames from here.
 
     Args:
         path: file, or folder of pictures.
         count: number of frames; all of a shorter video.
-        fps: frames a second instead, at most `count` and at least `least`; see Video.pick. Of a
-            folder without `folder_fps`: its own rate, as for a frame folder in a data set.
+        fps: frames a second instead, at most `count`, see Video.pick; of a folder its own rate, as
+            for a frame folder in a data set.
         start, end: seconds; frames outside are not taken.
-        decoder: "pyav" or "decord".
-        folder_fps: a folder's own frames a second, None: 1.
+        more: other FrameFlags.
     Returns:
         Frames.
     Raises:
         MediaError: what open_video, Video.pick and Video.read raise.
     """
-    if folder_fps is None and os.path.isdir(path):
-        folder_fps, fps = fps, None
-    video = open_video(path, decoder, folder_fps)
-    return read_frames(video, video.pick(count, fps, start, end, least))
+    rate = None
+    if os.path.isdir(path):
+        rate, fps = fps, None
+    flags = FrameFlags(frames=count, fps=fps, **more)
+    return sample_medium(Medium("video", path, rate, start, end), flags)
+
+
+def sample_medium(medium, flags, indices=None):
+    """Frames of a Medium: training, evaluation and figures take theirs from here.
+
+    prior.read_cues takes the same ones from open_medium, one in memory at a time.
+
+    Args:
+        flags: FrameFlags, which choose the frames of a video, or anything with its fields.
+        indices: numbers of the frames to take instead.
+    Returns:
+        Frames; of a picture one.
+    Raises:
+        MediaError: the medium cannot be read.
+    """
+    if medium.kind == "image":
+        return Frames([0], np.zeros(1), load_image(medium.path))
+    video, chosen = open_medium(medium, flags)
+    return read_frames(video, indices or chosen)
 
 
 def read_frames(video, indices):
@@ -141,12 +157,6 @@ def read_frames(video, indices):
     ascending = sorted(set(indices))
     frames = dict(zip(ascending, video.read(ascending), strict=True))
     return Frames(indices, video.times[indices], np.stack([frames[index] for index in indices]))
-
-
-def decode_frames(path, indices, decoder="pyav", folder_fps=None):
-    """Frames of a file by their numbers: (K, H, W, 3) uint8, and their times, (K,) seconds."""
-    found = read_frames(open_video(path, decoder, folder_fps), indices)
-    return found.frames, found.times
 
 
 def resize_frames(frames, min_pixels, max_pixels, factor=28):
@@ -329,14 +339,7 @@ class Encoder:
         # A prior's frames and uniform frames of one video are two entries.
         key = (medium, tuple(row.frames) if row else None)
         if key not in self.media:
-            if medium.kind == "image":
-                frames = load_image(path)
-                times = [0.0]
-            else:
-                video, indices = open_medium(medium, self)
-                shown = read_frames(video, key[1] or indices)
-                frames = shown.frames
-                times = shown.times
+            _, times, frames = sample_medium(medium, self, key[1])
             most = self.max_pixels
             least = self.min_pixels
             if medium.kind == "image":
@@ -350,8 +353,7 @@ class Encoder:
             # A single frame has no rate.
             if len(times) > 1:
                 fps = float((len(times) - 1) / (times[-1] - times[0]))
-            times = [float(time) for time in times]
-            self.media[key] = CachedMedium(medium.kind, frames, times, fps)
+            self.media[key] = CachedMedium(medium.kind, frames, times.tolist(), fps)
             self.media_bytes += self.media[key].nbytes
             # The newest entry stays even if it exceeds the limit by itself.
             while self.media_bytes > self.cache_gb * 1e9 and len(self.media) > 1:

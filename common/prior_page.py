@@ -11,9 +11,10 @@ import numpy as np
 from tqdm import tqdm
 
 from common.data import DataError, MediaError, resolve_media
-from common.media import decode_frames
+from common.media import read_frames
 from common.pages import page_path, table_html, write_page
 from common.plots import prior_figure
+from common.video import open_video
 from prior import read_priors
 
 
@@ -30,12 +31,13 @@ def set_shares(row):
     return shares
 
 
-def read_frames(row, media_root):
+def row_frames(row, media_root):
     """Frames of a row, (K, H, W, 3) uint8. Raises DataError with the cause."""
     if not row.media:
         raise MediaError(f"the row of {row.problem_id} names no medium")
     path = resolve_media(row.media, media_root, f"the row of {row.problem_id}")
-    frames, times = decode_frames(path, row.frames, row.settings.get("decoder", "pyav"))
+    video = open_video(path, row.settings.get("decoder", "pyav"))
+    _, times, frames = read_frames(video, row.frames)
     # A folder's frame rate stands in the data set alone.
     if not os.path.isdir(path) and not np.allclose(times, row.times, atol=0.02):
         raise MediaError(f"{path}: its frames were taken at other times than the row's")
@@ -77,7 +79,7 @@ def prior_report(priors, media_root, items, seed, output):
     for number, row in enumerate(tqdm(chosen, desc="draw", unit="video", delay=2), 1):
         # Media that cannot be read are counted and named; the page is written without them.
         try:
-            frames = read_frames(row, media_root or Path(priors).parent)
+            frames = row_frames(row, media_root or Path(priors).parent)
         except DataError as error:
             causes.append(str(error))
             continue

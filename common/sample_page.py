@@ -18,7 +18,7 @@ from transformers import AutoConfig
 
 import reward
 from common.data import DataError, Example, Medium, read_solution, with_letters
-from common.media import Encoder, decode_frames
+from common.media import Encoder, sample_medium
 from common.pages import page_path, table_html, write_page
 from common.plots import COLOURS, DOTTED, line_style, name_paths, prior_figure, show_film
 from common.policy import FAMILIES, Policy, collate, load_model
@@ -249,6 +249,6 @@ def sample_report(arguments):
     body.append(table_html(rows))
     for answer in answers:
         body.append(f"<h2>Answer of {escape(answer.name)}</h2><pre>{escape(answer.text)}</pre>")
-    frames, _ = decode_frames(example.path, prior.frames, arguments.decoder)
+    frames = sample_medium(example.medium, arguments).frames  # (K, H, W, 3)
     figures = {"": draw_answers(prior, frames, answers)}
     return write_page(output, example.question, "\n".join(body), figures)

@@ -12,8 +12,8 @@ from common import media, video
 from common.data import DataError, Example, MediaError, Medium, Prior, chat_parts
 from common.media import (
     Encoder,
-    decode_frames,
     load_image,
+    read_frames,
     resize_frames,
     uniform_frames,
 )
@@ -53,7 +53,7 @@ def test_decoded_frames_are_the_asked_ones(tmp_path):
     path = write_video(tmp_path / "a.mp4", count=20, fps=5)
     assert len(open_video(path)) == 20
     for indices in ([0, 7, 13, 19], [19, 3], [5]):
-        frames, times = decode_frames(path, indices)
+        _, times, frames = read_frames(open_video(path), indices)
         assert frames.shape == (len(indices), 48, 64, 3) and frames.dtype == np.uint8
         assert np.abs(frames.mean((1, 2, 3)) - (10 + 10 * np.array(indices))).max() < 4
         np.testing.assert_allclose(times, np.array(indices) / 5, atol=1e-3)
@@ -61,7 +61,7 @@ def test_decoded_frames_are_the_asked_ones(tmp_path):
 
 def test_colours_are_rgb(tmp_path):
     toy.write_video(tmp_path / "red.mp4", np.full((3, 48, 64, 3), (200, 60, 30), np.uint8))
-    frame = decode_frames(str(tmp_path / "red.mp4"), [1])[0][0]
+    frame = read_frames(open_video(str(tmp_path / "red.mp4")), [1]).frames[0]
     assert np.abs(frame.mean((0, 1)) - (200, 60, 30)).max() < 8
 
 
@@ -96,7 +96,7 @@ def test_an_undecodable_video_is_named(tmp_path, damage, cause):
     elif damage != "missing":
         path.write_bytes(content[damage])
     with pytest.raises(MediaError, match=f"{damage}.mp4: {cause}") as caught:
-        decode_frames(str(path), [0, 5, 10, 15, 19])
+        read_frames(open_video(str(path)), [0, 5, 10, 15, 19])
     message = str(caught.value)
     assert "\n" not in message and ".cc:" not in message, "one sentence, no C++ source path"
 
@@ -104,7 +104,7 @@ def test_an_undecodable_video_is_named(tmp_path, damage, cause):
 def test_an_index_beyond_the_video_is_named(tmp_path):
     path = write_video(tmp_path / "a.mp4", count=6)
     with pytest.raises(MediaError, match="a.mp4.*frames 0 to 6 asked for, the video has 0 to 5"):
-        decode_frames(path, [0, 6])
+        read_frames(open_video(path), [0, 6])
 
 
 @pytest.mark.parametrize("mode", ["RGB", "L", "RGBA", "P"])

@@ -32,8 +32,8 @@ from warm import Script, run_script
 import prior
 from common import workers
 from common.data import DataError, Example, MediaError, Medium, load_examples
-from common.media import decode_frames
-from common.video import Video
+from common.media import read_frames, sample_video
+from common.video import Video, open_video
 from common.workers import Pool
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -292,7 +292,7 @@ def test_every_hard_cut_is_found(tmp_path, k):
         ],
     )
     indices = prior.uniform_frames(sum(lengths), k)
-    frames, _ = decode_frames(str(tmp_path / "cuts.mp4"), indices)
+    _, _, frames = read_frames(open_video(str(tmp_path / "cuts.mp4")), indices)
     starts = np.cumsum(lengths)[:-1]
     expected = [
         next(i for i, index in enumerate(indices) if index >= start) for start in starts
@@ -305,7 +305,7 @@ def test_every_hard_cut_is_found(tmp_path, k):
 def test_no_cut_in_a_static_noisy_video(tmp_path, sigma, grey):
     rng = np.random.default_rng(2)
     write_video(tmp_path / "static.mp4", noisy(np.full((96, 96, 3), grey), 48, rng, sigma))
-    frames, _ = decode_frames(str(tmp_path / "static.mp4"), prior.uniform_frames(48, 16))
+    _, _, frames = sample_video(str(tmp_path / "static.mp4"), 16)
     assert prior.scene_set(prior.scene_scores(frames)) == []
 
 
@@ -809,7 +809,7 @@ def test_options_in_the_text(clip, media):
     alone, both = (
         prior.make_prior(asked, clip, arguments(semantic_options=flag)) for flag in (False, True)
     )
-    frames, _ = decode_frames(asked.path, alone.frames)
+    _, _, frames = read_frames(open_video(asked.path), alone.frames)
     assert alone.semantic_scores == pytest.approx(
         prior.semantic_scores(frames, "which scene", clip).tolist(), abs=1e-6
     )

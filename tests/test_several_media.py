@@ -15,9 +15,10 @@ from PIL import Image
 import evaluate
 import reward
 from common.data import Medium, chat_parts, load_examples
-from common.media import Encoder, decode_frames
+from common.media import Encoder, read_frames
 from common.policy import Policy, collate
 from common.rollout import Sampling, rollout
+from common.video import open_video
 from grpo import rollout_frame_use
 
 FRAMES = [0, 10, 20, 30, 40, 50]
@@ -207,7 +208,7 @@ def test_two_ranks_equal_one_on_a_mixture(small_toy, first_run, tmp_path, pictur
     rows = json.loads((small_toy / "train.json").read_text())
     rows = [row for row in rows if row["data_type"] == "video" and row["options"]][:6]
     (tmp_path / "media" / "frames").mkdir()
-    frames, _ = decode_frames(str(small_toy / rows[4]["path"]), list(range(0, 48, 4)))
+    _, _, frames = read_frames(open_video(str(small_toy / rows[4]["path"])), list(range(0, 48, 4)))
     for number, frame in enumerate(frames):
         Image.fromarray(frame).save(tmp_path / "media" / "frames" / f"{number}.png")
     a = {"data_type": "image", "path": "a.png"}

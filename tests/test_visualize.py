@@ -16,7 +16,8 @@ from PIL import Image
 import visualize
 from common import enrichment_page, plots, prior_page, run_page, scores
 from common.data import Prior
-from common.media import decode_frames
+from common.media import read_frames
+from common.video import open_video
 
 VOID = {"meta", "img"}
 
@@ -432,8 +433,8 @@ def test_prior_page(toy_folder, tmp_path, monkeypatch, capsys, chromium):
     assert len(alts) == 4 and sum(alt.startswith("What <b> a?.") for alt in alts) == 1
     assert "rows of videos" in chromium(output)
     # Frames are those of the row.
-    frames = prior_page.read_frames(Prior(**rows[0]), toy_folder)
-    truth, _ = decode_frames(str(files[0]), rows[0]["frames"])
+    frames = prior_page.row_frames(Prior(**rows[0]), toy_folder)
+    _, _, truth = read_frames(open_video(str(files[0])), rows[0]["frames"])
     np.testing.assert_array_equal(frames, truth)
 
 
@@ -450,11 +451,11 @@ def test_prior_page_without_media(toy_folder, tmp_path, monkeypatch, capsys):
     video = sorted(toy_folder.glob("videos/*_0*.mp4"))[0]
     row = Prior(**prior_row("a", video.name, [1], [2], times=[0.0, 1.0, 2.0, 3.0]))
     with pytest.raises(ValueError, match="at other times"):
-        prior_page.read_frames(row, video.parent)
+        prior_page.row_frames(row, video.parent)
     with pytest.raises(ValueError, match="outside the media root"):
-        prior_page.read_frames(Prior(**rows[1]), tmp_path)
+        prior_page.row_frames(Prior(**rows[1]), tmp_path)
     with pytest.raises(ValueError, match="no such file"):
-        prior_page.read_frames(Prior(**rows[0]), tmp_path)
+        prior_page.row_frames(Prior(**rows[0]), tmp_path)
 
 
 def test_priors_that_cannot_be_drawn(tmp_path, monkeypatch, capsys):

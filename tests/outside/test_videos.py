@@ -261,7 +261,7 @@ def test_a_span(folder):
 )
 def test_frames_a_second_as_the_releases_count_them(folder, fps, least, expected):
     """3 s: an even number of frames, from `least` to 16."""
-    found = sample_video(str(folder / "plain.mp4"), 16, fps=fps, least=least)
+    found = sample_video(str(folder / "plain.mp4"), 16, fps=fps, min_frames=least)
     assert len(found.indices) == expected
 
 
@@ -290,9 +290,7 @@ def test_priors_training_and_evaluation_take_the_same_frames(folder, toy_process
     for name in ("b_frames.avi", "cut.mp4", "hevc.ts"):
         for settings in ({}, {"fps": 2.0, "min_frames": 4}):
             medium = Medium("video", str(folder / name), start=0.2, end=1.1)
-            found = sample_video(
-                medium.path, 6, settings.get("fps"), 0.2, 1.1, least=settings.get("min_frames", 1)
-            )
+            found = sample_video(medium.path, 6, start=0.2, end=1.1, **settings)
             cues = prior.read_cues(medium, prior.PriorSettings(frames=6, **settings))
             assert cues.frames == found.indices
             np.testing.assert_allclose(cues.times, found.times, atol=1e-6)
