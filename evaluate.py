@@ -31,7 +31,6 @@ import io
 import json
 import mimetypes
 import os
-import pickle
 import random
 import re
 import sys
@@ -39,6 +38,7 @@ import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from itertools import chain
 from pathlib import Path
 
@@ -105,10 +105,8 @@ class EvaluateArguments(PromptFlags):
     top_p: float = flag(1.0, "Nucleus, when sampled.")
     top_k: int = flag(0, "Most probable tokens to choose from, when sampled; 0: all.")
     batch_size: int = flag(32, "Questions answered at once, on each rank.")
-    decode_workers: int | None = flag(
-        None,
-        "Processes per rank that decode the next batch's media; 0: none, and no timeout. None: 2 "
-        "with a GPU, else 0.",
+    decode_workers: int = flag(
+        2, "Processes per rank that decode the next batch's media; 0: none, and no timeout."
     )
     decode_timeout: float = flag(300.0, "Seconds that a worker may take for a question's media.")
     seed: int = flag(0, "Seed of the sampling.")
@@ -165,8 +163,6 @@ class EvaluateArguments(PromptFlags):
         check_least(self, max_completion_length=1, batch_size=1, decode_workers=0)
         check_least(self, temperature=0, top_k=0, decode_timeout=1e-6)
         check_least(self, api_workers=1, api_timeout=1e-6, api_retries=0)
-        if self.decode_workers is None:
-            self.decode_workers = 2 if torch.cuda.is_available() else 0
         rescore = self.rescore
         measures = self.frame_use != "none"
         addresses = (self.api_base or "http:", self.judge_base or "http:")
@@ -422,9 +418,15 @@ def encode(encoder, example, arguments, position):
     return encoder.encode(example, shuffle=shuffle, black=arguments.control == "black")
 
 
-def encode_ahead(example, arguments, position):
-    """The same in a worker of common/engine.py -> bytes of a pickle, as its encode()."""
-    return pickle.dumps(encode(engine.worker_encoder, example, arguments, position))
+def encode_ahead(arguments, encoder, one):
+    """encode() for engine.Inputs."""
+    return encode(encoder, one.example, arguments, one.place), None
+
+
+def make_inputs(arguments, processor, encode=engine.encode):
+    """engine.Inputs with the command line's encoder and workers."""
+    encoder = Encoder.from_flags(processor, arguments)
+    return engine.Inputs(encoder, arguments.decode_workers, arguments.decode_timeout, encode)
 
 
 @dataclass
@@ -540,43 +542,31 @@ def answer_here(arguments, examples, done, rank, world):
     if not batches:
         return
     model, processor = load_model(arguments.model_name_or_path)
-    encoder = Encoder.from_flags(processor, arguments)
-    workers = (arguments.decode_workers, arguments.decode_timeout)
-    pool = Pool(*workers, engine.keep_encoder, (encoder,))
-    tasks = {}
+    inputs = make_inputs(arguments, processor, partial(encode_ahead, arguments))
 
-    def begin(batches):
-        for position in chain(*batches):
-            task = pool.submit(encode_ahead, examples[position], arguments, position)
-            tasks[position] = task
+    def requests(batch):
+        return [engine.Ready(position, examples[position], None) for position in batch]
 
-    begin(batches[:1])
-    for number, batch in enumerate(tqdm(batches, "answer", unit="batch", disable=rank > 0)):
-        # Workers decode the next batch while this one is answered.
-        begin(batches[number + 1 : number + 2])
-        answers = {examples[position].id: {} for position in batch}
+    # Workers decode the next batch while this one is answered.
+    decoded = inputs.each(map(requests, batches))
+    for batch in tqdm(decoded, "answer", len(batches), unit="batch", disable=rank > 0):
+        answers = {one.example.id: {} for one in batch}
         # An unreadable medium costs its own question alone.
-        inputs = {}  # position in the data set: ModelInputs
-        for position in batch:
-            example = examples[position]
-            try:
-                made = pool.result(tasks.pop(position), example.path)
-                inputs[position] = pickle.loads(made)
-            except MediaError as error:
-                answers[example.id]["error"] = f"unreadable media: {error}"
+        ready, broken = inputs.take(batch)
+        for name, cause in broken.items():
+            answers[name]["error"] = f"unreadable media: {cause}"
         # Nothing to sample if no medium of the batch could be read.
-        if inputs:
-            prompts = collate(list(inputs.values()), model).to(model.device)
-            seeds = [seed_of(arguments, position) for position in inputs]
+        if ready:
+            prompts = collate([one.inputs for one in ready], model).to(model.device)
+            seeds = [seed_of(arguments, one.place) for one in ready]
             texts, uses = answer_batch(model, processor, prompts, seeds, arguments)
-            for position, text, use in zip(inputs, texts, uses, strict=True):
-                example = examples[position]
-                answers[example.id]["output"] = text
+            for one, text, use in zip(ready, texts, uses, strict=True):
+                answer = answers[one.example.id]
+                answer["output"] = text
                 if use:
-                    row = use_row(example, inputs[position].times, use, priors.get(example.id))
-                    answers[example.id]["frame_use"] = row
+                    prior = priors.get(one.example.id)
+                    answer["frame_use"] = use_row(one.example, one.inputs.times, use, prior)
         yield answers
-    pool.stop()
 
 
 # --------------------------------------------------------------------------- answers of a server
@@ -718,14 +708,19 @@ def ask_server(arguments, examples, done):
         "extra_body": extra,
     }
 
+    # Workers decode: a decoder that hangs costs its question alone.
+    pool = Pool(arguments.decode_workers, arguments.decode_timeout)
+
     def ask(position, example):
-        messages = make_messages(arguments, example, position)
+        task = pool.submit(make_messages, arguments, example, position)
+        messages = pool.result(task, example.path)
         seed = seed_of(arguments, position)
         return {"output": chat(client, arguments.api_retries, messages, seed=seed, **settings)}
 
     tasks = [task for task in enumerate(examples) if task[1].id not in done]
     for (_, example), answer in in_threads(arguments, ask, tasks, "ask"):
         yield {example.id: answer}
+    pool.stop()
 
 
 # --------------------------------------------------------------------- a judge of the reasoning
@@ -1022,20 +1017,21 @@ def run_check(arguments):
     examples = load_examples(arguments.dataset_name, arguments.media_root)
     settings = score_settings(arguments)
     model, processor = load_model(arguments.model_name_or_path)
-    encoder = Encoder.from_flags(processor, arguments)
+    inputs = make_inputs(arguments, processor)
+    requests = ([engine.Ready(place, example, None)] for place, example in enumerate(examples))
     hits = Counter()
     mass = Counter()
     chance = 0.0
     count = 0
     broken = {}
-    for example in tqdm(examples, desc="frame use", unit="question"):
-        try:
-            item = encoder.encode(example)
-        except MediaError as error:
-            broken[example.id] = str(error)
+    for batch in tqdm(inputs.each(requests), "frame use", len(examples), unit="question"):
+        ready, causes = inputs.take(batch)
+        broken |= causes
+        if not ready:
             continue
-        ids, intervals = cited_tokens(example, processor)
-        prompts = collate([item], model).to(model.device)
+        (one,) = ready
+        ids, intervals = cited_tokens(one.example, processor)
+        prompts = collate([one.inputs], model).to(model.device)
         slots = prompts.slots[0]
         # In a video of one slot there is nothing to choose.
         if not intervals or slots < 2:
@@ -1043,7 +1039,7 @@ def run_check(arguments):
         layers = score_layers(Policy(model), prompts, ids)
         # Each token is scored by itself: sentences describe different scenes.
         for index, span in intervals.items():
-            inside = slot_shares(item.times, [span], slots)  # (t,)
+            inside = slot_shares(one.inputs.times, [span], slots)  # (t,)
             chance += float(inside.mean())
             token = torch.arange(len(ids))[None, None] == index  # (1, 1, T)
             for name, layer in layers.items():

@@ -554,23 +554,21 @@ SHOWN = ("loss/sft", "reward/total", "reward/accuracy", "consensus/score", "data
 
 
 def step_requests(run, name, questions, step):
-    """This rank's examples of a step, a list of Ready for each forward."""
+    """This rank's examples of a step, list of Ready in the order of its forwards."""
     plan = schedule(run.args, name)
-    forwards = []
+    requests = []
     for micro in range(plan.accumulation):
         # Ranks take turns, so that the order does not depend on their number.
         number = step * plan.accumulation + micro
         first = (number * dist.get_world_size() + dist.get_rank()) * plan.batch
-        part = []
         for place in range(first, first + plan.batch):
             one = questions.request(place)
             if name == "grpo" and run.args.temporal and one.example.video:
                 # The control's order of frames depends on the question's place alone.
                 frames = range(len(one.prior.frames))
                 one.order = random.Random(run_seed(run.args, place)).sample(frames, len(frames))
-            part.append(one)
-        forwards.append(part)
-    return forwards
+            requests.append(one)
+    return requests
 
 
 def stage_steps(run, name, engine, questions, done, kept):
@@ -591,23 +589,15 @@ def stage_steps(run, name, engine, questions, done, kept):
     questions.skipped.update(kept.get("skipped", {}))
     kept["skipped"] = questions.skipped
 
-    def begin(step):
-        """Starts the decoding of a step; returns its forwards."""
-        forwards = step_requests(run, name, questions, step) if step < steps else []
-        for part in forwards:
-            inputs.ahead(part)
-        return forwards
-
-    coming = begin(done)
-    left = range(done, steps)
-    bar = tqdm(left, name.upper(), steps, initial=done, disable=not is_main())
-    for step in bar:
+    # Workers decode the next step while this one trains.
+    left = (step_requests(run, name, questions, step) for step in range(done, steps))
+    decoded = inputs.each(left)
+    bar = tqdm(decoded, name.upper(), steps, initial=done, disable=not is_main())
+    for step, requests in enumerate(bar, done):
         log = StepLog(name, step)
-        parts = coming
-        # Workers decode the next step while this one trains.
-        coming = begin(step + 1)
         forwards = []
-        for part in parts:
+        for first in range(0, len(requests), plan.batch):
+            part = requests[first : first + plan.batch]
             with log.seconds("media"):
                 usable = inputs.usable(part, args.max_prompt_length, questions.skipped)
             # Collectives must match: a forward that one rank cannot fill is left out on all.
@@ -625,7 +615,6 @@ def stage_steps(run, name, engine, questions, done, kept):
         shown = {metric: record[metric] for metric in SHOWN if metric in record}
         bar.set_postfix(shown, refresh=False)
         run.checkpoint.after_step(engine, name, step + 1, steps, kept)
-    inputs.stop()
 
 
 def finish_stage(run, name, engine):
@@ -1112,22 +1101,22 @@ def score_heldout(run, engine):
     args = run.args
     heldout = run.heldout
     log = StepLog("heldout", 0)
-    # A worker decodes, so that a decoder that hangs costs its question alone.
     inputs = Inputs(run.encoder, args.decode_workers, args.decode_timeout)
     unusable = {}
     world = dist.get_world_size()
     count = len(heldout.examples)
     starts = range(0, count, HELDOUT_BATCH * world)
+
+    def requests(start):
+        end = min(start + HELDOUT_BATCH * world, count)
+        return [heldout.request(place) for place in range(start + dist.get_rank(), end, world)]
+
+    decoded = inputs.each(map(requests, starts))
     with sampling(engine) as model:
-        for start in tqdm(starts, "held-out", disable=not is_main(), leave=False):
-            end = min(start + HELDOUT_BATCH * world, count)
-            places = range(start + dist.get_rank(), end, world)
-            mine = [heldout.request(place) for place in places]
-            inputs.ahead(mine)
+        for mine in tqdm(decoded, "held-out", len(starts), disable=not is_main(), leave=False):
             ready = inputs.usable(mine, args.max_prompt_length, unusable)
             if ready:
                 score_answers(run, model, ready, log)
-    inputs.stop()
     if unusable and "before" in run.checkpoint.shared:
         raise DataError(
             f"{len(unusable)} held-out question(s) scored before GRPO can no longer be; the "

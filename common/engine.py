@@ -7,8 +7,10 @@ inputs = Inputs(encoder, workers=2, timeout=300.0)
 
 import importlib.util
 import json
+import math
 import os
 import pickle
+from collections import deque
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -346,18 +348,19 @@ def keep_encoder(encoder):
     worker_encoder = encoder
 
 
-def encode(example, prior, order):
-    """Model inputs of an example and of its control (or None), in a worker.
-
-    Returns:
-        bytes of a pickle: tensors as such would be passed on in shared memory that lives as long
-        as the worker.
-    """
+def encode(encoder, one):
+    """Model inputs of a Ready and of its control (or None)."""
     control = None
-    inputs = worker_encoder.encode(example, prior)
-    if order is not None:
-        control = worker_encoder.encode(example, prior, shuffle=order)
-    return pickle.dumps((inputs, control))
+    inputs = encoder.encode(one.example, one.prior)
+    if one.order is not None:
+        control = encoder.encode(one.example, one.prior, shuffle=one.order)
+    return inputs, control
+
+
+def in_worker(encode, one):
+    """bytes of a pickle of what encode() makes: tensors as such would be passed on in shared memory
+    that lives as long as the worker."""
+    return pickle.dumps(encode(worker_encoder, one))
 
 
 class Inputs:
@@ -370,44 +373,46 @@ class Inputs:
         encoder: media.Encoder.
         workers: number of processes.
         timeout: seconds that a worker may take for an example.
+        encode: function of the encoder and a Ready that returns its inputs and its control.
     """
 
-    def __init__(self, encoder, workers, timeout):
+    def __init__(self, encoder, workers, timeout, encode=encode):
         if workers > 0:
             # A copy without the media that this process has decoded.
             encoder = replace(encoder)
         self.pool = Pool(workers, timeout, initializer=keep_encoder, initargs=(encoder,))
+        self.encode = encode
         self.tasks = {}
 
-    def ahead(self, requests):
-        """Begins to encode the examples of a list of Ready."""
-        for one in requests:
-            self.tasks[one.place] = self.pool.submit(encode, one.example, one.prior, one.order)
+    def each(self, batches):
+        """Yields lists of Ready in their order; the next one is encoded meanwhile."""
+        begun = deque()
+        try:
+            for batch in batches:
+                for one in batch:
+                    self.tasks[one.place] = self.pool.submit(in_worker, self.encode, one)
+                begun.append(batch)
+                if len(begun) > 1:
+                    yield begun.popleft()
+            yield from begun
+        finally:
+            self.pool.stop()
 
-    def take(self, one):
-        """Waits for the inputs of a Ready.
-
-        Errors: MediaError if its medium cannot be decoded.
-        """
-        made = self.pool.result(self.tasks.pop(one.place), one.example.path)
-        one.inputs, one.control = pickle.loads(made)
-
-    def usable(self, requests, limit, skipped):
-        """Takes the requests; all ranks call it at the same time.
+    def take(self, requests, limit=math.inf):
+        """Waits for the inputs of a list of Ready that each() has yielded, or of a part of it.
 
         Args:
-            requests: list of Ready, as ahead() got them.
             limit: most tokens of a prompt.
-            skipped: {problem_id: cause}, gets the examples of all ranks that cannot be decoded or
-                are too long; they are logged.
         Returns:
-            the requests that have their inputs.
+            those that have their inputs; {problem_id: cause} of those that cannot be decoded or are
+            too long.
         """
         found = []
         broken = {}
         for one in requests:
             try:
-                self.take(one)
+                made = self.pool.result(self.tasks.pop(one.place), one.example.path)
+                one.inputs, one.control = pickle.loads(made)
                 length = len(one.inputs.input_ids)
                 if length > limit:
                     words = f"the prompt has {length} tokens (--max_prompt_length {limit})"
@@ -415,10 +420,16 @@ class Inputs:
                 found.append(one)
             except MediaError as error:
                 broken[one.example.id] = str(error)
+        return found, broken
+
+    def usable(self, requests, limit, skipped):
+        """take() on all ranks at the same time: those that have their inputs.
+
+        Args:
+            skipped: {problem_id: cause}, gets what all ranks cannot use, which is logged.
+        """
+        found, broken = self.take(requests, limit)
         for causes in gather(broken):
             skipped.update(causes)
             name_skipped(causes)
         return found
-
-    def stop(self):
-        self.pool.stop()

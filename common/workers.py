@@ -109,6 +109,7 @@ class Pool:
         self.workers = workers
         self.timeout = timeout
         self.processes = None
+        self.lock = threading.Lock()
         self.start_arguments = (initializer, initargs)
         if workers > 0:
             self.start()
@@ -137,10 +138,11 @@ class Pool:
         return task
 
     def begin(self, task):
-        # pebble gives up a pool in which a worker dies between two calls.
-        if not self.processes.active:
-            self.stop()
-            self.start()
+        # pebble gives up a pool in which a worker dies between two calls. Any thread may call.
+        with self.lock:
+            if not self.processes.active:
+                self.stop()
+                self.start()
         task.processes = self.processes
         task.future = self.processes.schedule(task.function, task.args, timeout=self.timeout)
 

@@ -693,6 +693,8 @@ def flags(checkpoint, bench):
         1.0,
         "--top_k",
         50,
+        "--decode_workers",
+        0,
     ]
 
 
@@ -1602,3 +1604,59 @@ def test_workers_decode_what_this_process_would(flags, tmp_path, monkeypatch, ca
         answers.append([(row["output"], row["error"]) for row in map(json.loads, rows)])
     assert answers[0] == answers[1]
     assert any(error and "damaged.mp4" in error for _, error in answers[1])
+
+
+FAKE_DECORD = """
+import time
+import numpy as np
+
+DECORDError = ValueError
+
+class logging:
+    QUIET = 0
+    set_level = print
+
+class VideoReader:
+    def __init__(self, path, num_threads):
+        while path.endswith("hangs.mp4"):
+            time.sleep(1)
+
+    def __len__(self):
+        return 8
+
+    def get_frame_timestamp(self, numbers):
+        return np.array([[number / 4, number / 4] for number in numbers])
+
+    def get_batch(self, indices):
+        frames = np.full((len(indices), 56, 56, 3), 99, np.uint8)
+        return type("Batch", (), {"asnumpy": lambda self: frames})()
+"""
+
+
+@pytest.mark.parametrize("way", ["here", "server", "check"])
+def test_a_decoder_that_hangs_costs_its_question_alone(
+    way, serve, checkpoint, toy_folder, tmp_path, monkeypatch, capsys
+):
+    (tmp_path / "decord.py").write_text(FAKE_DECORD)
+    monkeypatch.syspath_prepend(tmp_path)
+    row = json.loads((toy_folder / "train_cot.json").read_text())[0]
+    rows = [{**row, "problem_id": path, "path": f"{path}.mp4"} for path in ("hangs", "plain")]
+    for one in rows:
+        (tmp_path / one["path"]).write_bytes(b"read by our decoder")
+        one["data_type"] = "video"
+    path = tmp_path / "rows.json"
+    path.write_text(json.dumps(rows))
+    words = ["--model_name_or_path", checkpoint, "--bench", path, "--decoder", "decord"]
+    words += ["--decode_timeout", 5, "--max_pixels", 3136, "--max_completion_length", 4]
+    if way == "server":
+        words += ["--api_base", serve(lambda request, times: "<answer>B</answer>").base]
+    if way == "check":
+        words += ["--frame_use_check"]
+    report = local(words, tmp_path / "report.json", monkeypatch, capsys)
+    errors = report["errors"] if way == "check" else report["errors"]["unreadable media"]
+    assert list(errors) == ["hangs"]
+    assert "hangs.mp4: not decoded within 5 s (--decode_timeout)" in errors["hangs"]
+    if way == "check":
+        assert report["tokens"] > 0
+    else:
+        assert [one["error"] is None for one in report["results"]] == [False, True]

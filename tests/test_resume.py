@@ -411,7 +411,7 @@ def test_inputs_from_workers_are_those_of_this_process(small_toy, first_run):
         from common import engine
         from transformers import AutoProcessor
         from common.media import Encoder
-        from common.data import MediaError, Prior, load_examples
+        from common.data import Prior, load_examples
 
         class Hangs(Encoder):
             def encode(self, *args, **kwargs):
@@ -426,33 +426,32 @@ def test_inputs_from_workers_are_those_of_this_process(small_toy, first_run):
             requests = [engine.Ready(*all) for all in zip(range(8), examples, rows, orders)]
             others = [engine.Ready(*all) for all in zip(range(8), examples, rows, orders)]
             inputs, alone = (engine.Inputs(encoder, workers, 60) for workers in (2, 0))
-            inputs.ahead(requests)
-            alone.ahead(others)
+            parts = [requests[:5], requests[5:]]
+            taken = [inputs.take(batch) for batch in inputs.each(parts)]
+            assert taken == [(part, {}) for part in parts]
+            for batch in alone.each([others]):
+                alone.take(batch)
             for one, other in zip(requests, others):
-                inputs.take(one)
-                alone.take(other)
                 for a, b in ((one.inputs, other.inputs), (one.control, other.control)):
                     assert (a is None) == (b is None)
                     for key, value in (vars(b) if b else {}).items():
                         own = getattr(a, key)
                         assert torch.equal(own, value) if torch.is_tensor(value) else own == value
-            inputs.ahead(requests)
-            time.sleep(0.2)
-            for child in multiprocessing.active_children():
-                # as a signal to the whole job does: a worker that dies costs no medium
-                child.terminate()
             for one in requests:
                 one.inputs = None
-                inputs.take(one)
+            inputs = engine.Inputs(encoder, 2, 60)
+            for batch in inputs.each([requests]):
+                time.sleep(0.2)
+                for child in multiprocessing.active_children():
+                    # as a signal to the whole job does: a worker that dies costs no medium
+                    child.terminate()
+                assert not inputs.take(batch)[1]
+            for one in requests:
                 assert one.inputs.times is not None
-            inputs.stop()
             slow = engine.Inputs(Hangs(encoder.processor, 3136, 3136), 1, 0.5)
-            slow.ahead(requests[:1])
-            try:
-                slow.take(requests[0])
-            except MediaError as error:
-                print("not decoded within 0.5 s" in str(error))
-            slow.stop()"""
+            for batch in slow.each([requests[:1]]):
+                (cause,) = slow.take(batch)[1].values()
+                print("not decoded within 0.5 s" in cause)"""
     file = first_run[0].parent / "inputs.py"  # workers import the main module from its file
     file.write_text(code)
     done = run_script(file, small_toy, first_run[0] / "sft")
