@@ -874,7 +874,7 @@ def print_report(report):
     for name in ("vsi_bench", "grounding", "frame_use", "judged"):
         if name in report:
             print_numbers(name, report[name])
-    for kind, causes in report["errors"].items():
+    for kind, causes in [*report["errors"].items(), *report["unread"].items()]:
         problem, cause = next(iter(causes.items()))
         print(f"{len(causes)} count as wrong, {kind}; the first is {problem}: {cause}")
     for warning in report["warnings"]:
@@ -911,6 +911,9 @@ def run_compare(first, second, output, seed):
     """Print what changed between two files of predictions or reports, and write it to `output`."""
     a, a_settings = rescored(first)
     b, b_settings = rescored(second)
+    for path, report in ((first, a), (second, b)):
+        for warning in report["warnings"]:
+            print(f"evaluate.py: warning: {path}: {warning}", file=sys.stderr)
     result = scores.compare(a["results"], b["results"], seed)
     # Another checkpoint is what people compare; another prompt or size they should see.
     differ = {}

@@ -52,6 +52,38 @@ def extract_think(text: str) -> str:
     return _block(text, "think") or ""
 
 
+_TAG = re.compile(r"<\s?(/?)\s?(think|answer)(?:ing)?\s?>", re.IGNORECASE)
+
+
+def split_output(text: str) -> tuple[str, str]:
+    """Split an output into its reasoning and its answer, as evaluation does; training is stricter.
+
+    Tags may be missing, unclosed, nested or in capitals, and the opening one may have stood in the
+    prompt. What follows the reasoning is the answer; of several answer blocks it is the first.
+    Reasoning that never ends has no answer, unless its last words are an answer block.
+
+    Returns:
+        (reasoning, answer) without tags; "" for what is not there.
+
+    >>> split_output("It turns.</think> <answer>B"), split_output("B"), split_output("<think>B?")
+    (('It turns.', 'B'), ('', 'B'), ('B?', ''))
+    """
+    text = _TAG.sub(lambda tag: f"<{tag[1]}{tag[2].lower()}>", text).strip()
+    reasoning, _, rest = text.rpartition("</think>")
+    if not rest or "<think>" in rest.partition("<answer>")[0]:
+        reasoning, begun, rest = text.removesuffix("</think>").rpartition("<answer>")
+        if not begun or rest.partition("</answer>")[2].strip():
+            reasoning = text
+            rest = ""
+    before, begun, block = rest.partition("<answer>")
+    if begun:
+        reasoning += before
+        rest = block
+    # Of nested blocks the inner one; a stray end tag ends the answer, too.
+    answer = rest.partition("</answer>")[0].rpartition("<answer>")[2]
+    return _TAG.sub("", reasoning).strip(), answer.strip()
+
+
 def solution_answer(solution: str) -> str:
     """Return a solution without tags: "<answer>A,C</answer>" and " A,C " both give "A,C"."""
     tagged = _block(solution, "answer")

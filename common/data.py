@@ -16,6 +16,7 @@ import math
 import os
 import random
 import re
+import unicodedata
 from collections import Counter
 from dataclasses import KW_ONLY, dataclass, field, replace
 from functools import lru_cache
@@ -238,9 +239,37 @@ def with_letters(options):
     return add_letters(option.strip() for option in options)
 
 
+# Typography and markup that do not change what a text says: (pattern, what it becomes).
+MARKUP = (
+    (r"[\u2010-\u2015\u2212]", "-"),
+    (r"\u2044", "/"),
+    (r"[\u2018\u2019]", "'"),
+    (r"[\u201c\u201d]", '"'),
+    (r"<\|[^<>|]{1,30}\|>|</?(?:s|b|i|em|strong)>", ""),  # special tokens, HTML
+    (r"\\[dt]?frac\s?{([^{}]*)}\s?{([^{}]*)}", r"\1/\2"),
+    (r"\\(?:boxed|text\w*|math\w*|left|right|[,;:! ])|[{}$`]|__|(?m:^[\s#]+)", ""),
+    (r"(?<!\d)\*+|\*+(?!\d)", ""),
+    (r"\^?\\(?:circ|degree)", "°"),
+    (r"\\(?=\W)", ""),
+)
+
+
+@lru_cache(maxsize=4096)
+def clean_text(text):
+    """A text without markup (Markdown, LaTeX), and in the usual characters: Unicode's NFKC."""
+    # NFKC would make 11/2 of 1½ and 102 of 10².
+    text = re.sub(r"(?<=\d)(?=[¼-¾⅐-⅞])", " ", text)
+    text = re.sub("[²³¹⁰⁴-⁹]+", r"^\g<0>", text)
+    text = unicodedata.normalize("NFKC", text)
+    for pattern, plain in MARKUP:
+        text = re.sub(pattern, plain, text)
+    return text.strip()
+
+
 def plain_text(text):
-    """The text of an option without case, extra white space and full stops at the end."""
-    return " ".join(text.split()).rstrip(". ").lower()
+    """The text of an option without markup, case, extra white space and punctuation around it."""
+    words = clean_text(text).split()
+    return " ".join(words).lower().strip("\"'()[] ").rstrip(".;:!?。\"' ")
 
 
 def letters_of(text, options):
@@ -251,29 +280,99 @@ def letters_of(text, options):
     ]
 
 
-def read_choice(answer, options=()):
-    """Find the option that an answer names.
+# Words before an answer: "So the final answer is: ...", "I choose option ...", "x = ...".
+LEAD = re.compile(
+    r"""(?:(?:so|thus|hence|therefore|then|the|my|final|best|correct|right|most|likely|answer
+    |solution|result|option|choice|letter|number|value|is|it|it's|that|would|be|i|choose|pick
+    |select|think|believe|about|approximately|approx|around|roughly|nearly|almost|[a-z](?=\s*=))\b
+    |答案[是为]?|[\s:=,~≈]|\.\s)+""",
+    re.VERBOSE | re.IGNORECASE,
+)
+STATED = re.compile(r"\banswer(?:\s+is\b|\s*[:=])|答案[是为:]", re.IGNORECASE)
 
-    "B", "b", "(B)", "B.", "B. car" and "car" name the option "B. car". "a dog" is not a letter.
+
+def read_alone(text, read):
+    """Read what a text says where it stands alone: with or without a lead-in, the whole, the first
+    line, the last line, or the line behind the last "answer is".
+
+    Args:
+        read: function of a text without markup; None for what it cannot read.
+    Returns:
+        What `read` found; None for nothing, or where two places disagree.
+    """
+    text = clean_text(text)
+    lines = text.splitlines() or [""]
+    stated = STATED.split(text)[-1].strip(": \n").partition("\n")[0]
+    found = set()
+    for phrase in (text, lines[0], lines[-1], stated):
+        value = read(phrase)
+        if value is None:
+            lead = LEAD.match(phrase)
+            value = read(phrase[lead.end() :]) if lead else None
+        found.add(value)
+    found.discard(None)
+    return found.pop() if len(found) == 1 else None
+
+
+# A letter, what sets it off, and what follows: "(B) blue", "B. blue", "B - blue", "b is right".
+CHOICE = re.compile(r"(?s)[(\[\"]?([A-Za-z])(?![\w'])([)\].:\"]*)(?![A-Z]\.)(?:[\s,=-]+\b)?(.*)")
+RIGHT = re.compile("is (the )?(correct|right|best|final|most likely)? ?(answer|option|choice)?")
+# Another letter behind the first: "A. red or C", "B. not (A)".
+RIVAL = re.compile(r"\b(?:or|and|not|nor)\s+\(?[A-Z]\b(?!\s[a-z])|\([A-Z]\)|\b[A-Z][).:](?=\s)")
+
+
+def read_option(text, known):
+    """Letter of the option that a text is, "" for none or several.
+
+    Args:
+        known: {letter: plain_text of the option}.
+    """
+    choice = CHOICE.fullmatch(text)
+    if choice:
+        letter = choice[1].upper()
+        rest = plain_text(choice[3])
+        if not rest or RIGHT.fullmatch(rest):
+            return letter
+    words = plain_text(text)
+    same = [letter for letter, option in known.items() if option == words != ""]
+    if same or not choice:
+        return same[0] if len(same) == 1 else ""
+    # A letter with another option's text names neither; "a dog" and "A dog" are no letters.
+    clear = choice[1].isupper() and choice[2] and not RIVAL.search(choice[3])
+    if known.get(letter) == rest or (clear and rest not in known.values()):
+        return letter
+    return ""
+
+
+def read_choices(answer, options=()):
+    """Find the options that an answer names.
+
+    "B", "(b)", "**B**", "B. blue", "B blue", "blue", "Answer: B", "Option B is correct" name the
+    option "B. blue"; "A, C" and "A and C" name two. "a dog", "Cannot tell" and "A or C" name none.
 
     Returns:
-        Its letter. "" when the answer names no option, more than one, or the letter of one with
-        the text of another.
+        Letters without repeats; () for none, or where two places disagree (see read_alone).
     """
-    letter = re.fullmatch(LETTER, answer.strip())
-    if letter:
-        return letter[1].upper()
-    lettered = LETTERED.fullmatch(answer.strip())
-    if lettered:
-        letter, text = lettered.groups()
-        named = letters_of(text, options)
-        return letter if not named or letter in named else ""
-    named = letters_of(answer, options)
-    return named[0] if len(named) == 1 else ""
+    known = {letter: plain_text(text) for letter, text in option_texts(options).items()}
+
+    def read(text):
+        for parts in ([text], re.split(r"\s*(?:[,;&、]|\band\b)\s*", text)):
+            letters = [read_option(part, known) for part in parts]
+            if all(letters):
+                return tuple(dict.fromkeys(letters))
+        return None
+
+    return read_alone(answer, read) or ()
+
+
+def read_choice(answer, options=()):
+    """Letter of the one option that an answer names (see read_choices), "" for none or several."""
+    letters = read_choices(answer, options)
+    return letters[0] if len(letters) == 1 else ""
 
 
 def solution_letters(solution, options):
-    """Read the solution of a multiple-choice question.
+    """Read the solution of a multiple-choice question, as read_choices does.
 
     "(A)", "A.", "a", "A. red", "(A) red" and "red" are A where "A. red" is an option; "A, C" and
     "(A), (C)" are A,C. Without options (they may stand in the question) every letter is valid.
@@ -285,14 +384,10 @@ def solution_letters(solution, options):
     # "A" is a letter where options have letters; else it may be the text of another option.
     if solution in known and with_letters(options) == options:
         return solution
-    parts = solution.split(",")
-    # A comma between anything but letters belongs to the text of an option.
-    if not all(re.fullmatch(LETTER, part.strip()) for part in parts):
-        parts = [solution]
-    letters = list(dict.fromkeys(read_choice(part, options) for part in parts))  # without repeats
-    if letters_of(solution, options) not in ([], letters):
+    letters = read_choices(solution, options)
+    if letters_of(solution, options) not in ([], list(letters)):
         return None
-    if not set(letters) <= set(known or ascii_uppercase):
+    if not letters or not set(letters) <= set(known or ascii_uppercase):
         return None
     return ",".join(letters)
 

@@ -155,7 +155,7 @@ def reward_column(example, prior, answer):
     """{measure: what the table shows of an answer}; the temporal term needs a group of answers."""
     column = {
         "model": answer.name,
-        "answer": reward.extract_answer(answer.text) or "–",
+        "answer": reward.split_output(answer.text)[1] or "–",
         "tokens": answer.length,
         "format reward": reward.format_reward(answer.text),
     }

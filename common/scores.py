@@ -5,26 +5,28 @@
 
 evaluate.py is the command line. Every answer gets two scores:
 
-- official, what a benchmark asks for: a readable right answer ("(B)", "B. car", "1,200" for
-  "1200"), mean relative accuracy with <=.
+- official, what a benchmark asks for: the right answer in whatever form it can be read ("(B)",
+  "B. car", "Answer: B", "1,200" for "1200"), mean relative accuracy as VSI-Bench's code has it.
 - video_r1, what eval_bench.py of Video-R1, VideoCFR and GRPO-CARE gives, to compare with their
   numbers: the exact letter, the decimal rule, mean relative accuracy with <, 0 for OCR and
   free-form.
 
-Both score the first <answer> block. Without one, or with an empty one, video_r1 scores the whole
-output; official does so only where the output has no think block either.
+Official scores the answer of reward.split_output; video_r1 the first <answer> block, and without
+one, or with an empty one, the whole output. What official cannot read counts as wrong and is listed
+under `unread`.
 """
 
 import hashlib
 import json
 import math
-import operator
 import re
+import unicodedata
 from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 from decimal import Decimal, InvalidOperation
 from fractions import Fraction
 from pathlib import Path
+from string import ascii_uppercase
 
 import numpy as np
 
@@ -32,9 +34,14 @@ import reward
 from common.data import (
     PROBLEM_TYPES,
     DataError,
+    add_letters,
+    clean_text,
     from_tw_grpo,
     option_texts,
+    plain_text,
+    read_alone,
     read_choice,
+    read_choices,
     solution_letters,
     split_options,
     with_letters,
@@ -54,6 +61,11 @@ SIZES = {
     "clevrer": (9238,),
     "nextgqa": (5553, 3358),
     "star": (7098,),
+    "mlvu": (2174, 502),  # dev, test
+    "longvideobench": (1337,),
+    "videomathqa": (420,),
+    "minerva": (1515,),
+    "scivideobench": (1000,),
 }
 VSI_NUMBERS = (
     "object_counting",
@@ -93,12 +105,12 @@ class Item:
     prediction: str = ""  # the text that is scored
     reward: float = 0.0  # official score
     correct: bool = False  # whether it is 1
+    unread: str | None = None  # why the official rules found no answer in the output
     reward_video_r1: float = 0.0  # eval_bench.py's score
     format: float = 0.0  # 1 for well-formed tags
     # What a report does not list.
     groups: dict = field(default_factory=dict)  # {name in BREAKDOWNS: value}
     stored: float | None = None  # score in the file
-    tw_grpo: bool = False  # from a TW-GRPO log, whose rule finds an answer without tags
 
 
 # ---------------------------------------------------------------------------------- stored files
@@ -114,6 +126,16 @@ def short_hash(content):
     return hashlib.sha1(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]
 
 
+def numbered_options(row):
+    """Texts of options that have a field each: choice_a, option0, answer_choice_0; not "N/A"."""
+    texts = []
+    for name in sorted(row):
+        numbered = re.fullmatch("(answer_)?(choice|option)_?[0-9a-j]", name)
+        if numbered and row[name] not in (None, "", "N/A"):
+            texts.append(str(row[name]))
+    return texts
+
+
 def item_of(row):
     """Read a row with Video-R1's fields and an output.
 
@@ -122,6 +144,10 @@ def item_of(row):
     Raises:
         DataError: a field is missing or malformed.
     """
+    # SEED-Bench-R1's results.
+    if "golden_choice_idx" in row:
+        kind = {"problem_type": "multiple choice", "solution": row["golden_choice_idx"]}
+        row = {**kind, "options": add_letters(numbered_options(row)), **row}
     options = row.get("options") or []
     output = row.get("output") or ""
     error = first_field(row, ["error"]) or None
@@ -172,9 +198,7 @@ def from_tw_grpo_log(row):
     fields["output"] = re.sub(r"\A.*?system.*?assistant\n", "", output, flags=re.DOTALL)
     fields["reward"] = row.get("accuracy_score")
     fields["solution"] = fields.get("solution") or row["ground_truth"]
-    item = item_of(fields)
-    item.tw_grpo = True
-    return item
+    return item_of(fields)
 
 
 def lmms_eval_score(row):
@@ -187,7 +211,9 @@ def lmms_eval_score(row):
     if "answer" in score:
         predicted = score.get("pred_answer", score.get("parsed_pred"))
         score = {"correct": str(predicted) == str(score["answer"]), **score}
-    return score.get("score", score.get("correct"))
+    # VSI-Bench's are of choices and of numbers.
+    names = ("score", "correct", "accuracy", "MRA:.5:.95:.05")
+    return next((score[name] for name in names if name in score), None)
 
 
 def from_lmms_eval(row):
@@ -198,13 +224,19 @@ def from_lmms_eval(row):
     while isinstance(output, list):
         output = output[0] if output else ""
     options = doc.get("options") or doc.get("candidates") or doc.get("choices") or []
-    if isinstance(options, dict):
-        options = options.values()
-    # Some tasks have their options in the prompt alone.
-    if isinstance(options, str) or not any(options):
-        options = split_options(row.get("input") or "")[1]
-    options = with_letters([str(option) for option in options])
     target = str(row["target"])
+    # LongVideoBench, MINERVA and SciVideoBench (options by letter) may count from 0 instead.
+    index = doc.get("correct_choice", doc.get("answer_id"))
+    if isinstance(options, dict):
+        index = target if target.isdigit() else None
+        options = options.values()
+    options = options or numbered_options(doc)
+    # Some tasks have their options in the prompt or the question alone.
+    if isinstance(options, str) or not any(options):
+        options = split_options(row.get("input") or str(doc.get("question")))[1]
+    options = with_letters([str(option) for option in options])
+    if options and str(index).isdigit():
+        target = ascii_uppercase[int(index)]
     # The samples do not name the type of a question.
     kind = "free-form"
     if first_field(doc, TASK_FIELDS) in VSI_NUMBERS:
@@ -320,21 +352,6 @@ def benchmark_of(path, items=()):
 # ----------------------------------------------------------------------- answers and their scores
 
 
-def find_answer(item):
-    """Return the text to score: the first <answer> block, else what Item's format takes instead.
-
-    That is the whole output, but "" if it has a think block: reasoning is no free-form answer. In
-    TW-GRPO's logs it is the capital letters after the word "answer".
-    """
-    block = re.search(r"<answer>(.*?)</answer>", item.output, re.DOTALL)
-    if block:
-        return block[1].strip()
-    if item.tw_grpo:
-        letters = re.search(r"(?:answer|Answer|ANSWER)[:\s]*([A-Z](?:\s*,\s*[A-Z])*)", item.output)
-        return letters[1] if letters else ""
-    return "" if "<think>" in item.output else item.output.strip()
-
-
 def exact_number(text):
     """Read "1,234.5" as a Fraction; None for units, words, "nan" and "inf"."""
     try:
@@ -345,33 +362,92 @@ def exact_number(text):
     return Fraction(value) if value.is_finite() and abs(value.adjusted()) < 300 else None
 
 
+NUMBER = re.compile(
+    r"[(\[]*([-+]?(?:\d{1,3}(?:,\d{3})+(?:\.\d+)?|\d*\.?\d+|\d+\.)(?:e[-+]?\d+)?)(?:\s?/\s?(\d+))?(.*)",
+    re.DOTALL | re.IGNORECASE,
+)
+# A word of a unit: "m2", "km/h", "%", "°C".
+UNIT = re.compile(r"(?:[^\d^+±×]|(?<=[^\W\d])\^?[23])+")
+# Words after a number that make it another one.
+OTHER_NUMBER = re.compile(
+    r"\b(?:or|to|and|but|not|maybe|perhaps|out|plus|minus|times|x|k|half|dozen|hundred|thousand"
+    r"|million|billion)\b",
+    re.IGNORECASE,
+)
+
+
+def read_quantity(text):
+    """Read a number with a unit of up to four words behind it -> Fraction, None if it is none."""
+    number = NUMBER.fullmatch(text)
+    if not number or OTHER_NUMBER.search(number[3]):
+        return None
+    words = number[3].split()
+    if len(words) > 4 or not all(map(UNIT.fullmatch, words)):
+        return None
+    value = exact_number(number[1])
+    below = int(number[2] or 1)
+    return value / below if value is not None and below else None
+
+
+def read_number(text):
+    """Find the number that an answer is.
+
+    "1,200", "\u22125", "5 apples", "50%", "3/4", "\\frac{3}{4}", "90°", "**5**", "The answer is 5".
+
+    Returns:
+        Fraction; None for none, for several ("5 or 6", "5-6") and where two places disagree (see
+        common.data.read_alone).
+    """
+    return read_alone(text, read_quantity)
+
+
 def same_number(first, second):
     """Whether two texts are numbers that are equal after rounding to two decimals."""
-    numbers = [exact_number(first), exact_number(second)]
+    numbers = [read_number(first), read_number(second)]
     return None not in numbers and round(float(numbers[0]), 2) == round(float(numbers[1]), 2)
 
 
-def mean_relative_accuracy(answer, truth, strict=False):
-    """Share of the tolerances 5 %, 10 %, ... 50 % that keep |answer - truth| / |truth|, in [0, 1].
+def mean_relative_accuracy(y_hat, y, strict=False):
+    """Share of the tolerances 5 %, 10 %, ... 50 % that keep |y_hat - y| / |y|, in [0, 1].
 
-    VSI-Bench's code asks for error <= tolerance, Video-R1's eval_bench.py for < (strict). Computed
-    exactly: 20 |answer - truth| against k |truth|, k = 1..10; Video-R1's float32 lets 9 for 10 and
-    19 for 20 pass one tolerance more. The right number scores 1 in both, also where the truth is 0.
+    VSI-Bench's code asks for error <= tolerance in floating point: 4 for 5 is a hair above its 20 %
+    and gets 0.6. Video-R1's eval_bench.py has < (strict), here exact: 20 |y_hat - y| against k |y|,
+    k = 1..10; its float32 lets 9 for 10 and 19 for 20 pass one more. The right number scores 1.
 
-    >>> mean_relative_accuracy("3", "4"), mean_relative_accuracy("3", "4", strict=True)
+    Args:
+        y_hat, y: Fraction, or None for what is no number.
+
+    >>> mean_relative_accuracy(Fraction(4), Fraction(5)), mean_relative_accuracy(3, 4, strict=True)
     (0.6, 0.5)
     """
-    y_hat = exact_number(answer)
-    y = exact_number(truth)
     if None in (y_hat, y):
         return 0.0
     # Also where y is 0 and the relative error is not defined.
-    if y_hat == y:
-        return 1.0
-    # Tolerances are k * 5 %, compared without division.
-    error = 20 * abs(y_hat - y)
-    within = operator.lt if strict else operator.le
-    return sum(within(error, k * abs(y)) for k in range(1, 11)) / 10
+    if y_hat == y or y == 0:
+        return float(y_hat == y)
+    if strict:
+        return sum(20 * abs(y_hat - y) < k * abs(y) for k in range(1, 11)) / 10
+    error = abs(float(y_hat) - float(y)) / abs(float(y))
+    return float(np.mean(error <= 1 - np.linspace(0.5, 0.95, 10)))
+
+
+# Scripts without spaces between words (Thai, Lao, Burmese, Khmer, Chinese, Japanese).
+NO_SPACES = re.compile(r"[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff]")
+
+
+def spell_out(text):
+    """Write letters other than a-z as numbers, since ROUGE drops them: "Café" -> "cafu233".
+
+    In scripts without spaces every character is a word.
+    """
+    spelled = []
+    for letter in clean_text(text).lower():
+        if not letter.isascii():
+            known = unicodedata.category(letter)[0] in "LMN"
+            code = f"u{ord(letter)}" if known else " "
+            letter = f" {code} " if NO_SPACES.match(letter) else code
+        spelled.append(letter)
+    return "".join(spelled)
 
 
 def several_letters(truth):
@@ -380,21 +456,32 @@ def several_letters(truth):
 
 
 def official_score(answer, item):
-    """Score an answer's text in [0, 1] by what the benchmarks ask for."""
+    """Score an answer's text in [0, 1] by what the benchmarks ask for; None if it is unreadable."""
     truth = item.solution
-    if item.problem_type == "multiple choice":
-        if several_letters(truth):
-            # All right letters and no other.
-            return float(reward.multi_choice_reward(answer, truth) == 1.0)
-        return float(answer == truth or read_choice(answer, item.options) == truth.upper())
-    if item.problem_type == "numerical":
-        return float(same_number(answer, truth))
-    if item.problem_type == "regression":
-        # VSI-Bench takes the first word of "5 meters".
-        return mean_relative_accuracy(answer.split()[0].rstrip("."), truth)
-    if item.problem_type == "OCR":
-        return reward.ocr_reward(answer, truth)
-    return reward.rouge_reward(answer, truth)
+    kind = item.problem_type
+    # Equal texts need no reading.
+    if plain_text(answer) == plain_text(truth):
+        return 1.0
+    if kind == "multiple choice":
+        letters = read_choices(answer, item.options)
+        if not letters or (len(letters) > 1 and not several_letters(truth)):
+            return None
+        # All right letters and no other.
+        return float(reward.multi_choice_reward(",".join(letters), truth.upper()) == 1.0)
+    if kind in ("numerical", "regression"):
+        number = read_number(answer)
+        # VSI-Bench takes the first word of "5 meters wide, 3 long".
+        if number is None and kind == "regression":
+            number = exact_number(answer.split()[0].rstrip("."))
+        right = read_number(truth)
+        if None in (number, right):
+            return None
+        if kind == "numerical":
+            return float(same_number(answer, truth))
+        return mean_relative_accuracy(number, right)
+    if kind == "OCR":
+        return reward.ocr_reward(clean_text(answer), clean_text(truth))
+    return reward.rouge_reward(spell_out(answer), spell_out(truth))
 
 
 def video_r1_score(answer, item):
@@ -404,8 +491,18 @@ def video_r1_score(answer, item):
     if item.problem_type == "numerical":
         return reward.numerical_reward(answer, item.solution)
     if item.problem_type == "regression":
-        return mean_relative_accuracy(answer, item.solution, strict=True)
+        numbers = [exact_number(answer), exact_number(item.solution)]
+        return mean_relative_accuracy(*numbers, strict=True)
     return 0.0
+
+
+def unread_kind(item):
+    """Say why the official rules could not read an output."""
+    if not item.output.strip():
+        return "empty output"
+    if not item.prediction:
+        return "no answer after the reasoning"
+    return f"no single {'option' if item.problem_type == 'multiple choice' else 'number'}"
 
 
 def score_item(item):
@@ -415,16 +512,18 @@ def score_item(item):
         A report's record of the item, dict for JSON.
     """
     item.format = reward.format_reward(item.output)
-    item.prediction = find_answer(item)
+    _, item.prediction = reward.split_output(item.output)
     if item.problem_type in PROBLEM_TYPES and not item.error:
-        if item.prediction:
-            item.reward = official_score(item.prediction, item)
+        score = official_score(item.prediction, item) if item.prediction else None
+        item.reward = score or 0.0
+        if score is None:
+            item.unread = unread_kind(item)
         # eval_bench.py scores everything that was said where it finds no answer.
         whole = reward.extract_answer(item.output) or item.output.strip()
         item.reward_video_r1 = video_r1_score(whole, item)
     item.correct = item.reward == 1.0
     record = vars(item) | item.groups
-    for name in ("groups", "stored", "tw_grpo"):
+    for name in ("groups", "stored"):
         del record[name]
     if item.frame_use:
         # The predictions file keeps the events; they would be most of the report.
@@ -447,8 +546,8 @@ def agrees(reply, truth, problem_type):
         return reply != "" and reply == truth.upper()
     if problem_type == "numerical":
         return same_number(reply, truth)
-    number = exact_number(reply)
-    right = exact_number(truth)
+    number = read_number(reply)
+    right = read_number(truth)
     return None not in (number, right) and 20 * abs(number - right) <= abs(right)
 
 
@@ -604,7 +703,8 @@ def partial_credit(record):
     """TW-GRPO's share of the right letters, 0 with a wrong letter."""
     if record["error"]:
         return 0.0
-    return reward.multi_choice_reward(record["prediction"], record["solution"])
+    letters = read_choices(record["prediction"], record["options"])
+    return reward.multi_choice_reward(",".join(letters), record["solution"].upper())
 
 
 def overlap(predicted, spans):
@@ -684,9 +784,41 @@ def use_means(records):
     return numbers
 
 
-def find_warnings(items, benchmark, repeated):
+def other_scores(items):
+    """Say which scores in the file are others than the official ones -> sentence, "" for none."""
+    other = []
+    by_video_r1 = 0
+    for item in items:
+        if item.stored is not None and abs(item.stored - item.reward) > 1e-6:
+            other.append(
+                f"{item.problem_id} ({item.prediction[:40]!r} for {item.solution[:40]!r}: "
+                f"{item.stored:g} there, {item.reward:g} here)"
+            )
+            by_video_r1 += abs(item.stored - item.reward_video_r1) < 1e-6
+    if not other:
+        return ""
+    return (
+        f"{len(other)} of {len(items)} answers have another score in the file, {by_video_r1} of "
+        f"them that of accuracy_video_r1; the first: {', '.join(other[:3])}"
+    )
+
+
+def find_warnings(items, benchmark, repeated, unread):
     """What makes a report's numbers incomparable or incomplete -> list of sentences."""
     warnings = []
+    count = sum(map(len, unread.values()))
+    if count > 0.02 * len(items):
+        causes = []
+        for kind, texts in unread.items():
+            name, text = next(iter(texts.items()))
+            causes.append(f"{len(texts)} {kind}, such as {name}: {text!r}")
+        warnings.append(
+            f"{count} of {len(items)} answers could not be read and count as wrong: "
+            f"{'; '.join(causes)}"
+        )
+    differing = other_scores(items)
+    if differing:
+        warnings.append(differing)
     sizes = SIZES.get(benchmark, [len(items)])
     if len(items) not in sizes:
         warnings.append(
@@ -752,18 +884,22 @@ def make_report(items, benchmark="", repeated=()):
 
     # What went wrong, and every question.
     errors = defaultdict(dict)
+    unread = defaultdict(dict)
     for item in items:
+        if item.unread:
+            unread[item.unread][item.problem_id] = item.prediction[-80:]
         if item.error:
             errors[item.error.partition(":")[0]][item.problem_id] = item.error
     return report | {
         "empty_outputs": sum(not item.output.strip() for item in items),
+        "unread": unread,
         "errors": errors,
         "duplicates": list(repeated),
         "judged": {
             **dict.fromkeys(("judge", "TAC", "consistency_rate", "VAS")),
             "reason": "no judge was asked (--judge_base, --judge_model)",
         },
-        "warnings": find_warnings(items, benchmark, repeated),
+        "warnings": find_warnings(items, benchmark, repeated, unread),
         "results": records,
     }
 
@@ -809,7 +945,8 @@ def compare(first, second, seed=0):
         normalised_gain: its share of what was left to gain; VideoMMMU's delta knowledge where the
         first run answers before and the second after the video.
     Raises:
-        DataError: no question is shared, or one has another solution.
+        DataError: no question is shared, one has another solution, or the answers of one run are
+            mostly unread.
     """
     # Pairs, since questions differ more in difficulty than runs do.
     by_id = {record["problem_id"]: record for record in second}
@@ -819,6 +956,14 @@ def compare(first, second, seed=0):
             "the two files share no problem_id: they are of different questions, "
             "or of formats that name them differently"
         )
+    # Such a difference would be of formats.
+    for name, side in (("first", first), ("second", second)):
+        unread = [record["output"] for record in side if record.get("unread")]
+        if 2 * len(unread) > len(side):
+            raise DataError(
+                f"{len(unread)} of {len(side)} answers of the {name} file could not be read, such "
+                f"as {unread[0][-60:]!r}: a comparison would be about their form"
+            )
     gains = []
     losses = []
     differences = []

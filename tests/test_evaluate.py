@@ -89,8 +89,8 @@ RULES = [  # problem type, solution, what stands in the answer block, official s
     ("numerical", "5", "5.0", 1, 0),
     ("numerical", "1200", "1,200", 1, 0),
     ("numerical", "5.0", "5.00", 1, 1),
-    ("numerical", "5", "5 cm", 0, 0),
-    ("numerical", "5", "5%", 0, 0),
+    ("numerical", "5", "5 cm", 1, 0),
+    ("numerical", "5", "5%", 1, 0),
     ("numerical", "5", "five", 0, 0),
     ("numerical", "2.675", "2.68", 0, 0),
     ("numerical", "2.675", "2.67", 1, 1),
@@ -140,7 +140,7 @@ def test_rules(kind, solution, answer, official, video_r1):
         ("B", "B", "multiple choice", 1, 1),  # no tag: the whole output is the answer
         ("It is blue. B", "B", "multiple choice", 0, 0),
         ("<answer></answer>", "B", "multiple choice", 0, 0),
-        ("<ANSWER>B</ANSWER>", "B", "multiple choice", 0, 0),  # tags are case-sensitive
+        ("<ANSWER>B</ANSWER>", "B", "multiple choice", 1, 0),  # tags are case-sensitive in Video-R1
         (
             "<answer>A</answer> no: <answer>B</answer>",
             "B",
@@ -149,7 +149,7 @@ def test_rules(kind, solution, answer, official, video_r1):
             0,
         ),  # the first block counts
         ("<answer>\nB\n</answer>", "B", "multiple choice", 1, 1),
-        ("<answer>B", "B", "multiple choice", 0, 0),
+        ("<answer>B", "B", "multiple choice", 1, 0),  # the end tag was a stop string
         ("a red car", "a red car", "free-form", 1, 0),
         ("<think>a red car", "a red car", "free-form", 0, 0),  # thinking is no answer
         ("<think>a red car</think><answer></answer>", "a red car", "free-form", 0, 0),
@@ -273,10 +273,10 @@ def test_tw_grpo_log(tmp_path, monkeypatch, capsys):
         tw_grpo("2.mp4", "<answer>A</answer>", "A,C", accuracy_score=0.5),  # partial
         tw_grpo("3.mp4", "<answer>AC</answer>", "A,C", accuracy_score=0.0),
         tw_grpo("4.mp4", "So the Answer: B", "B", accuracy_score=1.0),  # no tag
-        tw_grpo(
-            "5.mp4", "The answer Is B", "B", accuracy_score=0.0
-        ),  # "I" is what TW-GRPO's rule finds
-        tw_grpo("6.mp4", "B", "B", accuracy_score=0.0),  # neither a tag nor the word answer
+        # "I" is what TW-GRPO's rule finds.
+        tw_grpo("5.mp4", "The answer Is B", "B", accuracy_score=0.0),
+        # Neither a tag nor the word answer.
+        tw_grpo("6.mp4", "B", "B", accuracy_score=0.0),
         tw_grpo(
             "7.mp4",
             "system\nanswer: C\nuser\n?\nassistant\n<answer>B</answer>",
@@ -285,24 +285,19 @@ def test_tw_grpo_log(tmp_path, monkeypatch, capsys):
         ),
         tw_grpo("7.mp4", "<answer>A</answer>", "B", accuracy_score=0.0),
     ]
-    report, out, _ = rescore(
-        write(tmp_path / "clevrer.json", rows, lines=True), monkeypatch, capsys
-    )  # JSON lines named .json
-    assert [record["correct"] for record in report["results"]] == [
-        True,
-        False,
-        False,
-        True,
-        False,
-        False,
-        True,
-    ]
-    assert report["results"][4]["prediction"] == "I" and len(report["duplicates"]) == 1
-    assert report["accuracy"] == 3 / 7 and report["partial_accuracy"] == pytest.approx(3.5 / 7)
+    # JSON lines named .json
+    path = write(tmp_path / "clevrer.json", rows, lines=True)
+    report, out, err = rescore(path, monkeypatch, capsys)
+    right = [True, False, False, True, True, True, True]
+    assert [record["correct"] for record in report["results"]] == right
+    assert len(report["duplicates"]) == 1
+    assert report["accuracy"] == 5 / 7 and report["partial_accuracy"] == pytest.approx(5.5 / 7)
     assert report["accuracy_as_stored"] == pytest.approx(3.5 / 7)
-    assert report["accuracy_video_r1"] == pytest.approx(
-        2 / 7
-    )  # the last of the seven, and "B" alone
+    # The last of the seven, and "B" alone.
+    assert report["accuracy_video_r1"] == pytest.approx(2 / 7)
+    # Partial credit and two answers that TW-GRPO does not find.
+    assert "3 of 7 answers have another score in the file, 1 of them that of" in err
+    assert "('The answer Is B' for 'B': 0 there, 1 here)" in err
 
 
 def test_lmms_eval_samples(tmp_path, monkeypatch, capsys):
@@ -610,6 +605,21 @@ def test_compare_refuses_other_questions(tmp_path, monkeypatch, capsys):
     ):
         status, _, err = command(monkeypatch, capsys, "compare", one, path)
         assert status == 2 and said in err
+
+
+def test_compare_says_first_what_is_unread(tmp_path, monkeypatch, capsys):
+    def run(name, outputs):
+        rows = [row(number, output, "B") for number, output in enumerate(outputs)]
+        return write(tmp_path / name, {"results": rows})
+
+    good = run("good.json", ["B"] * 10)
+    half = run("half.json", ["B"] * 6 + ["Hard to say"] * 4)
+    bad = run("bad.json", ["B"] * 2 + ["Hard to say"] * 8)
+    status, _, err = command(monkeypatch, capsys, "compare", good, half)
+    assert status == 0 and f"warning: {half}: 4 of 10 answers could not be read" in err
+    status, out, err = command(monkeypatch, capsys, "compare", bad, good)
+    assert status == 2 and "difference" not in out
+    assert "8 of 10 answers of the first file could not be read, such as 'Hard to say'" in err
 
 
 def test_a_stored_solution_may_be_written_in_other_ways(tmp_path):
