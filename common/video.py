@@ -18,7 +18,7 @@ from av.stream import Disposition
 from av.video.reformatter import VideoReformatter
 from PIL import Image, ImageOps
 
-from common.data import DataError, MediaError, first_words, parse_time
+from common.data import DataError, MediaError, first_words
 
 # The exception says what is wrong with a video; FFmpeg's own messages would break the progress bar.
 av.logging.set_level(None)
@@ -201,17 +201,23 @@ def open_pyav(path):
                     raise MediaError(f"{path}: not a readable video (a part of it is missing)")
                 found.append((packet.pts, packet.is_keyframe, packet.is_discard))
                 end = max(end, (packet.pts or 0) + (packet.duration or 0))
-            timed = not TIMED_CONTAINERS.isdisjoint(container.format.name.split(","))
+            names = container.format.name.split(",")
+            timed = not TIMED_CONTAINERS.isdisjoint(names)
             timed = timed or not stream.codec_context.has_b_frames
             timed = timed and stream.codec_context.name in PACKET_IS_FRAME
             base = float(stream.time_base)
-            promised = stream.metadata.get("DURATION", "0")
+            promised = promised_seconds(container, stream)
         if not found:
             raise MediaError(f"{path}: not a readable video (it has no frames)")
-        # FFmpeg takes a Matroska file that is cut short for the end of it.
-        if end * base < 0.95 * parse_time(promised) - 0.5:
-            raise MediaError(f"{path}: damaged video (it ends at {end * base:.1f} of {promised} s)")
+        # FFmpeg takes the place where such a file is cut for its end. Sound may outlast the video,
+        # and the last frame may say no duration.
         points, keys, discarded = map(np.array, zip(*found, strict=True))
+        longest = np.diff(sorted(filter(None, points))).max(initial=0)
+        least = 0.95 * promised - 2 * longest * base
+        if end * base < least and last_second(path) < least:
+            raise MediaError(
+                f"{path}: damaged video (it ends at {end * base:.1f} of {promised:.1f} s)"
+            )
         timed = timed and None not in points and is_ordered(points, keys, discarded)
         if timed:
             shown = np.sort(points[~discarded])
@@ -224,6 +230,24 @@ def open_pyav(path):
     except av.FFmpegError as error:
         raise MediaError(f"{path}: not a readable video ({first_words(error)})") from error
     return Video(path, times, partial(read_file, path, timed, points, starts, shown))
+
+
+def promised_seconds(container, stream):
+    """Length of a file in its header, of the containers that have it there; else 0."""
+    names = container.format.name.split(",")
+    if "avi" in names:
+        return float(stream.frames / (stream.average_rate or 1))
+    # FFmpeg passes the length of a Windows Media file on where the file has the promised size.
+    if "asf" in names and stream.duration is None:
+        raise MediaError(f"{container.name}: damaged video (cut short, or recorded without an end)")
+    return (container.duration or 0) / av.time_base if {"matroska", "flv"} & {*names} else 0.0
+
+
+def last_second(path):
+    """Seconds at which a file's last packet begins, whatever it is of."""
+    with av.open(path) as container:
+        times = [packet.pts * packet.time_base for packet in container.demux() if packet.pts]
+    return float(max(times, default=0))
 
 
 def is_ordered(points, keys, discarded):
