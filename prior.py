@@ -13,10 +13,11 @@ frames that begin a scene (jumps between colour histograms, or a detector of PyS
 frames that look like the question (CLIP). A frame's weight is w_base, plus w_scene if the first cue
 names it, plus w_sem if the second does; the weights divided by their sum are P.
 
-One JSON line per example: problem_id, question, media (as the data set names it), frames (indices
-in the video), times (s), scene_scores, semantic_scores, scene and semantic (positions among the K
-frames), prior, settings. An image is one frame with P = [1.0] and no cues; a text-only example has
-no row. Worker processes decode while this process runs CLIP.
+One JSON line per example: problem_id, question, media (as the data set names it), span ([start,
+end] in s of the part of the video that is shown, or nulls), frames (indices in the video), times
+(s), scene_scores, semantic_scores, scene and semantic (positions among the K frames), prior,
+settings. An image is one frame with P = [1.0] and no cues; a text-only example has no row. Worker
+processes decode while this process runs CLIP.
 """
 
 import json
@@ -191,9 +192,9 @@ class PriorArguments(PriorSettings):
             raise DataError(f"--output {self.output} is the input itself; choose another file")
 
 
-def settings_of(settings):
-    """The settings that a row records, as a dict: those of PriorSettings."""
-    return {setting.name: getattr(settings, setting.name) for setting in fields(PriorSettings)}
+def settings_of(settings, kind=PriorSettings):
+    """The settings that a row records, as a dict: those of PriorSettings, or fewer."""
+    return {setting.name: getattr(settings, setting.name) for setting in fields(kind)}
 
 
 # ---------------------------------------------------------------------------- cues, sets, fusion
@@ -505,6 +506,7 @@ def media_rows(examples, cues, clip, settings):
             example.id,
             question=example.question,
             media=media_name(example),
+            span=example.span,
             frames=cues.frames,
             times=cues.times,
             scene_scores=cues.scene_scores,
@@ -593,8 +595,7 @@ def check_count(owner, frames, example, settings, fps):
     Errors: DataError, which begins with `owner`.
     """
     count = len(frames)
-    part = example.video and (example.video.start, example.video.end) != (None, None)
-    first = frames[0] if part and frames else 0
+    first = frames[0] if any(example.span) else 0
     fewer = count < settings.frames and (fps or frames == list(range(first, first + count)))
     if example.video and count != settings.frames and not fewer:
         raise DataError(
@@ -642,11 +643,12 @@ def frame_set_rows(examples, settings):
             example.id,
             question=example.question,
             media=media_name(example),
+            span=example.span,
             frames=frames,
             times=times,
             scene=nearest(frames, sets["scene"]),
             semantic=nearest(frames, sets["semantic"]),
-            settings={"decoder": settings.decoder},
+            settings=settings_of(settings, FrameFlags),
         )
         rows.append(weigh(row, settings))
     return rows, errors
@@ -716,16 +718,8 @@ def read_priors(path):
 
 def other_question(row, example):
     """Whether a Prior is about another question, medium or span than the example of its id."""
-    if row.question not in (None, example.question):
-        return True
-    video = example.video
-    if video and len(row.times) > 1:
-        # A span that lies between two frames shows the one before it.
-        start = (video.start or 0.0) - 0.02
-        end = (video.end or math.inf) + 0.02
-        if row.times[0] < start or row.times[-1] > end:
-            return True
-    return row.media not in (None, media_name(example))
+    other = row.question not in (None, example.question)
+    return other or row.span != example.span or row.media not in (None, media_name(example))
 
 
 def load_priors(path, examples, settings, own=False):
@@ -755,14 +749,16 @@ def load_priors(path, examples, settings, own=False):
         if example is None or other_question(row, example):
             raise DataError(
                 f"priors file {path}: {row.problem_id} is another question there, or about another "
-                "file; build it for this data set, or choose another file"
+                "file or span; build it for this data set, or choose another file"
             )
         check_count(f"priors file {path}", row.frames, example, settings, row.settings.get("fps"))
-        # Rows of other programs need not record settings; ours had no other decoder at first.
+        # Rows of other programs need not record settings; ours had no other at first.
+        made_with = dict(compared)
         if row.settings:
-            row.settings.setdefault("decoder", "decord")
-            row.settings.setdefault("min_frames", 1)
-        made_with = {**compared, **row.settings}
+            made_with["decoder"] = "decord"
+        if "fps" in row.settings:
+            made_with["min_frames"] = 1
+        made_with |= row.settings
         check_settings(f"priors file {path}", made_with, compared, remedy)
         rows[row.problem_id] = row
     return rows

@@ -101,6 +101,7 @@ class Prior:
     _: KW_ONLY
     question: str | None = None
     media: str | None = None  # path as the data set writes it
+    span: list = field(default_factory=lambda: [None, None])  # Example.span
     frames: list[int]  # (K,) indices in the video, ascending
     times: list[float]  # (K,) seconds
     scene_scores: list[float] = field(default_factory=list)  # (K,)
@@ -141,6 +142,11 @@ class Example:
     def video(self):
         """The Medium that is a video, or None."""
         return next((medium for medium in self.media if medium.kind == "video"), None)
+
+    @property
+    def span(self):
+        """[start, end] in seconds of the part of the video that is shown; None: the video's."""
+        return [self.video.start, self.video.end] if self.video else [None, None]
 
     @property
     def medium(self):

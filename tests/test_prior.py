@@ -844,7 +844,7 @@ def test_ablations_from_the_stored_scores(clip, media):
     )
 
 
-def test_frame_sets_become_rows(media):
+def test_frame_sets_become_rows(media, tmp_path):
     sets = {
         "uniform": [0, 7, 13, 20, 27, 34, 40, 47],
         "scene": [20, 33],
@@ -895,7 +895,12 @@ def test_frame_sets_become_rows(media):
     }  # a short video's, sampled with repeats
     assert prior.frame_set_rows(given[:1], arguments())[0][0].frames == [0, 1, 2]
     given[0].extra["frame_sets"] = {**sets, "uniform": [0, 47]}  # made with --fps
-    assert prior.frame_set_rows(given[:1], arguments(fps=0.3))[0][0].frames == [0, 47]
+    settings = arguments(fps=0.3, min_frames=2)
+    rows, _ = prior.frame_set_rows(given[:1], settings)
+    assert rows[0].frames == [0, 47]
+    workers.write_lines(tmp_path / "sets.jsonl", rows)
+    again = prior.load_priors(tmp_path / "sets.jsonl", given[:1], settings)
+    assert again["scenes.mp4"].frames == [0, 47]
 
 
 @pytest.mark.parametrize(
@@ -992,9 +997,10 @@ def test_priors_of_a_span_are_read_again_and_no_others(media, tmp_path):
     assert prior.load_priors(files["span"], [span], settings)["0"].frames == [16, 17, 18, 19, 20]
     with pytest.raises(DataError, match="0 is another question there, or about another file"):
         prior.load_priors(files["whole"], [span], settings)
-    # of a whole video such frames are not what this run would sample
-    with pytest.raises(DataError, match="has 5 frames of 0"):
-        prior.load_priors(files["span"], [whole], settings)
+    inside = replace(whole, media=[replace(whole.video, start=1.9, end=2.6)])
+    for other in (whole, inside):
+        with pytest.raises(DataError, match="0 is another question there, .* file or span"):
+            prior.load_priors(files["span"], [other], settings)
 
 
 def test_examples_without_a_row_have_no_prior(priors_file, media):
