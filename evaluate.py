@@ -57,6 +57,7 @@ from common.data import (
     DataError,
     MediaError,
     build_prompt,
+    differences,
     load_examples,
     read_template,
     target_text,
@@ -389,6 +390,7 @@ def run_benchmark(arguments):
         raise DataError(f"none of {len(items)} questions could be answered; the last: {cause}")
     benchmark = scores.benchmark_of(arguments.dataset_name)
     report = scores.make_report(items, benchmark, repeated)
+    report["differences"] = differences(examples)
     finish(arguments, report, {"dataset_name": arguments.dataset_name, **settings})
 
 

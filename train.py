@@ -42,6 +42,7 @@ import toy
 from common.checkpoints import Checkpoints, checkpoints, find_checkpoint, save_model
 from common.data import (
     DataError,
+    differences,
     first_words,
     invert_question,
     load_examples,
@@ -414,6 +415,7 @@ class Questions:
     source: Path | None = None  # their file
     priors: dict = field(default_factory=dict)  # {problem_id: Prior}
     skipped: dict = field(default_factory=dict)  # {problem_id: cause} of those that cannot
+    differences: dict = field(default_factory=dict)  # {what is not as the rows say: how often}
 
     def request(self, place):
         """The example at a place, to be decoded."""
@@ -1210,7 +1212,8 @@ def load_questions(args, path, scored=True):
         scored: whether answers will be scored; then questions that no answer can earn are skipped.
     """
     errors = []
-    questions = Questions(load_examples(path, args.media_root, errors), path)
+    examples = load_examples(path, args.media_root, errors)
+    questions = Questions(examples, path, differences=differences(examples))
     causes = {error["problem_id"]: error["cause"] for error in errors}
     # A question that cannot be won teaches nothing.
     for example in questions.examples:
@@ -1455,6 +1458,10 @@ def finish_run(run):
     causes = Counter(plain_cause(cause) for cause in result["skipped"].values())
     result["skipped_by_cause"] = dict(causes.most_common())
     result["heldout_skipped"] = run.heldout.skipped
+    result["differences"] = {}
+    for questions in (run.heldout, run.demonstrations, run.training):
+        if questions and questions.differences:
+            result["differences"][str(questions.source)] = questions.differences
     for cause, count in causes.most_common():
         log_main(f"{count} skipped: {cause}")
     if run.heldout.examples:

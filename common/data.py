@@ -20,6 +20,7 @@ import unicodedata
 from collections import Counter
 from dataclasses import KW_ONLY, dataclass, field, replace
 from functools import lru_cache
+from itertools import chain
 from pathlib import Path
 from string import ascii_uppercase
 from typing import NamedTuple
@@ -49,8 +50,9 @@ FIELDS = {
     "evidence",
 }
 
-# Fields of known formats that no prompt shows; a data set that has them is told so.
-UNUSED = ("subtitle", "key_frame", "temporal_captions")
+# Fields that no prompt shows, the last three but for a video (a rate: for a folder of frames); a
+# data set that has them is told so.
+UNUSED = ("subtitle", "key_frame", "temporal_captions", "start", "end", "fps")
 
 # Half of a character: JSON can hold it, but no tokenizer and no file accepts it.
 SURROGATE = re.compile(r"[\ud800-\udfff]")
@@ -137,6 +139,7 @@ class Example:
     grounding: list[tuple[float, float, str]] = field(default_factory=list)  # start s, end s, text
     evidence: list[tuple[float, float]] = field(default_factory=list)  # (start s, end s)
     extra: dict = field(default_factory=dict)  # path and all other fields of the row, unchanged
+    notes: list[str] = field(default_factory=list)  # what is not as the row says
 
     @property
     def video(self):
@@ -414,34 +417,34 @@ def cut_options(question, options):
 def from_tw_grpo(row):
     """TW-GRPO: option lines in the problem, letters joined by commas, `glue` for the evidence.
 
-    NExT-GQA before its conversion has question, options and answer instead.
+    NExT-GQA before its conversion has question, options and answer instead, MVBench's own files
+    have candidates without letters and the text of the right one.
     """
     question = row["problem"] if "problem" in row else row["question"]
     options = row.get("options")
-    if not options:
+    solution = row.get("answer")
+    kind = "video"
+    if "candidates" in row:
+        texts = row["candidates"]
+        # By the text alone: a candidate may be a single letter.
+        count = texts.count(solution)
+        if count != 1:
+            raise DataError(f"has its answer {solution!r} {count} times among its candidates")
+        options = add_letters(texts)
+        solution = ascii_uppercase[texts.index(solution)]
+        kind = "frame"  # a video that is a folder holds frames
+    elif not options:
         question, options = split_options(question)
     return {
-        "data_type": "video",
+        "data_type": kind,
         "problem_type": "multiple choice",
         "evidence": row.get("glue"),
-        "solution": row.get("answer"),
+        "solution": solution,
         **row,
         "problem": question,
         "options": options,
         "path": row["video"].lstrip("/"),
     }
-
-
-def from_mvbench(row):
-    """MVBench's own files: candidates without letters, and the text of the right one."""
-    texts = row["candidates"]
-    # By the text alone: a candidate may be a single letter.
-    if texts.count(row["answer"]) != 1:
-        raise DataError(f"has the answer {row['answer']!r}, which is not one of its candidates")
-    # A video that is a folder holds frames.
-    letter = ascii_uppercase[texts.index(row["answer"])]
-    options = add_letters(texts)
-    return from_tw_grpo({**row, "options": options, "solution": letter, "data_type": "frame"})
 
 
 def from_seed_bench(row):
@@ -530,8 +533,6 @@ def to_video_r1(row):
             return from_video_r2(row)
         if "task_progress_metadata" in row:
             return from_seed_bench(row)
-        if "candidates" in row:
-            return from_mvbench(row)
         if "video" in row and "path" not in row:
             return from_tw_grpo(row)
         return row
@@ -579,8 +580,8 @@ def resolve_media(path, media_root, owner):
 
 
 def is_empty(value):
-    """Whether it is None, blank or NaN, as tables write an empty cell."""
-    return value is None or value != value or not str(value).strip()
+    """Whether it is None, blank or NaN, as tables write an empty cell, or an empty list."""
+    return value in (None, []) or value != value or str(value).strip().lower() in ("", "nan")
 
 
 def read_number(part, name):
@@ -640,8 +641,8 @@ def read_solution(row, options):
     if not isinstance(solution, str | int | float) or not finite:
         raise DataError(f"has a solution that is neither text nor number: {solution!r}")
     answer = strip_tag(str(solution), "answer")
-    if not answer:
-        raise DataError("has an empty solution")
+    if is_empty(answer):
+        raise DataError(f"has an empty solution {answer}")
     if row["problem_type"] in ("numerical", "regression"):
         try:
             finite = math.isfinite(float(answer.replace(",", "")))
@@ -654,13 +655,12 @@ def read_solution(row, options):
     if len(options) > len(ascii_uppercase):
         raise DataError(f"has {len(options)} options, more than there are letters")
     letters = solution_letters(answer, options)
-    if options and letters is None:
-        known = ", ".join(option_texts(options))
+    if letters is None:
+        known = ", ".join(option_texts(options) or ascii_uppercase)
         raise DataError(
             f"solution {answer[:60]!r} names none of the options {known}, or more than one"
         )
-    # Without options, an answer other than a letter stays as it is.
-    return letters or answer
+    return letters
 
 
 def read_times(row):
@@ -681,8 +681,9 @@ def read_times(row):
             start, *end = re.split(r"\s*(?:[-–—]|\bto\b)\s*", span.strip(), maxsplit=1)
             grounding.append((parse_time(start), parse_time(*end or [start]), str(sentence)))
         evidence = [(float(start), float(end)) for start, end in row.get("evidence") or []]
-        if not all(start <= end for start, end in evidence):
-            raise ValueError("an interval ends before it starts")
+        for start, end, *_ in grounding + evidence:
+            if not start <= end < math.inf:
+                raise ValueError(f"an interval ends before it starts, {start} to {end} s")
     except (AttributeError, TypeError, ValueError) as error:
         raise DataError(
             f'grounding must be {{"MM:SS-MM:SS": sentence}}, evidence [[start, end], ...] ({error})'
@@ -731,8 +732,18 @@ def read_example(row, index, media_root):
         evidence=evidence,
         extra={name: value for name, value in row.items() if name not in FIELDS},
     )
-    if nulls:
-        example.extra["null_sentences"] = nulls
+    example.notes = ["sentences of grounding are null and left out"] * nulls
+    # The row itself beside its media, where it is none of them.
+    parts = [*zip(row.get("media") or [row], media, strict=False)]
+    if row.get("media") or not media:
+        parts.append((row, None))
+    for part, medium in parts:
+        for name in UNUSED:
+            if not is_empty(part.get(name)) and getattr(medium, name, None) is None:
+                example.notes.append(f"rows have {name}, which no prompt shows")
+        suffix = os.path.splitext(medium.path)[1] if medium else ""
+        if not str(part.get("path")).endswith(suffix):
+            example.notes.append(f"videos are there as {suffix} alone, which is taken")
     # The name of the medium in the files that we write.
     if row.get("media"):
         example.extra["path"] = row["media"][media.index(example.medium)]["path"]
@@ -783,23 +794,9 @@ def read_rows(dataset_name):
     return rows
 
 
-def tell_differences(dataset_name, examples):
-    """Log what is not as the rows of a data set say, and how often."""
-    counts = Counter()
-    for example in examples:
-        suffix = os.path.splitext(example.path)[1]
-        if not example.extra.get("path", "").endswith(suffix):
-            counts[f"videos are there as {suffix} alone, which is taken"] += 1
-        for name in UNUSED:
-            if example.extra.get(name):
-                counts[f"rows have {name}, which no prompt shows"] += 1
-        counts["sentences of grounding are null and left out"] += example.extra.get(
-            "null_sentences", 0
-        )
-    # Every rank reads the file.
-    for words, count in counts.items():
-        if count and os.environ.get("RANK", "0") == "0":
-            logger.warning("%s: %d %s", dataset_name, count, words)
+def differences(examples):
+    """What is not as the rows of a data set say, and how often: Counter."""
+    return Counter(chain.from_iterable(example.notes for example in examples))
 
 
 def load_examples(dataset_name, media_root=None, errors=None):
@@ -837,7 +834,10 @@ def load_examples(dataset_name, media_root=None, errors=None):
                 {"problem_id": row_id(fields, index), "media": medium, "cause": str(error)}
             )
 
-    tell_differences(dataset_name, examples)
+    # Every rank reads the file.
+    for words, count in differences(examples).items():
+        if os.environ.get("RANK", "0") == "0":
+            logger.warning("%s: %d %s", dataset_name, count, words)
     # If one question of the file has several right options, the prompts of all others ask for
     # "all right options" too, since the wording must not give away how many are right.
     choices = [example for example in examples if example.problem_type == "multiple choice"]
@@ -976,7 +976,9 @@ def read_template(path):
         except (TypeError, ValueError) as error:
             raise DataError(f"prompt template {path} is not a JSON object: {error}") from error
     for kind in INSTRUCTIONS:
-        names = set(re.findall(r"{(.*?)}", str(texts.get(kind))))
+        if kind not in texts:
+            raise DataError(f"prompt template {path} lacks the problem type {kind}")
+        names = set(re.findall(r"{(.*?)}", str(texts[kind])))
         if "question" not in names or names - {"question", "options", "instruction"}:
             raise DataError(
                 f"prompt template {path}, {kind}: {{question}} must be in it, {{options}} and "

@@ -17,6 +17,7 @@ from common.data import (
     answer_type,
     build_prompt,
     chat_parts,
+    differences,
     invert_question,
     load_examples,
     negate_question,
@@ -169,12 +170,12 @@ BARE = ["red", "dark blue", "C"]
         ("A", ["K", "A"], None),
         ("B", ["K", "B"], "B"),
         ("12", [10, 12], "B"),
-        # without options the letters may stand in the question; any other answer stays
+        # without options the letters may stand in the question
         ("B", [], "B"),
         ("(b)", None, "B"),
         ("A, C", [], "A,C"),
-        ("Yes", [], "Yes"),
-        ("5", [], "5"),
+        ("Yes", [], None),
+        ("5", [], None),
     ],
 )
 def test_a_choice_is_read_as_its_letter(tmp_path, solution, options, letters):
@@ -276,8 +277,13 @@ def test_rows_without_optional_fields(tmp_path):
         ({"solution": " "}, "has an empty solution"),
         ({"problem_type": "numerical", "solution": "two"}, "'two', which is not a number"),
         ({"problem_type": "regression", "solution": "50%"}, "'50%', which is not a number"),
-        ({"problem_type": "numerical", "solution": "NaN"}, "'NaN', which is not a number"),
-        ({"solution": "NaN"}, "names none of the options"),
+        ({"problem_type": "numerical", "solution": "NaN"}, "has an empty solution NaN"),
+        ({"solution": "NaN"}, "has an empty solution NaN"),
+        ({"problem_type": "free-form", "solution": "NaN"}, "has an empty solution NaN"),
+        ({"options": [], "solution": "green"}, "'green' names none of the options A, B, C, D"),
+        ({"grounding": {"00:05-00:03": "x"}}, r"ends before it starts, 5.0 to 3.0 s"),
+        ({"grounding": {"nan-2": "x"}}, r"ends before it starts, nan to 2.0 s"),
+        ({"grounding": {"1-inf": "x"}}, r"ends before it starts, 1.0 to inf s"),
         ({"problem": " "}, "has an empty problem or option"),
         ({"problem": float("nan")}, "has an empty problem or option"),
         ({"options": ["A. x", float("nan")]}, "has an empty problem or option"),
@@ -544,8 +550,8 @@ def test_rows_of_mvbench(tmp_path):
     del copy["path"]
     copy = {**copy, "video": "/castle_clip_00", "fps": 2}
     assert one(tmp_path, copy)[0].media == [Medium("video", f"{tmp_path}/{path}", 2.0, 1.0)]
-    for change in ({"answer": "C"}, {"candidates": ["x", "x"], "answer": "x"}):
-        with pytest.raises(DataError, match="which is not one of its candidates"):
+    for count, change in ((0, {"answer": "C"}), (2, {"candidates": ["x", "x"], "answer": "x"})):
+        with pytest.raises(DataError, match=f"its answer '.' {count} times among its candidates"):
             one(tmp_path, {**row, **change})
 
 
@@ -728,6 +734,22 @@ def test_fields_that_no_prompt_shows_are_named_once(tmp_path, caplog, monkeypatc
     load_examples(file)
     (record,) = caplog.records
     assert record.getMessage() == f"{file}: 2 rows have subtitle, which no prompt shows"
+    # Times of what has none, and the rate of a file, which has its own.
+    caplog.clear()
+    span = {"start": 1.0, "end": 2.5, "fps": 3}
+    part = {"data_type": "image", "path": "a.png", "start": 1}
+    rows = [
+        {**ROW, **span, "problem_id": 0, "data_type": "image"},
+        {**ROW, **span, "problem_id": 1, "data_type": "text"},
+        {**ROW, **span, "problem_id": 2},
+        {**ROW, "problem_id": 3, "media": [part]},
+        {**ROW, "problem_id": 4, "start": None, "end": float("nan"), "fps": ""},
+    ]
+    examples = load_examples(write_dataset(tmp_path, rows))
+    counts = {"start": 3, "end": 2, "fps": 3}
+    told = {f"rows have {name}, which no prompt shows": n for name, n in counts.items()}
+    assert differences(examples) == told
+    assert len(caplog.records) == 3
     # One of the ranks tells.
     caplog.clear()
     monkeypatch.setenv("RANK", "1")
@@ -823,7 +845,7 @@ def test_a_template_places_options_and_has_a_text_for_each_type(tmp_path):
     assert build_prompt(EXAMPLE, read_template(file)) == "A. a ball\nB. a car|What moves?"
     del texts["OCR"]
     for name, text, message in (
-        ("a.json", json.dumps(texts), "a.json, OCR: {question} must be in it"),
+        ("a.json", json.dumps(texts), "a.json lacks the problem type OCR"),
         ("b.json", "[3", "b.json is not a JSON object"),
         ("c.txt", "{question} {solution}", "no other braces"),
     ):

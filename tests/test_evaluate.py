@@ -674,6 +674,7 @@ def bench(toy_folder):
         for index, row in enumerate(rows)
     ]
     (toy_folder / "videos" / "damaged.mp4").write_bytes(b"no video")
+    rows[1]["key_frame"] = 7
     rows.insert(3, {**rows[0], "problem_id": 20, "path": "videos/missing.mp4"})
     rows.insert(5, {**rows[0], "problem_id": 21, "path": "videos/damaged.mp4"})
     rows += [{**rows[0], "problem_id": 22, "solution": ""}, {**rows[1], "problem": "again?"}]
@@ -727,6 +728,7 @@ def undisturbed(flags, tmp_path_factory):
 
 def test_whatever_goes_wrong_counts_as_wrong(undisturbed, bench, checkpoint):
     report, lines = undisturbed
+    assert report["differences"] == {"rows have key_frame, which no prompt shows": 1}
     assert report["n"] == len(report["results"]) == lines.count("\n") == 11 and report[
         "duplicates"
     ] == ["1"]

@@ -282,7 +282,7 @@ def test_held_out_questions_that_cannot_be_asked_are_skipped_before_and_after(pl
             absent(c),
             {**c, "problem_id": "no type", "problem_type": "riddle"},
             {**d, "problem_id": "torn", "path": "torn.mp4"},
-            d,
+            {**d, "subtitle": "He says yes."},
         ],
     )
     data = place.write("data.json", [a])
@@ -293,6 +293,8 @@ def test_held_out_questions_that_cannot_be_asked_are_skipped_before_and_after(pl
         ("score", [d["problem_id"]])
     ] * 2
     skipped = result(place)["heldout_skipped"]
+    told = {"rows have subtitle, which no prompt shows": 1}
+    assert result(place)["differences"] == {str(heldout): told}
     assert {"long", c["problem_id"], "no type", "torn"} == set(skipped) and result(place)[
         "skipped"
     ] == {}
