@@ -31,7 +31,6 @@ from pathlib import Path
 
 import cv2
 import numpy as np
-import open_clip
 import scenedetect
 import torch
 from PIL import Image
@@ -343,6 +342,9 @@ def load_clip(name, pretrained=None, device="cpu"):
         Clip in eval mode.
     Errors: DataError if it cannot be loaded.
     """
+    # Imported here: it takes seconds, and most commands load no CLIP.
+    import open_clip
+
     # Pickled weights are not loaded.
     if name.startswith("local-dir:"):
         folder = Path(name.removeprefix("local-dir:"))

@@ -117,6 +117,7 @@ RECIPES = {
         top_p=1.0,
         freeze_vision=True,
         max_completion_length=4096,
+        max_grad_norm=20.0,
     ),
     "video_r2": dict(
         PLAIN,
@@ -128,6 +129,7 @@ RECIPES = {
         frames=32,
         fps=2.0,
         max_completion_length=1024,
+        max_grad_norm=1.0,
     ),
     "release": dict(
         RELEASED,
@@ -368,7 +370,7 @@ TOY_SECONDS = {
 }
 
 # Settings of a recipe that are meant for billions of parameters; the toy keeps its own.
-NOT_FOR_THE_TOY = ("learning_rate", "frames", "fps", "max_completion_length", "prior")
+NOT_FOR_THE_TOY = "learning_rate max_grad_norm frames fps max_completion_length prior".split()
 
 
 def toy_defaults(folder, world_size):

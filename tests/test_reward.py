@@ -302,6 +302,32 @@ def test_format(completion, score):
     assert reward.format_reward(completion) == score
 
 
+@pytest.mark.parametrize(
+    ("completion", "solution", "format_score", "accuracy_score", "read"),
+    [
+        ("<think>a</think><answer>B</answer>", "B", 1, 1, "B"),
+        ("\n<think>a</think>\n<answer>B</answer> ", "B", 1, 1, "B"),
+        ("So: <think>a</think><answer>B</answer>", "B", 0, 1, "B"),
+        ("<think>a</think><answer>B</answer> Done.", "B", 0, 1, "B"),
+        ("<think>a</think><answer>B</answer><answer>A</answer>", "B", 0, 1, "B"),
+        ("<think>a</think><answer>A</answer><answer>B</answer>", "B", 0, 0, "A"),
+        ("<think>a</think><answer>the <answer>B</answer></answer>", "B", 0, 0, "B"),
+        ("<think><answer>A</answer></think><answer>B</answer>", "B", 0, 0, "B"),
+        ("<think>a</think><Answer>B</Answer>", "B", 0, 0, "B"),
+        ("<think>a</think><answer>B", "B", 0, 0, "B"),
+        ("<think>a</think>B", "B", 0, 0, "B"),
+        ("<think>a</think><answer>A,A</answer>", "A", 1, 0, "A,A"),
+        ("<think>a</think><answer>C,A,A</answer>", "A,C", 1, 1, "C,A,A"),
+        ("<think>a</think><answer>(B)</answer>", "B", 1, 0, "(B)"),
+    ],
+)
+def test_the_table_of_docs_differences(completion, solution, format_score, accuracy_score, read):
+    """What training is strict about, and what evaluation reads in the same text."""
+    assert reward.format_reward(completion) == format_score
+    assert reward.accuracy_reward(completion, solution, "multiple choice") == accuracy_score
+    assert reward.split_output(completion)[1] == read
+
+
 def test_length():
     assert [reward.length_reward(n, 1.0) for n in (319, 320, 400, 512, 513)] == [
         0.0,
@@ -757,6 +783,7 @@ ODD = {
 TEXT_FUNCTIONS = {
     "extract_answer": reward.extract_answer,
     "extract_think": reward.extract_think,
+    "split_output": reward.split_output,
     "format": reward.format_reward,
     "multi_choice": lambda text: reward.multi_choice_reward(text, "A,B"),
     "lexical": lambda text: reward.lexical_similarity(text, "a dog"),

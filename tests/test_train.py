@@ -487,6 +487,7 @@ CONSTANTS = {  # method.md's, and evaluation.md's table of settings
         temporal_ratio=1.0,
         beta=0.04,
         learning_rate=5e-6,
+        max_grad_norm=5.0,
         top_k=0,
     ),
     "grpo": dict(beta=0.04, clip_high=0.2, reduction="sequence"),
@@ -509,6 +510,7 @@ CONSTANTS = {  # method.md's, and evaluation.md's table of settings
         top_p=1.0,
         top_k=50,
         learning_rate=1e-6,
+        max_grad_norm=20.0,
     ),
     "video_r2": dict(
         alignment_weight=1.0,
@@ -517,6 +519,7 @@ CONSTANTS = {  # method.md's, and evaluation.md's table of settings
         temperature=0.9,
         top_k=50,
         beta=0.04,
+        max_grad_norm=1.0,
     ),
     "release": dict(
         cfr_weight=5.0,
