@@ -251,7 +251,9 @@ def with_letters(options):
 # Typography and markup that do not change what a text says: (pattern, what it becomes).
 MARKUP = (
     (r"[\u2010-\u2015\u2212]", "-"),
-    (r"\u2044", "/"),
+    # NFKC would make 11/2 of 1½ and 102 of 10².
+    (r"(?<=\d)(?=[¼-¾⅐-⅞])", " "),
+    ("[²³¹⁰⁴-⁹]+", r"^\g<0>"),
     (r"[\u2018\u2019]", "'"),
     (r"[\u201c\u201d]", '"'),
     (r"<\|[^<>|]{1,30}\|>|</?(?:s|b|i|em|strong)>", ""),  # special tokens, HTML
@@ -266,27 +268,15 @@ MARKUP = (
 @lru_cache(maxsize=4096)
 def clean_text(text):
     """A text without markup (Markdown, LaTeX), and in the usual characters: Unicode's NFKC."""
-    # NFKC would make 11/2 of 1½ and 102 of 10².
-    text = re.sub(r"(?<=\d)(?=[¼-¾⅐-⅞])", " ", text)
-    text = re.sub("[²³¹⁰⁴-⁹]+", r"^\g<0>", text)
-    text = unicodedata.normalize("NFKC", text)
     for pattern, plain in MARKUP:
         text = re.sub(pattern, plain, text)
-    return text.strip()
+    return unicodedata.normalize("NFKC", text).strip()
 
 
 def plain_text(text):
     """The text of an option without markup, case, extra white space and punctuation around it."""
     words = clean_text(text).split()
     return " ".join(words).lower().strip("\"'()[] ").rstrip(".;:!?。\"' ")
-
-
-def letters_of(text, options):
-    """Letters of the options that have this text."""
-    text = plain_text(text)
-    return [
-        letter for letter, option in option_texts(options).items() if plain_text(option) == text
-    ]
 
 
 # Words before an answer: "So the final answer is: ...", "I choose option ...", "x = ...".
@@ -394,11 +384,12 @@ def solution_letters(solution, options):
     if solution in known and with_letters(options) == options:
         return solution
     letters = read_choices(solution, options)
-    if letters_of(solution, options) not in ([], list(letters)):
+    words = plain_text(solution)
+    same = {letter for letter, text in known.items() if plain_text(text) == words}
+    # The text of another option than its letter says, or the letter of none.
+    if (same and same != set(letters)) or not set(letters) <= set(known or ascii_uppercase):
         return None
-    if not letters or not set(letters) <= set(known or ascii_uppercase):
-        return None
-    return ",".join(letters)
+    return ",".join(letters) or None
 
 
 def cut_options(question, options):
@@ -770,27 +761,38 @@ def parse_example(row, index, media_root):
         raise DataError(f"row {index} (problem_id {row_id(row, 'missing')}) {error}") from error
 
 
+def read_document(path, kind="file"):
+    """Parse a JSON document, or JSON lines (into a list), which may be named .json, too.
+
+    Args:
+        kind: what the file is, for messages.
+    Raises:
+        DataError: the file is missing or malformed.
+    """
+    if not Path(path).is_file():
+        raise DataError(f"{kind} {path} not found (a JSON array or JSON lines file is expected)")
+    try:
+        text = Path(path).read_text(encoding="utf-8-sig")  # with a byte order mark or without
+        if Path(path).suffix == ".jsonl" or re.match(r"\s*{.*}\s*\n\s*{", text):
+            # An array of all lines, so that an error names the line. str.splitlines would also
+            # split at U+2028, which a JSON string may hold.
+            lines = [line for line in text.split("\n") if line.strip()]
+            text = "[" + ",\n".join(lines) + "]"
+        return json.loads(text)
+    except ValueError as error:  # not JSON, or not UTF-8
+        raise DataError(f"{kind} {path} is not valid JSON: {error}") from error
+
+
 def read_rows(dataset_name):
     """Rows of a data set file (a JSON array, or JSON lines) as they are.
 
     Raises:
         DataError: the file is missing, malformed or empty.
     """
-    file = Path(dataset_name)
-    if not file.is_file():
-        raise DataError(f"data set {file} not found (a JSON array or JSON lines file is expected)")
-    try:
-        text = file.read_text(encoding="utf-8-sig")  # with a byte order mark or without
-        # JSON lines may be named .json.
-        if file.suffix == ".jsonl" or re.match(r"\s*{.*}\s*\n\s*{", text):
-            # str.splitlines would also split at U+2028, which a JSON string may hold.
-            rows = [json.loads(line) for line in text.split("\n") if line.strip()]
-        else:
-            rows = json.loads(text)
-    except ValueError as error:  # not JSON, or not UTF-8
-        raise DataError(f"data set {file} is not valid JSON: {error}") from error
+    rows = read_document(dataset_name, "data set")
     if not isinstance(rows, list) or not rows:
-        raise DataError(f"data set {file} holds no examples (a non-empty JSON array is expected)")
+        words = "holds no examples (a non-empty JSON array is expected)"
+        raise DataError(f"data set {dataset_name} {words}")
     return rows
 
 

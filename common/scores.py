@@ -42,6 +42,7 @@ from common.data import (
     read_alone,
     read_choice,
     read_choices,
+    read_document,
     solution_letters,
     split_options,
     with_letters,
@@ -271,18 +272,7 @@ def read_json(path):
     Raises:
         DataError: there are no rows of predictions.
     """
-    if not Path(path).is_file():
-        raise DataError(f"{path} not found")
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-        try:
-            rows = json.loads(text)
-        except ValueError:
-            # An array of all lines, so that an error names the line.
-            lines = [line for line in text.split("\n") if line.strip()]
-            rows = json.loads("[" + ",\n".join(lines) + "]")
-    except ValueError as error:  # not JSON, or not UTF-8
-        raise DataError(f"{path} is neither JSON nor JSON lines: {error}") from error
+    rows = read_document(path)
     settings = None
     if isinstance(rows, dict):
         settings = rows.get("settings")
@@ -363,7 +353,7 @@ def exact_number(text):
 
 
 NUMBER = re.compile(
-    r"[(\[]*([-+]?(?:\d{1,3}(?:,\d{3})+(?:\.\d+)?|\d*\.?\d+|\d+\.)(?:e[-+]?\d+)?)(?:\s?/\s?(\d+))?(.*)",
+    r"[(\[]*([-+]?(?:\d{1,3}(?:,\d{3})+(?:\.\d+)?|\d*\.?\d+|\d+\.)(?:e[-+]?\d+)?)(?:\s?[/\u2044]\s?(\d+))?(.*)",
     re.DOTALL | re.IGNORECASE,
 )
 # A word of a unit: "m2", "km/h", "%", "°C".
@@ -668,11 +658,9 @@ def group_by(records, name):
 
 def eval_bench_means(records, reward_name):
     """What eval_bench.py prints: mean_mra of the regression questions, mean_acc of all others."""
-    groups = {"mean_acc": [], "mean_mra": []}
-    for record in records:
-        name = "mean_mra" if record["problem_type"] == "regression" else "mean_acc"
-        groups[name].append(record[reward_name])
-    return {name: mean(values) for name, values in groups.items()}
+    numbers = [record for record in records if record["problem_type"] == "regression"]
+    others = [record for record in records if record["problem_type"] != "regression"]
+    return {"mean_acc": mean_of(others, reward_name), "mean_mra": mean_of(numbers, reward_name)}
 
 
 def vsi_task(name):

@@ -411,7 +411,7 @@ def test_the_benchmark_is_told_by_the_name(name, meant):
 @pytest.mark.parametrize(
     "text,said",
     [
-        ("", "neither JSON nor JSON lines|holds no predictions"),
+        ("", "is not valid JSON"),
         ("[]", "holds no predictions"),
         ('{"results": []}', "holds no predictions"),
         ('{"problem_id": 1}\n{"problem', "line 2"),
