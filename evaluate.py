@@ -622,12 +622,6 @@ def media_part(kind, content, mime):
     return {"type": f"{kind}_url", f"{kind}_url": {"url": url}}
 
 
-class FrameEncoder(Encoder):
-    """Loads and resizes frames without a processor: the server has its own."""
-
-    factor = 28  # sides in pixels are multiples of it, as for Qwen2.5-VL
-
-
 def media_parts(arguments, example, medium, position):
     """Make the parts of a message that hold a video file, or an image or frames as PNG.
 
@@ -643,7 +637,7 @@ def media_parts(arguments, example, medium, position):
             raise MediaError(f"{medium.path}: no such file")
         mime = mimetypes.guess_type(medium.path)[0] or "video/mp4"
         return [media_part("video", Path(medium.path).read_bytes(), mime)]
-    encoder = FrameEncoder.from_flags(None, arguments)
+    encoder = Encoder.from_flags(None, arguments)
     frames = encoder.load(medium).frames  # (K, 3, h, w)
     frames = frames[frame_order(arguments, position, len(frames))]
     # As in Encoder.encode: pictures beside a video stay.

@@ -53,7 +53,7 @@ from common.flags import Parser, check_least, flag
 from common.media import FrameFlags, sample_medium
 from common.media import uniform_frames as uniform_frames  # people import it from here
 from common.video import load_image, open_medium, open_video
-from common.workers import Pool, ShardedLines, check_settings, join_ranks, take_core
+from common.workers import Pool, ShardedLines, check_settings, join_ranks
 from grpo import slot_shares
 
 # Histograms of the scene cue: bins of the chroma's x and y, odd so that grey is mid-bin, and value.
@@ -536,8 +536,7 @@ def all_cues(media, settings, preprocess, workers=0, timeout=300.0):
     Args:
         workers, timeout: see Pool.
     """
-    pool = Pool(workers, timeout, take_core if workers else None)
-    return pool.each(read_cues, media, settings, preprocess)
+    return Pool(workers, timeout).each(read_cues, media, settings, preprocess)
 
 
 def group_by_medium(examples):

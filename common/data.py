@@ -931,12 +931,9 @@ def invert_question(example, rng):
     lettered_inside = re.search(r"\b[A-H][.)]\s", example.question)
     if example.problem_type != "multiple choice" or question is None or lettered_inside:
         return None
-    texts = {}
-    for option in example.options:
-        match = re.fullmatch(r"\(?([A-Z])[.):]\s*(.+)", option, re.DOTALL)
-        if match is None or ABOUT_OPTIONS.search(match[2].strip()):
-            return None
-        texts[match[1]] = match[2].strip()
+    texts = option_texts(example.options)
+    if any(ABOUT_OPTIONS.search(text) for text in texts.values()):
+        return None
     # One right option, at least one wrong one, no two alike.
     distinct = {text.lower() for text in texts.values()}
     if example.answer not in texts or not 2 <= len(example.options) == len(distinct):

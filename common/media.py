@@ -373,6 +373,9 @@ class Encoder:
     @property
     def factor(self):
         """Sides of a frame are multiples of it: pixels of a merged patch."""
+        # A server has its own processor; it is Qwen2.5-VL's size.
+        if self.processor is None:
+            return 28
         image_processor = self.processor.image_processor
         return image_processor.patch_size * image_processor.merge_size
 

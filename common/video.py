@@ -9,6 +9,7 @@ video.times[indices]                         # seconds since the first frame sho
 
 import os
 import re
+from contextlib import contextmanager
 from functools import partial
 
 import av
@@ -69,7 +70,7 @@ class Video:
         Args:
             count: number of frames; all where there are fewer.
             fps: frames a second instead, an even number of them where it is above 1 (a temporal
-                slot takes two), at least `least` and at most `count`.
+                slot takes two), at least `least` and at most `count`, both rounded to even ones.
             start, end: seconds; frames outside are not picked. None: the video's.
         Returns:
             list of ascending ints.
@@ -92,7 +93,8 @@ class Video:
             seconds = (clock[-1] - clock[0]) * total / max(1, total - 1)
             # Both ends may be rounded down to a millisecond; a frame must not go for that.
             wanted = int((seconds + 2 * TOLERANCE) * fps)
-            count = min(count, max(least, wanted - wanted % 2, 1))
+            wanted = max(1, wanted - wanted % 2, least + least % 2 * (least > 1))
+            count = min(wanted, max(1, count - count % 2))
         count = min(count, total)
         # At a constant rate, times rounded or a frame or two left out at a cut, by number.
         steady = np.linspace(clock[0], clock[-1], total)
@@ -417,37 +419,41 @@ def as_shown(image):
 PICTURE_ERRORS = (Image.DecompressionBombError, OSError, SyntaxError, ValueError)
 
 
-def load_image(path):
-    """Read a picture as one frame: uint8 array (1, H, W, 3), RGB, as a viewer shows it."""
+@contextmanager
+def open_image(path, kind):
+    """Pillow's image of a file; MediaError if it, or a frame read inside, is no readable `kind`."""
     if not os.path.isfile(path):
         raise MediaError(f"{path}: no such file")
     try:
         with Image.open(path) as image:
-            return as_shown(image)[None]
+            yield image
     except PICTURE_ERRORS as error:
-        raise MediaError(f"{path}: not a readable image ({error})") from error
+        raise MediaError(f"{path}: not a readable {kind} ({error})") from error
+
+
+def load_image(path):
+    """Read a picture as one frame: uint8 array (1, H, W, 3), RGB, as a viewer shows it."""
+    with open_image(path, "image") as image:
+        return as_shown(image)[None]
 
 
 def open_animation(path):
     """Open an animated picture; each frame lasts as long as it says."""
-    try:
-        with Image.open(path) as image:
-            durations = []
-            for index in range(getattr(image, "n_frames", 1)):
-                image.seek(index)
-                image.load()  # some formats know the duration of a frame once it is decoded
-                duration = image.info.get("duration", 0)  # ms
-                # As browsers do with a frame that says no time, or one too short to be seen.
-                durations.append(duration if duration > 10 else 100)
-    except PICTURE_ERRORS as error:
-        raise MediaError(f"{path}: not a readable video ({error})") from error
+    durations = []
+    with open_image(path, "video") as image:
+        for index in range(getattr(image, "n_frames", 1)):
+            image.seek(index)
+            image.load()  # some formats know the duration of a frame once it is decoded
+            duration = image.info.get("duration", 0)  # ms
+            # As browsers do with a frame that says no time, or one too short to be seen.
+            durations.append(duration if duration > 10 else 100)
     if len(durations) == 1:
         raise MediaError(f"{path}: an image where a video was promised")
     return Video(path, np.cumsum([0, *durations[:-1]]) / 1000, partial(read_animation, path))
 
 
 def read_animation(path, indices):
-    with Image.open(path) as image:
+    with open_image(path, "video") as image:
         for index in indices:
             image.seek(index)
             yield as_shown(image)
@@ -456,6 +462,8 @@ def read_animation(path, indices):
 def open_folder(path, fps):
     """Open a folder of pictures, the frames of a video in the natural order of their names."""
     names = [name for name in os.listdir(path) if name.lower().endswith(PICTURES)]
+    # Hidden files are none, as macOS's "._a.png" beside "a.png".
+    names = [name for name in names if not name.startswith(".")]
     if not names:
         raise MediaError(f"{path}: a folder without pictures")
     # frame_2 stands before frame_10.

@@ -18,7 +18,6 @@ import json
 import multiprocessing
 import os
 import signal
-import socket
 import sys
 import threading
 from collections.abc import Callable
@@ -36,38 +35,10 @@ from pebble import ProcessExpired, ProcessPool
 
 from common.data import DataError, MediaError
 
-CORE_CLAIM = "videocfr-prior-core-"  # prefix of the socket by which a worker claims its core
-
 # Slow imports of the workers, done once in the process that they fork from.
 PRELOAD = ["av", "cv2", "open_clip", "pebble", "scenedetect", "torch", "transformers"]
 
 TASKS_PER_WORKER = 1000  # then it is replaced, since decoders leak memory
-
-
-def take_core():
-    """Pins this process to the first core that no other worker has claimed, if there is one.
-
-    decord decodes in its own thread. Where the scheduler moved the threads of two workers between
-    cores, both took 1.6 times as long (docs/performance.md). The system frees a claim when its
-    process ends, so that the replacement of a dead worker takes over its core.
-    """
-    if not hasattr(os, "sched_getaffinity"):
-        return  # not Linux
-    cores = os.sched_getaffinity(0)
-    # Under a quota of cores it is unknown which ones other containers use.
-    if len(cores) != cv2.getNumberOfCPUs():
-        return
-    for core in sorted(cores):
-        claim = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
-        try:
-            # An abstract name, which one process can have.
-            claim.bind(f"\0{CORE_CLAIM}{core}")
-        except OSError:
-            claim.close()
-            continue
-        claim.detach()
-        os.sched_setaffinity(0, {core})
-        return
 
 
 def exit_with_parent():

@@ -768,41 +768,6 @@ def test_workers_give_the_cues_of_one_process(clip, media):
             np.testing.assert_equal(one, other)
 
 
-def worker_cores(count):
-    """The cores that `count` processes may use after take_core, all of them alive at once."""
-    ours, children = [], []
-    for _ in range(count):
-        (read, report), (hold, release) = os.pipe(), os.pipe()
-        if not (child := os.fork()):
-            os.close(release)
-            workers.take_core()
-            os.write(report, json.dumps(sorted(os.sched_getaffinity(0))).encode())
-            os.read(hold, 1)  # until the test lets go
-            os._exit(0)
-        ours.append(json.loads(os.read(read, 1 << 16)))
-        children.append((child, release))
-    for child, release in children:
-        os.write(release, b"x")
-        os.waitpid(child, 0)
-    return ours
-
-
-@pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="Linux only")
-def test_every_worker_has_a_core_of_its_own(monkeypatch):
-    cores = sorted(os.sched_getaffinity(0))
-    monkeypatch.setattr(workers, "CORE_CLAIM", f"test-{os.getpid()}-")
-    monkeypatch.setattr(cv2, "getNumberOfCPUs", lambda: len(cores))
-    assert worker_cores(len(cores) + 1) == [
-        *([core] for core in cores),
-        cores,
-    ]  # one too many: it may use all
-    assert worker_cores(1) == [[cores[0]]]  # free again when their process has ended
-    monkeypatch.setattr(
-        cv2, "getNumberOfCPUs", lambda: len(cores) + 1
-    )  # a quota: other containers may have the same cores
-    assert worker_cores(1) == [cores]
-
-
 def test_options_in_the_text(clip, media):
     asked = example(media, "scenes.mp4", "which scene")
     asked.options = ["A. red", "B. blue"]

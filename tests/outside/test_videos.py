@@ -287,6 +287,12 @@ def test_frames_a_second_as_the_releases_count_them(folder, fps, least, expected
     """3 s: an even number of frames, from `least` to 16."""
     found = sample_video(str(folder / "plain.mp4"), 16, fps=fps, min_frames=least)
     assert len(found.indices) == expected
+    if fps == 9:
+        # Odd bounds: no slot of one frame, not above the most, not below the least.
+        path = str(folder / "plain.mp4")
+        assert len(sample_video(path, 15, fps=9).indices) == 14
+        assert len(sample_video(path, 16, fps=1, min_frames=5).indices) == 6
+        assert len(sample_video(path, 1, fps=9).indices) == 1
 
 
 @pytest.mark.parametrize("name", ["plain.mp4", "vp9.webm", "xvid.avi"])
@@ -299,7 +305,8 @@ def test_the_count_does_not_depend_on_how_a_container_rounds_times(folder, name)
 def test_a_folder_of_frames(tmp_path):
     for number in (0, 1, 2, 9, 10, 11):
         Image.fromarray(draw(number)).save(tmp_path / f"frame_{number}.png")
-    (tmp_path / "notes.txt").write_text("no picture")
+    for name in ("notes.txt", "._frame_1.png", ".hidden.png"):
+        (tmp_path / name).write_text("no picture")
     found = sample_video(str(tmp_path), 4, fps=3)
     assert [read_number(frame) for frame in found.frames] == [0, 2, 9, 11]
     np.testing.assert_allclose(found.times, [0, 2 / 3, 1, 5 / 3])
