@@ -359,16 +359,6 @@ class TrainArguments(PromptFlags, prior.PriorSettings):
     local_rank: int = flag(-1, "Set by the deepspeed launcher.")
 
 
-# Seconds of the toy's stages on 2 CPU cores (2026-11-26), the first estimate of a run.
-TOY_SECONDS = {
-    "toy": 30,
-    "priors": 30,
-    "SFT": 170,
-    "score before GRPO": 15,
-    "GRPO": 190,
-    "score after GRPO": 15,
-}
-
 # Settings of a recipe that are meant for billions of parameters; the toy keeps its own.
 NOT_FOR_THE_TOY = "learning_rate max_grad_norm frames fps max_completion_length prior".split()
 
@@ -1388,19 +1378,21 @@ def run(args):
 
 def stages_ahead(args, resume):
     """{stage: expected seconds} of what is left of a run, see Progress."""
-    names = list(TOY_SECONDS)
-    if not args.toy_dir or toy.is_made(args.toy_dir):
-        names.remove("toy")
-    if args.stage == "grpo" or resume.get("stage") == "grpo":
-        names.remove("SFT")
-    if resume.get("stage") == "grpo" or not args.eval_dataset_name:
-        names.remove("score before GRPO")
-    if args.stage == "sft":
-        names.remove("GRPO")
-    if args.stage == "sft" or not args.eval_dataset_name:
-        names.remove("score after GRPO")
+    begins = resume.get("stage") != "grpo"
+    scored = bool(args.eval_dataset_name)
+    learns = args.stage != "sft"
+    # The toy's seconds on 2 CPU cores (2026-11-26), and whether the stage is still to be run.
+    stages = {
+        "toy": (30, args.toy_dir and not toy.is_made(args.toy_dir)),
+        "priors": (30, True),
+        "SFT": (170, args.stage != "grpo" and begins),
+        "score before GRPO": (15, scored and begins),
+        "GRPO": (190, learns),
+        "score after GRPO": (15, scored and learns),
+    }
     # Other data take their own time; their progress bars tell it.
-    return {name: TOY_SECONDS[name] if args.toy_dir else None for name in names}
+    known = bool(args.toy_dir)
+    return {name: known * seconds for name, (seconds, ahead) in stages.items() if ahead}
 
 
 def read_inputs(args, resume, progress):

@@ -1,6 +1,7 @@
 """How long a run will take, said when it begins and at each of its stages."""
 
 import time
+import timeit
 
 import torch
 
@@ -14,13 +15,7 @@ def probe():
     """Seconds that a fixed piece of work takes here, the fastest of three."""
     states = torch.ones(2048, 128)
     weights = torch.ones(128, 384)
-    seconds = []
-    for _ in range(3):
-        begin = time.perf_counter()
-        for _ in range(20):
-            states @ weights
-        seconds.append(time.perf_counter() - begin)
-    return min(seconds)
+    return min(timeit.repeat(lambda: states @ weights, number=20, repeat=3))
 
 
 def minutes(seconds):
@@ -36,33 +31,31 @@ class Progress:
     """
 
     def __init__(self, stages):
-        """stages: {name: seconds elsewhere; None where the stage's own bar will tell}, in order."""
+        """stages: {name: seconds elsewhere; 0 where the stage's own bar will tell}, in order."""
         self.left = dict(stages)
         self.count = len(stages)
         self.factor = probe() / PROBE_SECONDS
-        self.current = None  # name, expected seconds and beginning of the running stage
-        self.spent = 0.0
-        self.expected = 0.0  # of the stages that took `spent`
-        parts = [f"{name}{self.estimate(' {}', [seconds])}" for name, seconds in stages.items()]
-        total = self.estimate("about {} in all: ", stages.values())
+        self.begin = 0.0  # of the first stage
+        self.expected = 0  # seconds elsewhere of the stages since then
+        parts = [f"{name}{self.here(' {}', seconds)}" for name, seconds in stages.items()]
+        total = self.here("about {} in all: ", sum(stages.values()))
         log_main(f"{total}{', '.join(parts)}")
 
-    def estimate(self, words, expected):
-        """The words with the minutes that stages take here; "" if one's seconds are unknown."""
-        expected = list(expected)
-        return "" if None in expected else words.format(minutes(sum(expected) * self.factor))
+    def here(self, words, seconds):
+        """The words with the minutes that seconds elsewhere are here; "" for 0."""
+        return words.format(minutes(seconds * self.factor)) if seconds else ""
 
     def start(self, name):
         """Ends the running stage and begins one of those that are left, if it is."""
         if name not in self.left:
             return
         now = time.perf_counter()
-        if self.current and self.current[1]:
-            self.spent += now - self.current[2]
-            self.expected += self.current[1]
-            self.factor = self.spent / self.expected
+        if self.expected:
+            self.factor = (now - self.begin) / self.expected
+        else:
+            self.begin = now
         number = self.count - len(self.left) + 1
-        left = self.estimate("; {} left in all", self.left.values())
-        expected = self.left.pop(name)
-        self.current = (name, expected, now)
-        log_main(f"stage {number} of {self.count}, {name}{self.estimate(': {}', [expected])}{left}")
+        left = self.here("; {} left in all", sum(self.left.values()))
+        seconds = self.left.pop(name)
+        self.expected += seconds
+        log_main(f"stage {number} of {self.count}, {name}{self.here(': {}', seconds)}{left}")

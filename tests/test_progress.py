@@ -49,7 +49,7 @@ def test_a_run_says_at_once_how_long_it_will_take_and_corrects_itself(lines, mon
 
 
 def test_stages_of_unknown_length_are_named(lines, monkeypatch):
-    progress = Progress({"priors": None, "GRPO": None})
+    progress = Progress({"priors": 0, "GRPO": 0})
     progress.start("priors")
     progress.start("GRPO")
     assert lines == ["priors, GRPO", "stage 1 of 2, priors", "stage 2 of 2, GRPO"]
