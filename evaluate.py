@@ -62,8 +62,8 @@ from common.data import (
     read_template,
     target_text,
 )
-from common.flags import Parser, check_least, flag
-from common.media import Encoder, PromptFlags
+from common.flags import Parser, check_least, exit_codes, flag
+from common.media import Encoder, PromptFlags, RunFlags
 from common.policy import Policy, collate, load_model
 from common.rollout import Sampling, answer_prompts, read_turn
 from common.workers import Pool, ShardedLines, check_settings, join_ranks, write_whole
@@ -72,7 +72,7 @@ from prior import read_priors
 
 
 @dataclass
-class EvaluateArguments(PromptFlags):
+class EvaluateArguments(RunFlags):
     model_name_or_path: str | None = flag(
         None,
         "Qwen-VL checkpoint, folder or hub id; with --api_base the server's name of the model.",
@@ -82,9 +82,6 @@ class EvaluateArguments(PromptFlags):
         None,
         "Questions: Video-R1, SEED-Bench-R1, TW-GRPO or Video-R2 JSON or JSON lines.",
         aliases=["--bench"],
-    )
-    media_root: str | None = flag(
-        None, "Folder that media paths start from. Default: the data set's."
     )
     rescore: str | None = flag(
         None,
@@ -104,13 +101,7 @@ class EvaluateArguments(PromptFlags):
     max_completion_length: int = flag(1024, "Most tokens of an answer.")
     temperature: float = flag(0.0, "0 is greedy.")
     top_p: float = flag(1.0, "Nucleus, when sampled.")
-    top_k: int = flag(0, "Most probable tokens to choose from, when sampled; 0: all.")
     batch_size: int = flag(32, "Questions answered at once, on each rank.")
-    decode_workers: int = flag(
-        2, "Processes per rank that decode the next batch's media; 0: none, and no timeout."
-    )
-    decode_timeout: float = flag(300.0, "Seconds that a worker may take for a question's media.")
-    seed: int = flag(0, "Seed of the sampling.")
     frame_use: str = flag(
         "none",
         "Also measure where each answer looks, by a layer's attention or, as in the paper, its "
@@ -157,12 +148,10 @@ class EvaluateArguments(PromptFlags):
         "the environment's JUDGE_API_KEY.",
     )
     judge_model: str | None = flag(None, "The judge's name on that server.")
-    local_rank: int = flag(-1, "Set by the deepspeed launcher.")
 
     def __post_init__(self):
         super().__post_init__()
-        check_least(self, max_completion_length=1, batch_size=1, decode_workers=0)
-        check_least(self, temperature=0, top_k=0, decode_timeout=1e-6)
+        check_least(self, max_completion_length=1, batch_size=1, temperature=0)
         check_least(self, api_workers=1, api_timeout=1e-6, api_retries=0)
         rescore = self.rescore
         measures = self.frame_use != "none"
@@ -1064,7 +1053,7 @@ def run_check(arguments):
 def main():
     hf_logging.set_verbosity_error()
     words = sys.argv[1:]
-    try:
+    with exit_codes("evaluate.py"):
         if words[:1] == ["compare"]:
             run_compare(**vars(parse_compare(words[1:])))
             return
@@ -1076,12 +1065,6 @@ def main():
             run_check(arguments)
         else:
             run_benchmark(arguments)
-    except (DataError, OSError) as error:  # OSError: a file cannot be written
-        print(f"evaluate.py: error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("evaluate.py: interrupted; the same command continues", file=sys.stderr)
-        sys.exit(130)
 
 
 if __name__ == "__main__":

@@ -23,7 +23,6 @@ processes decode while this process runs CLIP.
 import json
 import math
 import os
-import sys
 from dataclasses import dataclass, fields
 from fractions import Fraction
 from functools import lru_cache
@@ -49,7 +48,7 @@ from common.data import (
     first_words,
     load_examples,
 )
-from common.flags import Parser, check_least, flag
+from common.flags import Parser, check_least, exit_codes, flag
 from common.media import FrameFlags, sample_medium
 from common.media import uniform_frames as uniform_frames  # people import it from here
 from common.video import load_image, open_medium, open_video
@@ -900,18 +899,12 @@ continues. 1: a fault of this program, with its trace."""
 def main():
     parser = Parser(PriorArguments, __doc__ + EXIT_CODES)
     namespace = parser.parse_args()
-    try:
+    with exit_codes("prior.py"):
         arguments = PriorArguments(**vars(namespace))
         if arguments.video:
             run_video(arguments)
         else:
             run_dataset(arguments)
-    except (DataError, OSError) as error:  # OSError: a file that cannot be written, a full disk
-        print(f"prior.py: error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("prior.py: interrupted; the same command continues", file=sys.stderr)
-        sys.exit(130)
 
 
 if __name__ == "__main__":

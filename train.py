@@ -60,7 +60,7 @@ from common.engine import (
     write_shards,
 )
 from common.flags import Parser, check_least, flag
-from common.media import Encoder, PromptFlags
+from common.media import Encoder, RunFlags
 from common.policy import FAMILIES, PACKED_FAMILIES, Policy, Prompts, collate
 from common.progress import Progress
 from common.ranks import (
@@ -145,7 +145,7 @@ RECIPES = {
 
 
 @dataclass
-class TrainArguments(PromptFlags, prior.PriorSettings):
+class TrainArguments(RunFlags, prior.PriorSettings):
     """Settings of a run; run.json in its output folder has their values."""
 
     model_name_or_path: str | None = flag(
@@ -160,9 +160,6 @@ class TrainArguments(PromptFlags, prior.PriorSettings):
     eval_dataset_name: str | None = flag(
         None,
         "Held-out questions, scored before and after; never trained on. The toy brings its own.",
-    )
-    media_root: str | None = flag(
-        None, "Folder that media paths start from. Default: the data set file's folder."
     )
     stage: str | None = flag(
         None,
@@ -182,10 +179,6 @@ class TrainArguments(PromptFlags, prior.PriorSettings):
     toy_dir: str | None = flag(None, "Folder of the toy. Default: toy-seedN, made on first use.")
     max_pixels: int = flag(128 * 28 * 28, "Most pixels of a frame.")
     image_max_pixels: int | None = flag(512 * 28 * 28, "Most pixels of a picture (Video-R1's).")
-    decode_workers: int = flag(
-        2, "Processes per rank that decode the next step's media; 0: none. Default for the toy: 1."
-    )
-    decode_timeout: float = flag(300.0, "Seconds after which a medium is given up (with workers).")
     max_prompt_length: int = flag(
         16384, "Questions with more prompt tokens, visual ones included, are skipped."
     )
@@ -195,7 +188,6 @@ class TrainArguments(PromptFlags, prior.PriorSettings):
     )
     temperature: float = flag(1.0, "Sampling temperature.")
     top_p: float = flag(0.95, "Nucleus.")
-    top_k: int = flag(0, "Number of likeliest tokens to choose from; 0: all.")
     cuda_graph: bool = flag(
         torch.cuda.is_available(),
         "Sample in fixed shapes by one CUDA graph, captured once a rollout and replayed every "
@@ -355,8 +347,6 @@ class TrainArguments(PromptFlags, prior.PriorSettings):
     resume_from_checkpoint: str | None = flag(
         None, "Folder of a checkpoint, or auto: the newest one in the output folder, if any."
     )
-    seed: int = flag(0, "Random seed.")
-    local_rank: int = flag(-1, "Set by the deepspeed launcher.")
 
 
 # Settings of a recipe that are meant for billions of parameters; the toy keeps its own.
@@ -1657,7 +1647,6 @@ def check_arguments(args):
     if args.cuda_graph and not torch.cuda.is_available():
         raise DataError("--cuda_graph needs a GPU")
     check_least(args, num_generations=2, sft_questions_per_medium=1)
-    check_least(args, decode_workers=0, decode_timeout=1e-6)
     if args.freeze_vision and args.train_only_merger:
         raise DataError("--freeze_vision freezes the mergers too; give it or --train_only_merger")
     refuse_unread_flags(args.stage)

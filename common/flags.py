@@ -12,6 +12,8 @@ The help shows the docstring of the command and the default of every flag.
 import argparse
 import copy
 import math
+import sys
+from contextlib import contextmanager
 from dataclasses import field
 
 from transformers import HfArgumentParser
@@ -37,6 +39,19 @@ def check_least(settings, **least):
         value = getattr(settings, name)
         if value is not None and not bound <= value < math.inf:
             raise DataError(f"--{name} must be at least {bound} and finite")
+
+
+@contextmanager
+def exit_codes(program):
+    """What ends a command: bad input or a file that cannot be written by 2, Ctrl-C by 130."""
+    try:
+        yield
+    except (DataError, OSError) as error:
+        print(f"{program}: error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print(f"{program}: interrupted; the same command continues", file=sys.stderr)
+        sys.exit(130)
 
 
 class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):

@@ -97,6 +97,30 @@ class PromptFlags(FrameFlags):
             raise DataError("--min_pixels must not be above --max_pixels")
 
 
+@dataclass(kw_only=True)
+class RunFlags(PromptFlags):
+    """How a data set is read and answered; flags of training and evaluation."""
+
+    media_root: str | None = flag(
+        None,
+        "Folder that media paths start from. None: the data set file's.",
+        group="Data and sampling",
+    )
+    decode_workers: int = flag(
+        2,
+        "Processes per rank that decode the next step's or batch's media; 0: none, and no timeout. "
+        "Of the toy: 1.",
+    )
+    decode_timeout: float = flag(300.0, "Seconds that a worker may take for a question's media.")
+    top_k: int = flag(0, "Likeliest tokens to choose from, when sampled; 0: all.")
+    seed: int = flag(0, "Random seed.")
+    local_rank: int = flag(-1, "Set by the deepspeed launcher.")
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_least(self, decode_workers=0, decode_timeout=1e-6, top_k=0)
+
+
 class Frames(NamedTuple):
     """Frames of a medium, in the order in which they were asked for."""
 
