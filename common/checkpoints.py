@@ -33,7 +33,7 @@ from transformers.utils.hub import get_checkpoint_shard_files
 
 from common.data import DataError, first_words
 from common.policy import MISNAMED
-from common.ranks import gather, is_main, log_main
+from common.ranks import gather, is_main, log_main, wait_for_all
 from common.rollout import stop_tokens
 
 
@@ -152,7 +152,7 @@ def save_model(engine, processor, folder):
         check_names(policy, aside)
         write_for_version_4(aside, policy.model.config.text_config.attribute_map)
         replace_folder(aside, folder)
-    dist.barrier()
+    wait_for_all()
 
 
 @contextmanager
@@ -309,6 +309,9 @@ class Checkpoints:
                 text = json.dumps(state, indent=1)
                 (aside / "state.json").write_text(text, encoding="utf-8")
         except (OSError, RuntimeError, SafetensorError) as error:
+            # torch's writer of files raises RuntimeError; others are no want of disk.
+            if isinstance(error, RuntimeError) and "inline_container" not in str(error):
+                raise
             # Room for the next try; the checkpoint before is whole.
             free = shutil.disk_usage(output).free / 1e6
             shutil.rmtree(aside, ignore_errors=True)
@@ -317,7 +320,7 @@ class Checkpoints:
                 f"checkpoint {folder} could not be written ({first_words(error)}; "
                 f"{free:,.0f} MB of disk were free); {self.newest_checkpoint_text()}"
             ) from error
-        dist.barrier()
+        wait_for_all()
         if is_main():
             replace_folder(aside, folder)
             for old in checkpoints(output)[: -self.arguments.save_total_limit]:

@@ -9,6 +9,7 @@ import math
 import os
 import socket
 from collections import Counter
+from datetime import timedelta
 
 import deepspeed
 import psutil
@@ -18,6 +19,7 @@ from deepspeed.constants import TORCH_DISTRIBUTED_DEFAULT_PORT
 from tqdm import tqdm
 
 from common.data import DataError
+from common.workers import check_launcher
 
 
 def is_main():
@@ -41,11 +43,21 @@ def name_skipped(causes):
             log_main(f"skipped {problem}: {cause}")
 
 
-def gather(value):
+# Group of all ranks that waits for rank 0's long work; None is the group of all collectives, which
+# gives a silent rank up after some minutes.
+patient = None
+
+
+def gather(value, group=None):
     """List of every rank's value, on all ranks; any object that pickle takes."""
     everyone = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, value)
+    dist.all_gather_object(everyone, value, group)
     return everyone
+
+
+def wait_for_all():
+    """Returns when all ranks have come here, however long rank 0 has worked alone."""
+    dist.barrier(patient)
 
 
 def average(values):
@@ -87,7 +99,12 @@ def own_port():
 
 
 def start_ranks():
-    """Joins the ranks that deepspeed or torchrun started; one process alone is one rank."""
+    """Joins the ranks that deepspeed or torchrun started; one process alone is one rank.
+
+    Errors: DataError if another launcher started several.
+    """
+    global patient
+    check_launcher()
     if "RANK" not in os.environ:
         alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
         os.environ.update(alone, MASTER_PORT=free_port())
@@ -96,6 +113,7 @@ def start_ranks():
         # NCCL's first collective comes before any engine.
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     deepspeed.init_distributed()
+    patient = dist.new_group(backend="gloo", timeout=timedelta(days=7))
     if torch.cuda.is_available():
         return
     # A CPU computes with denormal numbers a hundred times slower.
@@ -106,7 +124,7 @@ def start_ranks():
 
 
 def on_main_first(work):
-    """Calls work() on rank 0 while the others wait.
+    """Calls work() on rank 0 while the others wait, hours if need be.
 
     Returns:
         What it returned, on all ranks.
@@ -120,7 +138,7 @@ def on_main_first(work):
             value = work()
         except DataError as error:
             message = str(error)
-    value, message = gather((value, message))[0]
+    value, message = gather((value, message), patient)[0]
     if message is not None:
         raise DataError(message)
     return value

@@ -230,12 +230,30 @@ def join_shards(path):
         file.unlink()
 
 
+# Where launchers say how many processes they started: srun, Open MPI, and MPICH with its kin.
+STARTED = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
+
+
+def check_launcher():
+    """Errors: DataError if a launcher started processes that would be a run each, in one folder."""
+    ranks = int(os.environ.get("WORLD_SIZE", 1))
+    for name in STARTED:
+        count = int(os.environ.get(name, 1))
+        if count > ranks:
+            raise DataError(
+                f"{count} processes were started ({name}), each a run of {ranks} rank(s) by "
+                "itself: start ranks by torchrun (srun torchrun, docs/training.md) or deepspeed"
+            )
+
+
 def join_ranks():
     """Joins the ranks that torchrun or deepspeed started, for the barriers of ShardedLines.
 
     Returns:
         rank, number of ranks; 0, 1 for one process.
+    Errors: DataError if another launcher started several.
     """
+    check_launcher()
     rank = int(os.environ.get("RANK", 0))
     world = int(os.environ.get("WORLD_SIZE", 1))
     if world > 1:

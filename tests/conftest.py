@@ -318,9 +318,9 @@ def launch(*flags, ranks=1, env=None, report=False):
     return run_script("train.py", *flags, ranks=ranks, env=env, report=report)
 
 
-def complain(*flags):
+def complain(*flags, env=None):
     """train.py with bad input -> the one sentence it ends with."""
-    done = run_script("train.py", *flags, check=False)
+    done = run_script("train.py", *flags, check=False, env=env)
     assert done.returncode == 2, done.stdout[-2000:] + done.stderr[-2000:]
     assert "Traceback" not in done.stderr
     return done.stderr.strip().splitlines()[-1]
