@@ -353,7 +353,8 @@ def exact_number(text):
 
 
 NUMBER = re.compile(
-    r"[(\[]*([-+]?(?:\d{1,3}(?:,\d{3})+(?:\.\d+)?|\d*\.?\d+|\d+\.)(?:e[-+]?\d+)?)(?:\s?[/\u2044]\s?(\d+))?(.*)",
+    r"[(\[$€£¥]*([-+]?(?:\d{1,3}(?:,\d{3})+(?:\.\d+)?|\d*\.?\d+|\d+\.)(?:e[-+]?\d+)?)"
+    r"(?:\s?[/\u2044]\s?(\d+))?(.*)",
     re.DOTALL | re.IGNORECASE,
 )
 # A word of a unit: "m2", "km/h", "%", "°C".
@@ -449,6 +450,8 @@ def official_score(answer, item):
     """Score an answer's text in [0, 1] by what the benchmarks ask for; None if it is unreadable."""
     truth = item.solution
     kind = item.problem_type
+    if kind == "OCR":
+        return reward.ocr_reward(clean_text(answer), clean_text(truth))
     # Equal texts need no reading.
     if plain_text(answer) == plain_text(truth):
         return 1.0
@@ -469,8 +472,6 @@ def official_score(answer, item):
         if kind == "numerical":
             return float(same_number(answer, truth))
         return mean_relative_accuracy(number, right)
-    if kind == "OCR":
-        return reward.ocr_reward(clean_text(answer), clean_text(truth))
     return reward.rouge_reward(spell_out(answer), spell_out(truth))
 
 

@@ -186,6 +186,8 @@ def test_a_letter_wins_over_an_option_that_is_a_letter():
         (r"90^{\circ}", "90"),
         ("20 \u2103", "20"),
         ("$5", "5"),
+        ("$5$", "5"),
+        ("\u20ac5", "5"),
         ("5\u4e2a", "5"),
         ("3/4", "3/4"),
         ("\u00be", "3/4"),
@@ -271,6 +273,9 @@ def item(output, solution, kind="multiple choice", options=BALLS, **more):
         ("multiple choice", "B", "B,C", 0),
         ("OCR", "STOP here", "**STOP here**", 1),
         ("OCR", "STOP here", "STOP", 0.5),
+        ("OCR", "STOP", "stop", 0),
+        ("OCR", "$5", "5", 0),
+        ("OCR", "\uff33\uff34\uff2f\uff30", "STOP", 1),
         ("free-form", "\u4e00\u53ea\u72d7", "\u4e00\u53ea\u72d7", 1),
         ("free-form", "Caf\u00e9", "caf\u00e9.", 1),
         (
