@@ -318,7 +318,9 @@ def read_alone(text, read):
 CHOICE = re.compile(r"(?s)[(\[\"]?([A-Za-z])(?![\w'])([)\].:\"]*)(?![A-Z]\.)(?:[\s,=-]+\b)?(.*)")
 RIGHT = re.compile("is (the )?(correct|right|best|final|most likely)? ?(answer|option|choice)?")
 # Another letter behind the first: "A. red or C", "B. not (A)".
-RIVAL = re.compile(r"\b(?:or|and|not|nor)\s+\(?[A-Z]\b(?!\s[a-z])|\([A-Z]\)|\b[A-Z][).:](?=\s)")
+RIVAL = re.compile(
+    r"\b(?:or|and|not|nor)\s+\(?[A-Z]\b(?!\s[a-z])|\([A-Z]\)|\b[A-Z][).:](?!\w)|^\W*[A-Z]\W*$"
+)
 
 
 def read_option(text, known):

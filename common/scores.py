@@ -147,9 +147,8 @@ def item_of(row):
     """
     # SEED-Bench-R1's results.
     if "golden_choice_idx" in row:
-        kind = {"problem_type": "multiple choice", "solution": row["golden_choice_idx"]}
-        row = {**kind, "options": add_letters(numbered_options(row)), **row}
-    options = row.get("options") or []
+        row = {"problem_type": "multiple choice", "solution": row["golden_choice_idx"], **row}
+    options = row.get("options") or add_letters(numbered_options(row))
     output = row.get("output") or ""
     error = first_field(row, ["error"]) or None
     if not isinstance(options, list) or not isinstance(output, str):
