@@ -209,14 +209,15 @@ def open_pyav(path):
             timed = timed and stream.codec_context.name in PACKET_IS_FRAME
             base = float(stream.time_base)
             promised = promised_seconds(container, stream)
+            own = stream.duration is not None
         if not found:
             raise MediaError(f"{path}: not a readable video (it has no frames)")
-        # FFmpeg takes the place where such a file is cut for its end. Sound may outlast the video,
-        # and the last frame may say no duration.
+        # FFmpeg takes the place where a file is cut for its end. The last frame may say no
+        # duration, and sound may outlast the video where the length is that of both.
         points, keys, discarded = map(np.array, zip(*found, strict=True))
         longest = np.diff(sorted(filter(None, points))).max(initial=0)
         least = 0.95 * promised - 2 * longest * base
-        if end * base < least and last_second(path) < least:
+        if end * base < least and (own or last_second(path) < least):
             raise MediaError(
                 f"{path}: damaged video (it ends at {end * base:.1f} of {promised:.1f} s)"
             )
@@ -236,13 +237,16 @@ def open_pyav(path):
 
 def promised_seconds(container, stream):
     """Length of a file in its header, of the containers that have it there; else 0."""
-    names = container.format.name.split(",")
+    names = {*container.format.name.split(",")}
     if "avi" in names:
         return float(stream.frames / (stream.average_rate or 1))
+    # After its edit list.
+    if "mov" in names:
+        return float((stream.duration or 0) * stream.time_base)
     # FFmpeg passes the length of a Windows Media file on where the file has the promised size.
     if "asf" in names and stream.duration is None:
         raise MediaError(f"{container.name}: damaged video (cut short, or recorded without an end)")
-    return (container.duration or 0) / av.time_base if {"matroska", "flv"} & {*names} else 0.0
+    return (container.duration or 0) / av.time_base if {"matroska", "flv"} & names else 0.0
 
 
 def last_second(path):

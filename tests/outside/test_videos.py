@@ -55,6 +55,7 @@ MPEG2 = "-c:v mpeg2video -q:v 4 -bf 2 -g 12 -flags -cgop"
 ENCODED = {
     "plain.mp4": H264,
     "plain.avi": H264,
+    "first.mp4": f"{B_FRAMES} -movflags faststart",  # its index stands first
     "fragments.mp4": f"{H264} -movflags frag_keyframe+empty_moov",
     "late.mkv": f"{H264} -output_ts_offset 5",
     "ten_bits.mkv": f"{H264} -pix_fmt yuv420p10le",
@@ -236,7 +237,7 @@ def test_a_broken_file_is_refused_with_its_cause(folder, tmp_path, name, damage,
 @pytest.mark.parametrize(
     "name",
     "b_frames.avi mpeg4.avi mjpeg.avi b_frames.flv flash.flv b_frames.mkv hevc.mkv vp8.webm "
-    "windows.wmv".split(),
+    "windows.wmv first.mp4".split(),
 )
 def test_a_file_cut_short_is_refused(folder, tmp_path, name):
     """Cut in a packet, and between two, where no reader sees a torn one."""
