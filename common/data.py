@@ -934,6 +934,8 @@ def invert_question(example, rng):
     lettered_inside = re.search(r"\b[A-H][.)]\s", example.question)
     if example.problem_type != "multiple choice" or question is None or lettered_inside:
         return None
+    if not all(map(LETTERED.fullmatch, example.options)):
+        return None
     texts = option_texts(example.options)
     if any(ABOUT_OPTIONS.search(text) for text in texts.values()):
         return None
