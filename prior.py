@@ -50,7 +50,6 @@ from common.data import (
 )
 from common.flags import Parser, check_least, exit_codes, flag
 from common.media import FrameFlags, sample_medium
-from common.media import uniform_frames as uniform_frames  # people import it from here
 from common.video import load_image, open_medium, open_video
 from common.workers import Pool, ShardedLines, check_settings, join_ranks
 from grpo import slot_shares
@@ -188,6 +187,11 @@ class PriorArguments(PriorSettings):
         # The input would be overwritten.
         if os.path.realpath(self.output) == os.path.realpath(self.dataset_name or self.video):
             raise DataError(f"--output {self.output} is the input itself; choose another file")
+
+
+def uniform_frames(total, k):
+    """Indices of k evenly spread frames: round(linspace(0, total - 1, k)), or all if fewer."""
+    return np.linspace(0, total - 1, min(k, total)).round().astype(int).tolist()
 
 
 def settings_of(settings, kind=PriorSettings):

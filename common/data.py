@@ -685,6 +685,23 @@ def read_times(row):
     return grounding, evidence, nulls
 
 
+def notes_of(row, media):
+    """What is not as a row says of itself and of its media, in words."""
+    notes = []
+    # The row itself beside its media, where it is none of them.
+    parts = [*zip(row.get("media") or [row], media, strict=False)]
+    if row.get("media") or not media:
+        parts.append((row, None))
+    for part, medium in parts:
+        for name in UNUSED:
+            if not is_empty(part.get(name)) and getattr(medium, name, None) is None:
+                notes.append(f"rows have {name}, which no prompt shows")
+        suffix = os.path.splitext(medium.path)[1] if medium else ""
+        if not str(part.get("path")).endswith(suffix):
+            notes.append(f"videos are there as {suffix} alone, which is taken")
+    return notes
+
+
 def read_example(row, index, media_root):
     """A row in Video-R1's format -> Example. DataError says what is wrong, not in which row."""
     needed = ["problem", "problem_type", "solution"]
@@ -726,18 +743,8 @@ def read_example(row, index, media_root):
         evidence=evidence,
         extra={name: value for name, value in row.items() if name not in FIELDS},
     )
-    example.notes = ["sentences of grounding are null and left out"] * nulls
-    # The row itself beside its media, where it is none of them.
-    parts = [*zip(row.get("media") or [row], media, strict=False)]
-    if row.get("media") or not media:
-        parts.append((row, None))
-    for part, medium in parts:
-        for name in UNUSED:
-            if not is_empty(part.get(name)) and getattr(medium, name, None) is None:
-                example.notes.append(f"rows have {name}, which no prompt shows")
-        suffix = os.path.splitext(medium.path)[1] if medium else ""
-        if not str(part.get("path")).endswith(suffix):
-            example.notes.append(f"videos are there as {suffix} alone, which is taken")
+    nulls = ["sentences of grounding are null and left out"] * nulls
+    example.notes = nulls + notes_of(row, media)
     # The name of the medium in the files that we write.
     if row.get("media"):
         example.extra["path"] = row["media"][media.index(example.medium)]["path"]

@@ -129,11 +129,6 @@ class Frames(NamedTuple):
     frames: np.ndarray  # (K, H, W, 3) uint8 RGB
 
 
-def uniform_frames(total, k):
-    """Indices of k evenly spread frames: round(linspace(0, total - 1, k)), or all if fewer."""
-    return np.linspace(0, total - 1, min(k, total)).round().astype(int).tolist()
-
-
 def sample_video(path, count, fps=None, start=None, end=None, **more):
     """Frames of a video file, an animated picture or a folder of pictures, evenly spread in time.
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
+import prior
 import toy
 from common import media, video
 from common.data import DataError, Example, MediaError, Medium, Prior, chat_parts
@@ -15,7 +16,6 @@ from common.media import (
     load_image,
     read_frames,
     resize_frames,
-    uniform_frames,
 )
 from common.video import open_video
 
@@ -42,11 +42,11 @@ def write_video(path, count=20, fps=5, size=(48, 64), step=10):
 
 def test_uniform_frames_by_hand():
     # linspace(0, 9, 4) = 0 3 6 9; linspace(0, 10, 4) = 0 3.33 6.67 10
-    assert uniform_frames(10, 4) == [0, 3, 6, 9]
-    assert uniform_frames(11, 4) == [0, 3, 7, 10]
-    assert uniform_frames(3, 8) == [0, 1, 2]
-    assert uniform_frames(5, 1) == [0]
-    assert uniform_frames(64, 16)[-1] == 63
+    assert prior.uniform_frames(10, 4) == [0, 3, 6, 9]
+    assert prior.uniform_frames(11, 4) == [0, 3, 7, 10]
+    assert prior.uniform_frames(3, 8) == [0, 1, 2]
+    assert prior.uniform_frames(5, 1) == [0]
+    assert prior.uniform_frames(64, 16)[-1] == 63
 
 
 def test_decoded_frames_are_the_asked_ones(tmp_path):
