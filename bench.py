@@ -50,7 +50,7 @@ import prior
 import toy
 import train
 from common.data import DataError, Example, Medium
-from common.engine import start_engine
+from common.engine import hookless_twin, start_engine
 from common.flags import Parser, flag
 from common.media import Encoder, sample_video
 from common.policy import Policy, collate, load_model, vision_tokens
@@ -191,7 +191,8 @@ class PlainEngine:
 
     def __init__(self, policy):
         self.module = policy
-        self.optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-6)
+        self.twin = hookless_twin(policy.model)
+        self.optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-6, fused=True)
 
     def __call__(self, *inputs, **settings):
         return self.module(*inputs, **settings)

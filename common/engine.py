@@ -5,6 +5,7 @@ engine = start_engine(arguments, path, learning_rate=1e-6)     # ZeRO-0 to 3, on
 inputs = Inputs(encoder, workers=2, timeout=300.0)
 """
 
+import copy
 import importlib.util
 import json
 import math
@@ -92,6 +93,9 @@ def deepspeed_config(arguments, hidden_size, micro_batch=1, accumulation=1, lear
         parameters = optimizer_parameters(file)
         parameters["lr"] = learning_rate
         parameters.setdefault("weight_decay", "auto")
+        # Sums of many bfloat16 gradients lose the small ones. Stages 0 and 1 sum in no other type.
+        if file.get_value("zero_optimization.stage") in (2, 3):
+            config.setdefault("data_types", {}).setdefault("grad_accum_dtype", "fp32")
 
     # As in HfTrainerDeepSpeedConfig; betas and eps are the defaults of TrainingArguments.
     autos = {
@@ -152,6 +156,9 @@ def optimizer_parameters(file):
     use_torch = not torch.cuda.is_available() or (missing and not offloads)
     if use_torch and optimizer["type"].lower() in ("adam", "adamw"):
         parameters.setdefault("torch_adam", True)
+    # torch's other Adams copy all that they update; on a CPU (offload) they are many times slower.
+    if parameters.get("torch_adam"):
+        parameters.setdefault("fused", True)
     return parameters
 
 
@@ -248,9 +255,20 @@ def start_engine(arguments, model_path, micro_batch=1, accumulation=1, learning_
         if arguments.gradient_checkpointing:
             checkpoint_activations(model)
         trained = [parameter for parameter in policy.parameters() if parameter.requires_grad]
+    twin = hookless_twin(model)
     engine, *_ = deepspeed.initialize(model=policy, config=config, model_parameters=trained)
+    vars(engine)["twin"] = twin  # not as a part of it, which its parameters would be
     engine.train(learning_rate is not None)
     return engine
+
+
+def hookless_twin(model):
+    """A model's modules again around parameters that hold nothing; sampling() lends it the model's.
+
+    It is made before DeepSpeed hooks the model.
+    """
+    empty = {id(p): torch.nn.Parameter(torch.empty(0), False) for p in model.parameters()}
+    return copy.deepcopy(model, empty).eval()
 
 
 def choose_trained(model, arguments):

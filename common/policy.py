@@ -31,6 +31,9 @@ from grpo import group_divergence, weights_of_divergence
 
 logger = logging.get_logger(__name__)
 
+# It would plan anew for every length of a row, for seconds a step.
+torch.backends.cuda.enable_cudnn_sdp(False)
+
 # ------------------------------------------------------------------ one seam per model family
 #
 # All that differs between families and versions of transformers stands in this section. To add a
@@ -246,7 +249,7 @@ def group_attention(
 
     There is no (S, S) mask: the prompt attends to itself, then every completion to
     [prompt | itself], both causal by position alone. So padding on the right is never seen; on the
-    left it is cut off. Without a layout (a cached step, or generate) it is sdpa.
+    left it is cut off. In a cached step of rollout.py it is attend_apart, in generate sdpa.
 
     Args:
         query: (B, heads, S, d).
@@ -254,16 +257,15 @@ def group_attention(
     Returns:
         (B, S, heads, d), and None, as transformers expects.
     """
-    if layout is None and attention_mask is None:
-        return sdpa_attention_forward(module, query, key, value, None, dropout, scaling, **kwargs)
-    attend = partial(scaled_dot_product_attention, dropout_p=dropout, scale=scaling)
+    if isinstance(key, tuple):
+        return attend_apart(query, key, value, attention_mask, scaling), None
     if layout is None:
-        # the query heads of a key head become rows: no copy of keys and values for every head
-        shared = query.shape[1] // key.shape[1]
-        rows = query.unflatten(1, (-1, shared)).flatten(2, 3)  # (B, key heads, shared * S, d)
-        attended = attend(rows, key, value, attention_mask.repeat(1, 1, shared, 1))
-        return attended.unflatten(2, (shared, -1)).flatten(1, 2).transpose(1, 2), None
-    attend = partial(attend, enable_gqa=True)
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout, scaling, **kwargs
+        )
+    attend = partial(
+        scaled_dot_product_attention, dropout_p=dropout, scale=scaling, enable_gqa=True
+    )
     attend_completions = attend_to_both
     if not layout.checkpointed:
         # the G copies of the prompt's keys and values are not kept for the backward
@@ -287,6 +289,40 @@ def group_attention(
                 layout.recorded.append(pad(weights, (padding, 0)))
         rows.append(pad(torch.cat(attended, 2), (0, 0, padding, 0)))  # (1, heads, S, d)
     return torch.cat(rows).transpose(1, 2), None
+
+
+def attend_apart(query, keys, values, seen, scaling):
+    """Attention of the newest token of W completions to [prompt | own tokens].
+
+    The prompt's keys and values are read once for all its completions, the own ones once each.
+
+    Args:
+        query: (B, heads, W, d).
+        keys, values: pairs of the prompt's (B, key heads, P, d), the completions' (B, key heads, W,
+            t, d).
+        seen: (B, 1, 1, P + t) bool.
+    Returns:
+        (B, W, heads, d).
+    """
+    prompt, own = keys
+    # (B, key heads, W, shared, d)
+    rows = query.unflatten(1, (prompt.shape[1], -1)).transpose(2, 3)
+    places = rows.shape[2:4]
+    to_prompt = products(rows.flatten(2, 3), prompt).unflatten(2, places)
+    scores = torch.cat([to_prompt, products(rows, own)], -1) * scaling  # (..., shared, P + t)
+    weights = scores.masked_fill(~seen[:, None], float("-inf")).softmax(-1).to(query.dtype)
+    to_prompt, to_own = weights.split([prompt.shape[2], own.shape[3]], -1)
+    attended = (to_prompt.flatten(2, 3) @ values[0]).unflatten(2, places) + to_own @ values[1]
+    return attended.transpose(1, 2).flatten(2, 3)
+
+
+def products(rows, columns):
+    """Inner products of (..., n, d) and (..., m, d): (..., n, m) in float32."""
+    if rows.dtype != torch.bfloat16 or not rows.is_cuda:
+        return rows.float() @ columns.float().mT
+    # a float32 copy of the keys would be read twice
+    flat = torch.bmm(rows.flatten(0, -3), columns.flatten(0, -3).mT, out_dtype=torch.float32)
+    return flat.unflatten(0, rows.shape[:-2])
 
 
 # made here because its class cannot be made within a dispatch mode such as a FLOP counter

@@ -59,17 +59,23 @@ def sample_tokens(logits, uniform, settings):
     if settings.temperature == 0:
         return logits.argmax(dim=-1)
     probs = torch.softmax(logits.float() / settings.temperature, dim=-1)
-    probs, order = probs.sort(dim=-1, descending=True)
+    order = None
+    # the whole vocabulary is sorted for a nucleus of all tokens alone
     if settings.top_k:
-        probs = probs[:, : settings.top_k]
+        probs, order = probs.topk(min(settings.top_k, probs.shape[-1]), dim=-1)
         probs = probs / probs.sum(dim=-1, keepdim=True)
-    # the token that crosses top_p stays
-    before = probs.cumsum(dim=-1) - probs
-    probs = probs.masked_fill(before >= settings.top_p, 0.0)
+    elif settings.top_p < 1:
+        probs, order = probs.sort(dim=-1, descending=True)
+    if settings.top_p < 1:
+        # the token that crosses top_p stays
+        before = probs.cumsum(dim=-1) - probs
+        probs = probs.masked_fill(before >= settings.top_p, 0.0)
     cumulative = probs.cumsum(dim=-1)
-    below = cumulative <= uniform[:, None] * cumulative[:, -1:]
-    chosen = below.sum(dim=-1).clamp(max=probs.shape[-1] - 1)
-    return order.gather(-1, chosen[:, None]).squeeze(-1)
+    # below the sum, which rounding could reach
+    total = cumulative[:, -1:]
+    point = torch.minimum(uniform[:, None] * total, total.nextafter(torch.zeros_like(total)))
+    chosen = (cumulative <= point).sum(dim=-1, keepdim=True)
+    return (chosen if order is None else order.gather(-1, chosen)).squeeze(-1)
 
 
 def row_uniforms(seeds, length):
@@ -78,36 +84,60 @@ def row_uniforms(seeds, length):
     return torch.stack([torch.rand(length, generator=generator) for generator in generators])
 
 
+@dataclass
+class Columns:
+    """The completions' columns of a KV cache, behind their prompt's."""
+
+    newest: torch.Tensor  # (1,) the one that a step writes
+    shown: int = 0  # how many are read
+
+
 class RoomyLayer(DynamicLayer):
     """A layer of the KV cache with room for more: transformers' is copied whole for every token.
 
-    It appends and shows what it holds. With `columns`, a tensor (n,), it writes there and shows all
-    its room: shapes that never change, which a CUDA graph can replay.
+    Args:
+        prompt: layer with the keys and values of B prompts, (B, key heads, P, d) each.
+        width, more: completions of each prompt, columns of each completion.
+        columns: Columns of all layers.
+        apart: whether attention takes pairs (prompt, completions), as policy.attend_apart does.
+            Otherwise a prompt has one completion, in whose room it stands, too.
     """
 
-    def __init__(self, prompt, more, columns=None):
+    def __init__(self, prompt, width, more, columns, apart):
         super().__init__()
         self.is_initialized = True
-        self.columns = columns
-        # (B, key heads, P + more, d) each
-        self.room = [pad(states, (0, 0, 0, more)) for states in (prompt.keys, prompt.values)]
         self.keys = prompt.keys
         self.values = prompt.values
+        self.columns = columns
+        self.apart = apart
+        self.rooms = []
+        for states in (prompt.keys, prompt.values):
+            batch, heads, length, size = states.shape
+            self.begin = 0 if apart else length
+            # (B, key heads, W, columns, d)
+            room = states.new_zeros(batch, heads, width, self.begin + more, size)
+            room[:, :, 0, : self.begin] = states[:, :, : self.begin]
+            self.rooms.append(room)
 
     def update(self, key_states, value_states, *args, **kwargs):
-        """Write keys and values (B, key heads, n, d) -> all keys, all values."""
-        before = self.keys.shape[2]
-        after = before + key_states.shape[2]
-        columns = slice(before, after) if self.columns is None else self.columns
-        for room, states in zip(self.room, (key_states, value_states), strict=True):
-            room[:, :, columns] = states
-        if self.columns is None:
-            self.keys, self.values = (states[:, :, :after] for states in self.room)
-            return self.keys, self.values
-        return self.room
+        """Writes keys and values (B, key heads, W, d); returns all keys, all values."""
+        shown = []
+        for room, states in zip(self.rooms, (key_states, value_states), strict=True):
+            room.index_copy_(3, self.begin + self.columns.newest, states[:, :, :, None])
+            shown.append(room[:, :, :, : self.begin + self.columns.shown])
+        if self.apart:
+            return (self.keys, shown[0]), (self.values, shown[1])
+        self.keys, self.values = (own[:, :, 0] for own in shown)
+        return self.keys, self.values
 
     def reorder_cache(self, beam_idx):
-        self.room = [states[beam_idx] for states in self.room]
+        super().reorder_cache(beam_idx)
+        self.rooms = [room[beam_idx] for room in self.rooms]
+
+    def narrow(self, order):
+        """Keeps the completions order (B, fewer) of each prompt."""
+        order = order[:, None, :, None, None]
+        self.rooms = [room.take_along_dim(order, 2) for room in self.rooms]
 
 
 class Decoder:
@@ -129,22 +159,24 @@ class Decoder:
         self.hidden = output.last_hidden_state[:, -1:]  # (B, 1, D)
         self.mask = prompts.mask  # (B, P)
         self.position = prompts.position_ids.amax(dim=(0, 2)) + 1  # (B,) of the first new token
+        self.columns = Columns(torch.zeros(1, dtype=torch.long, device=device))
 
-    def make_room(self, more, columns=None):
-        """Make the cache's layers RoomyLayers, but for recurrent ones, which do not grow."""
+    def make_room(self, width, more):
+        """Makes the cache's layers RoomyLayers, but for recurrent ones, which do not grow."""
         # one by one, so that no two whole caches exist
         for index, layer in enumerate(self.cache.layers):
             if type(layer) is DynamicLayer:
-                self.cache.layers[index] = RoomyLayer(layer, more, columns)
+                roomy = RoomyLayer(layer, width, more, self.columns, self.policy.packs)
+                self.cache.layers[index] = roomy
 
-    def step(self, tokens, seen, number):
-        """tokens (B, W), seen (B, W, columns) bool, number of the step -> hidden (B, W, D)."""
+    def step(self, tokens, seen):
+        """tokens (B, W), seen (B, P + columns shown) bool -> hidden (B, W, D)."""
         model = self.policy.model
-        positions = (self.position + number)[None, :, None].expand(3, -1, tokens.shape[1])
+        positions = (self.position + self.columns.newest)[None, :, None]
         output = model.model.language_model(
             inputs_embeds=model.get_input_embeddings()(tokens),
-            position_ids=positions,
-            attention_mask=seen[:, None] if self.policy.packs else seen[:, 0].long(),
+            position_ids=positions.expand(3, -1, tokens.shape[1]),
+            attention_mask=seen[:, None, None] if self.policy.packs else seen.long(),
             **self.options,
         )
         return output.last_hidden_state
@@ -162,9 +194,8 @@ class Decoder:
 def rollout(model, prompts, counts, seeds, settings):
     """Sample completions: encode and prefill a prompt once; its completions share one KV cache.
 
-    A step appends one column per completion to its prompt's cache, [prompt | first tokens |
-    second tokens | ...], and a completion sees the prompt and its own columns. So the prompt's keys
-    and values exist once, whatever the number of completions.
+    A step appends a column to every completion's own cache and reads it and the prompt's, which
+    exists once, whatever the number of completions.
 
     Args:
         model: the bare model (see sampling()).
@@ -210,12 +241,10 @@ def sample_shrinking(decoder, there, uniforms):
     steps = uniforms.shape[1]
     tokens = torch.zeros_like(uniforms, dtype=torch.long)
     logps = torch.zeros_like(uniforms)
-    decoder.make_room(there.shape[1] * (steps - 1))
+    decoder.make_room(there.shape[1], steps - 1)
     # (B, W) the completion that a query belongs to, -1: none
     numbers = there.flatten().cumsum(0).view(there.shape) - 1
     active = torch.where(there, numbers, -1)
-    # (B, columns) the completion that a cached column belongs to, -1: none, -2: the prompt of all
-    owners = torch.where(decoder.mask, -2, -1)
     hidden = decoder.hidden.expand(-1, there.shape[1], -1)  # (B, W, D)
     for step in range(steps):
         alive = active >= 0
@@ -232,20 +261,23 @@ def sample_shrinking(decoder, there, uniforms):
         # ended completions go to the end of their row and are cut off
         ended = active < 0
         width = int((~ended).sum(1).max())
-        order = ended.int().argsort(dim=1, stable=True)[:, :width]
-        active = active.gather(1, order)
-        inputs = inputs.gather(1, order)
+        if width < active.shape[1]:
+            order = ended.int().argsort(dim=1, stable=True)[:, :width]
+            active = active.gather(1, order)
+            inputs = inputs.gather(1, order)
+            for layer in decoder.cache.layers:
+                layer.narrow(order)
         # prompts whose completions have all ended leave the batch, once they are half of it
         keep = (active >= 0).any(1).nonzero().squeeze(1)
         if len(keep) * 2 <= len(active):
             decoder.cache.reorder_cache(keep)  # every kind of layer has it
             decoder.position = decoder.position[keep]
+            decoder.mask = decoder.mask[keep]
             active = active[keep]
             inputs = inputs[keep]
-            owners = owners[keep]
-        owners = torch.cat([owners, active], dim=1)
-        own = (owners[:, None] == active[..., None]) & (active >= 0)[..., None]  # (B, W, columns)
-        hidden = decoder.step(inputs, own | (owners == -2)[:, None], step)
+        decoder.columns.newest.fill_(step)
+        decoder.columns.shown = step + 1
+        hidden = decoder.step(inputs, pad(decoder.mask, (0, step + 1), value=True))
     return tokens, logps
 
 
@@ -258,7 +290,6 @@ def sample_fixed(decoder, there, uniforms):
     batch, width = there.shape
     steps = uniforms.shape[1]
     prompt = decoder.mask.shape[1]
-    later = width * (steps - 1)
     alive = there.flatten().clone()  # (B * W,)
     rows = alive.nonzero().squeeze(1)  # (N,) places of the completions
     # what a step reads and writes, in place
@@ -266,10 +297,9 @@ def sample_fixed(decoder, there, uniforms):
     tokens = torch.zeros_like(spread, dtype=torch.long)
     logps = torch.zeros_like(spread)
     at = torch.zeros(1, dtype=torch.long, device=device)  # number of the step
-    places = torch.arange(width, device=device)
-    columns = places + prompt  # (W,) of the cache
-    seen = pad(decoder.mask[:, None].expand(-1, width, -1), (0, later))  # (B, W, P + later)
-    decoder.make_room(later, columns)
+    seen = pad(decoder.mask, (0, steps - 1))  # (B, P + steps - 1)
+    decoder.columns.shown = steps - 1
+    decoder.make_room(width, steps - 1)
 
     def pick(hidden):
         uniform = spread.index_select(1, at).squeeze(1)
@@ -280,9 +310,9 @@ def sample_fixed(decoder, there, uniforms):
         alive.logical_and_((token[:, None] != decoder.eos).all(1))
 
     def step():
-        columns.copy_(prompt + at * width + places)
-        seen.scatter_(2, columns.expand(batch, -1)[..., None], True)
-        hidden = decoder.step(tokens.index_select(1, at).view(batch, width), seen, at)
+        decoder.columns.newest.copy_(at)
+        seen.index_fill_(1, prompt + at, True)
+        hidden = decoder.step(tokens.index_select(1, at).view(batch, width), seen)
         at.add_(1)
         pick(hidden)
 
@@ -391,29 +421,27 @@ def answer_prompts(model, processor, prompts, seeds, settings, **layers):
 
 @contextmanager
 def sampling(engine):
-    """The bare model of a DeepSpeed engine, in eval mode, for a rollout phase.
+    """The engine's twin with the model's weights, in eval mode, for a rollout phase.
 
-    ZeRO-3 parameters are gathered once. Its hooks are off, and so is its
-    torch.nn.functional.linear, an autograd function that binds a signature on every call. All is
-    put back on leaving.
+    ZeRO-3 parameters are gathered once. The model keeps its hooks, and what they know of the order
+    of its modules. ZeRO-3's torch.nn.functional.linear, an autograd function that binds a signature
+    on every call, is off.
     """
-    # an engine for inference has the offload in the optimizer's place
-    offload = getattr(engine.optimizer, "parameter_offload", engine.optimizer)
-    zero3 = hasattr(offload, "setup_zero_stage3_hooks")
-    linear = torch.nn.functional.linear
     model = engine.module.model
-    training = model.training
-    model.eval()
-    with deepspeed.zero.GatheredParameters(list(model.parameters()), enabled=zero3):
-        if zero3:
-            offload._remove_module_hooks()
-            offload.forward_hooks.clear()
-            offload.backward_hooks.clear()
-            torch.nn.functional.linear = torch._C._nn.linear
+    twin = engine.twin
+    parameters = list(model.parameters())
+    linear = torch.nn.functional.linear
+    with deepspeed.zero.GatheredParameters(parameters):
+        lend([*parameters, *model.buffers()], [*twin.parameters(), *twin.buffers()])
+        torch.nn.functional.linear = torch._C._nn.linear
         try:
-            yield model
+            yield twin
         finally:
             torch.nn.functional.linear = linear
-            if zero3:
-                offload.setup_zero_stage3_hooks()
-            model.train(training)
+            lend([torch.empty(0)] * len(parameters), twin.parameters())
+
+
+def lend(tensors, borrowers):
+    """Lets each borrower hold the memory of a tensor."""
+    for tensor, borrower in zip(tensors, borrowers, strict=True):
+        borrower.data = tensor.data

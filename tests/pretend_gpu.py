@@ -187,6 +187,9 @@ class Devices(TorchFunctionMode):
         kwargs = kwargs or {}
         if func is torch.nn.functional.scaled_dot_product_attention:
             return attention(*args, **kwargs)
+        if func is torch.bmm and kwargs.get("out_dtype") is torch.float32:
+            assert all(part.dtype == torch.bfloat16 for part in args)
+            return func(*(part.float() for part in args))
         if func is torch.device:
             return func(*args, **kwargs)
         if func is torch.Tensor.tolist and isinstance(args[0], GpuTensor):

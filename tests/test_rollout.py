@@ -9,9 +9,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import banned_ids, hf_inputs
+from torch.utils.flop_counter import FlopCounterMode
 
 import grpo
-from common.policy import Policy, collate
+from common.engine import hookless_twin
+from common.policy import Policy, attend_apart, collate
 from common.rollout import (
     Sampling,
     rollout,
@@ -40,15 +42,45 @@ def draw(uniforms, **settings):
 
 
 def test_sample_tokens_inverts_the_cumulative_distribution():
+    """In the order of the vocabulary: .15, .65, .7, 1; sorted where a nucleus is asked for."""
+    uniforms = [0.0, 0.14, 0.16, 0.64, 0.66, 0.69, 0.71, JUST_BELOW_1]
+    assert draw(uniforms) == [0, 0, 1, 1, 2, 2, 3, 3]
     uniforms = [0.0, 0.49, 0.51, 0.79, 0.81, 0.94, 0.96, JUST_BELOW_1]
-    assert draw(uniforms) == [1, 1, 3, 3, 0, 0, 2, 2]
+    assert draw(uniforms, top_p=0.999) == draw(uniforms, top_k=4) == [1, 1, 3, 3, 0, 0, 2, 2]
+
+
+def test_the_vocabulary_is_sorted_only_for_a_nucleus_of_it(monkeypatch):
+    def fails(*args, **options):
+        raise AssertionError("sorted")
+
+    monkeypatch.setattr(torch.Tensor, "sort", fails)
+    assert draw([0.1, 0.9]) == [0, 3] and draw([0.1, 0.9], temperature=0) == [1, 1]
+    assert draw([0.1, 0.9], top_k=2, top_p=0.9) == [1, 3]
+    with pytest.raises(AssertionError, match="sorted"):
+        draw([0.1], top_p=0.9)
+
+
+@pytest.mark.parametrize(
+    "settings", [{}, {"top_p": 0.95}, {"top_k": 50}, {"top_k": 50, "top_p": 0.9}]
+)
+def test_rounding_never_samples_what_has_no_probability(settings):
+    """The largest uniform number times a sum can be rounded to the sum itself."""
+    logits = 3 * torch.randn(2000, 300, generator=torch.Generator().manual_seed(0))
+    logits[:, -5:] = -INF
+    tokens = sample(logits, torch.full((2000,), JUST_BELOW_1), **settings)
+    assert tokens.max() < 295
+    kept = logits.softmax(-1).sort(-1, descending=True)
+    before = kept.values.cumsum(-1) - kept.values
+    rank = (kept.indices == tokens[:, None]).long().argmax(-1, keepdim=True)
+    assert (before.gather(-1, rank) < settings.get("top_p", 2.0)).all()
+    assert (rank < settings.get("top_k", 300)).all()
 
 
 def test_sample_tokens_greedy_and_temperature():
     assert draw([0.0, 0.99], temperature=0) == [1, 1]
-    # temperature .5 squares: .25, .09, .0225, .0025 over .365 -> cumulative .6849, .9315, .9932
-    uniforms = [0.68, 0.69, 0.93, 0.935, 0.99, 0.995]
-    assert draw(uniforms, temperature=0.5) == [1, 3, 3, 0, 0, 2]
+    # temperature .5 squares: .0225, .25, .0025, .09 over .365 -> cumulative .0616, .7466, .7534, 1
+    uniforms = [0.061, 0.062, 0.746, 0.747, 0.753, 0.754]
+    assert draw(uniforms, temperature=0.5) == [0, 1, 1, 2, 2, 3]
 
 
 def test_top_p_keeps_the_token_that_crosses_it():
@@ -139,10 +171,9 @@ def test_sampled_logps_are_those_of_the_packed_forward(items, talker):
         with torch.no_grad():
             logits = talker(**hf_inputs(item, talker, row)).logits[0, len(item.input_ids) - 1 : -1]
         logits = logits.index_fill(-1, torch.tensor(banned), -INF)
-        probs, order = logits.softmax(-1).sort(-1, descending=True)
-        place = (order == row[:, None]).long().argmax(-1, keepdim=True)
-        above = probs.cumsum(-1).gather(-1, place).squeeze(1)
-        below = above - probs.gather(-1, place).squeeze(1)
+        probs = logits.softmax(-1)
+        above = probs.cumsum(-1).gather(-1, row[:, None]).squeeze(1)
+        below = above - probs.gather(-1, row[:, None]).squeeze(1)
         uniform = row_uniforms([index], 6)[0]
         assert ((below - 1e-4 <= uniform) & (uniform <= above + 1e-4)).all()
 
@@ -291,31 +322,56 @@ def test_texts_begin_with_what_the_prompt_has_said(talker, toy_processor, items)
     assert opened.texts == [f"<think>\n{text}" for text in plain.texts]
 
 
-# an engine that trains, one for inference
-@pytest.mark.parametrize("place", ["parameter_offload", "optimizer"])
-def test_sampling_takes_hooks_and_linear_off_and_puts_them_back(toy_model, place, monkeypatch):
-    hooks = []
-    offload = SimpleNamespace(
-        setup_zero_stage3_hooks=lambda: hooks.append("on"),
-        _remove_module_hooks=lambda: hooks.append("off"),
-        forward_hooks=[1],
-        backward_hooks=[2],
-    )
-    optimizer = offload
-    if place == "parameter_offload":
-        optimizer = SimpleNamespace(parameter_offload=offload)
-    engine = SimpleNamespace(module=SimpleNamespace(model=toy_model), optimizer=optimizer)
+@pytest.mark.parametrize("error", [None, RuntimeError("out of memory")])
+def test_sampling_lends_the_weights_and_puts_linear_back(toy_model, error, monkeypatch):
+    engine = SimpleNamespace(module=SimpleNamespace(model=toy_model), twin=hookless_twin(toy_model))
+    hooked = []
+    hook = toy_model.model.visual.register_forward_hook(lambda *_: hooked.append(1))
     plain = torch.nn.functional.linear
     # as DeepSpeed's zero.Init leaves it
     monkeypatch.setattr(torch.nn.functional, "linear", lambda *args: plain(*args))
     wrapped = torch.nn.functional.linear
-    for error in (None, RuntimeError("out of memory")):
-        toy_model.train()
-        raised = pytest.raises(RuntimeError, match="out of memory") if error else nullcontext()
-        with raised, sampling(engine) as bare:
-            assert bare is toy_model and not bare.training and torch.nn.functional.linear is plain
-            assert hooks[-1] == "off" and offload.forward_hooks == offload.backward_hooks == []
-            if error:
-                raise error
-        assert hooks[-1] == "on" and torch.nn.functional.linear is wrapped and toy_model.training
+    toy_model.train()
+    raised = pytest.raises(RuntimeError, match="out of memory") if error else nullcontext()
+    with raised, sampling(engine) as bare:
+        assert not bare.training and toy_model.training and torch.nn.functional.linear is plain
+        pairs = zip(bare.parameters(), toy_model.parameters(), strict=True)
+        assert all(one.data_ptr() == two.data_ptr() for one, two in pairs)
+        assert bare.lm_head.weight is bare.get_input_embeddings().weight  # tied, as in the model
+        if error:
+            raise error
+    assert torch.nn.functional.linear is wrapped and hooked == []
+    assert all(parameter.numel() == 0 for parameter in engine.twin.parameters())
+    hook.remove()
     toy_model.eval()
+
+
+# ------------------------------------------------------------------------------------- attention
+
+
+@pytest.mark.parametrize("heads", [2, 4])
+def test_completions_attend_to_their_prompt_and_themselves(heads):
+    """Against torch's attention of each completion by itself, which copies the prompt for it."""
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape):
+        return torch.randn(shape, generator=generator)
+
+    batch, width, prompt, own, size = 2, 3, 11, 5, 8
+    query = normal(batch, heads, width, size)
+    keys = normal(batch, 2, prompt, size), normal(batch, 2, width, own, size)
+    values = normal(batch, 2, prompt, size), normal(batch, 2, width, own, size)
+    seen = torch.ones(batch, 1, 1, prompt + own, dtype=torch.bool)
+    seen[0, ..., :4] = False  # padding
+    seen[..., -1] = False  # a column that is not written yet
+    with FlopCounterMode(display=False) as counter:
+        found = attend_apart(query, keys, values, seen, 0.3)
+    for b in range(batch):
+        for w in range(width):
+            both = [torch.cat([part[0][b], part[1][b, :, w]], 1)[None] for part in (keys, values)]
+            expected = torch.nn.functional.scaled_dot_product_attention(
+                query[b, None, :, w, None], *both, seen[b], scale=0.3, enable_gqa=True
+            )
+            torch.testing.assert_close(found[b, w], expected[0, :, 0], atol=1e-6, rtol=1e-5)
+    # scores and sums over P + T columns of each completion, not over those of its siblings
+    assert counter.get_total_flops() == 2 * 2 * batch * heads * width * (prompt + own) * size

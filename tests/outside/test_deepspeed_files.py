@@ -349,9 +349,11 @@ def test_every_auto_has_hugging_face_s_value(tmp_path, monkeypatch):
         "train_micro_batch_size_per_gpu": 3,
         "wall_clock_breakdown": False,
     }
-    assert config.keys() == {"fp16", "bf16", "zero_optimization", "optimizer", *BATCH} - {
-        "train_batch_size"
-    }
+    assert config["data_types"] == {"grad_accum_dtype": "fp32"}  # Trainer leaves it to the user
+    assert config.keys() == {
+        *("fp16", "bf16", "zero_optimization", "optimizer", "data_types"),
+        *BATCH,
+    } - {"train_batch_size"}
 
 
 @pytest.mark.parametrize(
@@ -362,7 +364,7 @@ def test_a_file_without_an_optimizer_gets_ours(tmp_path, monkeypatch, gpu, offlo
     config = filled({"zero_optimization": zero}, tmp_path, gpu, monkeypatch)
     parameters = {"betas": [0.9, 0.95], "lr": 0.25, "weight_decay": 0.02}
     if torch_adam:
-        parameters["torch_adam"] = True
+        parameters |= {"torch_adam": True, "fused": True}
     assert config["optimizer"] == {"type": "AdamW", "params": parameters}
     assert config["gradient_clipping"] == 0.7
 
