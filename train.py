@@ -72,6 +72,7 @@ from common.ranks import (
     name_skipped,
     on_main_first,
     start_ranks,
+    wait_for_all,
 )
 from common.rollout import (
     Sampling,
@@ -188,6 +189,11 @@ class TrainArguments(RunFlags, prior.PriorSettings):
     )
     temperature: float = flag(1.0, "Sampling temperature.")
     top_p: float = flag(0.95, "Nucleus.")
+    rollout_batch_size: int = flag(
+        128,
+        "Most completions sampled at a time, controls included; fewer where prompts are long. It "
+        "changes the memory, not the samples.",
+    )
     cuda_graph: bool = flag(
         torch.cuda.is_available(),
         "Sample in fixed shapes by one CUDA graph, captured once a rollout and replayed every "
@@ -420,6 +426,7 @@ class Run:
     encoder: Encoder
     heldout: Questions
     result: dict  # beginning of result.json
+    progress: Progress
     demonstrations: object = None  # Questions of SFT, if it is still to be run
     training: object = None  # Questions of GRPO
     checkpoint: object = None  # Checkpoints
@@ -515,7 +522,7 @@ class StepLog:
         self.stage = stage
         self.step = step
         self.values = defaultdict(list)
-        self.begin = time.perf_counter()
+        self.begin = now()
 
     def add(self, name, values):
         """Adds a list or tensor of values to a metric."""
@@ -527,10 +534,21 @@ class StepLog:
     @contextmanager
     def seconds(self, name):
         """Adds the seconds of a block to time/NAME."""
-        begin = time.perf_counter()
+        begin = now()
         yield
         key = f"time/{name}"
-        self.values[key] = [sum(self.values[key]) + time.perf_counter() - begin]
+        self.values[key] = [sum(self.values[key]) + now() - begin]
+
+
+def now():
+    """Seconds of a clock that waits until the device has done what it was given."""
+    deepspeed.get_accelerator().synchronize()
+    return time.perf_counter()
+
+
+# Mean over a step's completions from which on sampling and scoring seem to be different models.
+# bfloat16 logits between 16 and 32 are 0.125 apart, so that rounding alone explains 0.04.
+LOGP_DIFFERENCE = 0.1
 
 
 # Metrics on the progress bar.
@@ -590,24 +608,34 @@ def stage_steps(run, name, engine, questions, done, kept):
         set_learning_rate(engine, step, steps, plan.learning_rate, args.warmup_ratio)
         yield log, forwards
         # The caller has trained: a line of metrics.jsonl, the bar, a checkpoint if it is time to.
-        log.add("time/step", [time.perf_counter() - log.begin])
+        log.add("time/step", [now() - log.begin])
         log.add("train/learning_rate", engine.get_lr()[:1])
         log.add("data/skipped", [len(questions.skipped)])
         record = {"stage": name, "step": step, **average(log.values)}
         run.write("metrics.jsonl", [record])
         run.tracker.show(record)
+        difference = record.get("rollout/logp_difference", 0)
+        if difference > LOGP_DIFFERENCE:
+            log_main(
+                f"step {step}: rollout/logp_difference is {difference:.2f}, rounding explains "
+                f"{LOGP_DIFFERENCE} at most: sampling and scoring compute different models"
+            )
         shown = {metric: record[metric] for metric in SHOWN if metric in record}
         bar.set_postfix(shown, refresh=False)
         run.checkpoint.after_step(engine, name, step + 1, steps, kept)
 
 
-def finish_stage(run, name, engine):
-    """Saves the model of a stage; returns its folder."""
+def finish_stage(run, name, engine, when=None):
+    """Saves the model of a stage and scores it, by the engine that has it: another would not fit.
+
+    Args:
+        when: "before" or "after" GRPO, the score's place in run.result; None: no score.
+    """
     run.checkpoint.release()
-    folder = Path(run.args.output_dir) / name
-    save_model(engine, run.processor, folder)
+    save_model(engine, run.processor, Path(run.args.output_dir) / name)
+    if when:
+        score(run, engine, when)
     engine.destroy()
-    return folder
 
 
 def run_seed(args, place):
@@ -687,10 +715,7 @@ def pack_demonstrations(ready, processor, model, together):
 
 
 def train_sft(run):
-    """Cold start: reasoning and answer as target, prompt masked, mean over the tokens of all ranks.
-
-    Returns the folder of the trained checkpoint.
-    """
+    """Cold start: reasoning and answer as target, prompt masked, mean over all ranks' tokens."""
     args = run.args
     engine = start_engine(
         args,
@@ -703,7 +728,8 @@ def train_sft(run):
     for log, forwards in stage_steps(run, "sft", engine, run.demonstrations, *resumed):
         if forwards:
             sft_step(run, engine, forwards, log)
-    return finish_stage(run, "sft", engine)
+    # GRPO's own engine scores the model that it starts from.
+    finish_stage(run, "sft", engine, "before" if args.stage == "sft" else None)
 
 
 def sft_step(run, engine, forwards, log):
@@ -743,22 +769,50 @@ def log_norm(engine, log):
 # ------------------------------------------------------------------------------------------ GRPO
 
 
-def sample(run, model, ready):
-    """Samples one forward's rollouts, in one batch with their controls.
+# Most prompt tokens, padding included, of the questions that are sampled from at a time: with their
+# controls 2 GB of a 7B model's KV cache, and twice as much in its vision tower.
+PROMPT_TOKENS = 1 << 14
+
+
+def fitting(args, forwards, each):
+    """Yields the forwards in parts that can be sampled at once: decoding reads the weights once for
+    a whole part.
+
+    Args:
+        forwards: lists of Ready.
+        each: completions of a question.
+    """
+    part = []
+    lengths = []
+    for ready in forwards:
+        own = [len(one.inputs.input_ids) for one in ready]
+        count = len(lengths) + len(own)
+        tokens = count * max(lengths + own)
+        if part and (count * each > args.rollout_batch_size or tokens > PROMPT_TOKENS):
+            yield part
+            part = []
+            lengths = []
+        part.append(ready)
+        lengths += own
+    yield part
+
+
+def sample(run, model, forwards):
+    """Samples rollouts in one batch with their controls.
 
     G completions of every question and, with --temporal, G/2 of every video's with its frames
     shuffled.
 
     Args:
         model: the bare model of sampling().
-        ready: list of B Ready.
+        forwards: lists of Ready.
     Returns:
-        Rollouts.
+        Rollouts of each forward.
     """
     args = run.args
     group = args.num_generations
     half = max(1, group // 2)
-    inputs = [one.inputs for one in ready]
+    ready = [one for part in forwards for one in part]
     controls = [b for b, one in enumerate(ready) if one.control is not None]
 
     # A row's random numbers depend on its place in the run alone, not on its neighbours or rank.
@@ -770,43 +824,53 @@ def sample(run, model, ready):
 
     # One batch for rollouts and controls: the weights are read once for both.
     device = model.get_input_embeddings().weight.device
-    prompts = collate([*inputs, *(ready[b].control for b in controls)], model).to(device)
+    inputs = [one.inputs for one in ready] + [ready[b].control for b in controls]
+    prompts = collate(inputs, model).to(device)
     if args.freeze_vision:
         # A frozen tower gives the same features in sampling, reference and policy: run it once.
         with torch.no_grad():
             prompts.features = Policy(model).encode(prompts)
-    tokens, mask, logp, texts = sample_texts(
+    samples = sample_texts(
         model, run.processor, prompts, counts, seeds, sampling_settings(args, args.temperature)
     )
 
-    # The group's own rows come first; they are cut to their longest completion.
-    rows = len(ready) * group
-    mask = mask[:rows]  # (B * G, T)
-    longest = int(mask.sum(-1).max())
-    shape = (len(ready), group, longest)
-    # A completion without a stop token was cut at the limit.
-    stop = torch.tensor(stop_tokens(model, run.processor), device=device)
-    ended = torch.isin(tokens[:rows], stop) & mask
-    own_prompts = collate(inputs, model)
-    own_prompts.features = prompts.features
-    visual = int(prompts.visual[: len(ready)].sum())
-    if args.freeze_vision and visual > 0:  # text alone has the features of a blank image
-        own_prompts.features = [feature[:visual] for feature in prompts.features]
-    # Behind the group's rows come the controls', half a group each.
+    # Behind the questions' rows come the controls', half a group each.
     control_texts = [None] * len(ready)
     for number, b in enumerate(controls):
-        control_texts[b] = texts[rows + number * half : rows + (number + 1) * half]
-    return Rollouts(
-        examples=[one.example for one in ready],
-        priors=[one.prior for one in ready],
-        prompts=own_prompts.to(device),
-        completions=tokens[:rows, :longest].reshape(shape),
-        mask=mask[:, :longest].reshape(shape),
-        truncated=~ended.any(dim=-1).view(shape[:2]),
-        logp=logp[:rows, :longest].reshape(shape),
-        texts=[texts[begin : begin + group] for begin in range(0, rows, group)],
-        control_texts=control_texts,
-    )
+        first = len(ready) * group + number * half
+        control_texts[b] = samples.texts[first : first + half]
+    # A completion without a stop token was cut at the limit.
+    stop = torch.tensor(stop_tokens(model, run.processor), device=device)
+    ended = (torch.isin(samples.tokens, stop) & samples.mask).any(-1)  # (N,)
+    visual = [0, *prompts.visual.sum(1).cumsum(0).tolist()]  # visual tokens before each question
+    rollouts = []
+    begin = 0
+    for part in forwards:
+        end = begin + len(part)
+        rows = slice(begin * group, end * group)
+        # Cut to the longest completion of the forward.
+        mask = samples.mask[rows]  # (B * G, T)
+        longest = int(mask.sum(-1).max())
+        shape = (len(part), group, longest)
+        own_prompts = collate([one.inputs for one in part], model).to(device)
+        if args.freeze_vision:
+            shown = slice(visual[begin], visual[end])
+            own_prompts.features = [feature[shown] for feature in prompts.features]
+        rollouts.append(
+            Rollouts(
+                examples=[one.example for one in part],
+                priors=[one.prior for one in part],
+                prompts=own_prompts,
+                completions=samples.tokens[rows, :longest].reshape(shape),
+                mask=mask[:, :longest].reshape(shape),
+                truncated=~ended[rows].view(shape[:2]),
+                logp=samples.logp[rows, :longest].reshape(shape),
+                texts=[samples.texts[b * group : (b + 1) * group] for b in range(begin, end)],
+                control_texts=control_texts[begin:end],
+            )
+        )
+        begin = end
+    return rollouts
 
 
 def sampling_settings(args, temperature):
@@ -874,7 +938,9 @@ def grpo_step(run, engine, reference, forwards, log):
 
     # 1. Sample. The whole step before anything is learned: one gathering of the parameters.
     with log.seconds("rollout"), sampling(engine) as model:
-        step_rollouts = [sample(run, model, ready) for ready in forwards]
+        step_rollouts = []
+        for part in fitting(args, forwards, args.num_generations * 3 // 2):
+            step_rollouts += sample(run, model, part)
     weigh_forwards(args, step_rollouts)
 
     for _ in range(args.num_iterations):
@@ -1026,7 +1092,7 @@ def rollout_lines(rollouts, uses, step):
 
 
 def train_grpo(run, model_path):
-    """CF-GRPO with the starting checkpoint as reference. Returns the trained one's folder."""
+    """CF-GRPO with the starting checkpoint as reference."""
     args = run.args
     engine = start_engine(
         args,
@@ -1035,6 +1101,9 @@ def train_grpo(run, model_path):
         args.gradient_accumulation_steps,
         args.learning_rate,
     )
+    if "before" not in run.result:
+        score(run, engine, "before")
+    run.progress.start("GRPO")
     # The reference is loaded only if a term asks it.
     reference = None
     if args.beta > 0 or args.consistency_coef:
@@ -1053,23 +1122,20 @@ def train_grpo(run, model_path):
         if run.heldout.examples and args.eval_steps and done % args.eval_steps == 0:
             for name, value in score_heldout(run, engine).items():
                 log.add(f"eval/{name}", [value])
-    return finish_stage(run, "grpo", engine)
+    finish_stage(run, "grpo", engine, "after")
 
 
 # --------------------------------------------------------------------------------- held-out score
 
 
-def score_checkpoint(run, model_path):
-    """score_heldout of a saved model; {} without held-out questions."""
-    if not run.heldout.examples:
-        return {}
-    engine = start_engine(run.args, model_path)
-    scores = score_heldout(run, engine)
-    engine.destroy()
-    return scores
+def score(run, engine, when):
+    """Puts score_heldout "before" or "after" GRPO into run.result; {} without questions."""
+    run.progress.start(f"score {when} GRPO")
+    run.result[when] = score_heldout(run, engine) if run.heldout.examples else {}
+    run.checkpoint.shared[when] = run.result[when]
 
 
-HELDOUT_BATCH = 32  # questions answered at a time: the cache of the toy's answers stays small
+HELDOUT_BATCH = 32  # questions decoded at a time
 
 
 def score_heldout(run, engine):
@@ -1100,7 +1166,8 @@ def score_heldout(run, engine):
         for mine in tqdm(decoded, "held-out", len(starts), disable=not is_main(), leave=False):
             ready = inputs.usable(mine, args.max_prompt_length, unusable)
             if ready:
-                score_answers(run, model, ready, log)
+                for part in fitting(args, [[one] for one in ready], 1):
+                    score_answers(run, model, [one for (one,) in part], log)
     if unusable and "before" in run.checkpoint.shared:
         raise DataError(
             f"{len(unusable)} held-out question(s) scored before GRPO can no longer be; the "
@@ -1342,6 +1409,9 @@ def run(args):
     # SFT, the score between the two, GRPO, the score after it.
     result = this.result
     result["skipped"] = {}
+    if resume.get("stage") == "grpo":
+        result["before"] = resume["before"]
+        shared["before"] = resume["before"]
     model_path = args.model_name_or_path
     if args.stage != "grpo":
         model_path = output / "sft"
@@ -1349,20 +1419,11 @@ def run(args):
             progress.start("SFT")
             train_sft(this)
             result["skipped"].update(this.demonstrations.skipped)
-    if resume.get("stage") == "grpo":
-        result["before"] = resume["before"]
-    else:
-        progress.start("score before GRPO")
-        result["before"] = score_checkpoint(this, model_path)
-    shared["before"] = result["before"]
-    # Without GRPO both columns of the table are the same.
-    result["after"] = result["before"]
     if this.training:
-        progress.start("GRPO")
-        model_path = train_grpo(this, model_path)
+        train_grpo(this, model_path)
         result["skipped"].update(this.training.skipped)
-        progress.start("score after GRPO")
-        result["after"] = score_checkpoint(this, model_path)
+    # Without GRPO both columns of the table are the same.
+    result.setdefault("after", result["before"])
     finish_run(this)
 
 
@@ -1398,7 +1459,7 @@ def read_inputs(args, resume, progress):
     encoder = Encoder.from_flags(processor, args)
     # result.json gets its further entries in run().
     result = {"command": sys.argv, "seed": args.seed}
-    this = Run(args, processor, encoder, Questions([]), result)
+    this = Run(args, processor, encoder, Questions([]), result, progress)
     # Questions of every stage, before the slow part.
     if args.eval_dataset_name:
         this.heldout = load_questions(args, args.eval_dataset_name)
@@ -1659,7 +1720,7 @@ def main():
         args = parse_arguments()
         start_ranks()
         run(args)
-        dist.barrier()
+        wait_for_all()
         dist.destroy_process_group()
     except DataError as error:
         print(f"train.py: error: {error}", file=sys.stderr)

@@ -75,9 +75,11 @@ def place(alone, toy_folder, checkpoint, tmp_path, monkeypatch, capsys):
     def train_sft(run):
         here.calls.append(("sft", [example.id for example in run.demonstrations.examples]))
         run.write("metrics.jsonl", [{"stage": "sft", "step": 0}])
-        return here.output / "sft"
+        train.score(run, None, "before")
 
     def train_grpo(run, model):
+        if "before" not in run.result:
+            train.score(run, None, "before")
         here.calls.append(("grpo", [example.id for example in run.training.examples]))
         here.rows = run.training.priors
         run.write("metrics.jsonl", [{"stage": "grpo", "step": 0}])
@@ -93,7 +95,7 @@ def place(alone, toy_folder, checkpoint, tmp_path, monkeypatch, capsys):
             }
             folder.mkdir()
             (folder / "state.json").write_text(json.dumps(state))
-        return here.output / "grpo"
+        train.score(run, None, "after")
 
     def score_answers(run, model, ready, log):
         here.calls.append(("score", [one.example.id for one in ready]))
@@ -106,8 +108,6 @@ def place(alone, toy_folder, checkpoint, tmp_path, monkeypatch, capsys):
     here.write, here.start = write, start
     monkeypatch.setattr(train, "train_sft", train_sft)
     monkeypatch.setattr(train, "train_grpo", train_grpo)
-    engine = SimpleNamespace(destroy=lambda: None)
-    monkeypatch.setattr(train, "start_engine", lambda *_: engine)
     monkeypatch.setattr(train, "sampling", nullcontext)
     monkeypatch.setattr(train, "Tracker", lambda *_: None)  # DeepSpeed's ranks are not started
     monkeypatch.setattr(train, "score_answers", score_answers)

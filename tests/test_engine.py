@@ -1,0 +1,223 @@
+"""common/engine.py under ZeRO-3, in a process of its own: sampling beside hooks, sums of gradients,
+the optimizer's kind; and train.py's use of engines, clocks and its alarm.
+"""
+
+import json
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import ROOT, banned_ids
+from deepspeed.utils import safe_get_full_grad
+from warm import run_script
+
+import train
+from common import checkpoints, engine, ranks
+from common.data import DataError
+from common.policy import collate, load_model
+from common.rollout import Sampling, rollout, sampling
+
+
+def main(folder, checkpoint):
+    ranks.start_ranks()
+    folder = Path(folder)
+    found = {}
+    settings = train.TrainArguments(deepspeed=str(ROOT / "ds_zero3.json"), output_dir=str(folder))
+    bare, _ = load_model(checkpoint)
+    ids = torch.arange(20, 60)
+    words = SimpleNamespace(input_ids=ids, kinds=[], slots=0, second_per_grid=1.0)
+    prompts = collate([words], bare)
+    choice = Sampling(6, banned_ids=banned_ids(bare))
+
+    def sample(model):
+        return rollout(model, prompts, [3], range(3), choice)
+
+    expected = sample(bare)
+    trained = engine.start_engine(settings, checkpoint, 1, 1, 1e-2)
+    coordinator = trained.optimizer.parameter_offload.get_param_coordinator()
+    traces = []
+    for step in range(4):
+        with sampling(trained) as model:
+            samples = sample(model)
+            weight = model.lm_head.weight.clone()
+        if step == 0:
+            found["same tokens"] = torch.equal(samples.tokens, expected.tokens)
+            found["difference"] = (samples.logp - expected.logp).abs().max().item()
+            before = weight
+        found["moved"] = (weight - before).abs().max().item()
+        scored = trained(prompts, samples.tokens[None], samples.mask[None])
+        trained.backward(-scored.logp.mean())
+        trained.step()
+        traces.append(coordinator.is_complete_trace())
+    found["traces"] = traces
+    found["left"] = sum(parameter.numel() for parameter in trained.twin.parameters())
+    optimizer = trained.optimizer.optimizer
+    found["optimizer"] = [type(optimizer).__name__, optimizer.defaults["fused"]]
+
+    trained.destroy()
+
+    # bfloat16 weights: many small gradients behind a large one are lost in a sum of that type.
+    content = json.loads((ROOT / "ds_zero3.json").read_text()) | {"bf16": {"enabled": True}}
+    (folder / "bf16.json").write_text(json.dumps(content))
+    settings.deepspeed = str(folder / "bf16.json")
+    forwards = 33
+    trained = engine.start_engine(settings, checkpoint, 1, forwards, 1e-2)
+    weight = trained.module.model.model.language_model.layers[0].mlp.up_proj.weight
+    gradients = []
+    for number in range(forwards):
+        trained.set_gradient_accumulation_boundary(False)
+        logp = trained(prompts, expected.tokens[None], expected.mask[None]).logp
+        trained.backward(logp.mean() * (1.0 if number == 0 else 2**-10))
+        gradients.append(safe_get_full_grad(weight).double())
+    large = gradients[0].abs() > gradients[0].abs().median()
+    ratio = (gradients[-1] / gradients[0])[large]
+    found["ratio"] = [ratio.min().item(), ratio.max().item()]
+    (folder / "found.json").write_text(json.dumps(found))
+
+
+@pytest.fixture(scope="module")
+def found(checkpoint, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("engine")
+    run_script(__file__, folder, checkpoint)
+    return json.loads((folder / "found.json").read_text())
+
+
+def test_sampling_beside_the_hooks_keeps_the_trace(found):
+    """DeepSpeed records the first forward and backward; from then on it knows the order."""
+    assert found["traces"] == [False, True, True, True]
+    assert found["same tokens"] and found["difference"] < 1e-5
+    # it sees what training has changed, and holds it only while it samples
+    assert found["moved"] > 1e-3 and found["left"] == 0
+
+
+def test_scores_are_by_the_engines_that_train(monkeypatch, tmp_path):
+    """Before and after, no further model is loaded: DeepSpeed frees nothing."""
+    done = []
+
+    def start_engine(args, path, *rest):
+        done.append(("start", "policy" if rest else "reference"))
+        return SimpleNamespace(name=done[-1][1], destroy=lambda: done.append("destroy"))
+
+    def score_heldout(run, engine):
+        done.append(("score", engine.name))
+        return {"greedy": len(done)}
+
+    def stage_steps(run, name, engine, *rest):
+        done.append(("train", engine.name))
+        yield from ()
+
+    for stand_in in (start_engine, score_heldout, stage_steps):
+        monkeypatch.setattr(train, stand_in.__name__, stand_in)
+    monkeypatch.setattr(train, "save_model", lambda *_: None)
+    checkpoint = SimpleNamespace(release=lambda: None, load=lambda *_: (0, {}), shared={})
+    for stage in ("sft", "both"):
+        done.clear()
+        args = train.TrainArguments(output_dir=str(tmp_path), stage=stage)
+        run = SimpleNamespace(
+            args=args,
+            checkpoint=checkpoint,
+            processor=None,
+            demonstrations=None,
+            training=None,
+            heldout=SimpleNamespace(examples=[1]),
+            progress=SimpleNamespace(start=lambda name: None),
+            result={},
+        )
+        train.train_sft(run)
+        scores = [("score", "policy")] * (stage == "sft")
+        assert done == [("start", "policy"), ("train", "policy"), *scores, "destroy"]
+    done.clear()
+    train.train_grpo(run, "sft")
+    steps = ["start policy", "score policy", "start reference", "train policy", "score policy"]
+    assert done == [*(tuple(step.split()) for step in steps), "destroy"]
+    assert run.result == {"before": {"greedy": 2}, "after": {"greedy": 5}}
+    assert checkpoint.shared["before"] == {"greedy": 2}
+
+
+def test_gradients_are_summed_in_float32(found):
+    # in bfloat16 1 + 2**-10 is 1, and so is the sum
+    assert found["ratio"] == pytest.approx([1 + 32 * 2**-10] * 2, abs=1e-3)
+
+
+def test_torch_s_adam_is_fused(found):
+    assert found["optimizer"] == ["AdamW", True]
+
+
+def test_cudnn_s_attention_is_off():
+    assert not torch.backends.cuda.cudnn_sdp_enabled()
+
+
+def test_clocks_wait_for_the_device(monkeypatch):
+    """A device that works for 3 s beside a host that has launched it at once."""
+    clock = [0.0]
+
+    def synchronize():
+        clock[0] += 3 * working.pop() if working else 0
+
+    working = []
+    device = SimpleNamespace(synchronize=synchronize)
+    monkeypatch.setattr(train.deepspeed, "get_accelerator", lambda: device)
+    monkeypatch.setattr(train.time, "perf_counter", lambda: clock[0])
+    log = train.StepLog("grpo", 0)
+    for _ in range(2):
+        with log.seconds("policy"):
+            working.append(1)
+    working.append(1)  # another phase's
+    with log.seconds("update"):
+        pass
+    assert log.values["time/policy"] == [6.0] and log.values["time/update"] == [0.0]
+
+
+FULL = "[enforce fail at inline_container.cc:862] . PytorchStreamWriter failed writing file data/0"
+
+
+@pytest.mark.parametrize(
+    ("error", "raised"),
+    [
+        (OSError("No space left on device"), DataError),
+        (RuntimeError(FULL), DataError),
+        (torch.OutOfMemoryError("CUDA out of memory"), torch.OutOfMemoryError),
+        (RuntimeError("NCCL communicator was aborted"), RuntimeError),
+    ],
+)
+def test_only_an_error_of_the_disk_is_said_to_be_one(error, raised, alone, tmp_path, monkeypatch):
+    def save_model(*_):
+        raise error
+
+    monkeypatch.setattr(checkpoints, "save_model", save_model)
+    args = train.TrainArguments(output_dir=str(tmp_path))
+    saver = checkpoints.Checkpoints(args, None, {}, {})
+    with pytest.raises(raised) as told:
+        saver.save(None, "grpo", 1, {})
+    assert (told.type is DataError) == ("could not be written" in str(told.value))
+
+
+@pytest.mark.parametrize(("difference", "alarms"), [(0.09, 0), (0.3, 1)])
+def test_sampling_that_differs_from_scoring_is_said(difference, alarms, alone, monkeypatch):
+    said = []
+    monkeypatch.setattr(train, "log_main", said.append)
+    monkeypatch.setattr(train, "step_requests", lambda *_: [])
+    nothing = SimpleNamespace(
+        each=lambda batches: batches,
+        show=lambda record: None,
+        after_step=lambda *_: None,
+        get_lr=lambda: [0.1],
+    )
+    monkeypatch.setattr(train, "Inputs", lambda *_: nothing)
+    monkeypatch.setattr(train, "set_learning_rate", lambda *_: None)
+    run = SimpleNamespace(
+        args=train.TrainArguments(),
+        encoder=None,
+        write=lambda *_: None,
+        tracker=nothing,
+        checkpoint=nothing,
+    )
+    for log, _ in train.stage_steps(run, "grpo", nothing, train.Questions([1]), 0, {}):
+        log.add("rollout/logp_difference", [difference, difference])
+    assert len(said) == alarms and all("logp_difference is 0.30" in line for line in said)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], sys.argv[2])
