@@ -6,7 +6,6 @@ import time
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 from conftest import complain
@@ -39,13 +38,13 @@ def main(folder):
 
     train.compute_priors = compute
     prior.other_question = lambda *_: False
-    args = SimpleNamespace(output_dir=folder)
+    args = train.TrainArguments(output_dir=str(folder))
     for name in ("long", "late"):
         # The second time the file of the first is there before rank 1 asks.
         questions = train.Questions([example])
         if name == "late" and not main_rank:
             time.sleep(LIMIT + 2)
-        train.add_priors(args, prior.PriorSettings(), questions, "x", None, {"step": 1})
+        train.add_priors(args, questions, "x", None, {"step": 1})
         seen[name] = list(questions.priors)
     # Rank 0 saves for longer than that.
     if main_rank:
