@@ -7,13 +7,17 @@ from conftest import ROOT
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 SOURCES = [*ROOT.glob("*.py"), *(ROOT / "common").glob("*.py")]
-OTHERS_FLAGS = {  # of deepspeed, torchrun, hf, pip
+OTHERS_FLAGS = {  # of deepspeed, torchrun, srun, hf, pip
     "hostfile",
     "include",
     "local-dir",
     "master_addr",
+    "nnodes",
     "nproc_per_node",
+    "ntasks-per-node",
     "num_gpus",
+    "rdzv_backend",
+    "rdzv_endpoint",
     "repo-type",
 }
 
