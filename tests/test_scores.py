@@ -515,3 +515,19 @@ def test_other_scores_in_the_file_are_told_with_the_first_rows(tmp_path):
         "first: 3 ('(B)' for 'B': 0 there, 1 here), 5 ('(B)' for 'B': 0 there, 1 here), "
         "6 ('(B)' for 'B': 0 there, 1 here)"
     ]
+
+
+def test_a_log_of_4000_rows_is_scored_in_seconds(tmp_path):
+    """Long reasoning, every way to write an answer, words to compare."""
+    words = "the ball rolls to the left and then a red car passes behind it at 0:12".split()
+    rows = []
+    for number in range(4000):
+        way, _ = WAYS[number % len(WAYS)]
+        output = way.format("B").replace("It falls.", " ".join(words * 15))
+        rows.append(video_r1(number, output, "B", 1.0))
+        if number % 10 == 0:
+            rows[-1] |= {"problem_type": "free-form", "output": " ".join(words * 2)}
+    start = time.process_time()
+    report, _ = stored(tmp_path, rows)
+    assert time.process_time() - start < 10
+    assert report["n"] == 4000 and report["by_type"]["multiple choice"]["accuracy"] == 1
