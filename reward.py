@@ -81,7 +81,7 @@ def split_output(text: str) -> tuple[str, str]:
         rest = block
     # Of nested blocks the inner one; a stray end tag ends the answer, too.
     answer = rest.partition("</answer>")[0].rpartition("<answer>")[2]
-    return _TAG.sub("", reasoning).strip(), answer.strip()
+    return _TAG.sub("", reasoning).strip(), _TAG.sub("", answer).strip()
 
 
 def solution_answer(solution: str) -> str:
