@@ -5,7 +5,7 @@ On this machine, on one GPU or several (torchrun or deepspeed); the same command
     torchrun --nproc_per_node 8 evaluate.py --model_name_or_path output/grpo --bench ...
 By an OpenAI-compatible server (vLLM, SGLang, ...):
     python evaluate.py --api_base http://localhost:8000/v1 --model_name_or_path NAME --bench ...
-Stored answers, without a model; with a judge of their reasoning (TAC, VAS):
+Stored answers, without a model; with a judge of reasoning (TAC, VAS) and of open answers:
     python evaluate.py --rescore eval_mmvu_greedy_output.json --output report.json
     python evaluate.py --rescore report.json --output judged.json \\
         --judge_base http://localhost:8000/v1 --judge_model NAME
@@ -59,7 +59,10 @@ from common.data import (
     build_prompt,
     differences,
     load_examples,
+    read_choice,
     read_template,
+    solution_letters,
+    split_options,
     target_text,
 )
 from common.flags import Parser, check_least, exit_codes, flag
@@ -144,8 +147,8 @@ class EvaluateArguments(RunFlags):
     )
     judge_base: str | None = flag(
         None,
-        "OpenAI-compatible server of a judge that reads the reasoning for TAC and VAS; its key is "
-        "the environment's JUDGE_API_KEY.",
+        "OpenAI-compatible server of a judge that reads the reasoning for TAC and VAS, and says "
+        "whether open answers are right; its key is the environment's JUDGE_API_KEY.",
     )
     judge_model: str | None = flag(None, "The judge's name on that server.")
 
@@ -275,7 +278,7 @@ def question_fields(example):
         "evidence": example.evidence,
     }
     # What reports break scores down by.
-    for name in (*scores.TASK_FIELDS, *scores.BREAKDOWNS, "path"):
+    for name in (*scores.TASK_FIELDS, *scores.BREAKDOWNS, *scores.CAPTION_FIELDS, "path"):
         if name in example.extra:
             fields[name] = example.extra[name]
     return fields
@@ -708,9 +711,9 @@ def ask_server(arguments, examples, done):
     pool.stop()
 
 
-# --------------------------------------------------------------------- a judge of the reasoning
+# ------------------------------------------------------ a judge of reasoning and of open answers
 
-# The project's wording of the questions to Video-R2's judge.
+# The project's wording of the questions to Video-R2's judge, and to a judge of correctness.
 READ_ANSWER = """Below are the options of a question (none when it asks for a number) and a final \
 answer to it. Say which option the answer
 names. Do not solve the question and do not infer anything that is not written. Reply with the \
@@ -749,85 +752,166 @@ Question:
 
 Reasoning:
 {reasoning}"""
+JUDGE_ANSWER = """Below are a question about a video, its reference answer and somebody's answer. \
+Say whether the answer is right: whether it
+means what the reference answer means, in whatever words or unit. More detail is no fault unless \
+it contradicts the reference; an answer that
+leaves out what was asked for, or names several possibilities, is wrong. Reply with CORRECT or \
+WRONG alone.
+
+Question:
+{question}
+
+Reference answer:
+{solution}
+
+Answer:
+{answer}"""
+# TempCompass: a description is right if it leads a reader who has not seen the video to the answer.
+READ_CAPTION = """Below are somebody's description of a video and a question about the video. \
+Answer the question from the description alone.
+Reply with the right option's capital letter, or with NONE when the description does not say or \
+fits no option.
+
+Description:
+{answer}
+
+Question:
+{question}"""
+
+JUDGE_TOKENS = 256  # most tokens of a judge's reply
 
 
-def judge_one(arguments, client, record):
-    """Ask the judge about one output.
+def judge_prompts(record):
+    """Make the questions to the judge about one output.
 
     Returns:
-        {"answer", "conclusion": its replies, "" for UNKNOWN or where there is nothing to read,
-        "vas": 0 to 10, None without a rating}.
+        {reading: prompt}: "answer" and "conclusion" for TAC, "vas", and "correct" for an open
+        answer; without those that would be about nothing.
+    """
+    options = "\n".join(record["options"]) or "(none)"
+    question = "\n".join([record["problem"], *record["options"]])
+    prompts = {}
+    if scores.can_compare(record):
+        readings = {"answer": (READ_ANSWER, "answer"), "conclusion": (READ_CONCLUSION, "think")}
+        for name, (wording, tag) in readings.items():
+            text = scores.last_block(record["output"], tag)
+            if text:
+                prompts[name] = wording.format(options=options, text=text)
+    # Video-R2 rates the first think block.
+    reasoning = reward.extract_think(record["output"])
+    if reasoning:
+        prompts["vas"] = RATE_ATTENTION.format(question=question, reasoning=reasoning)
+    if scores.is_open(record) and record["mc_question"]:
+        prompts["correct"] = READ_CAPTION.format(
+            question=record["mc_question"], answer=record["prediction"]
+        )
+    elif scores.is_open(record):
+        prompts["correct"] = JUDGE_ANSWER.format(
+            question=question, solution=record["solution"], answer=record["prediction"]
+        )
+    return prompts
+
+
+def read_reply(name, reply, record):
+    """Read a judge's reply to one of judge_prompts.
+
+    Returns:
+        "answer", "conclusion": text, "" for UNKNOWN; "vas": 0 to 10; "correct": bool. None for a
+        rating or verdict that is none.
+    """
+    if name in ("answer", "conclusion"):
+        return "" if reply.upper().startswith("UNKNOWN") else reply.strip("()*. ")
+    if name == "vas":
+        rating = re.search(r'"score"\s*:\s*(-?\d+(?:\.\d+)?)', reply)
+        return rating and min(10.0, max(0.0, float(rating[1])))
+    if record["mc_question"]:
+        options = split_options(record["mc_question"])[1]
+        letter = read_choice(reply, options)
+        known = letter or reply.upper().startswith("NONE")
+        return letter == solution_letters(record["mc_answer"], options) if known else None
+    verdict = re.match(r"\W*(correct|incorrect|wrong)\b", reply, re.IGNORECASE)
+    return verdict and verdict[1].lower() == "correct"
+
+
+def judge_one(arguments, client, record, prompts):
+    """Ask the judge about one output.
+
+    Args:
+        prompts: of judge_prompts.
+    Returns:
+        {reading: read_reply of the judge's reply}.
     Raises:
         ServerError.
     """
-    settings = {"model": arguments.judge_model, "max_tokens": 256, "temperature": 0.0, "top_p": 1.0}
-
-    def ask(prompt):
-        messages = [{"role": "user", "content": prompt}]
-        text = chat(client, arguments.api_retries, messages, **settings)
-        # A judge may think, too.
-        return text.rpartition("</think>")[2].strip()
-
-    replies = {"answer": "", "conclusion": ""}
-    options = "\n".join(record["options"]) or "(none)"
-    prompts = {"answer": READ_ANSWER, "conclusion": READ_CONCLUSION}
-    for name, tag in (("answer", "answer"), ("conclusion", "think")):
-        text = scores.last_block(record["output"], tag)
-        reply = ask(prompts[name].format(options=options, text=text)) if text else "UNKNOWN"
-        if not reply.upper().startswith("UNKNOWN"):
-            replies[name] = reply.strip("()*. ")
-    # Video-R2 rates the first think block. Without one there is no attention: 0 of 10.
-    replies["vas"] = 0.0
-    reasoning = reward.extract_think(record["output"])
-    if reasoning:
-        replies["vas"] = None
-        question = "\n".join([record["problem"], *record["options"]])
-        prompt = RATE_ATTENTION.format(question=question, reasoning=reasoning)
-        # A judge that gave no score is asked once more.
-        for reminder in ("", "\n\nJSON only."):
-            rating = re.search(r'"score"\s*:\s*(-?\d+(?:\.\d+)?)', ask(prompt + reminder))
-            if rating:
-                replies["vas"] = min(10.0, max(0.0, float(rating[1])))
+    settings = {"model": arguments.judge_model, "temperature": 0.0, "top_p": 1.0}
+    readings = {}
+    for name, prompt in prompts.items():
+        # A judge that gave no rating or verdict is asked once more.
+        for reminder in ("", "\n\nJSON only." if name == "vas" else "\n\nOne word only."):
+            messages = [{"role": "user", "content": prompt + reminder}]
+            retries = arguments.api_retries
+            text = chat(client, retries, messages, max_tokens=JUDGE_TOKENS, **settings)
+            # A judge may think, too.
+            reply = text.rpartition("</think>")[2].strip()
+            readings[name] = read_reply(name, reply, record)
+            if readings[name] is not None:
                 break
-    return replies
+    return readings
 
 
 def judge_report(arguments, report):
-    """Have every output judged; the replies are appended to REPORT.judged.jsonl as they come.
+    """Have every output judged; the readings are appended to REPORT.judged.jsonl as they come.
 
     Returns:
-        dict, the report's `judged`: TAC, consistency rate and VAS.
+        dict, the report's `judged`: TAC, consistency rate, VAS and correctness.
     Raises:
         DataError: the judge answered nothing.
     """
     judge = {"judge_model": arguments.judge_model, "judge_base": arguments.judge_base}
     file = ShardedLines(Path(arguments.output).with_suffix(".judged.jsonl"), 0, 1)
     # What this judge read in earlier runs is not asked again.
-    replies = {}  # (problem_id, output): dict of judge_one
+    readings = {}  # {(problem_id, output): {reading: value}}
     for row in stored_rows(file.path):
         if judge.items() <= row.items():
-            replies[row["problem_id"], row["output"]] = row["told"]
+            readings.setdefault((row["problem_id"], row["output"]), {}).update(row["told"])
     client = connect(arguments, arguments.judge_base, "JUDGE_API_KEY")
     tasks = []
+    asked = []
     for record in filter(scores.has_output, report["results"]):
-        if (record["problem_id"], record["output"]) not in replies:
-            tasks.append((arguments, client, record))
+        key = (record["problem_id"], record["output"])
+        prompts = judge_prompts(record)
+        known = readings.get(key, {})
+        missing = {name: prompts[name] for name in prompts if name not in known}
+        if not missing:
+            readings[key] = known
+        else:
+            tasks.append((arguments, client, record, missing))
+            asked += missing.values()
+    # Somebody may have to pay for it.
+    print(
+        f"{arguments.judge_model} at {arguments.judge_base} is asked {len(asked)} times about "
+        f"{len(tasks)} answers: about {sum(map(len, asked)) // 4} tokens to read, at most "
+        f"{JUDGE_TOKENS * len(asked)} to write"
+    )
     failed = {}
-    for (_, _, record), told in in_threads(arguments, judge_one, tasks, "judge"):
+    for (_, _, record, _), told in in_threads(arguments, judge_one, tasks, "judge"):
         question = {"problem_id": record["problem_id"], "output": record["output"]}
         if "error" in told:
             failed[record["problem_id"]] = told["error"]
         else:
-            replies[tuple(question.values())] = told
+            readings.setdefault(tuple(question.values()), {}).update(told)
             file.append([{**question, **judge, "told": told}])
     file.close()
-    if failed and not replies:
+    if failed and not any(readings.values()):
         first = next(iter(failed.values()))
         raise DataError(
             f"{arguments.judge_base} judged none of {len(failed)} answers; the first: {first}"
         )
-    metrics = scores.reasoning_metrics(report["results"], replies, arguments.judge_model)
-    return {**metrics, "failed": failed}
+    metrics = scores.reasoning_metrics(report["results"], readings, arguments.judge_model)
+    correctness = scores.correctness(report["results"], readings, failed)
+    more = {"judge_base": arguments.judge_base, "correctness": correctness, "failed": failed}
+    return {**metrics, **more}
 
 
 # ------------------------------------------------------------------------ reports, comparisons

@@ -84,6 +84,8 @@ VSI_TASKS = (
 )
 TASK_FIELDS = """original_question_type task_type task task_name question_type type subdomain dim
     kind""".split()
+# lmms-eval's fields of TempCompass's captioning: what a judge answers from the caption.
+CAPTION_FIELDS = ("mc_question", "mc_answer")
 # Fields whose values, where they are texts, get a score each.
 BREAKDOWNS = ("duration", "domain", "sub_category")
 
@@ -99,6 +101,8 @@ class Item:
     problem: str = ""  # the question
     options: list[str] = field(default_factory=list)
     task: str = ""
+    mc_question: str = ""  # of a caption: CAPTION_FIELDS
+    mc_answer: str = ""
     evidence: list[tuple[float, float]] = field(default_factory=list)  # (start s, end s), if known
     frame_use: dict | None = None  # where the answer looked: see evaluate.use_row
     error: str | None = None  # why there is no output
@@ -179,6 +183,8 @@ def item_of(row):
     )
     for start, end in row.get("evidence") or row.get("glue") or []:
         item.evidence.append((float(start), float(end)))
+    for name in CAPTION_FIELDS:
+        setattr(item, name, first_field(row, [name]))
     for name in BREAKDOWNS:
         if isinstance(row.get(name), str):
             item.groups[name] = row[name]
@@ -521,7 +527,7 @@ def score_item(item):
     return record
 
 
-# ------------------------------------------------- a judge's readings: TAC and the consistency rate
+# -------------------------------- a judge's readings: TAC, the consistency rate and open answers
 
 
 def last_block(text, tag):
@@ -553,6 +559,13 @@ def can_compare(record):
     return record["problem_type"] in ("numerical", "regression")
 
 
+def is_open(record):
+    """Whether words are the solution, and an answer is there to be compared with it by a judge."""
+    return (
+        record["problem_type"] == "free-form" and has_output(record) and record["prediction"] != ""
+    )
+
+
 def ratio(part, whole):
     return part / whole if whole else None
 
@@ -569,7 +582,8 @@ def reasoning_metrics(records, replies, judge):
 
     Args:
         records: make_report's results.
-        replies: {(problem_id, output): dict of evaluate.judge_one}; none where the judge failed.
+        replies: {(problem_id, output): dict of evaluate.judge_one}; none where the judge failed,
+            no reading where there was nothing to read.
         judge: name of the judge.
     Returns:
         dict of counts and the metrics.
@@ -578,19 +592,21 @@ def reasoning_metrics(records, replies, judge):
     ratings = []
     for record in records:
         # Without an output there is nothing to read.
-        reply = {"answer": "", "conclusion": "", "vas": None}
+        reply = {"vas": None}
         if has_output(record):
             reply = replies.get((record["problem_id"], record["output"]))
         # The judge has failed on this one.
         if reply is None:
             continue
-        if reply["vas"] is not None:
-            ratings.append(reply["vas"])
+        # Without reasoning there is no attention: 0 of 10.
+        rating = reply.get("vas", 0.0)
+        if rating is not None:
+            ratings.append(rating)
         if not can_compare(record):
             continue
         kind = record["problem_type"]
-        answer = reply["answer"]
-        conclusion = reply["conclusion"]
+        answer = reply.get("answer", "")
+        conclusion = reply.get("conclusion", "")
         # Judges may name the option in full. A reply that names none is kept: it is wrong.
         if kind == "multiple choice":
             answer = read_choice(answer, record["options"]) or answer
@@ -619,6 +635,41 @@ def reasoning_metrics(records, replies, judge):
             "n": len(ratings),
             "not_rated": sum(map(has_output, records)) - len(ratings),
         },
+    }
+
+
+def correctness(records, replies, failed):
+    """Accuracy of open answers (free-form) by a judge's verdicts; sets each's `judged_correct`.
+
+    Args:
+        replies: see reasoning_metrics.
+        failed: {problem_id: cause} of questions on which the judge failed.
+    Returns:
+        dict. n: open questions, of which one without an answer is wrong; judged: those with a
+        verdict, and accuracy over them. accuracy_of_all: over all questions of the file, with the
+        verdicts in place of word overlap. None where the reason says why.
+    """
+    verdicts = {}  # {problem_id: verdict or None}
+    for record in records:
+        if record["problem_type"] != "free-form":
+            continue
+        reply = {"correct": False}
+        if is_open(record):
+            reply = replies.get((record["problem_id"], record["output"]), {})
+        record["judged_correct"] = reply.get("correct")
+        verdicts[record["problem_id"]] = reply.get("correct")
+    unjudged = [name for name, verdict in verdicts.items() if verdict is None]
+    reason = None if verdicts else "no open questions"
+    if unjudged:
+        cause = failed.get(unjudged[0], "the judge's reply was no verdict")
+        reason = f"{len(unjudged)} are unjudged; the first is {unjudged[0]}: {cause}"
+    rewards = [record.get("judged_correct", record["reward"]) for record in records]
+    return {
+        "n": len(verdicts),
+        "judged": len(verdicts) - len(unjudged),
+        "accuracy": mean(verdicts.values()),
+        "accuracy_of_all": None if reason else mean(rewards),
+        "reason": reason,
     }
 
 
@@ -884,7 +935,7 @@ def make_report(items, benchmark="", repeated=()):
         "errors": errors,
         "duplicates": list(repeated),
         "judged": {
-            **dict.fromkeys(("judge", "TAC", "consistency_rate", "VAS")),
+            **dict.fromkeys(("judge", "TAC", "consistency_rate", "VAS", "correctness")),
             "reason": "no judge was asked (--judge_base, --judge_model)",
         },
         "warnings": find_warnings(items, benchmark, repeated, unread),

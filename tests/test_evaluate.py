@@ -558,6 +558,7 @@ def test_without_a_judge_the_report_says_so(tmp_path, monkeypatch, capsys):
         "TAC": None,
         "consistency_rate": None,
         "VAS": None,
+        "correctness": None,
         "reason": "no judge was asked (--judge_base, --judge_model)",
     }
     assert "judge None" in out and "reasoning" not in report
@@ -1233,6 +1234,26 @@ def test_a_real_server_answers_as_the_model_here_does(
             6,
         ]
         there = local(words, tmp_path / "there.json", monkeypatch, capsys)
+        # As if killed while it wrote the sixth answer; the server answers as before.
+        file = tmp_path / "there.predictions.jsonl"
+        lines = file.read_text().splitlines(keepends=True)
+        file.write_text("".join(lines[:5]) + lines[5][:30])
+        assert local(words, tmp_path / "there.json", monkeypatch, capsys) == there
+        # The same model as the judge, whose replies are short here.
+        monkeypatch.setattr(evaluate, "JUDGE_TOKENS", 6)
+        rows = [
+            row(1, "<think>It is blue.</think><answer>B</answer>", "B"),
+            row(2, "<answer>a car</answer>", "a lorry", "free-form"),
+        ]
+        judge = ["--judge_base", f"http://localhost:{port}/v1", "--judge_model", checkpoint]
+        judge += ["--api_workers", 1, "--api_retries", 6]
+        path = write(tmp_path / "stored.json", rows)
+        judged, out, _ = rescore(path, monkeypatch, capsys, *judge)
+        # Killed while it wrote the last reading.
+        file = tmp_path / "out" / "report.judged.jsonl"
+        lines = file.read_text().splitlines(keepends=True)
+        file.write_text(lines[0] + lines[1][:30])
+        again, later, _ = rescore(path, monkeypatch, capsys, *judge)
     finally:
         server.kill()
     pairs = [
@@ -1243,6 +1264,15 @@ def test_a_real_server_answers_as_the_model_here_does(
     pairs = [(a, b) for a, b in pairs if "think>" not in a and "<|" not in b]
     # The server cuts white space at the end.
     assert len(pairs) >= 3 and all(a.rstrip() == b for a, b in pairs)
+    assert there["settings"]["model_name_or_path"] == str(checkpoint)
+    assert there["settings"]["api_base"] == f"http://localhost:{port}/v1"
+    assert "is asked 4 times about 2 answers" in out and "about 1 answers" in later
+    assert again == judged and judged["judged"]["failed"] == {}
+    assert judged["judged"]["judge"] == str(checkpoint)
+    assert judged["judged"]["judge_base"] == f"http://localhost:{port}/v1"
+    # Untrained, it says neither correct nor wrong.
+    assert judged["judged"]["correctness"]["accuracy"] is None
+    assert "no verdict" in judged["judged"]["correctness"]["reason"]
 
 
 # ---------------------------------------------------------------------------- controls and a judge
@@ -1325,8 +1355,18 @@ def test_a_server_gets_the_controls_too(serve, flags, tmp_path, monkeypatch, cap
 
 
 def judge(request, times):
-    """A judge that reads what stands behind "says", and rates by the number of digits."""
+    """A judge that reads what stands behind "says", rates by the number of digits, and finds right
+    what has a car in it."""
     text = asked(request)
+    if "CORRECT or WRONG" in text:
+        answer = text.rpartition("Answer:\n")[2]
+        if "perhaps" in answer or ("hm" in answer and "One word" not in text):
+            return "The answer is correct in part."
+        return "**Correct**." if "car" in answer else "incorrect"
+    if "from the description alone" in text:
+        description = text.partition("Description:\n")[2].partition("\n")[0]
+        known = {"dunks": "A", "dribbles": "(B) dribbling", "sings": "NONE of them"}
+        return next((reply for word, reply in known.items() if word in description), "B or C")
     if "Final answer:" in text:
         return text.rpartition("Final answer:\n")[2]
     told = text.rpartition("Reasoning:\n")[2]
@@ -1418,6 +1458,116 @@ def test_a_judge_that_fails_is_told(serve, tmp_path, monkeypatch, capsys):
         "--judge_model go together"
         in command(monkeypatch, capsys, "--rescore", path, "--judge_base", server.base)[2]
     )
+
+
+def test_a_judge_of_open_answers(serve, tmp_path, monkeypatch, capsys):
+    """What is unjudged is null with its reason, and asked again where the server failed."""
+    outputs = ["a red car", "a lorry", "kaput car", "perhaps a car", "hm", ""]
+    rows = [
+        row(number, f"<answer>{output}</answer>" if output else "", "a red car", "free-form")
+        for number, output in enumerate(outputs)
+    ]
+    rows.append(row(6, "<answer>B</answer>", "B"))
+    path = write(tmp_path / "a.json", {"results": rows})
+    server = serve(
+        lambda request, times: 400 if "kaput" in asked(request) else judge(request, times)
+    )
+    words = ["--judge_base", server.base, "--judge_model", "judge-1"]
+    report, out, _ = rescore(path, monkeypatch, capsys, *words)
+    # Five answers, and the letter for TAC.
+    told = f"judge-1 at {server.base} is asked 6 times about 6 answers: about "
+    tokens = int(out.partition(told)[2].partition(" tokens")[0])
+    # A second try for no verdict is not foreseen.
+    sent = {asked(request) for _, _, request in server.requests}
+    firsts = [text for text in sent if not text.endswith("One word only.")]
+    assert len(firsts) == 6 and tokens == sum(map(len, firsts)) // 4
+    assert f"at most {6 * 256} to write" in out
+    found = report["judged"]["correctness"]
+    reason = found.pop("reason")
+    assert found == {"n": 6, "judged": 4, "accuracy": 1 / 4, "accuracy_of_all": None}
+    assert reason.startswith("2 are unjudged; the first is 2: server error: status 400")
+    assert [record.get("judged_correct", "none") for record in report["results"]] == [
+        *[True, False, None, None, False, False],
+        "none",
+    ]
+    assert (report["judged"]["judge"], report["judged"]["judge_base"]) == ("judge-1", server.base)
+
+    # Once the server is up it is asked about the one answer alone.
+    server.reply = judge
+    server.requests.clear()
+    report, out, _ = rescore(path, monkeypatch, capsys, *words)
+    assert "is asked 1 times about 1 answers" in out and len(server.requests) == 1
+    assert report["judged"]["correctness"]["accuracy"] == 2 / 5
+    assert "perhaps" not in asked(server.requests[0][2]) and report["judged"]["failed"] == {}
+    rows[3]["output"] = "<answer>the same car</answer>"
+    write(path, {"results": rows})
+    report, _, _ = rescore(path, monkeypatch, capsys, *words)
+    # Three of six, and the letter.
+    found = {"n": 6, "judged": 6, "accuracy": 3 / 6, "accuracy_of_all": 4 / 7, "reason": None}
+    assert report["judged"]["correctness"] == found
+    # Another judge reads everything itself.
+    report, out, _ = rescore(path, monkeypatch, capsys, *words[:-1], "judge-2")
+    assert "judge-2 at" in out and "is asked 6 times" in out
+
+
+def test_a_caption_is_judged_by_what_it_tells(serve, tmp_path, monkeypatch, capsys):
+    """TempCompass: the judge answers a question from the caption; as lmms-eval stores it."""
+    doc = {
+        "video_id": "1",
+        "question": "Information A: dribbling\nInformation B: dunking\nGenerated Caption:",
+        "answer": "B. dunking",
+        "dim": "action",
+        "mc_question": "What does he do?\nA. dunking\nB. dribbling\nC. singing",
+        "mc_answer": "A. dunking",
+    }
+    captions = ["A man dunks.", "A man dribbles.", "A man sings.", "A man."]
+    rows = []
+    for number, caption in enumerate(captions):
+        fields = {"doc_id": number, "target": "B. dunking", "input": doc["question"]}
+        rows.append({**fields, "doc": {**doc, "number": number}, "resps": [[caption]]})
+    path = write(tmp_path / "samples_tempcompass.jsonl", rows, lines=True)
+    server = serve(judge)
+    words = ["--judge_base", server.base, "--judge_model", "judge-1"]
+    report, _, _ = rescore(path, monkeypatch, capsys, *words)
+    verdicts = [record["judged_correct"] for record in report["results"]]
+    assert verdicts == [True, False, False, None]
+    assert "the judge's reply was no verdict" in report["judged"]["correctness"]["reason"]
+    # A report keeps the judge's question: it is judged as the samples are.
+    again = tmp_path / "again.json"
+    status, _, err = command(
+        monkeypatch,
+        capsys,
+        "--rescore",
+        tmp_path / "out" / "report.json",
+        "--output",
+        again,
+        *words,
+    )
+    assert status == 0, err
+    assert json.loads(again.read_text())["judged"]["correctness"]["accuracy"] == 1 / 3
+
+
+def test_readings_of_before_are_kept(serve, tmp_path, monkeypatch, capsys):
+    """Rows of a judge that was not asked about open answers yet, the last one torn by a kill."""
+    rows = [
+        row(1, "<think>frame</think><answer>a car</answer>", "a car", "free-form"),
+        row(2, "<think>frame says B</think><answer>B</answer>", "B"),
+    ]
+    path = write(tmp_path / "a.json", {"results": rows})
+    server = serve(judge)
+    words = ["--judge_base", server.base, "--judge_model", "judge-1"]
+    report, _, _ = rescore(path, monkeypatch, capsys, *words)
+    told = {"answer": "", "conclusion": "", "vas": 3.0}
+    stored = {"problem_id": "1", "output": rows[0]["output"], "told": told}
+    stored |= {"judge_model": "judge-1", "judge_base": server.base}
+    file = tmp_path / "out" / "report.judged.jsonl"
+    line = next(line for line in file.read_text().splitlines() if '"problem_id": "2"' in line)
+    file.write_text(json.dumps(stored) + "\n" + line[:40])
+    server.requests.clear()
+    again, out, _ = rescore(path, monkeypatch, capsys, *words)
+    assert "is asked 4 times about 2 answers" in out and len(server.requests) == 4
+    assert again["judged"]["VAS"]["value"] == 10 * (3 + 8) / 2
+    assert again["judged"]["correctness"] == report["judged"]["correctness"]
 
 
 def test_grounding_by_the_times_that_the_reasoning_cites(tmp_path, monkeypatch, capsys):
