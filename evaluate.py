@@ -3,6 +3,9 @@
 On this machine, on one GPU or several (torchrun or deepspeed); the same command continues a run:
     python evaluate.py --model_name_or_path output/grpo --bench eval_mmvu.json --media_root DATA
     torchrun --nproc_per_node 8 evaluate.py --model_name_or_path output/grpo --bench ...
+One question, answered on the screen:
+    python evaluate.py --model_name_or_path output/grpo --video clip.mp4 --question "Who falls?" \\
+        --options "A. the cat" "B. the dog" --frame_use attention
 By an OpenAI-compatible server (vLLM, SGLang, ...):
     python evaluate.py --api_base http://localhost:8000/v1 --model_name_or_path NAME --bench ...
 Stored answers, without a model; with a judge of reasoning (TAC, VAS) and of open answers:
@@ -29,13 +32,14 @@ import base64
 import hashlib
 import io
 import json
+import math
 import mimetypes
 import os
 import random
 import re
 import sys
 import time
-from collections import Counter
+from collections import ChainMap, Counter, defaultdict
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, fields, replace
 from functools import partial
@@ -64,11 +68,12 @@ from common.data import (
     solution_letters,
     split_options,
     target_text,
+    typed_example,
 )
 from common.flags import Parser, check_least, exit_codes, flag
 from common.media import Encoder, PromptFlags, RunFlags
 from common.policy import Policy, collate, load_model
-from common.rollout import Sampling, answer_prompts, read_turn
+from common.rollout import BATCH_TOKENS, Sampling, answer_inputs, read_turn
 from common.workers import Pool, ShardedLines, check_settings, join_ranks, write_whole
 from grpo import rollout_frame_use, slot_shares, token_frame_use
 from prior import read_priors
@@ -86,6 +91,12 @@ class EvaluateArguments(RunFlags):
         "Questions: Video-R1, SEED-Bench-R1, TW-GRPO or Video-R2 JSON or JSON lines.",
         aliases=["--bench"],
     )
+    question: str | None = flag(
+        None, "One question instead of a data set: its answer is printed, and where it looked."
+    )
+    options: list[str] | None = flag(None, "Its options: 'A. red' 'B. blue', or red blue.")
+    video: str | None = flag(None, "The video that --question is about.")
+    image: list[str] | None = flag(None, "Pictures that it is about.")
     rescore: str | None = flag(
         None,
         "Score stored answers instead: eval_results of Video-R1 and its descendants, TW-GRPO's "
@@ -104,7 +115,17 @@ class EvaluateArguments(RunFlags):
     max_completion_length: int = flag(1024, "Most tokens of an answer.")
     temperature: float = flag(0.0, "0 is greedy.")
     top_p: float = flag(1.0, "Nucleus, when sampled.")
-    batch_size: int = flag(32, "Questions answered at once, on each rank.")
+    batch_tokens: int = flag(
+        BATCH_TOKENS,
+        "Questions are answered together, on each rank, as long as their prompts and longest "
+        "answers have so many tokens, padding included. A 7B model's cache has 57 kB a token.",
+    )
+    batch_size: int | None = flag(
+        None, "Most questions answered together. None: a 16th of all, or 32 if that is more."
+    )
+    cuda_graph: bool = flag(
+        torch.cuda.is_available(), "Replay the decode step as one CUDA graph; packed families only."
+    )
     frame_use: str = flag(
         "none",
         "Also measure where each answer looks, by a layer's attention or, as in the paper, its "
@@ -154,9 +175,13 @@ class EvaluateArguments(RunFlags):
 
     def __post_init__(self):
         super().__post_init__()
-        check_least(self, max_completion_length=1, batch_size=1, temperature=0)
+        check_least(self, max_completion_length=1, batch_tokens=1, batch_size=1, temperature=0)
         check_least(self, api_workers=1, api_timeout=1e-6, api_retries=0)
+        # Without a frame use there is nothing to compare a prior with.
+        if self.question and self.priors and self.frame_use == "none":
+            self.frame_use = "attention"
         rescore = self.rescore
+        sources = [source for source in (rescore, self.dataset_name, self.question) if source]
         measures = self.frame_use != "none"
         addresses = (self.api_base or "http:", self.judge_base or "http:")
         try:
@@ -165,11 +190,17 @@ class EvaluateArguments(RunFlags):
             api_extra = None
         # {what to say: whether the flags are wrong}
         refusals = {
-            "give --model_name_or_path and --dataset_name (--bench), or --rescore FILE with no "
-            "--dataset_name and no model beside it, or `compare FIRST SECOND`": (
-                bool(rescore) == bool(self.dataset_name)
-                or bool(self.dataset_name) != bool(self.model_name_or_path)
+            "give --model_name_or_path and --dataset_name (--bench) or --question, or --rescore "
+            "FILE with no --dataset_name and no model beside it, or `compare FIRST SECOND`": (
+                len(sources) != 1
+                or bool(rescore) == bool(self.model_name_or_path)
                 or (rescore and self.api_base)
+            ),
+            "--options, --video and --image go with --question, --frame_use_check, --control and a "
+            "judge with a data set": (
+                self.frame_use_check or self.control != "none" or self.judge_base
+                if self.question
+                else self.options or self.video or self.image
             ),
             f"--output {self.output} is the --rescore file itself; choose another file": (
                 rescore and os.path.realpath(rescore) == os.path.realpath(self.output)
@@ -234,7 +265,7 @@ def score_settings(arguments):
     """
     names = "model_name_or_path max_completion_length temperature top_p top_k seed control "
     # Padding in a batch changes the last bits of a greedy choice, so its size is one of them.
-    here = "batch_size frame_use frame_use_layer priors"
+    here = "batch_tokens batch_size cuda_graph frame_use frame_use_layer priors"
     names += "api_base api_media api_extra" if arguments.api_base else here
     prompt = [one.name for one in fields(PromptFlags)]
     settings = {name: getattr(arguments, name) for name in [*prompt, *names.split()]}
@@ -431,37 +462,22 @@ class FrameUse:
     tokens: torch.Tensor  # (L, t) each token's cosine with a slot's states, or attention to it
 
 
-@torch.no_grad()
-def answer_batch(model, processor, prompts, seeds, arguments):
-    """Sample one answer to each prompt and read where it looks.
+def frame_uses(answers, layer):
+    """Read where a batch of rollout.Answers looks.
 
-    Args:
-        prompts: Prompts of B rows, on the model's device.
-        seeds: B ints.
-        arguments: max_completion_length, temperature, top_p, top_k, frame_use, frame_use_layer.
     Returns:
-        B texts; B FrameUse, None where a row has no video of two slots, or without frame_use.
+        B FrameUse, None where a row has no video of two slots, or no layer was asked for.
     """
-    settings = Sampling(
-        arguments.max_completion_length, arguments.temperature, arguments.top_p, arguments.top_k
-    )
-    layer = arguments.frame_use_layer
-    layers = {}
-    if arguments.frame_use == "attention":
-        layers = {"attention_layer": layer}
-    elif arguments.frame_use == "hidden":
-        layers = {"hidden_layers": (layer,)}
-    samples, scored = answer_prompts(model, processor, prompts, seeds, settings, **layers)
-    uses = [None] * len(seeds)
-    if scored is None:
-        return samples.texts, uses
-    mask = samples.mask[:, None]  # (B, 1, T)
-    looked = (scored.hidden.get(layer), scored.attention)
-    for row, (slots,) in enumerate(rollout_frame_use(prompts, mask, *looked)):
+    uses = [None] * len(answers.places)
+    if answers.scored is None:
+        return uses
+    mask = answers.samples.mask[:, None]  # (B, 1, T)
+    looked = (answers.scored.hidden.get(layer), answers.scored.attention)
+    for row, (slots,) in enumerate(rollout_frame_use(answers.prompts, mask, *looked)):
         if slots is not None:
-            per_token = token_frame_use(prompts, row, mask[row, 0].bool(), *looked)
+            per_token = token_frame_use(answers.prompts, row, mask[row, 0].bool(), *looked)
             uses[row] = FrameUse(slots, per_token)
-    return samples.texts, uses
+    return uses
 
 
 def strongest_events(tokens, share=0.05):
@@ -485,16 +501,17 @@ def use_row(example, times, use, prior):
         use: FrameUse.
         prior: the question's Prior, or None.
     Returns:
-        dict: `slots`, (t,) shares of the temporal slots that sum to 1; `evidence`, the share on the
-        slots that the answer rests on, and `chance`, that of even use; `consensus`, the agreement
-        with the prior (Eq. 6); `enrichment`, see scores.event_enrichment. What is unknown is None.
-        With a prior also `events` (strongest_events), `tokens`, their number L, and
-        `consensus_slots`, the slots with more of the prior than an even share.
+        dict: `slots`, (t,) shares of the temporal slots that sum to 1; `times`; `evidence`, the
+        share on the slots that the answer rests on, and `chance`, that of even use; `consensus`,
+        the agreement with the prior (Eq. 6); `enrichment`, see scores.event_enrichment. What is
+        unknown is None.
+        With a prior also `prior`, (t,) its shares of the slots, `consensus_slots`, those with more
+        of it than an even share, `events` (strongest_events) and `tokens`, their number L.
     Raises:
         DataError: the prior was made for other frames.
     """
     count = len(use.slots)
-    row = {"slots": use.slots.tolist()}
+    row = {"slots": use.slots.tolist(), "times": times}
     row |= dict.fromkeys(("evidence", "chance", "consensus", "enrichment"))
     if example.evidence:
         evidence = slot_shares(times, example.evidence, count)  # (t,)
@@ -514,53 +531,79 @@ def use_row(example, times, use, prior):
     events = strongest_events(use.tokens.cpu())
     row["consensus"] = reward.consensus_frame_reward(merged, use.slots)
     row["enrichment"] = scores.event_enrichment(events, count, chosen)
-    return row | {"events": events, "tokens": len(use.tokens), "consensus_slots": chosen}
+    row |= {"prior": merged.tolist(), "consensus_slots": chosen}
+    return row | {"events": events, "tokens": len(use.tokens)}
+
+
+def window_size(arguments, count):
+    """Questions, of `count`, that are decoded together and answered in one batch or several.
+
+    As many as fit one batch if each has a video, so that the media in memory are bounded, too.
+    """
+    prompt = math.ceil(arguments.frames / 2) * arguments.max_pixels // 28**2 + 256  # words: 256
+    fit = arguments.batch_tokens // (prompt + arguments.max_completion_length)
+    # Ranks get equal shares.
+    most = arguments.batch_size or max(32, count // 16)
+    return max(1, min(fit, most))
 
 
 def answer_here(arguments, examples, done, rank, world):
     """Yield this rank's batches as {problem_id: answer}.
 
-    A batch has the same questions however many ranks there are and whatever is done, since padding
-    changes the last bits of a greedy choice. If any answer is missing, all are made again.
+    A window has the same questions, and so the same batches, however many ranks there are and
+    whatever is done, since padding changes the last bits of a greedy choice. If any answer of a
+    window is missing, all are made again.
     """
-    size = arguments.batch_size
+    size = window_size(arguments, len(examples))
     priors = {}
     if arguments.priors:
         priors = {prior.problem_id: prior for prior in read_priors(arguments.priors)}
-    batches = []  # of positions in the data set
+    starts = []  # of windows in the data set
     for start in range(rank * size, len(examples), world * size):
-        batch = range(start, min(start + size, len(examples)))
-        if not done.issuperset(examples[position].id for position in batch):
-            batches.append(batch)
+        if not done.issuperset(example.id for example in examples[start : start + size]):
+            starts.append(start)
     # A finished run loads no model.
-    if not batches:
+    if not starts:
         return
     model, processor = load_model(arguments.model_name_or_path)
     inputs = make_inputs(arguments, processor, partial(encode_ahead, arguments))
+    settings = Sampling(
+        arguments.max_completion_length,
+        arguments.temperature,
+        arguments.top_p,
+        arguments.top_k,
+        arguments.cuda_graph,
+    )
+    budget = arguments.batch_tokens
+    layer = arguments.frame_use_layer
+    layers = {}
+    if arguments.frame_use == "attention":
+        layers = {"attention_layer": layer}
+    elif arguments.frame_use == "hidden":
+        layers = {"hidden_layers": (layer,)}
 
-    def requests(batch):
-        return [engine.Ready(position, examples[position], None) for position in batch]
+    def window(start):
+        asked = enumerate(examples[start : start + size], start)
+        return [engine.Ready(place, example, priors.get(example.id)) for place, example in asked]
 
-    # Workers decode the next batch while this one is answered.
-    decoded = inputs.each(map(requests, batches))
-    for batch in tqdm(decoded, "answer", len(batches), unit="batch", disable=rank > 0):
-        answers = {one.example.id: {} for one in batch}
+    # Workers decode the next window while this one is answered.
+    decoded = inputs.each(map(window, starts))
+    for requests in tqdm(decoded, "answer", len(starts), unit="window", disable=rank > 0):
         # An unreadable medium costs its own question alone.
-        ready, broken = inputs.take(batch)
-        for name, cause in broken.items():
-            answers[name]["error"] = f"unreadable media: {cause}"
-        # Nothing to sample if no medium of the batch could be read.
-        if ready:
-            prompts = collate([one.inputs for one in ready], model).to(model.device)
-            seeds = [seed_of(arguments, one.place) for one in ready]
-            texts, uses = answer_batch(model, processor, prompts, seeds, arguments)
-            for one, text, use in zip(ready, texts, uses, strict=True):
-                answer = answers[one.example.id]
-                answer["output"] = text
+        ready, broken = inputs.take(requests)
+        yield {name: {"error": f"unreadable media: {cause}"} for name, cause in broken.items()}
+        made = [one.inputs for one in ready]
+        seeds = [seed_of(arguments, one.place) for one in ready]
+        for batch in answer_inputs(model, processor, made, seeds, settings, budget, **layers):
+            answers = {}
+            uses = frame_uses(batch, layer)
+            for place, text, use in zip(batch.places, batch.samples.texts, uses, strict=True):
+                one = ready[place]
+                answers[one.example.id] = {"output": text}
                 if use:
-                    prior = priors.get(one.example.id)
-                    answer["frame_use"] = use_row(one.example, one.inputs.times, use, prior)
-        yield answers
+                    row = use_row(one.example, one.inputs.times, use, one.prior)
+                    answers[one.example.id]["frame_use"] = row
+            yield answers
 
 
 # --------------------------------------------------------------------------- answers of a server
@@ -766,7 +809,7 @@ Reference answer:
 {solution}
 
 Answer:
-{answer}"""
+{prediction}"""
 # TempCompass: a description is right if it leads a reader who has not seen the video to the answer.
 READ_CAPTION = """Below are somebody's description of a video and a question about the video. \
 Answer the question from the description alone.
@@ -774,10 +817,10 @@ Reply with the right option's capital letter, or with NONE when the description 
 fits no option.
 
 Description:
-{answer}
+{prediction}
 
 Question:
-{question}"""
+{mc_question}"""
 
 JUDGE_TOKENS = 256  # most tokens of a judge's reply
 
@@ -791,25 +834,18 @@ def judge_prompts(record):
     """
     options = "\n".join(record["options"]) or "(none)"
     question = "\n".join([record["problem"], *record["options"]])
+    reasoning, answer = reward.split_output(record["output"])
+    compared = scores.can_compare(record)
     prompts = {}
-    if scores.can_compare(record):
-        readings = {"answer": (READ_ANSWER, "answer"), "conclusion": (READ_CONCLUSION, "think")}
-        for name, (wording, tag) in readings.items():
-            text = scores.last_block(record["output"], tag)
-            if text:
-                prompts[name] = wording.format(options=options, text=text)
-    # Video-R2 rates the first think block.
-    reasoning = reward.extract_think(record["output"])
+    if compared and answer:
+        prompts["answer"] = READ_ANSWER.format(options=options, text=answer)
+    if compared and reasoning:
+        prompts["conclusion"] = READ_CONCLUSION.format(options=options, text=reasoning)
     if reasoning:
         prompts["vas"] = RATE_ATTENTION.format(question=question, reasoning=reasoning)
-    if scores.is_open(record) and record["mc_question"]:
-        prompts["correct"] = READ_CAPTION.format(
-            question=record["mc_question"], answer=record["prediction"]
-        )
-    elif scores.is_open(record):
-        prompts["correct"] = JUDGE_ANSWER.format(
-            question=question, solution=record["solution"], answer=record["prediction"]
-        )
+    if scores.is_open(record):
+        wording = READ_CAPTION if record["mc_question"] else JUDGE_ANSWER
+        prompts["correct"] = wording.format(question=question, **record)
     return prompts
 
 
@@ -834,30 +870,18 @@ def read_reply(name, reply, record):
     return verdict and verdict[1].lower() == "correct"
 
 
-def judge_one(arguments, client, record, prompts):
-    """Ask the judge about one output.
-
-    Args:
-        prompts: of judge_prompts.
-    Returns:
-        {reading: read_reply of the judge's reply}.
-    Raises:
-        ServerError.
-    """
-    settings = {"model": arguments.judge_model, "temperature": 0.0, "top_p": 1.0}
-    readings = {}
-    for name, prompt in prompts.items():
-        # A judge that gave no rating or verdict is asked once more.
-        for reminder in ("", "\n\nJSON only." if name == "vas" else "\n\nOne word only."):
-            messages = [{"role": "user", "content": prompt + reminder}]
-            retries = arguments.api_retries
-            text = chat(client, retries, messages, max_tokens=JUDGE_TOKENS, **settings)
-            # A judge may think, too.
-            reply = text.rpartition("</think>")[2].strip()
-            readings[name] = read_reply(name, reply, record)
-            if readings[name] is not None:
-                break
-    return readings
+def judge_one(arguments, client, record, name, prompt):
+    """Ask the judge for one reading of an output -> {reading: value of read_reply}."""
+    settings = {"model": arguments.judge_model, "max_tokens": JUDGE_TOKENS}
+    # A judge that gave no rating or verdict is asked once more.
+    for reminder in ("", "\n\nJSON only." if name == "vas" else "\n\nOne word only."):
+        messages = [{"role": "user", "content": prompt + reminder}]
+        text = chat(client, arguments.api_retries, messages, temperature=0.0, top_p=1.0, **settings)
+        # A judge may think, too.
+        value = read_reply(name, text.rpartition("</think>")[2].strip(), record)
+        if value is not None:
+            break
+    return {name: value}
 
 
 def judge_report(arguments, report):
@@ -871,36 +895,31 @@ def judge_report(arguments, report):
     judge = {"judge_model": arguments.judge_model, "judge_base": arguments.judge_base}
     file = ShardedLines(Path(arguments.output).with_suffix(".judged.jsonl"), 0, 1)
     # What this judge read in earlier runs is not asked again.
-    readings = {}  # {(problem_id, output): {reading: value}}
+    readings = defaultdict(dict)  # {(problem_id, output): {reading: value}}
     for row in stored_rows(file.path):
         if judge.items() <= row.items():
-            readings.setdefault((row["problem_id"], row["output"]), {}).update(row["told"])
+            readings[row["problem_id"], row["output"]].update(row["told"])
     client = connect(arguments, arguments.judge_base, "JUDGE_API_KEY")
     tasks = []
-    asked = []
+    tokens = 0
     for record in filter(scores.has_output, report["results"]):
-        key = (record["problem_id"], record["output"])
-        prompts = judge_prompts(record)
-        known = readings.get(key, {})
-        missing = {name: prompts[name] for name in prompts if name not in known}
-        if not missing:
-            readings[key] = known
-        else:
-            tasks.append((arguments, client, record, missing))
-            asked += missing.values()
+        known = readings[record["problem_id"], record["output"]]
+        for name, prompt in judge_prompts(record).items():
+            if name not in known:
+                tasks.append((arguments, client, record, name, prompt))
+                tokens += len(prompt) // 4
     # Somebody may have to pay for it.
     print(
-        f"{arguments.judge_model} at {arguments.judge_base} is asked {len(asked)} times about "
-        f"{len(tasks)} answers: about {sum(map(len, asked)) // 4} tokens to read, at most "
-        f"{JUDGE_TOKENS * len(asked)} to write"
+        f"{arguments.judge_model} at {arguments.judge_base} is asked {len(tasks)} times: about "
+        f"{tokens} tokens to read, at most {JUDGE_TOKENS * len(tasks)} to write"
     )
     failed = {}
-    for (_, _, record, _), told in in_threads(arguments, judge_one, tasks, "judge"):
+    for (_, _, record, *_), told in in_threads(arguments, judge_one, tasks, "judge"):
         question = {"problem_id": record["problem_id"], "output": record["output"]}
         if "error" in told:
             failed[record["problem_id"]] = told["error"]
         else:
-            readings.setdefault(tuple(question.values()), {}).update(told)
+            readings[tuple(question.values())].update(told)
             file.append([{**question, **judge, "told": told}])
     file.close()
     if failed and not any(readings.values()):
@@ -908,6 +927,9 @@ def judge_report(arguments, report):
         raise DataError(
             f"{arguments.judge_base} judged none of {len(failed)} answers; the first: {first}"
         )
+    # Half of the readings of an output would look like a judge that saw nothing.
+    for key in [key for key in readings if key[0] in failed]:
+        del readings[key]
     metrics = scores.reasoning_metrics(report["results"], readings, arguments.judge_model)
     correctness = scores.correctness(report["results"], readings, failed)
     more = {"judge_base": arguments.judge_base, "correctness": correctness, "failed": failed}
@@ -1024,6 +1046,51 @@ def parse_compare(words):
     parser.add_argument("--output", help="JSON file for gains, losses and the numbers")
     parser.add_argument("--seed", type=int, default=0, help="seed of the bootstrap")
     return parser.parse_args(words)
+
+
+# ------------------------------------------------------------------------------- one question
+
+
+def print_bars(use):
+    """Print a frame_use and its prior as bars over the times of the slots' first frames."""
+    slots = len(use["slots"])
+    times = use["times"][:: math.ceil(len(use["times"]) / slots)]
+    rows = {"looked": use["slots"]}
+    if "prior" in use:
+        rows["prior"] = use["prior"]
+    for begin in range(0, slots, 10):
+        part = slice(begin, begin + 10)
+        for name, shares in rows.items():
+            # A full bar is the largest share.
+            heights = [round(8 * share / max(shares)) for share in shares[part]]
+            print(f"{name:8s}", *(" ▁▂▃▄▅▆▇█"[height] * 6 for height in heights))
+        print("seconds ", *(f"{time:6.1f}" for time in times[part]))
+
+
+def run_question(arguments):
+    """Answer the question of the command line: print reasoning, answer and where it looked."""
+    pictures = arguments.image or ()
+    example = typed_example(arguments.question, arguments.options or (), arguments.video, pictures)
+    # Names what is wrong with the model.
+    score_settings(arguments)
+    if arguments.priors:
+        rows = {row.question: row.problem_id for row in read_priors(arguments.priors)}
+        if example.question not in rows:
+            raise DataError(f"{arguments.priors} has no prior of this question")
+        example.id = rows[example.question]
+    answers = answer_here(arguments, [example], set(), 0, 1)
+    if arguments.api_base:
+        answers = ask_server(arguments, [example], set())
+    answer = ChainMap(*answers)[example.id]
+    if "error" in answer:
+        raise DataError(answer["error"])
+    reasoning, text = reward.split_output(answer["output"])
+    print("\n".join([example.question, *example.options]))
+    print(f"\nreasoning: {reasoning or '(none)'}\nanswer: {text or '(none)'}")
+    if answer.get("frame_use"):
+        print_bars(answer["frame_use"])
+    elif arguments.frame_use != "none":
+        print("looked: there is no choice of frames")
 
 
 # -------------------------------------------------------------------------- frame use, checked
@@ -1145,6 +1212,8 @@ def main():
         arguments = EvaluateArguments(**vars(flags))
         if arguments.rescore:
             finish(arguments, *rescored(arguments.rescore))
+        elif arguments.question:
+            run_question(arguments)
         elif arguments.frame_use_check:
             run_check(arguments)
         else:

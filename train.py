@@ -76,7 +76,7 @@ from common.ranks import (
 )
 from common.rollout import (
     Sampling,
-    answer_prompts,
+    answer_inputs,
     read_turn,
     sample_texts,
     sampling,
@@ -1135,7 +1135,7 @@ def score(run, engine, when):
     run.checkpoint.shared[when] = run.result[when]
 
 
-HELDOUT_BATCH = 32  # questions decoded at a time
+HELDOUT_BATCH = 32  # questions decoded at a time, on each rank
 
 
 def score_heldout(run, engine):
@@ -1165,9 +1165,7 @@ def score_heldout(run, engine):
     with sampling(engine) as model:
         for mine in tqdm(decoded, "held-out", len(starts), disable=not is_main(), leave=False):
             ready = inputs.usable(mine, args.max_prompt_length, unusable)
-            if ready:
-                for part in fitting(args, [[one] for one in ready], 1):
-                    score_answers(run, model, [one for (one,) in part], log)
+            score_answers(run, model, ready, log)
     if unusable and "before" in run.checkpoint.shared:
         raise DataError(
             f"{len(unusable)} held-out question(s) scored before GRPO can no longer be; the "
@@ -1185,26 +1183,34 @@ def score_answers(run, model, ready, log):
     salient evidence differ.
     """
     args = run.args
-    examples = [one.example for one in ready]
-    rows = [one.prior for one in ready]
+    inputs = [one.inputs for one in ready]
     seeds = [run_seed(args, one.place) for one in ready]
     # The same prompts answered greedily and sampled; frame use is read on the latter.
-    prompts = collate([one.inputs for one in ready], model)
-    prompts = prompts.to(model.get_input_embeddings().weight.device)
     kinds = {"greedy": (0.0, {}), "sampled": (args.temperature, asked_layers(args))}
     for decoding, (temperature, layers) in kinds.items():
         settings = sampling_settings(args, temperature)
-        samples, scored = answer_prompts(model, run.processor, prompts, seeds, settings, **layers)
-        for example, text in zip(examples, samples.texts, strict=True):
-            accuracy = accuracies(example, [text])
-            # The toy's own kind, elsewhere the problem type.
-            kind = example.extra.get("kind", example.problem_type)
-            log.add(decoding, accuracy)
-            log.add(f"{decoding}/{kind}", accuracy)
-            if example.extra.get("salient_is_asked") is False:
-                log.add(f"{decoding}/conflict", accuracy)
-    log.add("length", samples.mask.sum(-1))
-    both = frame_uses(args, prompts, samples.mask[:, None], scored)
+        for answers in answer_inputs(model, run.processor, inputs, seeds, settings, **layers):
+            asked = [ready[place] for place in answers.places]
+            for one, text in zip(asked, answers.samples.texts, strict=True):
+                example = one.example
+                accuracy = accuracies(example, [text])
+                # The toy's own kind, elsewhere the problem type.
+                kind = example.extra.get("kind", example.problem_type)
+                log.add(decoding, accuracy)
+                log.add(f"{decoding}/{kind}", accuracy)
+                if example.extra.get("salient_is_asked") is False:
+                    log.add(f"{decoding}/conflict", accuracy)
+            if layers:
+                log_looks(args, answers, asked, log)
+
+
+def log_looks(args, answers, asked, log):
+    """Logs length and frame use of a batch of answers to the questions in `asked` (Ready)."""
+    mask = answers.samples.mask
+    log.add("length", mask.sum(-1))
+    both = frame_uses(args, answers.prompts, mask[:, None], answers.scored)
+    examples = [one.example for one in asked]
+    rows = [one.prior for one in asked]
     log_frame_use(log, "{}consensus", "{}evidence_use", examples, rows, both)
     for example, row, use in zip(examples, rows, both[0], strict=True):
         if example.evidence and use[0] is not None:

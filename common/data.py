@@ -859,6 +859,26 @@ def load_examples(dataset_name, media_root=None, errors=None):
     return examples
 
 
+def typed_example(question, options=(), video=None, images=(), kind=None, answer=None):
+    """A question of a command line as an Example.
+
+    Args:
+        options: with letters or without; with some it is multiple choice, else free-form.
+        video, images: paths.
+        kind: problem type instead.
+        answer: the solution, if it is known.
+    Raises:
+        DataError: the solution is none of this kind.
+    """
+    media = [Medium("video", os.path.abspath(video))] if video else []
+    media += [Medium("image", os.path.abspath(path)) for path in images]
+    options = with_letters(list(options))
+    kind = kind or ("multiple choice" if options else "free-form")
+    if answer:
+        answer = read_solution({"problem_type": kind, "solution": answer}, options)
+    return Example("0", question, options, kind, answer or "", media)
+
+
 # -------------------------------------------------------------- question-answer inversion
 
 ASK_FOR_WRONG = "Which of these is not a right answer to this question: "

@@ -19,7 +19,7 @@ from torch.nn.functional import pad
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
-from common.policy import Layout, Policy, cache_argument, vision_tokens
+from common.policy import Layout, Policy, Prompts, Scored, cache_argument, collate, vision_tokens
 
 
 @dataclass(frozen=True)
@@ -401,22 +401,65 @@ def sample_texts(model, processor, prompts, counts, seeds, settings):
     return samples._replace(texts=texts)
 
 
-@torch.no_grad()
-def answer_prompts(model, processor, prompts, seeds, settings, **layers):
-    """Sample one answer to each of B prompts, as evaluation and held-out scoring do.
+BATCH_TOKENS = 1 << 17  # of prompts and answers in one cache: 7 GB for a 7B model
+
+
+def token_batches(lengths, more, budget=BATCH_TOKENS):
+    """Batch prompts of like length, so that a cache has at most `budget` tokens, padding included.
 
     Args:
-        seeds: B ints.
+        lengths: tokens of the prompts.
+        more: most tokens of a completion.
+    Returns:
+        Lists of places in `lengths`, the longest prompts first; one that is too long is alone.
+
+    >>> token_batches([10, 500, 480, 20], 100, 1200)
+    [[1, 2], [3, 0]]
+    """
+    order = sorted(range(len(lengths)), key=lambda place: -lengths[place])
+    batches = []
+    while order:
+        rows = max(1, budget // (lengths[order[0]] + more))
+        batches.append(order[:rows])
+        order = order[rows:]
+    return batches
+
+
+@dataclass
+class Answers:
+    """A batch of answers, one to each of B prompts."""
+
+    places: list  # B, of the prompts among the inputs
+    prompts: Prompts
+    samples: Samples
+    scored: Scored | None  # with one completion a prompt; None if no layer was asked for
+
+
+@torch.no_grad()
+def answer_inputs(model, processor, inputs, seeds, settings, budget=BATCH_TOKENS, **layers):
+    """Sample one answer to each question, as evaluation, held-out scoring and figures do.
+
+    Args:
+        inputs: list of media.ModelInputs.
+        seeds: an int for each.
+        settings: Sampling.
+        budget: see token_batches.
         layers: hidden_layers and attention_layer of Policy.forward; a second forward over the
             answers reads them.
-    Returns:
-        Samples of B rows; Scored with one completion a prompt, None if no layer is asked for.
+    Yields:
+        Answers.
     """
-    samples = sample_texts(model, processor, prompts, [1] * len(seeds), seeds, settings)
-    scored = None
-    if layers:
-        scored = Policy(model)(prompts, samples.tokens[:, None], samples.mask[:, None], **layers)
-    return samples, scored
+    device = model.get_input_embeddings().weight.device
+    lengths = [len(one.input_ids) for one in inputs]
+    for places in token_batches(lengths, settings.max_new_tokens, budget):
+        prompts = collate([inputs[place] for place in places], model).to(device)
+        chosen = [seeds[place] for place in places]
+        samples = sample_texts(model, processor, prompts, [1] * len(places), chosen, settings)
+        scored = None
+        if layers:
+            completions = (samples.tokens[:, None], samples.mask[:, None])
+            scored = Policy(model)(prompts, *completions, **layers)
+        yield Answers(places, prompts, samples, scored)
 
 
 @contextmanager

@@ -6,7 +6,6 @@ of the answer, D hidden size.
 
 import json
 import math
-import os
 import sys
 import textwrap
 from dataclasses import dataclass
@@ -17,12 +16,12 @@ import torch
 from transformers import AutoConfig
 
 import reward
-from common.data import DataError, Example, Medium, read_solution, with_letters
+from common.data import DataError, typed_example
 from common.media import Encoder, sample_medium
 from common.pages import page_path, table_html, write_page
 from common.plots import COLOURS, DOTTED, line_style, name_paths, prior_figure, show_film
-from common.policy import FAMILIES, Policy, collate, load_model
-from common.rollout import Sampling, answer_prompts
+from common.policy import FAMILIES, Policy, load_model
+from common.rollout import Sampling, answer_inputs
 from common.video import open_video
 from grpo import overlaps, rollout_frame_use
 from prior import load_clip, make_prior
@@ -114,22 +113,24 @@ def answer_question(arguments, name, path, example, prior):
     policy = Policy(model)
     encoder = Encoder.from_flags(processor, arguments, cache_gb=0)
     item = encoder.encode(example, prior)
-    prompts = collate([item], model).to(model.device)
-    if prompts.slots[0] < 2:
+    if item.slots < 2:
         raise DataError(f"{example.path}: its frames make one slot, with nothing to choose from")
     # 2. The answer, and one forward over it for what it looks at.
     sampling = Sampling(arguments.max_completion_length, temperature=0.0)
     layer = arguments.hidden_layer
-    samples, scored = answer_prompts(
+    answers = answer_inputs(
         model,
         processor,
-        prompts,
+        [item],
         [0],
         sampling,
         hidden_layers=(layer,),
         attention_layer=arguments.attention_layer if policy.packs else None,
     )
-    mask = samples.mask[:, None]  # (1, 1, L)
+    answer = next(answers)
+    prompts = answer.prompts
+    scored = answer.scored
+    mask = answer.samples.mask[:, None]  # (1, 1, L)
     states = scored.hidden[layer]  # (1, P + L, D)
     if not states.isfinite().all():
         raise DataError(f"{path}: its hidden states of this video are not finite numbers")
@@ -148,7 +149,7 @@ def answer_question(arguments, name, path, example, prior):
         maps[attention] = scored.attention[0, 0][:, columns].float().mean(0)  # (t M,)
     uses = {score: use[0][0].cpu() for score, use in uses.items()}
     maps = {score: values.view(shape).cpu() for score, values in maps.items()}
-    return Answer(name, samples.texts[0], mask.shape[2], uses, maps)
+    return Answer(name, answer.samples.texts[0], mask.shape[2], uses, maps)
 
 
 def reward_column(example, prior, answer):
@@ -202,19 +203,6 @@ def draw_answers(prior, frames, answers):
     return figure
 
 
-def read_question(arguments):
-    """The flags of the command line as a data.Example."""
-    options = with_letters(arguments.options)
-    kind = arguments.problem_type
-    if kind is None:
-        kind = "multiple choice" if options else "free-form"
-    answer = ""
-    if arguments.answer:
-        answer = read_solution({"problem_type": kind, "solution": arguments.answer}, options)
-    video = os.path.abspath(arguments.video)
-    return Example("0", arguments.question, options, kind, answer, [Medium("video", video)])
-
-
 def sample_report(arguments):
     """Let the models answer, and write the page.
 
@@ -228,7 +216,13 @@ def sample_report(arguments):
     paths = [path for path in (arguments.model_name_or_path, arguments.compare) if path]
     names = name_paths(paths)
     notes = sum([check_model(arguments, path) for path in paths], [])
-    example = read_question(arguments)
+    example = typed_example(
+        arguments.question,
+        arguments.options,
+        arguments.video,
+        kind=arguments.problem_type,
+        answer=arguments.answer,
+    )
     open_video(example.path, arguments.decoder)
     for note in notes:
         print(f"visualize.py: warning: {note}", file=sys.stderr)

@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from warm import Script, run_script
 
 import evaluate
+import reward
 from common import data, scores
 from common.policy import load_model
 
@@ -822,7 +823,6 @@ def test_answers_are_those_of_the_rollout_code(
     flags, bench, toy_model, toy_processor, tmp_path, monkeypatch, capsys
 ):
     """Greedy, and scored as train.py's held-out table is, by reward.accuracy_reward."""
-    import reward
     from common.data import load_examples
     from common.media import Encoder
     from common.policy import collate
@@ -839,6 +839,50 @@ def test_answers_are_those_of_the_rollout_code(
         assert answers[example.id]["reward"] == reward.accuracy_reward(
             text, example.answer, example.problem_type
         )
+
+
+def test_batches_are_bounded_by_tokens(flags, bench, tmp_path, monkeypatch, capsys):
+    """Their size changes no answer; a question that is too long alone is answered alone."""
+    import common.rollout
+
+    rows = json.loads(bench.read_text())
+    rows[0]["problem"] += " Look well." * 60
+    path = write(bench.parent / "long.json", rows)
+    words = [*flags, "--bench", path, "--temperature", 0, "--batch_size", 8]
+    sizes = []
+    sample_texts = common.rollout.sample_texts
+
+    def spy(model, processor, prompts, *more):
+        sizes.append(prompts.input_ids.shape)
+        return sample_texts(model, processor, prompts, *more)
+
+    monkeypatch.setattr(common.rollout, "sample_texts", spy)
+    whole = local(words, tmp_path / "whole.json", monkeypatch, capsys)
+    lengths = [length for _, length in sizes]
+    # Eight questions, two of them broken, then the last two.
+    assert [count for count, _ in sizes] == [6, 2] and lengths[0] > 2 * lengths[1]
+    sizes.clear()
+    budget = 8 * (2 * 4 + 256 + 12)
+    more = ["--batch_tokens", budget, "--cuda_graph", "true"]
+    cut = local([*words, *more], tmp_path / "cut.json", monkeypatch, capsys)
+    assert all(count == 1 or count * (length + 12) <= budget for count, length in sizes)
+    assert sum(count for count, _ in sizes) == 8 and len(sizes) > 2
+    pairs = zip(whole["results"], cut["results"], strict=True)
+    assert all(a["output"] == b["output"] for a, b in pairs)
+
+
+def test_what_is_decoded_together_fits_one_batch():
+    arguments = evaluate.EvaluateArguments(model_name_or_path="m", dataset_name="d")
+    # 131,072 tokens; 16 frames of 256 visual tokens in 8 slots, 256 of words and 1,024 of answer
+    assert evaluate.window_size(arguments, 10_000) == 131_072 // (8 * 256 + 256 + 1024) == 39
+    # 625 questions on 8 ranks: a 16th
+    assert evaluate.window_size(arguments, 625) == 39 and evaluate.window_size(arguments, 300) == 32
+    arguments.frames, arguments.max_pixels = 64, 401_408
+    assert evaluate.window_size(arguments, 10_000) == 131_072 // (32 * 512 + 256 + 1024) == 7
+    arguments.batch_size = 3
+    assert evaluate.window_size(arguments, 10_000) == 3
+    arguments.batch_tokens = 10
+    assert evaluate.window_size(arguments, 10_000) == 1
 
 
 def test_a_misnamed_checkpoint_loads_and_a_torn_one_does_not(checkpoint, tmp_path):
@@ -895,6 +939,91 @@ def test_frame_use_check(flags, toy_folder, tmp_path, monkeypatch, capsys):
         and report["frame_use"]["chance"][1] == 1
         and "attention, layer 1" in out
     )
+
+
+# ------------------------------------------------------------------------------------ one question
+
+
+def test_one_question_is_answered_on_the_screen(
+    flags, bench, undisturbed, toy_folder, tmp_path, monkeypatch, capsys
+):
+    """As it is in a benchmark, if its row says the same."""
+    asked = json.loads(bench.read_text())[0]
+    assert asked["data_type"] == "video"
+    words = [*flags[:2], *flags[4:], "--temperature", 0]
+    report = local([*flags, "--temperature", 0], tmp_path / "report.json", monkeypatch, capsys)
+    wanted = next(row["output"] for row in report["results"] if row["problem_id"] == "0")
+    question = ["--question", asked["problem"], "--video", toy_folder / asked["path"]]
+    if asked["options"]:
+        question += ["--options", *asked["options"]]
+    times = [0.0, 5.25, 10.5, 15.75]
+    prior = {"problem_id": "77", "question": asked["problem"], "frames": [0, 21, 42, 63]}
+    prior |= {"times": times, "scene": [0], "semantic": [0], "prior": [0.1, 0.1, 0.5, 0.3]}
+    other = {**prior, "problem_id": "0", "question": "Another?"}
+    path = write(tmp_path / "priors.jsonl", [other, prior], lines=True)
+    monkeypatch.chdir(tmp_path)
+    status, out, err = command(monkeypatch, capsys, *words, *question, "--priors", path)
+    assert status == 0, err
+    reasoning, answer = reward.split_output(wanted)
+    assert f"reasoning: {reasoning or '(none)'}\nanswer: {answer or '(none)'}\n" in out
+    looked, beside, seconds = out.splitlines()[-3:]
+    # Four frames in two slots: 0.2 and 0.8, a quarter of it.
+    assert beside == "prior    " + "▂" * 6 + " " + "█" * 6
+    assert looked.startswith("looked   ") and "█" * 6 in looked
+    assert seconds.split() == ["seconds", "0.0", "10.5"]
+    # Nothing is written.
+    assert sorted(path.name for path in tmp_path.glob("report*")) == [
+        "report.json",
+        "report.predictions.jsonl",
+    ]
+
+
+def test_bars_stand_over_their_times(capsys):
+    """Twelve slots of two frames each, of which the last has one: ten in the first rows."""
+    shares = [0.0, 0.5, 1.0, *[0.25] * 9]
+    evaluate.print_bars({"slots": shares, "times": [float(second) for second in range(23)]})
+    one, two, three, four = capsys.readouterr().out.splitlines()
+    bars = ["      ", "▄▄▄▄▄▄", "██████", *["▂▂▂▂▂▂"] * 7]
+    assert one == "looked   " + " ".join(bars)
+    assert two.split() == ["seconds", *(f"{second}.0" for second in range(0, 20, 2))]
+    assert three == "looked   ▂▂▂▂▂▂ ▂▂▂▂▂▂" and four.split() == ["seconds", "20.0", "22.0"]
+    # A bar begins and ends over its time.
+    assert [two.index(".0"), two.index("2.0") + 3] == [len("looked   ......") - 2, 22]
+
+
+def test_one_question_about_pictures_and_for_a_server(
+    serve, flags, toy_folder, tmp_path, monkeypatch, capsys
+):
+    for number, colour in enumerate(("red", "blue")):
+        Image.new("RGB", (56, 56), colour).save(tmp_path / f"{number}.png")
+    pictures = [tmp_path / "0.png", tmp_path / "1.png"]
+    words = [*flags[:2], *flags[4:], "--question", "Which is red?", "--options", "first", "second"]
+    words += ["--image", *pictures]
+    status, out, err = command(monkeypatch, capsys, *words, "--frame_use", "attention")
+    assert status == 0, err
+    assert "Which is red?\nA. first\nB. second\n" in out and "no choice of frames" in out
+    server = serve(lambda request, times: "<think>Look.</think><answer>A</answer>")
+    status, out, _ = command(monkeypatch, capsys, *words, "--api_base", server.base)
+    assert status == 0 and out.endswith("reasoning: Look.\nanswer: A\n")
+    ((_, _, request),) = server.requests
+    kinds = [part["type"] for part in request["messages"][0]["content"]]
+    assert kinds == ["image_url", "image_url", "text"]
+    words[-1] = tmp_path / "nowhere.png"
+    status, _, err = command(monkeypatch, capsys, *words)
+    assert status == 2 and "nowhere.png: no such file" in err
+    other = {"problem_id": "0", "question": "Another?", "frames": [0], "times": [0.0]}
+    other |= {"scene": [], "semantic": [], "prior": [1.0]}
+    priors = write(tmp_path / "priors.jsonl", [other], lines=True)
+    for more, said in (
+        (["--bench", "b.json"], "give --model_name_or_path and"),
+        (["--control", "black"], "go with --question"),
+        (["--frame_use_check"], "go with --question"),
+        (["--priors", priors], "no prior of this question"),
+    ):
+        status, _, err = command(monkeypatch, capsys, *words, *more)
+        assert status == 2 and said in err
+    status, _, err = command(monkeypatch, capsys, *flags, "--video", "clip.mp4")
+    assert status == 2 and "go with --question" in err
 
 
 # ----------------------------------------------------------------------------- answers of a server
@@ -1249,7 +1378,7 @@ def test_a_real_server_answers_as_the_model_here_does(
         judge += ["--api_workers", 1, "--api_retries", 6]
         path = write(tmp_path / "stored.json", rows)
         judged, out, _ = rescore(path, monkeypatch, capsys, *judge)
-        # Killed while it wrote the last reading.
+        # Killed while it wrote the second reading of four.
         file = tmp_path / "out" / "report.judged.jsonl"
         lines = file.read_text().splitlines(keepends=True)
         file.write_text(lines[0] + lines[1][:30])
@@ -1266,7 +1395,7 @@ def test_a_real_server_answers_as_the_model_here_does(
     assert len(pairs) >= 3 and all(a.rstrip() == b for a, b in pairs)
     assert there["settings"]["model_name_or_path"] == str(checkpoint)
     assert there["settings"]["api_base"] == f"http://localhost:{port}/v1"
-    assert "is asked 4 times about 2 answers" in out and "about 1 answers" in later
+    assert "is asked 4 times" in out and "is asked 3 times" in later
     assert again == judged and judged["judged"]["failed"] == {}
     assert judged["judged"]["judge"] == str(checkpoint)
     assert judged["judged"]["judge_base"] == f"http://localhost:{port}/v1"
@@ -1475,12 +1604,12 @@ def test_a_judge_of_open_answers(serve, tmp_path, monkeypatch, capsys):
     words = ["--judge_base", server.base, "--judge_model", "judge-1"]
     report, out, _ = rescore(path, monkeypatch, capsys, *words)
     # Five answers, and the letter for TAC.
-    told = f"judge-1 at {server.base} is asked 6 times about 6 answers: about "
+    told = f"judge-1 at {server.base} is asked 6 times: about "
     tokens = int(out.partition(told)[2].partition(" tokens")[0])
     # A second try for no verdict is not foreseen.
     sent = {asked(request) for _, _, request in server.requests}
     firsts = [text for text in sent if not text.endswith("One word only.")]
-    assert len(firsts) == 6 and tokens == sum(map(len, firsts)) // 4
+    assert len(firsts) == 6 and tokens == sum(len(text) // 4 for text in firsts)
     assert f"at most {6 * 256} to write" in out
     found = report["judged"]["correctness"]
     reason = found.pop("reason")
@@ -1496,7 +1625,7 @@ def test_a_judge_of_open_answers(serve, tmp_path, monkeypatch, capsys):
     server.reply = judge
     server.requests.clear()
     report, out, _ = rescore(path, monkeypatch, capsys, *words)
-    assert "is asked 1 times about 1 answers" in out and len(server.requests) == 1
+    assert "is asked 1 times" in out and len(server.requests) == 1
     assert report["judged"]["correctness"]["accuracy"] == 2 / 5
     assert "perhaps" not in asked(server.requests[0][2]) and report["judged"]["failed"] == {}
     rows[3]["output"] = "<answer>the same car</answer>"
@@ -1562,10 +1691,10 @@ def test_readings_of_before_are_kept(serve, tmp_path, monkeypatch, capsys):
     stored |= {"judge_model": "judge-1", "judge_base": server.base}
     file = tmp_path / "out" / "report.judged.jsonl"
     line = next(line for line in file.read_text().splitlines() if '"problem_id": "2"' in line)
-    file.write_text(json.dumps(stored) + "\n" + line[:40])
+    file.write_text(json.dumps(stored) + "\n" + line + "\n" + line[:40])
     server.requests.clear()
     again, out, _ = rescore(path, monkeypatch, capsys, *words)
-    assert "is asked 4 times about 2 answers" in out and len(server.requests) == 4
+    assert "is asked 3 times" in out and len(server.requests) == 3
     assert again["judged"]["VAS"]["value"] == 10 * (3 + 8) / 2
     assert again["judged"]["correctness"] == report["judged"]["correctness"]
 

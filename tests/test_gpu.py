@@ -394,6 +394,7 @@ def test_evaluate(more, checkpoint, toy_folder, tmp_path, as_if, monkeypatch):
         "--min_pixels": 3136,
         "--max_pixels": 3136,
         "--max_completion_length": 12,
+        "--cuda_graph": "true",
         "--output": tmp_path / "report.json",
     }
     monkeypatch.setattr(
@@ -403,6 +404,8 @@ def test_evaluate(more, checkpoint, toy_folder, tmp_path, as_if, monkeypatch):
     report = json.loads((tmp_path / "report.json").read_text())
     assert len(as_if.waits) > 50
     if more[0] == "--frame_use":
+        # Five questions in one batch, whose decode step is captured once.
+        assert len(as_if.graphs) == 1
         assert (
             report["errors"] == {}
             and report["settings"]["dtype"] == "bfloat16"

@@ -16,11 +16,13 @@ from common.engine import hookless_twin
 from common.policy import Policy, attend_apart, collate
 from common.rollout import (
     Sampling,
+    answer_inputs,
     rollout,
     row_uniforms,
     sample_texts,
     sample_tokens,
     sampling,
+    token_batches,
 )
 
 INF = float("inf")
@@ -344,6 +346,34 @@ def test_sampling_lends_the_weights_and_puts_linear_back(toy_model, error, monke
     assert all(parameter.numel() == 0 for parameter in engine.twin.parameters())
     hook.remove()
     toy_model.eval()
+
+
+def test_prompts_are_batched_by_their_tokens():
+    lengths = [10, 500, 480, 20, 3000, 15]
+    # 2 rows of 500 + 100 tokens fit 1200, 3000 + 100 alone do not, 3 of 20 + 100 do.
+    assert token_batches(lengths, 100, 1200) == [[4], [1, 2], [3, 5, 0]]
+    assert token_batches([7, 7, 7, 7, 7], 3, 20) == [[0, 1], [2, 3], [4]]
+    assert token_batches([], 3, 20) == []
+    # What 32 prompts of 16k tokens would need 31 GB for
+    assert max(map(len, token_batches([16_384] * 32, 1024))) == 7
+    assert len(token_batches([200] * 64, 256)) == 1
+
+
+def test_answers_in_batches_are_those_of_one_batch(items, talker, toy_processor):
+    """Each with its own seed, wherever it stands; the first two batches hold one prompt each."""
+    settings = Sampling(9, temperature=1.0)
+    seeds = [5, 6, 7, 8]
+    found = []
+    for budget in (10**6, max(len(item.input_ids) for item in items) + 9):
+        texts = {}
+        layers = {"hidden_layers": (-1,)}
+        answers = answer_inputs(talker, toy_processor, items, seeds, settings, budget, **layers)
+        for batch in answers:
+            assert batch.prompts.input_ids.shape[0] == len(batch.places)
+            assert batch.scored.hidden[-1].shape[0] == len(batch.places)
+            texts |= dict(zip(batch.places, batch.samples.texts, strict=True))
+        found.append([texts[place] for place in range(len(items))])
+    assert found[0] == found[1] and len(set(found[0])) == 4
 
 
 # ------------------------------------------------------------------------------------- attention
