@@ -52,7 +52,6 @@ from huggingface_hub import InferenceClient
 from huggingface_hub.errors import HfHubHTTPError, HTTPError
 from PIL import Image
 from tqdm import tqdm
-from transformers import AutoConfig
 from transformers.utils import logging as hf_logging
 
 import reward
@@ -72,7 +71,7 @@ from common.data import (
 )
 from common.flags import Parser, check_least, exit_codes, flag
 from common.media import Encoder, PromptFlags, RunFlags
-from common.policy import Policy, collate, load_model
+from common.policy import Policy, collate, load_model, read_config
 from common.rollout import BATCH_TOKENS, Sampling, answer_inputs, read_turn
 from common.workers import Pool, ShardedLines, check_settings, join_ranks, write_whole
 from grpo import rollout_frame_use, slot_shares, token_frame_use
@@ -274,20 +273,10 @@ def score_settings(arguments):
     if arguments.api_base:
         return settings
     path = arguments.model_name_or_path
-    try:
-        config = AutoConfig.from_pretrained(path)
-    except (OSError, ValueError) as error:
-        cause = str(error).splitlines()[0]
-        raise DataError(f"--model_name_or_path {path} is no checkpoint: {cause}") from error
-    # Hidden states also have the embeddings, 0, and the state after the last norm, -1.
-    layers = config.get_text_config().num_hidden_layers
-    lowest = 1 if arguments.frame_use == "attention" else -1
-    layer = arguments.frame_use_layer
-    if layer is not None and not lowest <= layer <= layers:
-        raise DataError(
-            f"--frame_use_layer {layer}: the model has layers 1 to {layers} "
-            "(hidden states also 0, and -1 after the last norm)"
-        )
+    asked = {}
+    if arguments.frame_use_layer is not None:
+        asked[f"{arguments.frame_use}_layer"] = arguments.frame_use_layer
+    config = read_config(path, **asked)
     return settings | {
         "model_revision": getattr(config, "_commit_hash", None),
         "weights": fingerprint(path),
@@ -1069,8 +1058,7 @@ def print_bars(use):
 
 def run_question(arguments):
     """Answer the question of the command line: print reasoning, answer and where it looked."""
-    pictures = arguments.image or ()
-    example = typed_example(arguments.question, arguments.options or (), arguments.video, pictures)
+    example = typed_example(arguments.question, arguments.options, arguments.video, arguments.image)
     # Names what is wrong with the model.
     score_settings(arguments)
     if arguments.priors:

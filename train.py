@@ -34,7 +34,7 @@ import torch
 import torch.distributed as dist
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
-from transformers import AutoConfig, AutoProcessor, set_seed
+from transformers import AutoProcessor, set_seed
 from transformers.utils import logging as hf_logging
 
 import prior
@@ -61,7 +61,7 @@ from common.engine import (
 )
 from common.flags import Parser, check_least, flag
 from common.media import Encoder, RunFlags
-from common.policy import FAMILIES, PACKED_FAMILIES, Policy, Prompts, collate
+from common.policy import PACKED_FAMILIES, Policy, Prompts, collate, read_config
 from common.progress import Progress
 from common.ranks import (
     average,
@@ -1617,11 +1617,9 @@ def load_processor(args, model_path):
     """
     try:
         processor = AutoProcessor.from_pretrained(model_path)
-        family = AutoConfig.from_pretrained(model_path).model_type
     except (OSError, ValueError) as error:
         raise DataError(f"model {model_path} cannot be loaded: {first_words(error)}") from error
-    if family not in FAMILIES:
-        raise DataError(f"{model_path} is a {family} checkpoint, not one of {', '.join(FAMILIES)}")
+    family = read_config(model_path).model_type
     if args.frame_use == "attention" and family not in PACKED_FAMILIES:
         families = ", ".join(PACKED_FAMILIES)
         raise DataError(f"--frame_use attention works with {families}, not with {family}")

@@ -859,7 +859,7 @@ def load_examples(dataset_name, media_root=None, errors=None):
     return examples
 
 
-def typed_example(question, options=(), video=None, images=(), kind=None, answer=None):
+def typed_example(question, options=None, video=None, images=None, kind=None, answer=None):
     """A question of a command line as an Example.
 
     Args:
@@ -871,8 +871,8 @@ def typed_example(question, options=(), video=None, images=(), kind=None, answer
         DataError: the solution is none of this kind.
     """
     media = [Medium("video", os.path.abspath(video))] if video else []
-    media += [Medium("image", os.path.abspath(path)) for path in images]
-    options = with_letters(list(options))
+    media += [Medium("image", os.path.abspath(path)) for path in images or []]
+    options = with_letters(options or [])
     kind = kind or ("multiple choice" if options else "free-form")
     if answer:
         answer = read_solution({"problem_type": kind, "solution": answer}, options)

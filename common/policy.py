@@ -20,7 +20,7 @@ from torch.nn.attention.bias import causal_lower_right
 from torch.nn.functional import pad, scaled_dot_product_attention
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -669,6 +669,30 @@ MISNAMED = {
     r"^model\.model\.": "model.",
     r"^model\.language_model\.model\.": "model.language_model.",
 }
+
+
+def read_config(path, hidden_layer=-1, attention_layer=1):
+    """Read a checkpoint's config, before anything slow.
+
+    Args:
+        hidden_layer, attention_layer: layers that will be read.
+    Raises:
+        DataError: no checkpoint, none of FAMILIES, or too few layers.
+    """
+    try:
+        config = AutoConfig.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path} is not a checkpoint: {str(error).splitlines()[0]}") from error
+    family = config.model_type
+    if family not in FAMILIES:
+        raise DataError(f"{path} is a {family} checkpoint, not one of {', '.join(FAMILIES)}")
+    layers = config.get_text_config().num_hidden_layers
+    if not -1 <= hidden_layer <= layers or not 1 <= attention_layer <= layers:
+        raise DataError(
+            f"{path} has layers 1 to {layers}, and hidden states 0 to {layers} or -1 (after the "
+            "last norm)"
+        )
+    return config
 
 
 def load_weights(path, dtype):

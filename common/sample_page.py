@@ -13,14 +13,13 @@ from html import escape
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig
 
 import reward
 from common.data import DataError, typed_example
 from common.media import Encoder, sample_medium
 from common.pages import page_path, table_html, write_page
 from common.plots import COLOURS, DOTTED, line_style, name_paths, prior_figure, show_film
-from common.policy import FAMILIES, Policy, load_model
+from common.policy import Policy, load_model, read_config
 from common.rollout import Sampling, answer_inputs
 from common.video import open_video
 from grpo import overlaps, rollout_frame_use
@@ -73,20 +72,7 @@ def check_model(arguments, path):
     Raises:
         DataError: no checkpoint, an unknown family, or too few layers.
     """
-    try:
-        config = AutoConfig.from_pretrained(path)
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path} is not a checkpoint: {str(error).splitlines()[0]}") from error
-    if config.model_type not in FAMILIES:
-        raise DataError(
-            f"{path} is a {config.model_type} checkpoint, not one of {', '.join(FAMILIES)}"
-        )
-    layers = config.get_text_config().num_hidden_layers
-    if not -1 <= arguments.hidden_layer <= layers or not 1 <= arguments.attention_layer <= layers:
-        raise DataError(
-            f"{path} has layers 1 to {layers} (--attention_layer), "
-            f"and hidden states 0 to {layers} or -1 (--hidden_layer)"
-        )
+    read_config(path, arguments.hidden_layer, arguments.attention_layer)
     # A model that was trained on other frames or prompts answers badly; the reader should know.
     file = Path(path).parent / "run.json"
     trained = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}

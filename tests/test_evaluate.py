@@ -904,11 +904,11 @@ def test_a_misnamed_checkpoint_loads_and_a_torn_one_does_not(checkpoint, tmp_pat
 
 def test_what_is_no_checkpoint(flags, tmp_path, monkeypatch, capsys):
     status, _, err = command(monkeypatch, capsys, *flags, "--model_name_or_path", tmp_path)
-    assert status == 2 and "is no checkpoint" in err and "Traceback" not in err
+    assert status == 2 and "is not a checkpoint" in err and "Traceback" not in err
     status, _, err = command(
         monkeypatch, capsys, *flags, "--frame_use", "attention", "--frame_use_layer", 99
     )
-    assert status == 2 and "the model has layers 1 to 3" in err
+    assert status == 2 and "has layers 1 to 3, and hidden states 0 to 3" in err
 
 
 def test_no_answers_at_all_is_an_error(flags, tmp_path, monkeypatch, capsys):

@@ -295,7 +295,7 @@ def test_bad_input_is_one_sentence(tmp_path, toy_folder, checkpoint, capsys, mon
         ({"video": tmp_path / "torn.mp4"}, "torn.mp4: not a readable video"),
         ({"video": tmp_path / "still.mp4"}, "still.mp4: its frames make one slot"),
         ({"options": "A. x", "answer": "y"}, "solution 'y' names none of the options A"),
-        ({"attention_layer": 5}, "has layers 1 to 3 (--attention_layer)"),
+        ({"attention_layer": 5}, "has layers 1 to 3, and hidden states"),
         ({"hidden_layer": -2}, "hidden states 0 to 3 or -1"),
         ({"min_pixels": 5000}, "must not be above --max_pixels"),
         ({"frames": 0}, "--frames must be at least 1 and finite"),
