@@ -1165,7 +1165,8 @@ def score_heldout(run, engine):
     with sampling(engine) as model:
         for mine in tqdm(decoded, "held-out", len(starts), disable=not is_main(), leave=False):
             ready = inputs.usable(mine, args.max_prompt_length, unusable)
-            score_answers(run, model, ready, log)
+            if ready:
+                score_answers(run, model, ready, log)
     if unusable and "before" in run.checkpoint.shared:
         raise DataError(
             f"{len(unusable)} held-out question(s) scored before GRPO can no longer be; the "

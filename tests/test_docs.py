@@ -7,7 +7,7 @@ from conftest import ROOT
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 SOURCES = [*ROOT.glob("*.py"), *(ROOT / "common").glob("*.py")]
-OTHERS_FLAGS = {  # of deepspeed, torchrun, srun, hf, pip
+OTHERS_FLAGS = {  # of deepspeed, torchrun, srun, hf, pip, transformers
     "hostfile",
     "include",
     "local-dir",
@@ -16,6 +16,7 @@ OTHERS_FLAGS = {  # of deepspeed, torchrun, srun, hf, pip
     "nproc_per_node",
     "ntasks-per-node",
     "num_gpus",
+    "port",
     "rdzv_backend",
     "rdzv_endpoint",
     "repo-type",
