@@ -530,12 +530,6 @@ def score_item(item):
 # -------------------------------- a judge's readings: TAC, the consistency rate and open answers
 
 
-def last_block(text, tag):
-    """Return the last <tag>...</tag> block in either case, trimmed, "" without one (Video-R2)."""
-    blocks = re.findall(rf"<{tag}>(.*?)</{tag}>", text, re.DOTALL | re.IGNORECASE)
-    return blocks[-1].strip() if blocks else ""
-
-
 def agrees(reply, truth, problem_type):
     """Whether two letters are the same, or two numbers: to 5 % in a regression, else to cents."""
     if problem_type == "multiple choice":
@@ -777,7 +771,7 @@ def grounding_numbers(records):
     for record in records:
         if not record["evidence"]:
             continue
-        claims = reward.parse_claims(last_block(record["output"], "think"))
+        claims = reward.parse_claims(reward.split_output(record["output"])[0])
         row = {"predicted": bool(claims) and not record["error"], "IoP": 0.0, "IoU": 0.0}
         if row["predicted"]:
             hull = (min(claim[0] for claim in claims), max(claim[1] for claim in claims))

@@ -542,12 +542,6 @@ def test_a_judge_may_name_the_option_in_full():
     assert (metrics["FN"], metrics["no_conclusion"]) == (1, 0)
 
 
-def test_the_last_block_counts():
-    assert (
-        scores.last_block("<THINK>a</THINK> <think>b\nc</think>", "think") == "b\nc"
-    )  # upper or lower case
-
-
 def test_without_a_judge_the_report_says_so(tmp_path, monkeypatch, capsys):
     path = write(
         tmp_path / "a.json",

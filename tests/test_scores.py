@@ -301,6 +301,23 @@ def test_official_scores(kind, solution, answer, score):
     assert record["reward"] == pytest.approx(score, abs=1e-9)
 
 
+@pytest.mark.parametrize(
+    "output",
+    [
+        "<think>At 0:10 he falls.</think><answer>B</answer>",
+        "At 0:10 he falls.</think>\n\nB",
+        "<Think>At 0:10 he falls.</THINK> B",
+        "At 0:10 he falls. <answer>B",
+    ],
+)
+def test_times_are_read_in_the_same_reasoning(output):
+    """NExT-GQA's accuracy with grounding; times that stand in the answer are not cited."""
+    record = scores.score_item(item(output, "B", evidence=[[5, 15]]))
+    assert scores.grounding_numbers([record])["acc_gqa"] == 1
+    record = scores.score_item(item("At 0:10 he falls", "B", evidence=[[5, 15]]))
+    assert scores.grounding_numbers([record])["predicted"] == 0
+
+
 def test_words_of_a_to_z_are_scored_as_rouge_scores_them():
     told = ("The cats were sitting, on_the 2nd mat!", "A cat sat on the 2nd mats.")
     assert reward.rouge_reward(*map(scores.spell_out, told)) == reward.rouge_reward(*told) > 0.4
