@@ -867,7 +867,7 @@ def judge_one(arguments, client, record, name, prompt):
         messages = [{"role": "user", "content": prompt + reminder}]
         text = chat(client, arguments.api_retries, messages, temperature=0.0, top_p=1.0, **settings)
         # A judge may think, too.
-        value = read_reply(name, text.rpartition("</think>")[2].strip(), record)
+        value = read_reply(name, reward.split_output(text)[1], record)
         if value is not None:
             break
     return {name: value}
