@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from transformers import Qwen2VLImageProcessor
 
 import prior
 import toy
@@ -193,6 +194,19 @@ def test_resize_frames_keeps_places_and_channels():
     pixels = resize_frames(frames, 112 * 112, 112 * 112)[0].float()
     assert pixels.shape == (3, 112, 112)
     assert pixels[0, :50].min() > 240 and pixels[0, 62:].max() < 15 and pixels[1:].max() == 0
+
+
+@pytest.mark.parametrize("most", [40, 400])
+def test_frames_are_resized_as_by_the_model_s_own_processor(most):
+    """Shrunk and enlarged: pixel by pixel what Qwen2-VL's processor makes of the same picture."""
+    picture = np.random.default_rng(0).integers(0, 256, (250, 400, 3), np.uint8)
+    own = Qwen2VLImageProcessor()
+    size = {"shortest_edge": most * 700, "longest_edge": most * 784}
+    theirs = own(images=[picture], size=size, return_tensors="pt")
+    ours = resize_frames(picture[None], most * 700, most * 784)
+    again = own(images=[ours[0]], do_resize=False, return_tensors="pt")
+    assert (theirs["image_grid_thw"] == again["image_grid_thw"]).all()
+    assert torch.equal(theirs["pixel_values"], again["pixel_values"])
 
 
 def test_an_image_that_cannot_be_resized_is_a_media_error(tmp_path, toy_processor):
