@@ -26,15 +26,17 @@ import uuid
 from collections import Counter, defaultdict
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
+from functools import partial
 from itertools import chain
 from pathlib import Path
 
 import deepspeed
 import torch
 import torch.distributed as dist
+from accelerate.utils import set_seed  # transformers' one imports peft
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
-from transformers import AutoProcessor, set_seed
+from transformers import AutoProcessor
 from transformers.utils import logging as hf_logging
 
 import prior
@@ -54,12 +56,14 @@ from common.engine import (
     Ready,
     Tracker,
     check_deepspeed_file,
+    score_without_adapters,
     set_learning_rate,
     start_engine,
-    update_reference,
+    update_averages,
     write_shards,
 )
 from common.flags import Parser, check_least, flag
+from common.lora import check_peft
 from common.media import Encoder, RunFlags
 from common.policy import PACKED_FAMILIES, Policy, Prompts, collate, read_config
 from common.progress import Progress
@@ -339,6 +343,19 @@ class TrainArguments(RunFlags, prior.PriorSettings):
     )
     train_only_merger: bool = flag(
         False, "Train the layers between vision tower and language model alone (the mergers)."
+    )
+    lora_rank: int = flag(
+        0,
+        "Train adapters of this rank (LoRA, pip install peft) beside frozen weights; the reference "
+        "is the model without them. 0: train the weights.",
+    )
+    lora_alpha: float | None = flag(
+        None, "The adapters' scale, times their rank. Default: the rank, as Video-R2."
+    )
+    lora_targets: str = flag(
+        "",
+        "Ends of the names of the layers that get adapters (q_proj,v_proj). Default: all linear "
+        "ones that would be trained, but the head.",
     )
     gradient_checkpointing: bool = flag(
         False, "Recompute activations in the backward pass: less memory, a third more time."
@@ -930,7 +947,7 @@ def grpo_step(run, engine, reference, forwards, log):
     """One step of CF-GRPO (Eq. 3-10): sample, score, reward, learn.
 
     Args:
-        reference: engine of the reference model, or None.
+        reference: engine of the reference model, or what scores like it; None without one.
         forwards: lists of Ready.
         log: StepLog.
     """
@@ -1106,19 +1123,27 @@ def train_grpo(run, model_path):
     run.progress.start("GRPO")
     # The reference is loaded only if a term asks it.
     reference = None
-    if args.beta > 0 or args.consistency_coef:
+    asked = args.beta > 0 or args.consistency_coef
+    if asked and not args.lora_rank:
         reference = start_engine(args, model_path)
     done, kept = run.checkpoint.load(engine, "grpo")
-    averages = kept.setdefault("averages", {})  # of the reference's parameters, with --ema_decay
-    if averages:
+    averages = kept.setdefault("averages", {})  # of what is trained, with --ema_decay
+    if asked and args.ema_decay < 1 and not averages:
+        update_averages(averages, engine, args.ema_decay)
+    if reference is not None:
         write_shards(reference, averages)
+    elif asked:
+        # The policy has the reference within: no second model.
+        reference = partial(score_without_adapters, engine, averages)
 
     for log, forwards in stage_steps(run, "grpo", engine, run.training, done, kept):
         done = log.step + 1
         if forwards:
             grpo_step(run, engine, reference, forwards, log)
-        if reference is not None and args.ema_decay < 1 and done % args.ema_steps == 0:
-            update_reference(reference, engine, averages, args.ema_decay)
+        if averages and done % args.ema_steps == 0:
+            update_averages(averages, engine, args.ema_decay)
+            if not args.lora_rank:
+                write_shards(reference, averages)
         if run.heldout.examples and args.eval_steps and done % args.eval_steps == 0:
             for name, value in score_heldout(run, engine).items():
                 log.add(f"eval/{name}", [value])
@@ -1591,7 +1616,9 @@ def prepare_output(output, args, resume):
         with open(output / name, "ab") as file:
             file.truncate(min(file.tell(), resume.get("sizes", {}).get(name, 0)))
     # Every setting, and what the numbers may depend on beside them.
-    packages = ("torch", "transformers", "deepspeed", "open_clip_torch", "av")
+    packages = ["torch", "transformers", "deepspeed", "open_clip_torch", "av"]
+    if args.lora_rank:
+        packages.append("peft")
     facts = {
         **asdict(args),
         "command": sys.argv,
@@ -1712,9 +1739,11 @@ def check_arguments(args):
         )
     if args.cuda_graph and not torch.cuda.is_available():
         raise DataError("--cuda_graph needs a GPU")
-    check_least(args, num_generations=2, sft_questions_per_medium=1)
+    check_least(args, num_generations=2, sft_questions_per_medium=1, lora_rank=0)
     if args.freeze_vision and args.train_only_merger:
         raise DataError("--freeze_vision freezes the mergers too; give it or --train_only_merger")
+    if args.lora_rank:
+        check_peft("--lora_rank")
     refuse_unread_flags(args.stage)
 
 

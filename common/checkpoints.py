@@ -32,6 +32,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cache
 from transformers.utils.hub import get_checkpoint_shard_files
 
 from common.data import DataError, first_words
+from common.lora import save_adapter
 from common.policy import MISNAMED
 from common.ranks import gather, is_main, log_main, wait_for_all
 from common.rollout import stop_tokens
@@ -132,7 +133,8 @@ def check_names(policy, folder):
 def save_model(engine, processor, folder):
     """Writes a trained engine's model as save_pretrained does, gathered from all ranks.
 
-    The folder is written aside and renamed. All ranks call this.
+    Adapters (LoRA) are merged into it, and written to its folder adapter/ as well. The folder is
+    written aside and renamed. All ranks call this.
     """
     if engine.zero_optimization_partition_weights():
         state = engine._zero3_consolidated_16bit_state_dict()
@@ -144,9 +146,11 @@ def save_model(engine, processor, folder):
         for name, value in state.items():
             name = name.removeprefix("model.")  # Policy's attribute
             weights[name] = in_layout(value, policy.shapes.get(name))
+        aside = Path(f"{folder}.unfinished")
+        if hasattr(policy.model, "peft_config"):
+            weights = save_adapter(policy.model, weights, aside / "adapter")
         # What ended completions here ends them for every reader.
         policy.model.generation_config.eos_token_id = stop_tokens(policy.model, processor)
-        aside = Path(f"{folder}.unfinished")
         policy.model.save_pretrained(aside, state_dict=weights)
         processor.save_pretrained(aside)
         check_names(policy, aside)
@@ -255,7 +259,8 @@ class Checkpoints:
         if self.resume.get("stage") != stage:
             return 0, {}
         folder = self.resume["folder"]
-        engine.load_checkpoint(folder, tag="deepspeed")
+        # What is frozen is not in it.
+        engine.load_checkpoint(folder, tag="deepspeed", load_module_strict=False)
         kept = torch.load(Path(folder) / f"rank{dist.get_rank()}.pt", weights_only=True)
         torch.set_rng_state(kept.pop("rng"))
         if torch.cuda.is_available():
@@ -291,7 +296,8 @@ class Checkpoints:
         aside = Path(f"{folder}.unfinished")
         try:
             save_model(engine, self.processor, aside)
-            engine.save_checkpoint(str(aside), tag="deepspeed", save_latest=False)
+            options = dict(save_latest=False, exclude_frozen_parameters=True)
+            engine.save_checkpoint(str(aside), tag="deepspeed", **options)
             kept["rng"] = torch.get_rng_state()
             if torch.cuda.is_available():
                 kept["cuda_rng"] = torch.cuda.get_rng_state()
@@ -349,8 +355,8 @@ class Checkpoints:
         return f"the last whole checkpoint is {found[-1]}"
 
 
-# Settings that a resumed run cannot change: they decide which questions come at which step, or what
-# the scores before and after training are of.
+# Settings that a resumed run cannot change: they decide which questions come at which step, what
+# the scores before and after training are of, or what the trained tensors mean.
 WHERE_A_RUN_IS = {
     "stage",
     "seed",
@@ -363,6 +369,9 @@ WHERE_A_RUN_IS = {
     "sft_gradient_accumulation_steps",
     "sft_questions_per_medium",
     "invert_questions",
+    "lora_rank",
+    "lora_alpha",
+    "lora_targets",
 }
 
 

@@ -26,9 +26,11 @@ from transformers.integrations.deepspeed import HfTrainerDeepSpeedConfig
 
 from common.checkpoints import keep_names
 from common.data import DataError, Example, MediaError, Prior
+from common.lora import add_adapters
 from common.media import ModelInputs
 from common.policy import Policy, checkpoint_activations, load_weights
 from common.ranks import gather, log_main, name_skipped
+from common.rollout import sampling
 from common.workers import Pool
 
 # Sections of a DeepSpeed file that send metrics somewhere, and the package that each needs.
@@ -117,26 +119,20 @@ def deepspeed_config(arguments, hidden_size, micro_batch=1, accumulation=1, lear
     if file.is_true("fp16.enabled"):
         words = "asks for fp16, whose loss scaling this program does not know; use bf16"
         raise DataError(f"{arguments.deepspeed} {words}")
+    zero = config.get("zero_optimization", {})
     if learning_rate is None:
-        adapt_to_inference(arguments, config.get("zero_optimization", {}))
-    return config
-
-
-def adapt_to_inference(arguments, zero):
-    """Changes the section zero_optimization for an engine without an optimizer.
-
-    Errors: DataError if a moving reference would be offloaded to nvme.
-    """
-    zero.pop("offload_optimizer", None)
-    # Stages 1 and 2 partition only what an optimizer has.
-    if zero.get("stage") in (1, 2):
-        zero["stage"] = 0
-    if arguments.ema_decay < 1:
+        zero.pop("offload_optimizer", None)
+        # Stages 1 and 2 partition only what an optimizer has.
+        if zero.get("stage") in (1, 2):
+            zero["stage"] = 0
+    # A moving reference, which with LoRA is in the policy's own engine.
+    if arguments.ema_decay < 1 and (learning_rate is None or arguments.lora_rank):
         if zero.get("offload_param", {}).get("device") == "nvme":
             words = "--ema_decay below 1 needs the parameters in memory, not offloaded to nvme"
             raise DataError(words)
-        # update_reference() writes to the shards, so no parameter may stay whole.
+        # write_shards() writes to the shards, so no parameter may stay whole.
         zero["stage3_param_persistence_threshold"] = 0
+    return config
 
 
 def optimizer_parameters(file):
@@ -252,6 +248,8 @@ def start_engine(arguments, model_path, micro_batch=1, accumulation=1, learning_
     else:
         keep_names(policy, model_path)
         choose_trained(model, arguments)
+        if arguments.lora_rank:
+            add_adapters(policy, arguments)
         if arguments.gradient_checkpointing:
             checkpoint_activations(model)
         trained = [parameter for parameter in policy.parameters() if parameter.requires_grad]
@@ -320,21 +318,19 @@ class Tracker:
         self.step += 1
 
 
-def update_reference(reference, engine, averages, decay):
-    """Moves the reference towards the policy (GRPO-CARE), each rank its shards of both.
+def update_averages(averages, engine, decay):
+    """Moves averages of what an engine trains (GRPO-CARE), each rank its shards of both.
 
-    reference <- decay * reference + (1 - decay) * policy
+    average <- decay * average + (1 - decay) * policy
 
     Args:
-        averages: {name: float32 shard}, empty at first and kept between calls: a step of 0.5 %
-            would be rounded away in bfloat16.
+        averages: {name: float32 shard}, kept between calls: a step of 0.5 % would be rounded away
+            in bfloat16. Empty at first, then it starts with the policy.
     """
-    parameters = zip(reference.module.named_parameters(), engine.module.parameters(), strict=True)
-    for (name, kept), moved in parameters:
-        if name not in averages:
-            averages[name] = shard(kept).float().clone()
-        averages[name].lerp_(shard(moved).float(), 1 - decay)
-    write_shards(reference, averages)
+    for name, parameter in engine.module.named_parameters():
+        if parameter.requires_grad:
+            own = shard(parameter).float()
+            averages.setdefault(name, own.clone()).lerp_(own, 1 - decay)
 
 
 def shard(parameter):
@@ -342,10 +338,29 @@ def shard(parameter):
     return getattr(parameter, "ds_tensor", parameter.data)
 
 
-def write_shards(reference, averages):
-    """Copies averages {name: float32 shard} into the reference."""
-    for name, parameter in reference.module.named_parameters():
-        shard(parameter).copy_(averages[name])
+def write_shards(engine, values):
+    """Copies {name: shard} into an engine."""
+    for name, parameter in engine.module.named_parameters():
+        if name in values:
+            shard(parameter).copy_(values[name])
+
+
+def score_without_adapters(engine, averages, *packed):
+    """Scores one forward as the reference of a LoRA run does: by the policy without its adapters.
+
+    Args:
+        averages: moving averages of the adapters, which then take their place, or {}.
+        packed: of Policy.forward.
+    Returns:
+        Scored.
+    """
+    named = engine.module.named_parameters()
+    own = {name: shard(parameter).clone() for name, parameter in named if name in averages}
+    write_shards(engine, averages)
+    with sampling(engine, adapters=bool(averages)) as model:
+        scored = Policy(model)(*packed)
+    write_shards(engine, own)
+    return scored
 
 
 @dataclass

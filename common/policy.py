@@ -27,6 +27,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import logging
 
 from common.data import DataError
+from common.lora import base_checkpoint, load_adapter
 from grpo import group_divergence, weights_of_divergence
 
 logger = logging.get_logger(__name__)
@@ -672,7 +673,7 @@ MISNAMED = {
 
 
 def read_config(path, hidden_layer=-1, attention_layer=1):
-    """Read a checkpoint's config, before anything slow.
+    """Read a checkpoint's config, before anything slow; an adapter's is that of its base.
 
     Args:
         hidden_layer, attention_layer: layers that will be read.
@@ -680,7 +681,7 @@ def read_config(path, hidden_layer=-1, attention_layer=1):
         DataError: no checkpoint, none of FAMILIES, or too few layers.
     """
     try:
-        config = AutoConfig.from_pretrained(path)
+        config = AutoConfig.from_pretrained(base_checkpoint(path))
     except (OSError, ValueError) as error:
         raise DataError(f"{path} is not a checkpoint: {str(error).splitlines()[0]}") from error
     family = config.model_type
@@ -729,7 +730,7 @@ def load_model(path):
     """Load a checkpoint for inference, without DeepSpeed.
 
     Args:
-        path: folder, or model id of the hub.
+        path: folder, or model id of the hub; the folder of an adapter is merged into its base.
     Returns:
         The model in eval mode on this rank's device (bfloat16 on a GPU, else float32), and its
         processor.
@@ -741,8 +742,12 @@ def load_model(path):
     if torch.cuda.is_available():
         device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
         dtype = torch.bfloat16
+    base = base_checkpoint(path)
     try:
-        processor = AutoProcessor.from_pretrained(path)
+        processor = AutoProcessor.from_pretrained(base)
     except OSError as error:
-        raise DataError(f"{path} has no processor: {str(error).splitlines()[0]}") from error
-    return load_weights(path, dtype).to(device).eval(), processor
+        raise DataError(f"{base} has no processor: {str(error).splitlines()[0]}") from error
+    model = load_weights(base, dtype)
+    if base != path:
+        model = load_adapter(model, path)
+    return model.to(device).eval(), processor

@@ -19,6 +19,7 @@ from torch.nn.functional import pad
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
+from common.lora import merge_adapters
 from common.policy import Layout, Policy, Prompts, Scored, cache_argument, collate, vision_tokens
 
 
@@ -463,9 +464,10 @@ def answer_inputs(model, processor, inputs, seeds, settings, budget=BATCH_TOKENS
 
 
 @contextmanager
-def sampling(engine):
+def sampling(engine, adapters=True):
     """The engine's twin with the model's weights, in eval mode, for a rollout phase.
 
+    Adapters (LoRA) are merged into the twin's weights, or without `adapters` left out.
     ZeRO-3 parameters are gathered once. The model keeps its hooks, and what they know of the order
     of its modules. ZeRO-3's torch.nn.functional.linear, an autograd function that binds a signature
     on every call, is off.
@@ -476,6 +478,7 @@ def sampling(engine):
     linear = torch.nn.functional.linear
     with deepspeed.zero.GatheredParameters(parameters):
         lend([*parameters, *model.buffers()], [*twin.parameters(), *twin.buffers()])
+        merge_adapters(twin, adapters)
         torch.nn.functional.linear = torch._C._nn.linear
         try:
             yield twin

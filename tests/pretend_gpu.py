@@ -49,6 +49,10 @@ class GpuTensor(torch.Tensor):
     device = property(lambda self: DEVICE)
     is_cuda = property(lambda self: True)
     is_meta = property(lambda self: False)
+    # As torch's own: the same memory without a history; another tensor's memory in its place.
+    data = property(
+        lambda self: self.detach(), lambda self, other: setattr(self, "inner", other.inner)
+    )
 
     @staticmethod
     def __new__(cls, inner):

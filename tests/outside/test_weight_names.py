@@ -116,6 +116,7 @@ def save_all(folder):
             max_grad_norm=1.0,
             weight_decay=0.0,
             ema_decay=1.0,
+            lora_rank=0,
             freeze_vision=False,
             train_only_merger=False,
             gradient_checkpointing=False,
