@@ -296,8 +296,9 @@ class Checkpoints:
         aside = Path(f"{folder}.unfinished")
         try:
             save_model(engine, self.processor, aside)
-            options = dict(save_latest=False, exclude_frozen_parameters=True)
-            engine.save_checkpoint(str(aside), tag="deepspeed", **options)
+            engine.save_checkpoint(
+                str(aside), "deepspeed", save_latest=False, exclude_frozen_parameters=True
+            )
             kept["rng"] = torch.get_rng_state()
             if torch.cuda.is_available():
                 kept["cuda_rng"] = torch.cuda.get_rng_state()

@@ -74,7 +74,7 @@ def check_model(arguments, path):
     """
     read_config(path, arguments.hidden_layer, arguments.attention_layer)
     # A model that was trained on other frames or prompts answers badly; the reader should know.
-    file = Path(path).parent / "run.json"
+    file = Path(str(path).removesuffix("/adapter")).parent / "run.json"
     trained = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
     notes = []
     for name in ("frames", "min_pixels", "max_pixels", "frame_times", "prompt_template"):

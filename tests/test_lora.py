@@ -17,7 +17,7 @@ from test_resume import assert_same_run
 
 import evaluate
 import train
-from common import lora
+from common import lora, sample_page
 from common.data import DataError
 from common.engine import (
     choose_trained,
@@ -28,6 +28,7 @@ from common.engine import (
 from common.flags import Parser
 from common.policy import Policy, collate, load_model
 from common.rollout import Sampling, rollout, sampling
+from visualize import SampleArguments
 
 
 def adapt(model, *flags):
@@ -212,6 +213,18 @@ def test_an_adapter_is_loaded_with_its_base(saved, checkpoint, items):
     adapted = score(policy, items)
     torch.testing.assert_close(score(Policy(model), items), adapted, atol=1e-5, rtol=1e-5)
     assert lora.base_checkpoint(checkpoint) == checkpoint
+
+
+def test_a_page_knows_the_run_of_an_adapter(checkpoint, tmp_path):
+    folder = tmp_path / "grpo" / "adapter"
+    folder.mkdir(parents=True)
+    config = {"base_model_name_or_path": str(checkpoint)}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    (tmp_path / "run.json").write_text(json.dumps({"frames": 99}))
+    words = ["--model_name_or_path", str(folder), "--video", "v", "--question", "q"]
+    (arguments,) = Parser(SampleArguments, "").parse_args_into_dataclasses(words)
+    (note,) = sample_page.check_model(arguments, arguments.model_name_or_path)
+    assert "was trained with --frames 99" in note
 
 
 def test_evaluate_takes_either_folder(saved, checkpoint, tmp_path, monkeypatch):
