@@ -6,6 +6,8 @@
         --sides packed graph                       # random weights of that size, on a GPU
     python bench.py sft --visual_tokens 1024 --completion_length 300
     python bench.py prior --videos toy-seed0/videos/*.mp4
+    python bench.py gpu --output_dir gpu                        # all that is owed on one GPU
+    python bench.py page --output_dir gpu                       # its section of docs/performance.md
 
 `step`: one question about a picture, or with --frames a video: sampling, reference, policy, update.
 AdamW, float32 on a CPU, bfloat16 (its moments, too) on a GPU. All sides have the same weights,
@@ -23,19 +25,29 @@ allocator. A side that fails in the middle, for want of memory mostly, is named 
 
 `prior`: exact decoding of videos, and priors without CLIP, against decord's get_batch of the same
 frames.
+
+`gpu`: the parts of GPU_PARTS in order, each in a process, into OUTPUT_DIR/PART.json; those that are
+there stay, so that an interrupted day goes on. Without a GPU the same parts run in small shapes.
 """
 
+import gc
+import importlib.util
 import itertools
+import json
 import math
 import multiprocessing
 import os
 import platform
 import random
 import re
+import subprocess
+import sys
 import tempfile
 import time
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections import Counter
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import cv2
@@ -56,11 +68,15 @@ from common.media import Encoder, sample_video
 from common.policy import Policy, collate, load_model, vision_tokens
 from common.ranks import start_ranks
 from common.rollout import Sampling, rollout, sampling, stop_tokens
+from common.workers import write_whole
 from grpo import group_advantages, policy_loss
 
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
 DTYPE = torch.bfloat16 if GPU else torch.float32
+
+# What `page` replaces in docs/performance.md stands between these.
+GPU_MARKS = ("<!-- gpu -->", "<!-- /gpu -->")
 
 SIDES = ["packed", "repeated", "zero3", "trl", "graph"]
 SFT_SIDES = ["together", "apart"]
@@ -106,6 +122,9 @@ class Arguments:
     completion_length: int = flag(128, "tokens of every completion")
     steps: int = flag(2, "timed steps of a process, after one that is not timed")
     videos: list[str] | None = flag(None, "paths of videos", group="prior")
+    output_dir: str = flag("gpu", "folder of the results, a file a part", group="gpu and page")
+    only: list[str] | None = flag(None, "parts to run, again if they are there")
+    default_flags: list[str] = flag([], "more flags of the default run, without their dashes")
 
     def __post_init__(self):
         self.sides = self.sides or ["packed", "repeated", "zero3"]
@@ -155,6 +174,10 @@ def prepare(arguments, folder):
     else:
         cv2.imwrite(medium, pixels[0])
     return medium
+
+
+def device_name():
+    return torch.cuda.get_device_name() if GPU else platform.machine()
 
 
 def resident(line):
@@ -213,60 +236,81 @@ def load_processor(folder):
     return processor
 
 
-def our_steps(arguments, side, folder, medium):
-    """Run GRPO steps with this project's code, as train.py does.
+class GroupStep:
+    """A GRPO step on one question with this project's code, as train.py runs it.
 
     Args:
         side: any of SIDES but trl.
         folder, medium: checkpoint and path that prepare() has written.
-    Yields:
-        {phase: (seconds, MB)} of a step.
     """
-    base = memory_in_use()
-    if side == "zero3":
-        start_ranks()
-        config = str(Path(__file__).with_name("ds_zero3.json"))
-        settings = train.TrainArguments(deepspeed=config, output_dir=None)
-        reference = start_engine(settings, folder)
-        engine = start_engine(settings, folder, learning_rate=1e-6)
-    else:
-        reference = Policy(load_model(folder)[0])
-        engine = PlainEngine(Policy(load_model(folder)[0]).train())
-    model = engine.module.model
-    processor = load_processor(folder)
-    encoder = Encoder(processor, 0, 1 << 40, arguments.frames)
-    kind = "video" if arguments.frames else "image"
-    example = Example("0", "Which ball is red?", [], "numerical", "1", [Medium(kind, medium)])
-    stops = stop_tokens(model, processor)
-    # No completion ends early.
-    banned = vision_tokens(model.config) + stops
-    settings = Sampling(
-        arguments.completion_length, graph=side == "graph", eos_ids=stops, banned_ids=banned
-    )
-    group = arguments.num_generations
-    packed = side != "repeated"
-    while True:
+
+    def __init__(self, arguments, side, folder, medium):
+        self.base = memory_in_use()
+        if side == "zero3":
+            start_ranks()
+            config = str(Path(__file__).with_name("ds_zero3.json"))
+            settings = train.TrainArguments(deepspeed=config, output_dir=None)
+            self.reference = start_engine(settings, folder)
+            self.engine = start_engine(settings, folder, learning_rate=1e-6)
+        else:
+            self.reference = Policy(load_model(folder)[0])
+            self.engine = PlainEngine(Policy(load_model(folder)[0]).train())
+        model = self.engine.module.model
+        processor = load_processor(folder)
+        self.encoder = Encoder(processor, 0, 1 << 40, arguments.frames)
+        self.kind = "video" if arguments.frames else "image"
+        self.show(medium)
+        stops = stop_tokens(model, processor)
+        # No completion ends early.
+        banned = vision_tokens(model.config) + stops
+        self.settings = Sampling(
+            arguments.completion_length, graph=side == "graph", eos_ids=stops, banned_ids=banned
+        )
+        self.group = arguments.num_generations
+        self.packed = side != "repeated"
+
+    def show(self, medium):
+        """Take another medium from now on."""
+        media = [Medium(self.kind, medium)]
+        self.example = Example("0", "Which ball is red?", [], "numerical", "1", media)
+
+    def sample(self, settings):
+        """Sample the group -> Prompts, Samples."""
+        with sampling(self.engine) as bare:
+            prompts = collate([self.encoder.encode(self.example)], bare).to(DEVICE)
+            rows = prompts if self.packed else prompts.repeat([self.group])
+            counts = [self.group] if self.packed else [1] * self.group
+            return prompts, rollout(bare, rows, counts, range(self.group), settings)
+
+    def run(self):
+        """Run the step -> {phase: (seconds, MB)}; self.difference as rollout/logp_difference."""
         costs = {}
-        with phase(costs, "rollout", base), sampling(engine) as bare:
-            prompts = collate([encoder.encode(example)], bare).to(DEVICE)
-            rows = prompts if packed else prompts.repeat([group])
-            counts = [group] if packed else [1] * group
-            samples = rollout(bare, rows, counts, range(group), settings)
+        with phase(costs, "rollout", self.base):
+            prompts, samples = self.sample(self.settings)
         completions = samples.tokens[None]  # (1, G, T)
         mask = samples.mask[None]  # (1, G, T)
-        with phase(costs, "reference", base), torch.no_grad():
-            ref_logp = reference(prompts, completions, mask, packed).logp[0]  # (G, T)
-        with phase(costs, "policy", base):
+        with phase(costs, "reference", self.base), torch.no_grad():
+            ref_logp = self.reference(prompts, completions, mask, self.packed).logp[0]  # (G, T)
+        with phase(costs, "policy", self.base):
             # The last layer's states are what the consensus reward reads.
-            logp = engine(prompts, completions, mask, packed, hidden_layers=(-1,)).logp[0]  # (G, T)
-            advantages = group_advantages(torch.rand(1, group))[0].to(DEVICE)  # (G,)
+            scored = self.engine(prompts, completions, mask, self.packed, hidden_layers=(-1,))
+            logp = scored.logp[0]  # (G, T)
+            advantages = group_advantages(torch.rand(1, self.group))[0].to(DEVICE)  # (G,)
             loss, _ = policy_loss(logp, logp.detach(), advantages, mask[0], ref_logp)
-            engine.backward(loss)
-        with phase(costs, "optimizer", base):
-            engine.step()
+            self.engine.backward(loss)
+        with phase(costs, "optimizer", self.base):
+            self.engine.step()
         seconds, megabytes = zip(*costs.values(), strict=True)
         costs["step"] = (sum(seconds), max(megabytes))
-        yield costs
+        self.difference = (samples.logp - logp.detach()).abs().max().item()
+        return costs
+
+
+def our_steps(arguments, side, folder, medium):
+    """Run GroupSteps: yield {phase: (seconds, MB)} of each."""
+    step = GroupStep(arguments, side, folder, medium)
+    while True:
+        yield step.run()
 
 
 def sft_steps(arguments, side, folder, medium):
@@ -361,14 +405,13 @@ def time_sides(arguments):
         for _ in tqdm(range(arguments.repeats), desc="turns"):
             for side in list(results):
                 # A process a turn: memory that another one has left behind is not in its peak.
-                with ProcessPool(1, context=multiprocessing.get_context("spawn")) as pool:
-                    turn = pool.schedule(run_side, args=(arguments, side, folder, medium))
-                    try:
-                        results[side].append(turn.result())
-                    except (ProcessExpired, torch.OutOfMemoryError) as error:
-                        # The kernel kills a process that takes too much.
-                        print(f"{side} failed: {error!r} {vars(error)}")
-                        del results[side]
+                try:
+                    turn = run_apart(run_side, arguments, side, folder, medium)
+                    results[side].append(turn)
+                except (ProcessExpired, torch.OutOfMemoryError) as error:
+                    # The kernel kills a process that takes too much.
+                    print(f"{side} failed: {error!r} {vars(error)}")
+                    del results[side]
     return results
 
 
@@ -436,17 +479,234 @@ def bench_prior(arguments):
     print_ratio("hsv + uniform priors / get_batch", turns[:, 2] / turns[:, 0])
 
 
+# ---- A day with a GPU ----
+
+
+def run_command(*words):
+    """Run a Python command in this folder -> its exit code, seconds and last lines."""
+    begin = time.perf_counter()
+    run = subprocess.run(
+        [sys.executable, *words],
+        cwd=Path(__file__).parent,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+    )
+    seconds = time.perf_counter() - begin
+    return {"exit_code": run.returncode, "seconds": seconds, "end": run.stdout[-4000:]}
+
+
+def gpu_tests(arguments):
+    """Run the tests that need a real device."""
+    return run_command("-m", "pytest", "-q", "-n", "0", "tests/test_device.py")
+
+
+def gpu_default(arguments):
+    """Make the default run, in bfloat16 where there is a GPU; its result and every step."""
+    output = Path(arguments.output_dir) / "default"
+    words = ["ds_zero3.json", "--output_dir", str(output.resolve())]
+    words += [f"--{word}" for word in arguments.default_flags]
+    launch = ["-m", "deepspeed.launcher.runner", "train.py", "--deepspeed", *words]
+    found = run_command(*launch)
+    # Both are there if the run ended.
+    if found["exit_code"] == 0:
+        found["result"] = json.loads((output / "result.json").read_text())
+        lines = (output / "metrics.jsonl").read_text().splitlines()
+        found["metrics"] = [json.loads(line) for line in lines]
+    return found
+
+
+def gpu_capture(arguments):
+    """Sample by one captured decode step; compare its tokens and log-probs with other ways."""
+    with tempfile.TemporaryDirectory() as folder:
+        step = GroupStep(arguments, "graph", folder, prepare(arguments, folder))
+        _, plain = step.sample(replace(step.settings, graph=False))
+        _, captured = step.sample(step.settings)
+        step.run()
+    same = (plain.tokens == captured.tokens).float().mean().item()
+    return {"logp_difference": step.difference, "same_tokens": same}
+
+
+def gpu_kernels(arguments):
+    """Name what runs longest in prefill (one token) and in prefill and decode (seventeen)."""
+    found = {}
+    with tempfile.TemporaryDirectory() as folder:
+        step = GroupStep(arguments, "packed", folder, prepare(arguments, folder))
+        for name, tokens in (("prefill", 1), ("prefill and 16 steps", 17)):
+            settings = replace(step.settings, max_new_tokens=tokens)
+            step.sample(settings)  # not profiled: the first call loads kernels
+            with torch.profiler.profile() as profile:
+                step.sample(settings)
+            kernels = Counter()
+            for event in profile.events():
+                on_device = event.device_type == torch.autograd.DeviceType.CUDA
+                if on_device or not GPU:
+                    kernels[event.name] += event.device_time if GPU else event.self_cpu_time_total
+            found[name] = dict(kernels.most_common(12))  # microseconds
+    return found
+
+
+def gpu_lengths(arguments):
+    """Time steps over prompts of five lengths, twice: a kernel may plan anew for every shape."""
+    lengths = [round(arguments.visual_tokens * share) for share in (1, 1 / 8, 1 / 2, 1 / 4, 3 / 4)]
+    found = []
+    with ExitStack() as stack:
+        media = []
+        for length in lengths:
+            folder = stack.enter_context(tempfile.TemporaryDirectory())
+            media.append(prepare(replace(arguments, visual_tokens=length), folder))
+        step = GroupStep(arguments, "graph", folder, media[0])
+        step.run()
+        for turn in (1, 2):
+            for length, medium in zip(lengths, media, strict=True):
+                step.show(medium)
+                costs = step.run()
+                found.append({"turn": turn, "visual_tokens": length, "costs": costs})
+    return found
+
+
+def gpu_memory(arguments):
+    """Give MB after loading, at the peak of each phase, and after all is let go."""
+    base = memory_in_use()
+    in_use = torch.cuda.memory_allocated if GPU else partial(resident, "VmRSS")
+    with tempfile.TemporaryDirectory() as folder:
+        step = GroupStep(arguments, "zero3", folder, prepare(arguments, folder))
+        loaded = (in_use() - base) / 1e6
+        phases = step.run()
+    step.engine = step.reference = None
+    gc.collect()
+    return {"loaded": loaded, "phases": phases, "let go": (in_use() - base) / 1e6}
+
+
+def gpu_table(arguments, shape, frames):
+    """Time the sides of a step, of random weights -> {side: phases of its turn}."""
+    sides = ["packed", "graph", "repeated", "zero3"]
+    if importlib.util.find_spec("trl") is not None and not frames:
+        sides.append("trl")
+    tokens = 64 * frames if GPU else arguments.visual_tokens
+    sizes = {"visual_tokens": tokens, "repeats": 1, "sides": sides}
+    results = time_sides(replace(arguments, shape=shape, frames=frames, **sizes))
+    return {side: turns[0] for side, turns in results.items()}
+
+
+# These leave memory of the device behind, so each has a process.
+APART = (gpu_capture, gpu_kernels, gpu_lengths, gpu_memory)
+
+# What teaches most comes first.
+GPU_PARTS = {
+    "tests": gpu_tests,
+    "capture": gpu_capture,
+    "kernels": gpu_kernels,
+    "lengths": gpu_lengths,
+    "memory": gpu_memory,
+    "default": gpu_default,
+    "3b_16": partial(gpu_table, shape="3b", frames=16),
+    "3b_64": partial(gpu_table, shape="3b", frames=64),
+    "7b_16": partial(gpu_table, shape="7b", frames=16),
+    "7b_64": partial(gpu_table, shape="7b", frames=64),
+}
+
+
+def run_apart(function, *arguments):
+    """Call a function in a process -> its value; errors: as it raises, ProcessExpired if killed."""
+    with ProcessPool(1, context=multiprocessing.get_context("spawn")) as pool:
+        return pool.schedule(function, args=arguments).result()
+
+
+def bench_gpu(arguments):
+    """Run the parts of GPU_PARTS that have no file yet; one that fails is named in its file."""
+    folder = Path(arguments.output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    git = ["git", "rev-parse", "HEAD"]
+    commit = subprocess.run(git, capture_output=True, text=True, cwd=Path(__file__).parent)
+    for name in arguments.only or GPU_PARTS:
+        file = folder / f"{name}.json"
+        if file.exists() and not arguments.only:
+            print(f"{name}: is there")
+            continue
+        begin = time.perf_counter()
+        part = GPU_PARTS[name]
+        try:
+            result = run_apart(part, arguments) if part in APART else part(arguments)
+        except (ProcessExpired, RuntimeError) as error:
+            # torch's errors of a device, and of memory, are RuntimeErrors.
+            result = {"error": repr(error)}
+        made = {
+            "part": name,
+            "device": device_name(),
+            "commit": commit.stdout.strip(),
+            "date": time.strftime("%Y-%m-%d"),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "arguments": vars(arguments),
+            "seconds": time.perf_counter() - begin,
+            "result": result,
+        }
+        write_whole(file, [json.dumps(made, indent=1).encode()])
+        print(f"{name}: {made['seconds']:.0f} s{', failed' * ('error' in result)}")
+
+
+def cell(result, side, name):
+    """Return a phase's cell of a table, "owed" where there is no number."""
+    if result is None or "error" in result or side not in result:
+        return "owed"
+    seconds, megabytes = result[side][name]
+    return f"{seconds:.2f} s, {megabytes / 1000:.1f} GB"
+
+
+def bench_page(arguments):
+    """Write the parts' numbers into docs/performance.md, between its two gpu marks."""
+    parts = {}
+    for name in GPU_PARTS:
+        file = Path(arguments.output_dir) / f"{name}.json"
+        parts[name] = json.loads(file.read_text()) if file.exists() else None
+    found = [part for part in parts.values() if part is not None]
+    lines = ["No GPU has been measured."]
+    if found:
+        words = ("device", "torch", "transformers", "date", "commit")
+        lines = [", ".join(f"{word} {found[-1][word]}" for word in words) + "."]
+    lines += ["", "| part | seconds | result |", "|---|---|---|"]
+    for name, part in parts.items():
+        if part is None:
+            lines.append(f"| {name} | owed | |")
+            continue
+        result = part["result"]
+        told = {key: value for key, value in result.items() if isinstance(value, (int, float, str))}
+        told.pop("end", None)
+        words = ", ".join(f"{key} {value}" for key, value in told.items())
+        lines.append(f"| {name} | {part['seconds']:.0f} | {words} |")
+    for name, part in parts.items():
+        if isinstance(GPU_PARTS[name], partial):
+            lines += ["", f"{name.replace('_', ', ')} frames:", ""]
+            phases = ["rollout", "reference", "policy", "optimizer", "step"]
+            lines += [f"| | {' | '.join(phases)} |", "|---" * 6 + "|"]
+            for side in ("packed", "graph", "repeated", "zero3"):
+                cells = [cell(part and part["result"], side, phase) for phase in phases]
+                lines.append(f"| {side} | {' | '.join(cells)} |")
+    page = Path(__file__).parent / "docs/performance.md"
+    before, rest = page.read_text(encoding="utf-8").split(GPU_MARKS[0])
+    _, after = rest.split(GPU_MARKS[1])
+    text = "\n".join(["", *lines, ""])
+    page.write_text(f"{before}{GPU_MARKS[0]}{text}{GPU_MARKS[1]}{after}", encoding="utf-8")
+
+
 def main():
     parser = Parser(Arguments, description=__doc__)
-    parser.add_argument("work", choices=["step", "sft", "prior"], help="what is timed")
+    works = {
+        "step": bench_step,
+        "sft": bench_sft,
+        "prior": bench_prior,
+        "gpu": bench_gpu,
+        "page": bench_page,
+    }
+    parser.add_argument("work", choices=list(works), help="what is done")
     flags = vars(parser.parse_args())
-    works = {"step": bench_step, "sft": bench_sft, "prior": bench_prior}
     bench = works[flags.pop("work")]
-    device = torch.cuda.get_device_name() if GPU else platform.machine()
     try:
         arguments = Arguments(**flags)
         print(
-            f"{device}, {os.cpu_count()} cores, {torch.get_num_threads()} threads; "
+            f"{device_name()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads; "
             f"torch {torch.__version__}, transformers {transformers.__version__}\n{arguments}"
         )
         bench(arguments)

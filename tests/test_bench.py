@@ -220,6 +220,68 @@ def test_smallest_prior_prints_its_ratio(toy_folder, monkeypatch, capsys):
     assert 0 < ratio == low == high
 
 
+def parts_run(output, only=None):
+    """bench.py gpu with its functions replaced -> names of the parts that ran."""
+    ran = []
+
+    def part(name):
+        def run(arguments):
+            ran.append(name)
+            if name == "lengths":
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return {"seconds_a_step": 2.5, "end": "many lines"}
+
+        return run
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(bench, "GPU_PARTS", {name: part(name) for name in bench.GPU_PARTS})
+        bench.bench_gpu(small(output_dir=str(output), only=only))
+    return ran
+
+
+def test_parts_of_a_gpu_day_are_kept_and_go_on(tmp_path, monkeypatch):
+    everything = list(bench.GPU_PARTS)
+    assert parts_run(tmp_path) == everything
+    made = json.loads((tmp_path / "capture.json").read_text())
+    assert made["result"]["seconds_a_step"] == 2.5 and made["arguments"]["visual_tokens"] == 18
+    assert "out of memory" in json.loads((tmp_path / "lengths.json").read_text())["result"]["error"]
+    (tmp_path / "default.json").unlink()
+    # What failed is not tried again without being asked for.
+    assert parts_run(tmp_path) == ["default"]
+    assert parts_run(tmp_path, ["lengths", "tests"]) == ["lengths", "tests"]
+
+
+def test_the_page_has_the_numbers_and_a_gap_where_one_is_owed(tmp_path, monkeypatch):
+    page = tmp_path / "docs/performance.md"
+    page.parent.mkdir()
+    page.write_text(f"before {bench.GPU_MARKS[0]} old {bench.GPU_MARKS[1]} after")
+    monkeypatch.setattr(bench, "__file__", str(tmp_path / "bench.py"))
+    costs = {name: [0.5, 2000.0] for name in PHASES}
+    for name, result in (("3b_16", {"packed": costs}), ("capture", {"logp_difference": 0.125})):
+        made = {"device": "card", "torch": "2", "transformers": "5", "date": "d", "commit": "c"}
+        made |= {"seconds": 61.4, "result": result}
+        (tmp_path / f"{name}.json").write_text(json.dumps(made))
+    bench.bench_page(small(output_dir=str(tmp_path)))
+    text = page.read_text()
+    assert text.startswith("before <!-- gpu -->") and text.endswith("<!-- /gpu --> after")
+    assert " old " not in text and "device card, torch 2" in text
+    assert "| capture | 61 | logp_difference 0.125 |" in text
+    assert f"| packed {'| 0.50 s, 2.0 GB ' * 5}|" in text
+    assert f"| zero3 {'| owed ' * 5}|" in text and "| default | owed | |" in text
+
+
+@pytest.mark.parametrize("part", ["capture", "kernels", "lengths"])
+def test_parts_run_on_a_cpu_in_small_shapes(part):
+    result = bench.GPU_PARTS[part](small(visual_tokens=32))
+    if part == "capture":
+        assert result["same_tokens"] == 1 and result["logp_difference"] < 1e-4
+    if part == "kernels":
+        assert all(seconds > 0 for names in result.values() for seconds in names.values())
+    if part == "lengths":
+        seen = [(step["turn"], step["visual_tokens"]) for step in result]
+        assert seen == [(turn, tokens) for turn in (1, 2) for tokens in (32, 4, 16, 8, 24)]
+
+
 @pytest.mark.parametrize(
     "flags, words",
     [
