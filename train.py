@@ -1130,9 +1130,9 @@ def train_grpo(run, model_path):
     averages = kept.setdefault("averages", {})  # of what is trained, with --ema_decay
     if asked and args.ema_decay < 1 and not averages:
         update_averages(averages, engine, args.ema_decay)
-    if reference is not None:
+    if reference is not None and averages:
         write_shards(reference, averages)
-    elif asked:
+    if asked and args.lora_rank:
         # The policy has the reference within: no second model.
         reference = partial(score_without_adapters, engine, averages)
 

@@ -265,8 +265,12 @@ def hookless_twin(model):
 
     It is made before DeepSpeed hooks the model.
     """
-    empty = {id(p): torch.nn.Parameter(torch.empty(0), False) for p in model.parameters()}
-    return copy.deepcopy(model, empty).eval()
+    hollow = {}
+    for parameter in model.parameters():
+        # One number's memory, in the shape of them all.
+        shape = parameter.new_empty(()).expand(parameter.shape)
+        hollow[id(parameter)] = torch.nn.Parameter(shape, False)
+    return copy.deepcopy(model, hollow).eval()
 
 
 def choose_trained(model, arguments):

@@ -127,23 +127,6 @@ def test_group_attention_sees_what_a_mask_by_hand_allows():
         assert recorded[1, :, :, 0].abs().max() == 0 and not recorded.requires_grad
 
 
-def test_group_attention_of_a_masked_step_folds_the_query_heads():
-    generator = torch.Generator().manual_seed(0)
-    query, key, value = (
-        torch.randn(2, heads, columns, 8, generator=generator)
-        for heads, columns in ((4, 3), (2, 6), (2, 6))
-    )
-    allowed = torch.rand(2, 1, 3, 6, generator=generator) < 0.6
-    allowed[..., 0] = True
-    expected = (
-        (query @ key.repeat_interleave(2, 1).transpose(2, 3) * 0.3)
-        .masked_fill(~allowed, -INF)
-        .softmax(-1)
-    )
-    attended, _ = group_attention(SimpleNamespace(), query, key, value, allowed, scaling=0.3)
-    torch.testing.assert_close(attended, (expected @ value.repeat_interleave(2, 1)).transpose(1, 2))
-
-
 # --------------------------------------------------------- the model, against plain Hugging Face
 
 
