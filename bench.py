@@ -31,7 +31,6 @@ there stay, so that an interrupted day goes on. Without a GPU the same parts run
 """
 
 import gc
-import importlib.util
 import itertools
 import json
 import math
@@ -493,7 +492,9 @@ def run_command(*words):
         errors="replace",
     )
     seconds = time.perf_counter() - begin
-    return {"exit_code": run.returncode, "seconds": seconds, "end": run.stdout[-4000:]}
+    found = {"exit_code": run.returncode, "seconds": seconds, "end": run.stdout[-4000:]}
+    # Skipped tests exit with 0, too.
+    return found | {"last line": run.stdout.strip().rpartition("\n")[2]}
 
 
 def gpu_tests(arguments):
@@ -502,15 +503,18 @@ def gpu_tests(arguments):
 
 
 def gpu_default(arguments):
-    """Make the default run, in bfloat16 where there is a GPU; its result and every step."""
+    """Make the default run, in bfloat16 where there is a GPU; an interrupted one goes on."""
     output = Path(arguments.output_dir) / "default"
     launch = ["-m", "deepspeed.launcher.runner", "train.py", "--deepspeed", "ds_zero3.json"]
-    found = run_command(*launch, "--output_dir", str(output.resolve()))
-    # Both are there if the run ended.
+    launch += ["--resume_from_checkpoint", "auto", "--output_dir", str(output.resolve())]
+    found = run_command(*launch)
     if found["exit_code"] == 0:
-        found["result"] = json.loads((output / "result.json").read_text())
+        result = json.loads((output / "result.json").read_text())
+        for when in ("before", "after"):
+            found[f"greedy {when}"] = result[when]["greedy"]
         lines = (output / "metrics.jsonl").read_text().splitlines()
-        found["metrics"] = [json.loads(line) for line in lines]
+        steps = [json.loads(line) for line in lines]
+        found["logp_difference"] = max(one.get("rollout/logp_difference", 0) for one in steps)
     return found
 
 
@@ -526,7 +530,7 @@ def gpu_capture(arguments):
 
 
 def gpu_kernels(arguments):
-    """Name what runs longest in prefill (one token) and in prefill and decode (seventeen)."""
+    """Give microseconds of what runs longest in prefill, and in prefill with 16 steps behind it."""
     found = {}
     with tempfile.TemporaryDirectory() as folder:
         step = GroupStep(arguments, "packed", folder, prepare(arguments, folder))
@@ -540,14 +544,15 @@ def gpu_kernels(arguments):
                 on_device = event.device_type == torch.autograd.DeviceType.CUDA
                 if on_device or not GPU:
                     kernels[event.name] += event.device_time if GPU else event.self_cpu_time_total
-            found[name] = dict(kernels.most_common(12))  # microseconds
+            for kernel, microseconds in kernels.most_common(5):
+                found[f"{name}: {kernel[:60]}"] = round(microseconds)
     return found
 
 
 def gpu_lengths(arguments):
     """Time steps over prompts of five lengths, twice: a kernel may plan anew for every shape."""
     lengths = [round(arguments.visual_tokens * share) for share in (1, 1 / 8, 1 / 2, 1 / 4, 3 / 4)]
-    found = []
+    found = {}
     with ExitStack() as stack:
         media = []
         for length in lengths:
@@ -558,8 +563,8 @@ def gpu_lengths(arguments):
         for turn in (1, 2):
             for length, medium in zip(lengths, media, strict=True):
                 step.show(medium)
-                costs = step.run()
-                found.append({"turn": turn, "visual_tokens": length, "costs": costs})
+                seconds, _ = step.run()["step"]
+                found[f"{length} tokens, turn {turn}"] = round(seconds, 3)
     return found
 
 
@@ -569,27 +574,32 @@ def gpu_memory(arguments):
     in_use = torch.cuda.memory_allocated if GPU else partial(resident, "VmRSS")
     with tempfile.TemporaryDirectory() as folder:
         step = GroupStep(arguments, "zero3", folder, prepare(arguments, folder))
-        loaded = (in_use() - base) / 1e6
-        phases = step.run()
+        found = {"loaded": round((in_use() - base) / 1e6)}
+        for name, (_, megabytes) in step.run().items():
+            found[name] = round(megabytes)
     step.engine = step.reference = None
     gc.collect()
-    return {"loaded": loaded, "phases": phases, "let go": (in_use() - base) / 1e6}
+    found["let go"] = round((in_use() - base) / 1e6)
+    return found
 
 
-def gpu_table(arguments, shape, frames):
-    """Time the sides of a step, of random weights -> {side: phases of its turn}."""
-    sides = ["packed", "graph", "repeated", "zero3"]
-    if importlib.util.find_spec("trl") is not None and not frames:
-        sides.append("trl")
-    tokens = 64 * frames if GPU else arguments.visual_tokens
-    sizes = {"visual_tokens": tokens, "repeats": 1, "sides": sides}
+def gpu_table(arguments, shape, frames, sides):
+    """Time the sides of a step, of random weights -> {side: {phase: [seconds, MB]}}."""
+    # A picture keeps --visual_tokens.
+    tokens = 64 * frames if GPU and frames else arguments.visual_tokens
     shape = shape if GPU else "small"
-    results = time_sides(replace(arguments, shape=shape, frames=frames, **sizes))
-    return {side: turns[0] for side, turns in results.items()}
+    sizes = {"shape": shape, "frames": frames, "visual_tokens": tokens}
+    results = time_sides(replace(arguments, repeats=1, sides=sides, **sizes))
+    table = {}
+    for side, (turn,) in results.items():
+        table[side] = {name: list(map(float, costs)) for name, costs in turn.items()}
+    return table
 
 
 # These leave memory of the device behind, so each has a process.
 APART = (gpu_capture, gpu_kernels, gpu_lengths, gpu_memory)
+
+GPU_SIDES = ["packed", "graph", "repeated", "zero3"]
 
 # What teaches most comes first.
 GPU_PARTS = {
@@ -599,10 +609,11 @@ GPU_PARTS = {
     "lengths": gpu_lengths,
     "memory": gpu_memory,
     "default": gpu_default,
-    "3b_16": partial(gpu_table, shape="3b", frames=16),
-    "3b_64": partial(gpu_table, shape="3b", frames=64),
-    "7b_16": partial(gpu_table, shape="7b", frames=16),
-    "7b_64": partial(gpu_table, shape="7b", frames=64),
+    "3b_16": partial(gpu_table, shape="3b", frames=16, sides=GPU_SIDES),
+    "7b_16": partial(gpu_table, shape="7b", frames=16, sides=GPU_SIDES),
+    "3b_64": partial(gpu_table, shape="3b", frames=64, sides=GPU_SIDES),
+    "7b_64": partial(gpu_table, shape="7b", frames=64, sides=GPU_SIDES),
+    "3b_picture": partial(gpu_table, shape="3b", frames=0, sides=["packed", "trl"]),
 }
 
 
@@ -627,8 +638,8 @@ def bench_gpu(arguments):
         part = GPU_PARTS[name]
         try:
             result = run_apart(part, arguments) if part in APART else part(arguments)
-        except (ProcessExpired, RuntimeError) as error:
-            # torch's errors of a device, and of memory, are RuntimeErrors.
+        except (ImportError, ProcessExpired, RuntimeError) as error:
+            # TRL may be missing; torch's errors of a device, and of memory, are RuntimeErrors.
             result = {"error": repr(error)}
         made = {
             "part": name,
@@ -642,15 +653,24 @@ def bench_gpu(arguments):
             "result": result,
         }
         write_whole(file, [json.dumps(made, indent=1).encode()])
-        print(f"{name}: {made['seconds']:.0f} s{', failed' * ('error' in result)}")
+        failed = "error" in result or result.get("exit_code")
+        print(f"{name}: {made['seconds']:.0f} s{', failed' if failed else ''}")
 
 
-def cell(result, side, name):
-    """Return a phase's cell of a table, "owed" where there is no number."""
-    if result is None or "error" in result or side not in result:
-        return "owed"
-    seconds, megabytes = result[side][name]
-    return f"{seconds:.2f} s, {megabytes / 1000:.1f} GB"
+def table_lines(name, result):
+    """Return the lines of a part's table, "owed" where there is no number."""
+    phases = ["rollout", "reference", "policy", "optimizer", "step"]
+    lines = ["", f"{name.replace('_', ', ')}:", "", f"| | {' | '.join(phases)} |"]
+    lines.append("|---" * (1 + len(phases)) + "|")
+    for side in GPU_PARTS[name].keywords["sides"]:
+        cells = []
+        for phase in phases:
+            seconds, megabytes = result.get(side, {}).get(phase, (None, None))
+            cells.append(
+                "owed" if seconds is None else f"{seconds:.2f} s, {megabytes / 1000:.1f} GB"
+            )
+        lines.append(f"| {side} | {' | '.join(cells)} |")
+    return lines
 
 
 def bench_page(arguments):
@@ -665,23 +685,19 @@ def bench_page(arguments):
         words = ("device", "torch", "transformers", "date", "commit")
         lines = [", ".join(f"{word} {found[-1][word]}" for word in words) + "."]
     lines += ["", "| part | seconds | result |", "|---|---|---|"]
+    tables = []
     for name, part in parts.items():
-        if part is None:
-            lines.append(f"| {name} | owed | |")
-            continue
-        result = part["result"]
-        told = {key: value for key, value in result.items() if isinstance(value, (int, float, str))}
+        result = {} if part is None else part["result"]
+        told = dict(result)
         told.pop("end", None)
-        words = ", ".join(f"{key} {value}" for key, value in told.items())
-        lines.append(f"| {name} | {part['seconds']:.0f} | {words} |")
-    for name, part in parts.items():
+        # A part with sides is a table.
         if isinstance(GPU_PARTS[name], partial):
-            lines += ["", f"{name.replace('_', ', ')} frames:", ""]
-            phases = ["rollout", "reference", "policy", "optimizer", "step"]
-            lines += [f"| | {' | '.join(phases)} |", "|---" * 6 + "|"]
-            for side in ("packed", "graph", "repeated", "zero3"):
-                cells = [cell(part and part["result"], side, phase) for phase in phases]
-                lines.append(f"| {side} | {' | '.join(cells)} |")
+            tables += table_lines(name, result)
+            told = {key: value for key, value in result.items() if key == "error"}
+        words = ", ".join(f"{key} {value}" for key, value in told.items()).replace("|", "/")
+        seconds = "owed" if part is None else f"{part['seconds']:.0f}"
+        lines.append(f"| {name} | {seconds} | {words}".rstrip() + " |")
+    lines += tables
     page = Path(__file__).parent / "docs/performance.md"
     before, rest = page.read_text(encoding="utf-8").split(GPU_MARKS[0])
     _, after = rest.split(GPU_MARKS[1])

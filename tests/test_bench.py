@@ -10,6 +10,7 @@ import signal
 import sys
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from pebble import ProcessExpired
@@ -251,6 +252,13 @@ def test_parts_of_a_gpu_day_are_kept_and_go_on(tmp_path, monkeypatch):
     assert parts_run(tmp_path, ["lengths", "tests"]) == ["lengths", "tests"]
 
 
+def test_a_table_can_be_written_as_json(monkeypatch):
+    turn = {name: np.array([0.5, 2000.0]) for name in PHASES}  # as run_side() returns it
+    monkeypatch.setattr(bench, "time_sides", lambda arguments: {arguments.sides[0]: [turn]})
+    made = bench.GPU_PARTS["7b_16"](small())
+    assert json.loads(json.dumps(made)) == {"packed": {name: [0.5, 2000.0] for name in PHASES}}
+
+
 def test_the_page_has_the_numbers_and_a_gap_where_one_is_owed(tmp_path, monkeypatch):
     page = tmp_path / "docs/performance.md"
     page.parent.mkdir()
@@ -276,10 +284,11 @@ def test_parts_run_on_a_cpu_in_small_shapes(part):
     if part == "capture":
         assert result["same_tokens"] == 1 and result["logp_difference"] < 1e-4
     if part == "kernels":
-        assert all(seconds > 0 for names in result.values() for seconds in names.values())
+        assert {name.partition(":")[0] for name in result} == {"prefill", "prefill and 16 steps"}
+        assert all(microseconds > 0 for microseconds in result.values())
     if part == "lengths":
-        seen = [(step["turn"], step["visual_tokens"]) for step in result]
-        assert seen == [(turn, tokens) for turn in (1, 2) for tokens in (32, 4, 16, 8, 24)]
+        seen = [f"{tokens} tokens, turn {turn}" for turn in (1, 2) for tokens in (32, 4, 16, 8, 24)]
+        assert list(result) == seen and all(seconds > 0 for seconds in result.values())
 
 
 @pytest.mark.parametrize(
