@@ -61,12 +61,12 @@ import prior
 import toy
 import train
 from common.data import DataError, Example, Medium
-from common.engine import hookless_twin, start_engine
+from common.engine import hookless_twin, sampling, start_engine
 from common.flags import Parser, flag
 from common.media import Encoder, sample_video
 from common.policy import Policy, collate, load_model, vision_tokens
 from common.ranks import start_ranks
-from common.rollout import Sampling, rollout, sampling, stop_tokens
+from common.rollout import Sampling, rollout, stop_tokens
 from common.workers import write_whole
 from grpo import group_advantages, policy_loss
 

@@ -55,7 +55,7 @@ from tqdm import tqdm
 from transformers.utils import logging as hf_logging
 
 import reward
-from common import engine, scores
+from common import scores
 from common.data import (
     DataError,
     MediaError,
@@ -70,12 +70,13 @@ from common.data import (
     typed_example,
 )
 from common.flags import Parser, check_least, exit_codes, flag
+from common.inputs import BATCH_TOKENS, Inputs, Ready
 from common.media import Encoder, PromptFlags, RunFlags
-from common.policy import Policy, collate, load_model, read_config
-from common.rollout import BATCH_TOKENS, Sampling, answer_inputs, read_turn
 from common.workers import Pool, ShardedLines, check_settings, join_ranks, write_whole
 from grpo import rollout_frame_use, slot_shares, token_frame_use
 from prior import read_priors
+
+# common.policy and common.rollout, whose imports take seconds, come with a local model alone.
 
 
 @dataclass
@@ -276,6 +277,8 @@ def score_settings(arguments):
     asked = {}
     if arguments.frame_use_layer is not None:
         asked[f"{arguments.frame_use}_layer"] = arguments.frame_use_layer
+    from common.policy import read_config
+
     config = read_config(path, **asked)
     return settings | {
         "model_revision": getattr(config, "_commit_hash", None),
@@ -422,25 +425,26 @@ def frame_order(arguments, position, count):
     return order
 
 
-def encode(encoder, example, arguments, position):
-    """Encode an example under --control, which changes neither times nor number of tokens."""
+def encode(arguments, encoder, one):
+    """Encode a Ready under --control, which changes neither times nor number of tokens.
+
+    Returns:
+        ModelInputs, None, as Inputs expects.
+    """
     # Only the frames change places: their times stay in order.
     shuffle = None
-    if arguments.control == "shuffled" and example.media:
-        count = len(encoder.load(example.medium).frames)
-        shuffle = frame_order(arguments, position, count)
-    return encoder.encode(example, shuffle=shuffle, black=arguments.control == "black")
+    if arguments.control == "shuffled" and one.example.media:
+        count = len(encoder.load(one.example.medium).frames)
+        shuffle = frame_order(arguments, one.place, count)
+    black = arguments.control == "black"
+    return encoder.encode(one.example, shuffle=shuffle, black=black), None
 
 
-def encode_ahead(arguments, encoder, one):
-    """encode() for engine.Inputs."""
-    return encode(encoder, one.example, arguments, one.place), None
-
-
-def make_inputs(arguments, processor, encode=engine.encode):
-    """engine.Inputs with the command line's encoder and workers."""
+def make_inputs(arguments, processor):
+    """Inputs with the command line's encoder, workers and control."""
     encoder = Encoder.from_flags(processor, arguments)
-    return engine.Inputs(encoder, arguments.decode_workers, arguments.decode_timeout, encode)
+    function = partial(encode, arguments)
+    return Inputs(encoder, arguments.decode_workers, arguments.decode_timeout, function)
 
 
 @dataclass
@@ -554,8 +558,11 @@ def answer_here(arguments, examples, done, rank, world):
     # A finished run loads no model.
     if not starts:
         return
+    from common.policy import load_model
+    from common.rollout import Sampling, answer_inputs
+
     model, processor = load_model(arguments.model_name_or_path)
-    inputs = make_inputs(arguments, processor, partial(encode_ahead, arguments))
+    inputs = make_inputs(arguments, processor)
     settings = Sampling(
         arguments.max_completion_length,
         arguments.temperature,
@@ -573,7 +580,7 @@ def answer_here(arguments, examples, done, rank, world):
 
     def window(start):
         asked = enumerate(examples[start : start + size], start)
-        return [engine.Ready(place, example, priors.get(example.id)) for place, example in asked]
+        return [Ready(place, example, priors.get(example.id)) for place, example in asked]
 
     # Workers decode the next window while this one is answered.
     decoded = inputs.each(map(window, starts))
@@ -1084,15 +1091,16 @@ def run_question(arguments):
 # -------------------------------------------------------------------------- frame use, checked
 
 
-def cited_tokens(example, processor):
+def cited_tokens(example, processor, opening):
     """Find the tokens of the known reasoning whose sentence cites a time.
 
+    Args:
+        opening: what the prompt already says of the reasoning (rollout.Turn).
     Returns:
         ids, list of token ids of the reasoning; {token index: (start s, end s)}, the grounding
         interval that the token's sentence is about.
     """
-    # The prompt may open the think block already.
-    text = target_text(example).removeprefix(read_turn(processor).opening.strip())
+    text = target_text(example).removeprefix(opening.strip())
     encoded = processor.tokenizer(
         text, return_offsets_mapping=True, add_special_tokens=False, split_special_tokens=True
     )
@@ -1141,11 +1149,15 @@ def run_check(arguments):
     Print and write for every score {name: (share of the tokens whose most used slot is in the
     scene, mass in the scene over chance)}.
     """
+    from common.policy import Policy, collate, load_model
+    from common.rollout import read_turn
+
     examples = load_examples(arguments.dataset_name, arguments.media_root)
     settings = score_settings(arguments)
     model, processor = load_model(arguments.model_name_or_path)
+    opening = read_turn(processor).opening
     inputs = make_inputs(arguments, processor)
-    requests = ([engine.Ready(place, example, None)] for place, example in enumerate(examples))
+    requests = ([Ready(place, example, None)] for place, example in enumerate(examples))
     hits = Counter()
     mass = Counter()
     chance = 0.0
@@ -1157,7 +1169,7 @@ def run_check(arguments):
         if not ready:
             continue
         (one,) = ready
-        ids, intervals = cited_tokens(one.example, processor)
+        ids, intervals = cited_tokens(one.example, processor, opening)
         prompts = collate([one.inputs], model).to(model.device)
         slots = prompts.slots[0]
         # In a video of one slot there is nothing to choose.

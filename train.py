@@ -52,10 +52,9 @@ from common.data import (
     target_text,
 )
 from common.engine import (
-    Inputs,
-    Ready,
     Tracker,
     check_deepspeed_file,
+    sampling,
     score_without_adapters,
     set_learning_rate,
     start_engine,
@@ -63,6 +62,7 @@ from common.engine import (
     write_shards,
 )
 from common.flags import Parser, check_least, flag
+from common.inputs import Inputs, Ready
 from common.lora import check_peft
 from common.media import Encoder, RunFlags
 from common.policy import PACKED_FAMILIES, Policy, Prompts, collate, read_config
@@ -83,11 +83,10 @@ from common.rollout import (
     answer_inputs,
     read_turn,
     sample_texts,
-    sampling,
     stop_tokens,
 )
 from common.run_page import run_report
-from common.workers import write_lines
+from common.workers import start_server, write_lines
 from grpo import (
     Rollouts,
     accuracies,
@@ -393,7 +392,7 @@ def toy_defaults(folder, world_size):
         clip=f"local-dir:{folder}/clip",
         max_pixels=28 * 28,
         image_max_pixels=28 * 28,
-        decode_workers=1,
+        decode_workers=2,
         max_completion_length=64,
         length_bonus=0.0,
         frame_use="attention",
@@ -590,6 +589,19 @@ def step_requests(run, name, questions, step):
     return requests
 
 
+def take_usable(inputs, requests, args, skipped):
+    """Inputs.take() on all ranks at the same time: those that have their inputs.
+
+    Args:
+        skipped: {problem_id: cause}, gets what all ranks cannot use, which is logged.
+    """
+    found, broken = inputs.take(requests, args.max_prompt_length)
+    for causes in gather(broken):
+        skipped.update(causes)
+        name_skipped(causes)
+    return found
+
+
 def stage_steps(run, name, engine, questions, done, kept):
     """Goes through the steps of a stage that are left; logs and saves each when its turn is over.
 
@@ -618,7 +630,7 @@ def stage_steps(run, name, engine, questions, done, kept):
         for first in range(0, len(requests), plan.batch):
             part = requests[first : first + plan.batch]
             with log.seconds("media"):
-                usable = inputs.usable(part, args.max_prompt_length, questions.skipped)
+                usable = take_usable(inputs, part, args, questions.skipped)
             # Collectives must match: a forward that one rank cannot fill is left out on all.
             if min(gather(len(usable))) > 0:
                 forwards.append(usable)
@@ -1189,7 +1201,7 @@ def score_heldout(run, engine):
     decoded = inputs.each(map(requests, starts))
     with sampling(engine) as model:
         for mine in tqdm(decoded, "held-out", len(starts), disable=not is_main(), leave=False):
-            ready = inputs.usable(mine, args.max_prompt_length, unusable)
+            ready = take_usable(inputs, mine, args, unusable)
             if ready:
                 score_answers(run, model, ready, log)
     if unusable and "before" in run.checkpoint.shared:
@@ -1400,7 +1412,8 @@ def compute_priors(settings, examples, name):
         if settings.has_semantic and any(e.video for e in others):
             device = deepspeed.get_accelerator().current_device_name()
             clip = prior.load_clip(settings.clip, settings.clip_pretrained, device)
-        computed, unreadable = prior.build_priors(others, clip, settings)
+        how = (settings.decode_workers, settings.decode_timeout)
+        computed, unreadable = prior.build_priors(others, clip, settings, *how)
         rows += computed
         errors += unreadable
     return rows, errors
@@ -1417,6 +1430,8 @@ def run(args):
     Errors: DataError, one sentence, for everything that a user can mend.
     """
     output = Path(args.output_dir)
+    if args.decode_workers:
+        start_server()
     check_deepspeed_file(args)
     resume = on_main_first(lambda: find_start(output, args))
     if resume is None:

@@ -1,18 +1,16 @@
-"""DeepSpeed engines, the learning rate, trackers, and media decoded ahead of their turn.
+"""DeepSpeed engines: their start, their weights for sampling, the learning rate, trackers.
 
 check_deepspeed_file(arguments)                                # before anything is loaded
 engine = start_engine(arguments, path, learning_rate=1e-6)     # ZeRO-0 to 3, one process or many
-inputs = Inputs(encoder, workers=2, timeout=300.0)
+with sampling(engine) as model:                                # the weights without the engine
+    samples = rollout(model, ...)
 """
 
 import copy
 import importlib.util
 import json
-import math
 import os
-import pickle
-from collections import deque
-from dataclasses import dataclass, replace
+from contextlib import contextmanager
 from pathlib import Path
 
 import deepspeed
@@ -25,13 +23,10 @@ from transformers.integrations import HfDeepSpeedConfig
 from transformers.integrations.deepspeed import HfTrainerDeepSpeedConfig
 
 from common.checkpoints import keep_names
-from common.data import DataError, Example, MediaError, Prior
-from common.lora import add_adapters
-from common.media import ModelInputs
+from common.data import DataError
+from common.lora import add_adapters, merge_adapters
 from common.policy import Policy, checkpoint_activations, load_weights
-from common.ranks import gather, log_main, name_skipped
-from common.rollout import sampling
-from common.workers import Pool
+from common.ranks import log_main
 
 # Sections of a DeepSpeed file that send metrics somewhere, and the package that each needs.
 MONITORS = {
@@ -120,6 +115,9 @@ def deepspeed_config(arguments, hidden_size, micro_batch=1, accumulation=1, lear
         words = "asks for fp16, whose loss scaling this program does not know; use bf16"
         raise DataError(f"{arguments.deepspeed} {words}")
     zero = config.get("zero_optimization", {})
+    # ZeRO-3's own linear layers save the accelerator's memory; on a CPU they cost time alone.
+    if not torch.cuda.is_available():
+        zero.setdefault("memory_efficient_linear", False)
     if learning_rate is None:
         zero.pop("offload_optimizer", None)
         # Stages 1 and 2 partition only what an optimizer has.
@@ -273,6 +271,36 @@ def hookless_twin(model):
     return copy.deepcopy(model, hollow).eval()
 
 
+@contextmanager
+def sampling(engine, adapters=True):
+    """The engine's twin with the model's weights, in eval mode, for a rollout phase.
+
+    Adapters (LoRA) are merged into the twin's weights, or without `adapters` left out.
+    ZeRO-3 parameters are gathered once. The model keeps its hooks, and what they know of the order
+    of its modules. ZeRO-3's torch.nn.functional.linear, an autograd function that binds a signature
+    on every call, is off.
+    """
+    model = engine.module.model
+    twin = engine.twin
+    parameters = list(model.parameters())
+    linear = torch.nn.functional.linear
+    with deepspeed.zero.GatheredParameters(parameters):
+        lend([*parameters, *model.buffers()], [*twin.parameters(), *twin.buffers()])
+        merge_adapters(twin, adapters)
+        torch.nn.functional.linear = torch._C._nn.linear
+        try:
+            yield twin
+        finally:
+            torch.nn.functional.linear = linear
+            lend([torch.empty(0)] * len(parameters), twin.parameters())
+
+
+def lend(tensors, borrowers):
+    """Lets each borrower hold the memory of a tensor."""
+    for tensor, borrower in zip(tensors, borrowers, strict=True):
+        borrower.data = tensor.data
+
+
 def choose_trained(model, arguments):
     """Freezes the vision tower (--freeze_vision), or all but its mergers (--train_only_merger)."""
     model.model.visual.requires_grad_(not arguments.freeze_vision)
@@ -365,108 +393,3 @@ def score_without_adapters(engine, averages, *packed):
         scored = Policy(model)(*packed)
     write_shards(engine, own)
     return scored
-
-
-@dataclass
-class Ready:
-    """An example whose turn comes, and then what the processor has made of it."""
-
-    place: int  # in the run's order of examples; seeds what is random about it
-    example: Example
-    prior: Prior | None  # None for text and for demonstrations
-    order: list | None = None  # of the control's frames; None without a control
-    inputs: ModelInputs | None = None
-    control: ModelInputs | None = None  # the same with shuffled frames
-
-
-def keep_encoder(encoder):
-    """Initializer of a worker: its encoder stays, with the media that it has decoded."""
-    global worker_encoder
-    worker_encoder = encoder
-
-
-def encode(encoder, one):
-    """Model inputs of a Ready and of its control (or None)."""
-    control = None
-    inputs = encoder.encode(one.example, one.prior)
-    if one.order is not None:
-        control = encoder.encode(one.example, one.prior, shuffle=one.order)
-    return inputs, control
-
-
-def in_worker(encode, one):
-    """bytes of a pickle of what encode() makes: tensors as such would be passed on in shared memory
-    that lives as long as the worker."""
-    return pickle.dumps(encode(worker_encoder, one))
-
-
-class Inputs:
-    """Model inputs of examples, encoded by workers ahead of their turn.
-
-    The accelerator does not wait for decoding, and a decoder that hangs costs only its example.
-    With 0 workers an example is encoded in this process at its turn.
-
-    Args:
-        encoder: media.Encoder.
-        workers: number of processes.
-        timeout: seconds that a worker may take for an example.
-        encode: function of the encoder and a Ready that returns its inputs and its control.
-    """
-
-    def __init__(self, encoder, workers, timeout, encode=encode):
-        if workers > 0:
-            # A copy without the media that this process has decoded.
-            encoder = replace(encoder)
-        self.pool = Pool(workers, timeout, initializer=keep_encoder, initargs=(encoder,))
-        self.encode = encode
-        self.tasks = {}
-
-    def each(self, batches):
-        """Yields lists of Ready in their order; the next one is encoded meanwhile."""
-        begun = deque()
-        try:
-            for batch in batches:
-                for one in batch:
-                    self.tasks[one.place] = self.pool.submit(in_worker, self.encode, one)
-                begun.append(batch)
-                if len(begun) > 1:
-                    yield begun.popleft()
-            yield from begun
-        finally:
-            self.pool.stop()
-
-    def take(self, requests, limit=math.inf):
-        """Waits for the inputs of a list of Ready that each() has yielded, or of a part of it.
-
-        Args:
-            limit: most tokens of a prompt.
-        Returns:
-            those that have their inputs; {problem_id: cause} of those that cannot be decoded or are
-            too long.
-        """
-        found = []
-        broken = {}
-        for one in requests:
-            try:
-                made = self.pool.result(self.tasks.pop(one.place), one.example.path)
-                one.inputs, one.control = pickle.loads(made)
-                length = len(one.inputs.input_ids)
-                if length > limit:
-                    words = f"the prompt has {length} tokens (--max_prompt_length {limit})"
-                    raise MediaError(f"{one.example.path}: {words}")
-                found.append(one)
-            except MediaError as error:
-                broken[one.example.id] = str(error)
-        return found, broken
-
-    def usable(self, requests, limit, skipped):
-        """take() on all ranks at the same time: those that have their inputs.
-
-        Args:
-            skipped: {problem_id: cause}, gets what all ranks cannot use, which is logged.
-        """
-        found, broken = self.take(requests, limit)
-        for causes in gather(broken):
-            skipped.update(causes)
-            name_skipped(causes)
-        return found

@@ -13,9 +13,6 @@ from typing import NamedTuple
 import cv2
 import numpy as np
 import torch
-from torchvision.transforms.v2.functional import InterpolationMode, resize
-from transformers import ProcessorMixin
-from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
 
 from common.data import (
     PROMPT_TEMPLATE,
@@ -188,6 +185,10 @@ def resize_frames(frames, min_pixels, max_pixels, factor=28):
     Returns:
         (K, 3, h, w) uint8.
     """
+    # Imports of 3 s, which stored answers do not need.
+    from torchvision.transforms.v2.functional import InterpolationMode, resize
+    from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
+
     # The size that Qwen-VL's own processor chooses.
     height, width = smart_resize(
         *frames.shape[1:3], factor=factor, min_pixels=min_pixels, max_pixels=max_pixels
@@ -269,7 +270,7 @@ class Encoder:
     Decoded media are kept up to `cache_gb`; those used longest ago are dropped first.
     """
 
-    processor: ProcessorMixin
+    processor: object  # transformers' ProcessorMixin, whose import takes seconds
     min_pixels: int  # of a resized frame
     max_pixels: int
     frames: int = 16  # uniform frames of a video without a prior

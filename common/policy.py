@@ -11,12 +11,11 @@ tokens (right-padded), S = P + G*T, D hidden size, V vocabulary.
 import inspect
 import os
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cache, partial
 from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError
-from torch.nn.attention.bias import causal_lower_right
 from torch.nn.functional import pad, scaled_dot_product_attention
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
@@ -243,6 +242,10 @@ class Layout:
     recorded: list = field(default_factory=list)
 
 
+# Values of a group's copies of its prompt's keys, from which on the backward makes them again.
+KEPT_COPIES = 1 << 22
+
+
 def group_attention(
     module, query, key, value, attention_mask, layout=None, scaling=None, dropout=0.0, **kwargs
 ):
@@ -267,11 +270,12 @@ def group_attention(
     attend = partial(
         scaled_dot_product_attention, dropout_p=dropout, scale=scaling, enable_gqa=True
     )
+    begin = query.shape[2] - layout.group * layout.length  # of the completions
     attend_completions = attend_to_both
-    if not layout.checkpointed:
+    copies = layout.group * begin * key.shape[1] * key.shape[3]  # values of a row's keys
+    if copies > KEPT_COPIES and not layout.checkpointed:
         # the G copies of the prompt's keys and values are not kept for the backward
         attend_completions = partial(checkpoint, attend_to_both, use_reentrant=False)
-    begin = query.shape[2] - layout.group * layout.length  # of the completions
     rows = []
     for row, padding in enumerate(layout.padding):
         # (1, heads, prompt, d) each
@@ -310,8 +314,10 @@ def attend_apart(query, keys, values, seen, scaling):
     rows = query.unflatten(1, (prompt.shape[1], -1)).transpose(2, 3)
     places = rows.shape[2:4]
     to_prompt = products(rows.flatten(2, 3), prompt).unflatten(2, places)
-    scores = torch.cat([to_prompt, products(rows, own)], -1) * scaling  # (..., shared, P + t)
-    weights = scores.masked_fill(~seen[:, None], float("-inf")).softmax(-1).to(query.dtype)
+    scores = torch.cat([to_prompt, products(rows, own)], -1)  # (..., shared, P + t)
+    # in place: on a CPU the scores' memory is half of the time
+    scores.mul_(scaling).masked_fill_(~seen[:, None], float("-inf"))
+    weights = scores.softmax(-1).to(query.dtype)
     to_prompt, to_own = weights.split([prompt.shape[2], own.shape[3]], -1)
     attended = (to_prompt.flatten(2, 3) @ values[0]).unflatten(2, places) + to_own @ values[1]
     return attended.transpose(1, 2).flatten(2, 3)
@@ -326,8 +332,16 @@ def products(rows, columns):
     return flat.unflatten(0, rows.shape[:-2])
 
 
-# made here because its class cannot be made within a dispatch mode such as a FLOP counter
-LOWER_RIGHT = causal_lower_right(1, 2)
+@cache
+def lower_right():
+    """torch's name for "causal, aligned at the end" in the place of a mask, its sizes to be set.
+
+    A Policy makes it as it starts: within a dispatch mode such as a FLOP counter it cannot be made.
+    """
+    # the import takes 2 s, which stored answers do not need
+    from torch.nn.attention.bias import causal_lower_right
+
+    return causal_lower_right(1, 2)
 
 
 def attend_to_both(attend, query, key, value, prompt_key, prompt_value):
@@ -345,9 +359,10 @@ def attend_to_both(attend, query, key, value, prompt_key, prompt_value):
     columns = keys.shape[2]
     if query.is_cuda:
         # a mask would rule out the flash kernel
-        LOWER_RIGHT.seq_len_q = length
-        LOWER_RIGHT.seq_len_kv = columns
-        return attend(query, keys, values, LOWER_RIGHT)
+        aligned = lower_right()
+        aligned.seq_len_q = length
+        aligned.seq_len_kv = columns
+        return attend(query, keys, values, aligned)
     mask = torch.ones(length, columns, dtype=torch.bool).tril(columns - length)
     return attend(query, keys, values, mask)
 
@@ -513,6 +528,7 @@ class Policy(torch.nn.Module):
         )
         if self.packs:
             text._attn_implementation = "group"  # of the language model alone, not saved
+            lower_right()
         else:
             logger.warning_once(
                 f"{family} with {kernel} attention: groups are not packed, every completion "

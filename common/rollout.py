@@ -8,18 +8,16 @@ T tokens long, D hidden size, V vocabulary.
 """
 
 import re
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import NamedTuple
 
-import deepspeed
 import torch
 from torch.nn.functional import pad
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
-from common.lora import merge_adapters
+from common.inputs import BATCH_TOKENS, token_batches
 from common.policy import Layout, Policy, Prompts, Scored, cache_argument, collate, vision_tokens
 
 
@@ -419,30 +417,6 @@ def sample_texts(model, processor, prompts, counts, seeds, settings):
     return samples._replace(texts=texts)
 
 
-BATCH_TOKENS = 1 << 17  # of prompts and answers in one cache: 7 GB for a 7B model
-
-
-def token_batches(lengths, more, budget=BATCH_TOKENS):
-    """Batch prompts of like length, so that a cache has at most `budget` tokens, padding included.
-
-    Args:
-        lengths: tokens of the prompts.
-        more: most tokens of a completion.
-    Returns:
-        Lists of places in `lengths`, the longest prompts first; one that is too long is alone.
-
-    >>> token_batches([10, 500, 480, 20], 100, 1200)
-    [[1, 2], [3, 0]]
-    """
-    order = sorted(range(len(lengths)), key=lambda place: -lengths[place])
-    batches = []
-    while order:
-        rows = max(1, budget // (lengths[order[0]] + more))
-        batches.append(order[:rows])
-        order = order[rows:]
-    return batches
-
-
 @dataclass
 class Answers:
     """A batch of answers, one to each of B prompts."""
@@ -478,33 +452,3 @@ def answer_inputs(model, processor, inputs, seeds, settings, budget=BATCH_TOKENS
             completions = (samples.tokens[:, None], samples.mask[:, None])
             scored = Policy(model)(prompts, *completions, **layers)
         yield Answers(places, prompts, samples, scored)
-
-
-@contextmanager
-def sampling(engine, adapters=True):
-    """The engine's twin with the model's weights, in eval mode, for a rollout phase.
-
-    Adapters (LoRA) are merged into the twin's weights, or without `adapters` left out.
-    ZeRO-3 parameters are gathered once. The model keeps its hooks, and what they know of the order
-    of its modules. ZeRO-3's torch.nn.functional.linear, an autograd function that binds a signature
-    on every call, is off.
-    """
-    model = engine.module.model
-    twin = engine.twin
-    parameters = list(model.parameters())
-    linear = torch.nn.functional.linear
-    with deepspeed.zero.GatheredParameters(parameters):
-        lend([*parameters, *model.buffers()], [*twin.parameters(), *twin.buffers()])
-        merge_adapters(twin, adapters)
-        torch.nn.functional.linear = torch._C._nn.linear
-        try:
-            yield twin
-        finally:
-            torch.nn.functional.linear = linear
-            lend([torch.empty(0)] * len(parameters), twin.parameters())
-
-
-def lend(tensors, borrowers):
-    """Lets each borrower hold the memory of a tensor."""
-    for tensor, borrower in zip(tensors, borrowers, strict=True):
-        borrower.data = tensor.data

@@ -17,7 +17,7 @@ import train
 from common import checkpoints, engine, ranks
 from common.data import DataError
 from common.policy import collate, load_model
-from common.rollout import Sampling, rollout, sampling
+from common.rollout import Sampling, rollout
 
 
 def main(folder, checkpoint):
@@ -39,7 +39,7 @@ def main(folder, checkpoint):
     coordinator = trained.optimizer.parameter_offload.get_param_coordinator()
     traces = []
     for step in range(4):
-        with sampling(trained) as model:
+        with engine.sampling(trained) as model:
             samples = sample(model)
             weight = model.lm_head.weight.clone()
         if step == 0:

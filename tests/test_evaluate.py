@@ -22,7 +22,8 @@ from warm import Script, run_script
 
 import evaluate
 import reward
-from common import data, scores
+from common import data, policy, scores
+from common.inputs import Ready
 from common.policy import load_model
 
 
@@ -764,7 +765,7 @@ def test_a_killed_run_is_continued(seed, flags, undisturbed, tmp_path, monkeypat
 
 
 def test_a_finished_run_loads_no_model(flags, undisturbed, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(evaluate, "load_model", None)
+    monkeypatch.setattr(policy, "load_model", None)
     (tmp_path / "report.predictions.jsonl").write_text(undisturbed[1])
     assert local(flags, tmp_path / "report.json", monkeypatch, capsys) == undisturbed[0]
 
@@ -1422,7 +1423,8 @@ def test_controls_change_what_the_model_sees(
             model_name_or_path="m", dataset_name="d", control=control
         )
         seen[control] = [
-            evaluate.encode(encoder, example, arguments, position) for position in range(4)
+            evaluate.encode(arguments, encoder, Ready(position, example, None))[0]
+            for position in range(4)
         ]
         assert all(len(item.times) == 4 for item in seen[control])
         same = [item.input_ids == seen["none"][0].input_ids for item in seen[control]]

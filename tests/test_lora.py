@@ -22,12 +22,13 @@ from common.data import DataError
 from common.engine import (
     choose_trained,
     hookless_twin,
+    sampling,
     score_without_adapters,
     update_averages,
 )
 from common.flags import Parser
 from common.policy import Policy, collate, load_model
-from common.rollout import Sampling, rollout, sampling
+from common.rollout import Sampling, rollout
 from visualize import SampleArguments
 
 

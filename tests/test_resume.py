@@ -423,9 +423,9 @@ def test_inputs_from_workers_are_those_of_this_process(small_toy, first_run):
             row = Prior("0", frames=[0, 20, 40, 60], times=[0.0, 5.0, 10.0, 15.0], prior=[0.25] * 4)
             rows = [row if one.media_type == "video" else None for one in examples]
             orders = [[2, 0, 3, 1] if row else None for row in rows]
-            requests = [engine.Ready(*all) for all in zip(range(8), examples, rows, orders)]
-            others = [engine.Ready(*all) for all in zip(range(8), examples, rows, orders)]
-            inputs, alone = (engine.Inputs(encoder, workers, 60) for workers in (2, 0))
+            requests = [Ready(*all) for all in zip(range(8), examples, rows, orders)]
+            others = [Ready(*all) for all in zip(range(8), examples, rows, orders)]
+            inputs, alone = (Inputs(encoder, workers, 60) for workers in (2, 0))
             parts = [requests[:5], requests[5:]]
             taken = [inputs.take(batch) for batch in inputs.each(parts)]
             assert taken == [(part, {}) for part in parts]
@@ -439,7 +439,7 @@ def test_inputs_from_workers_are_those_of_this_process(small_toy, first_run):
                         assert torch.equal(own, value) if torch.is_tensor(value) else own == value
             for one in requests:
                 one.inputs = None
-            inputs = engine.Inputs(encoder, 2, 60)
+            inputs = Inputs(encoder, 2, 60)
             for batch in inputs.each([requests]):
                 time.sleep(0.2)
                 for child in multiprocessing.active_children():
@@ -448,7 +448,7 @@ def test_inputs_from_workers_are_those_of_this_process(small_toy, first_run):
                 assert not inputs.take(batch)[1]
             for one in requests:
                 assert one.inputs.times is not None
-            slow = engine.Inputs(Hangs(encoder.processor, 3136, 3136), 1, 0.5)
+            slow = Inputs(Hangs(encoder.processor, 3136, 3136), 1, 0.5)
             for batch in slow.each([requests[:1]]):
                 (cause,) = slow.take(batch)[1].values()
                 print("not decoded within 0.5 s" in cause)"""

@@ -12,7 +12,7 @@ from conftest import banned_ids, hf_inputs
 from torch.utils.flop_counter import FlopCounterMode
 
 import grpo
-from common.engine import hookless_twin
+from common.engine import hookless_twin, sampling
 from common.policy import Policy, attend_apart, collate
 from common.rollout import (
     Sampling,
@@ -22,7 +22,6 @@ from common.rollout import (
     row_uniforms,
     sample_texts,
     sample_tokens,
-    sampling,
     token_batches,
 )
 
