@@ -26,6 +26,7 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from datetime import timedelta
 from itertools import islice
+from multiprocessing import forkserver
 from pathlib import Path
 
 import cv2
@@ -37,8 +38,20 @@ from common.data import DataError, MediaError
 
 # Slow imports of the workers, done once in the process that they fork from.
 PRELOAD = ["av", "cv2", "open_clip", "pebble", "scenedetect", "torch", "transformers"]
+# A worker imports the main module; these only where that has them.
+PRELOAD_IF_LOADED = ["accelerate", "deepspeed", "matplotlib.figure", "tokenizers", "torchvision"]
 
 TASKS_PER_WORKER = 1000  # then it is replaced, since decoders leak memory
+
+
+def start_server():
+    """Starts the process that workers fork from, which has neither threads nor CUDA.
+
+    Its imports take as long as those of this process; called early, they are done meanwhile.
+    """
+    loaded = [name for name in PRELOAD_IF_LOADED if name in sys.modules]
+    forkserver.set_forkserver_preload(PRELOAD + loaded)
+    forkserver.ensure_running()
 
 
 def exit_with_parent():
@@ -88,17 +101,13 @@ class Pool:
             initializer(*initargs)
 
     def start(self):
-        # Workers are forks of a process without threads or CUDA.
-        context = multiprocessing.get_context("forkserver")
-        # Only training needs deepspeed, which takes 2 s.
-        trainer = [name for name in ["deepspeed"] if name in sys.modules]
-        context.set_forkserver_preload(PRELOAD + trainer)
+        start_server()
         self.processes = ProcessPool(
             self.workers,
             max_tasks=TASKS_PER_WORKER,
             initializer=start_worker,
             initargs=self.start_arguments,
-            context=context,
+            context=multiprocessing.get_context("forkserver"),
         )
 
     def submit(self, function, *args):
@@ -136,7 +145,9 @@ class Pool:
         """
         if task.future is None:
             return task.function(*task.args)
-        for attempt in (1, 2):
+        deaths = 0  # of its worker
+        losses = 0  # of the whole pool, which is not the medium's doing
+        while True:
             self.wait([task])
             try:
                 return task.future.result()
@@ -145,11 +156,13 @@ class Pool:
                 raise MediaError(message) from error
             except ProcessExpired as error:
                 # Killed by the medium, or by a signal to the whole job: try once more.
-                if attempt == 2:
+                deaths += 1
+                if deaths == 2:
                     message = f"{medium}: the decoder died of it (exit code {error.exitcode})"
                     raise MediaError(message) from error
             except BrokenProcessPool:
-                if attempt == 2:
+                losses += 1
+                if losses == 3:
                     raise
             self.begin(task)
 

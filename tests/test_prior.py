@@ -11,6 +11,7 @@ import struct
 import subprocess
 import sys
 import time
+from concurrent.futures import Future
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
 from fractions import Fraction
@@ -23,6 +24,7 @@ import numpy as np
 import open_clip
 import pytest
 import torch
+from pebble import ProcessExpired
 from PIL import Image
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
@@ -728,6 +730,38 @@ def test_workers_killed_between_two_calls_cost_nothing():
         assert (pool.result(late, "late"), pool.result(early, "early")) == (5, 4)
     pool.stop()
     assert not multiprocessing.active_children()
+
+
+@pytest.mark.parametrize(
+    "ends, outcome",
+    [
+        ([ProcessExpired("died"), BrokenProcessPool("lost"), 7], 7),
+        ([BrokenProcessPool("lost"), ProcessExpired("died"), BrokenProcessPool("lost"), 7], 7),
+        ([ProcessExpired("died"), BrokenProcessPool("lost"), ProcessExpired("died")], MediaError),
+        ([BrokenProcessPool("lost")] * 3, BrokenProcessPool),
+    ],
+)
+def test_a_lost_pool_is_not_the_mediums_doing(ends, outcome):
+    pool = Pool(workers=0, timeout=1)
+    ends = iter(ends)
+
+    def begin(task):
+        task.future = Future()
+        end = next(ends)
+        if isinstance(end, Exception):
+            task.future.set_exception(end)
+        else:
+            task.future.set_result(end)
+
+    pool.begin = begin
+    task = pool.submit(abs, -7)
+    begin(task)
+    if outcome == 7:
+        assert pool.result(task, "a") == 7
+    else:
+        with pytest.raises(outcome):
+            pool.result(task, "a")
+    assert not list(ends)
 
 
 def fail_to_start():

@@ -72,6 +72,7 @@ def run_server():
 
 
 forkserver._forkserver.ensure_running = run_server
+forkserver.ensure_running = run_server
 
 
 def do_nothing(*arguments, **options):
@@ -108,6 +109,7 @@ def join_server():
     server._forkserver_alive_fd = os.open(f"/proc/{starter}/fd/{descriptor}", os.O_WRONLY)
     server._forkserver_address = address
     server.ensure_running = do_nothing
+    forkserver.ensure_running = do_nothing
 
 
 def run_main(script, flags, env, output, errors, report):
@@ -132,6 +134,7 @@ def run_main(script, flags, env, output, errors, report):
         run_page.run_report = do_nothing
     # Worker processes come from the same fork server.
     forkserver._forkserver.ensure_running = do_nothing
+    forkserver.ensure_running = do_nothing
     # As a user types it.
     name = os.path.relpath(script, ROOT)
     sys.argv = [name, *flags]
