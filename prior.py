@@ -571,21 +571,25 @@ def group_priors(groups, clip, settings, workers=0, timeout=300.0):
             yield media_rows(groups[medium], cues, clip, settings), []
 
 
-def build_priors(examples, clip, settings):
-    """Priors of examples, decoded in this process; the command line serves large data sets.
+def build_priors(examples, clip, settings, workers=0, timeout=300.0):
+    """Priors of examples; the command line serves large data sets.
 
+    Args:
+        workers, timeout: see Pool.
     Returns:
         list of Prior, those of a medium together; error lines {"problem_id", "media", "cause"} of
         examples whose medium cannot be read. Text-only examples have neither.
     """
     groups = group_by_medium(examples)
-    rows = []
+    rows = {}
     errors = []
-    found = group_priors(groups, clip, settings)
+    found = group_priors(groups, clip, settings, workers, timeout)
     for new_rows, new_errors in tqdm(found, total=len(groups), desc="priors", unit="video"):
-        rows += new_rows
+        rows |= {row.problem_id: row for row in new_rows}
         errors += new_errors
-    return rows, errors
+    # In the order of the examples, whichever medium was decoded first.
+    ordered = [rows[one.id] for group in groups.values() for one in group if one.id in rows]
+    return ordered, errors
 
 
 # ------------------------------------------------------------------------ the release's frame_sets
