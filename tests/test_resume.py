@@ -408,7 +408,7 @@ def test_images_and_videos_of_all_sizes_do_not_hang(small_toy, first_run, tmp_pa
 def test_inputs_from_workers_are_those_of_this_process(small_toy, first_run):
     code = """if True:
         import multiprocessing, sys, time, torch
-        from common import engine
+        from common.inputs import Inputs, Ready
         from transformers import AutoProcessor
         from common.media import Encoder
         from common.data import Prior, load_examples
