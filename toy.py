@@ -2,7 +2,8 @@
 
     python toy.py --output_dir toy  # videos, questions, tokenizer, CLIP, an untrained Qwen2.5-VL
 
-It takes under a minute and no network. A video is 16 s of four scenes with hard cuts. A scene has
+It takes under a minute and no network. A video is 16 s of four scenes with hard cuts, or 24 s of
+six (--scenes). A scene has
 a background texture, one to three moving balls of one colour and a grey distractor. Questions ask
 for the colour of the balls in a scene, for their number, and for the colour in the earlier of two
 scenes; the interval that the answer rests on is known.
@@ -49,7 +50,6 @@ from common.media import clock, sample_video
 VERSION = 5  # of the toy; a cached toy of another version is made anew
 SIZE = 112  # pixels a side
 FPS = 4
-SECONDS = 16
 COLOURS = {
     "red": (220, 40, 40),
     "green": (40, 190, 60),
@@ -77,6 +77,13 @@ class ToyArguments:
     output_dir: str = flag("toy", "Folder to make the toy in; a finished one is reused.")
     train_videos: int = flag(400, "Videos of the training split.")
     heldout_videos: int = flag(100, "Videos of the held-out split; three scored questions each.")
+    scenes: int = flag(
+        4, "Scenes of a video; a video of n scenes has 4 n seconds.", choices=[4, 5, 6]
+    )
+    options: int = flag(2, "Options of a choice about a video.", choices=[2, 3, 4])
+    biased_share: float = flag(
+        0.6, "Share of demonstrations that look at the salient scene, whatever is asked."
+    )
     dense_share: float = flag(1.0, "Share of demonstrations that list everything before they look.")
     clip_steps: int = flag(100, "Training steps of the tiny CLIP.")
     seed: int = flag(0, "Random seed; it determines everything that is made.")
@@ -145,12 +152,13 @@ def draw_scene(scene, rng, word=None):
     return frames + noise - np.uint8(8)
 
 
-def plan_video(rng):
-    """Plan four scenes of 2, 2, 4 and 8 s in random order -> list of Scene."""
+def plan_video(rng, count=4):
+    """Plan `count` scenes in random order, four of 2, 2, 4 and 8 s -> list of Scene."""
     # The longest scene is half of the video, and so of its uniform frames.
-    lengths = rng.permutation([2, 2, 4, 8]).tolist()
-    textures = rng.choice(list(TEXTURES), 4, replace=False).tolist()
-    colours = rng.choice(list(COLOURS), 4, replace=False).tolist()
+    others = [2] * (count - 2) + [4]
+    lengths = rng.permutation([*others, sum(others)]).tolist()
+    textures = rng.choice(list(TEXTURES), count, replace=False).tolist()
+    colours = rng.choice(list(COLOURS), count, replace=False).tolist()
     scenes = []
     start = 0
     for index, length in enumerate(lengths):
@@ -172,8 +180,9 @@ def make_video(folder, video):
     """Write a video as .mp4, and the middle frame of its first scene as .png."""
     rng = np.random.default_rng(video.seed)
     # OCR questions ask for the second scene.
-    words = [None, video.word, None, None]
-    parts = [draw_scene(scene, rng, word) for scene, word in zip(video.scenes, words, strict=True)]
+    parts = []
+    for index, scene in enumerate(video.scenes):
+        parts.append(draw_scene(scene, rng, video.word if index == 1 else None))
     write_video(f"{folder}/{video.path}.mp4", np.concatenate(parts))
     picture = parts[0][len(parts[0]) // 2]  # (SIZE, SIZE, 3)
     cv2.imwrite(f"{folder}/{video.path}.png", picture[..., ::-1])
@@ -196,11 +205,11 @@ def listing(scenes):
     return " ".join(parts)
 
 
-def colour_options(asked, other, looked, trace, rng):
-    """Offer the colours of two scenes.
+def colour_options(offered, looked, trace, rng):
+    """Offer the colours of scenes.
 
     Args:
-        asked, other: Scenes with the colours offered.
+        offered: Scenes with the colours offered.
         looked: the one of them whose colour the demonstration names.
         trace: what the demonstration says up to that colour.
         rng: random.Random.
@@ -208,11 +217,11 @@ def colour_options(asked, other, looked, trace, rng):
         Options "A. blue", "B. red"; the letter of the looked scene's colour; the trace with the
         option behind it.
     """
-    colours = [asked.colour, other.colour]
+    colours = [scene.colour for scene in offered]
     # The position of an option must not give it away.
     rng.shuffle(colours)
     options = add_letters(colours)
-    letter = "AB"[colours.index(looked.colour)]
+    letter = options[colours.index(looked.colour)][0]
     return options, letter, f"{trace} Option: {letter}. {looked.colour}."
 
 
@@ -241,7 +250,7 @@ def add_evidence(row, scenes, asked, salient_is_asked):
     return row
 
 
-def make_question(kind, scenes, rng, biased, dense_share=1.0):
+def make_question(kind, scenes, rng, biased, dense_share=1.0, choices=2):
     """Ask one question about a planned video, with its demonstration.
 
     Args:
@@ -251,6 +260,7 @@ def make_question(kind, scenes, rng, biased, dense_share=1.0):
         biased: the demonstration looks at the salient (longest) scene instead of the asked one,
             and answers what it sees there.
         dense_share: probability that the demonstration lists all scenes first.
+        choices: options of a choice; the asked and the salient scene's colour are among them.
     Returns:
         Row of Video-R1's format without path and problem_id.
     """
@@ -272,7 +282,9 @@ def make_question(kind, scenes, rng, biased, dense_share=1.0):
         answer = looked.balls
     else:
         question = COLOUR_QUESTION.format(asked.texture)
-        options, answer, trace = colour_options(asked, other, looked, trace, rng)
+        rest = [scene for scene in scenes if scene not in (asked, other)]
+        offered = [asked, other, *rng.sample(rest, choices - 2)]
+        options, answer, trace = colour_options(offered, looked, trace, rng)
     if kind == "order":
         question = ORDER_QUESTION.format(*rng.sample([asked.texture, other.texture], 2))
     # A dense trace describes everything before it looks; a focused one looks at once.
@@ -284,8 +296,8 @@ def make_question(kind, scenes, rng, biased, dense_share=1.0):
 
 def make_image_question(scenes, rng):
     """Ask for the colour in the picture of the first scene; see make_question."""
-    first, second = scenes[:2]
-    options, letter, trace = colour_options(first, second, first, f"Look: {first}.", rng)
+    first = scenes[0]
+    options, letter, trace = colour_options(scenes[:2], first, f"Look: {first}.", rng)
     row = make_row("image", "What colour are the balls in the picture?", options, letter, trace)
     row["data_type"] = "image"
     row["salient_is_asked"] = True
@@ -314,22 +326,24 @@ KINDS = ("colour", "count", "order")
 TRAINED_KINDS = (*KINDS, "order")  # the hardest of them twice
 
 
-def make_rows(video, rng, dense_share):
+def make_rows(video, rng, arguments):
     """Rows about a video: yields the name of a question file and a row for it."""
+    choices = arguments.options
     scenes = video.scenes
     if "heldout" in video.path:
         for kind in KINDS:
-            yield "heldout", make_question(kind, scenes, rng, biased=False)
+            yield "heldout", make_question(kind, scenes, rng, biased=False, choices=choices)
         if video.word:
             for _ in range(3):
                 yield "other_types", make_other_type(video, rng)
         return
     for kind in TRAINED_KINDS * 4:
-        biased = rng.random() < 0.6
-        yield "train_cot", make_question(kind, scenes, rng, biased, dense_share)
+        biased = rng.random() < arguments.biased_share
+        row = make_question(kind, scenes, rng, biased, arguments.dense_share, choices)
+        yield "train_cot", row
     yield "train_cot", make_image_question(scenes, rng)
     for kind in TRAINED_KINDS:
-        yield "train", make_question(kind, scenes, rng, biased=False)
+        yield "train", make_question(kind, scenes, rng, biased=False, choices=choices)
     if rng.random() < 0.3:
         yield "train", make_image_question(scenes, rng)
 
@@ -348,7 +362,7 @@ def make_dataset(folder, arguments):
     splits = ["train"] * arguments.train_videos + ["heldout"] * arguments.heldout_videos
     videos = []
     for index, split in enumerate(splits):
-        scenes = plan_video(np.random.default_rng([arguments.seed, index]))
+        scenes = plan_video(np.random.default_rng([arguments.seed, index]), arguments.scenes)
         # Every fourth video shows a word.
         word = rng.choice(WORDS) if index % 4 == 0 else None
         path = f"videos/{split}_{index:04d}"
@@ -360,7 +374,7 @@ def make_dataset(folder, arguments):
 
     files = {name: [] for name in ("train_cot", "train", "heldout", "other_types")}
     for video in videos:
-        for name, row in make_rows(video, rng, arguments.dense_share):
+        for name, row in make_rows(video, rng, arguments):
             if name == "train":
                 row["process"] = ""  # RL has no demonstrations
             row["path"] = video.path + (".png" if row["data_type"] == "image" else ".mp4")
@@ -412,7 +426,7 @@ def make_processor(folder):
     # stands between them merges to one, such as ". 2s" or "What colour are the balls in the". All
     # bytes are in the alphabet, so that any other text can be tokenized too.
     colours = "|".join(COLOURS)
-    facts = rf"[AB]\. ({colours})\b| ?\b({'|'.join(TEXTURES)}|{colours})\b| [123](?=\.)"
+    facts = rf"[A-D]\. ({colours})\b| ?\b({'|'.join(TEXTURES)}|{colours})\b| [123](?=\.)"
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -643,7 +657,8 @@ def make_toy(output_dir, **settings):
     # An older toy's questions or weights would silently give other results.
     asked = {**settings, "version": VERSION}
     if done.is_file():
-        made = json.loads(done.read_text())
+        # One of before a setting was there has its default.
+        made = {**asdict(ToyArguments()), **json.loads(done.read_text())}
         if made | asked == made:
             return made
         if made | settings == made:

@@ -39,7 +39,7 @@ def scene_at(scenes, evidence):
 @pytest.mark.parametrize("seed", range(30))
 def test_a_plan_is_four_scenes_that_fill_the_video(seed):
     scenes = plan(seed)
-    assert scenes[0].start == 0 and scenes[-1].end == toy.SECONDS
+    assert scenes[0].start == 0 and scenes[-1].end == 16
     assert all(a.end == b.start for a, b in zip(scenes, scenes[1:], strict=False))
     assert sorted(scene.end - scene.start for scene in scenes) == [2, 2, 4, 8]
     assert len({scene.colour for scene in scenes}) == 4
@@ -80,10 +80,49 @@ def test_a_demonstration_answers_what_it_looked_at(kind, biased, seed):
         assert answer_of(row) == str(looked.balls)
     else:
         assert text_of(row, answer_of(row)) == looked.colour
-    for second in range(0, toy.SECONDS, 2):  # listed rightly, whatever it looks at
+    for second in range(0, 16, 2):  # listed rightly, whatever it looks at
         (scene,) = [scene for scene in scenes if scene.start <= second < scene.end]
         listed = f"{second}s {scene.texture} {scene.colour} {scene.balls}."
         assert listed in row["process"]
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_more_scenes_make_a_longer_video_of_which_the_longest_is_half(seed):
+    scenes = toy.plan_video(np.random.default_rng(seed), 6)
+    assert sorted(scene.end - scene.start for scene in scenes) == [2, 2, 2, 2, 4, 12]
+    assert scenes[-1].end == 24
+    assert len({scene.colour for scene in scenes}) == len({scene.texture for scene in scenes}) == 6
+
+
+@pytest.mark.parametrize("kind", ["colour", "order"])
+@pytest.mark.parametrize("seed", range(10))
+def test_of_more_options_one_is_right_and_one_is_what_the_longest_scene_shows(kind, seed):
+    scenes = toy.plan_video(np.random.default_rng(seed), 6)
+    row = toy.make_question(kind, scenes, random.Random(seed), biased=False, choices=4)
+    assert [option[:3] for option in row["options"]] == ["A. ", "B. ", "C. ", "D. "]
+    offered = [option[3:] for option in row["options"]]
+    assert len(set(offered)) == 4
+    assert max(scenes, key=lambda scene: scene.end - scene.start).colour in offered
+    scene = scene_at(scenes, row["evidence"])
+    assert text_of(row, answer_of(row)) == scene.colour
+    assert f"Option: {answer_of(row)}. {scene.colour}." in row["process"]
+
+
+@pytest.mark.parametrize("share", [0.0, 1.0])
+def test_the_share_of_biased_demonstrations_and_the_number_of_options_reach_the_files(share):
+    settings = toy.ToyArguments(biased_share=share, scenes=6, options=3)
+    scenes = toy.plan_video(np.random.default_rng(0), 6)
+    video = toy.Video("videos/train_0000", scenes, [0], None)
+    rows = list(toy.make_rows(video, random.Random(0), settings))
+    options = {len(row["options"]) for _, row in rows if row["kind"] in ("colour", "order")}
+    assert options == {3}
+    longest = max(scenes, key=lambda scene: scene.end - scene.start)
+    looks = []
+    for name, row in rows:
+        if name == "train_cot" and row["kind"] != "image":
+            looks.append(f"Look: {longest}." in row["process"])
+    # Without bias the longest scene is looked at where it is asked for alone.
+    assert all(looks) if share else np.mean(looks) < 0.7
 
 
 def test_a_focused_demonstration_lists_nothing():
