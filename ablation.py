@@ -1,0 +1,426 @@
+"""The ablation table: what each part of the method does on the toy, over seeds, with intervals.
+
+    python ablation.py run --seeds 0 1 2                  # every arm, as many at a time as cores
+    python ablation.py run --seeds 3 4 --arms full lambda_0 hidden uniform_prior shuffled_prior
+    python ablation.py table                              # from what is stored alone
+    python ablation.py run --settings tiny --seeds 0 --arms full     # minutes, to try it
+
+`run`, in the folder of train.py: for every setting and seed one toy, one SFT checkpoint and one
+file of priors, which all arms share; for every arm GRPO from that checkpoint, and evaluations of
+the held-out questions as they are, with the frames shuffled and without the video. Each is a
+command that is printed; its log lies in OUTPUT_DIR/SETTING/seedN/NAME.log. The same call goes on
+where it was interrupted and tries again what failed; exit code 1: something did.
+
+`table` prints Markdown and writes ablation.json, .png and .svg into OUTPUT_DIR: means, and paired
+differences to `full` with 95 % t-intervals, over the seeds that both have. Runs that are missing
+are named.
+"""
+
+import json
+import os
+import random
+import subprocess
+import sys
+from collections import defaultdict
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from itertools import compress
+from pathlib import Path
+from statistics import mean, stdev
+
+from common.flags import Parser, exit_codes
+from common.plots import COLOURS, DOTTED, new_figure
+from common.run_page import read_run
+from common.workers import write_lines
+from prior import PriorSettings, read_priors, weigh
+
+
+@dataclass
+class Setting:
+    """Flags of a toy and of everything that is run on it."""
+
+    toy: str  # of toy.py
+    frames: str = "--frames 16"  # of prior.py, train.py and evaluate.py
+    model: str = "--max_pixels 784 --max_completion_length 64"  # of train.py and evaluate.py
+    sft: str = ""  # of train.py
+    grpo: str = ""
+
+
+SETTINGS = {
+    # Some traces list everything, some look at once: arms can differ in where a model looks.
+    "easy": Setting("--dense_share 0.6"),
+    # Longer videos, more options, rarer right looks, and four tokens a slot, which can be pooled.
+    "hard": Setting(
+        "--dense_share 0.6 --scenes 6 --options 4 --biased_share 0.8",
+        "--frames 24",
+        "--max_pixels 3136 --max_completion_length 96",
+        "--sft_max_steps 800",
+    ),
+    "tiny": Setting(
+        "--train_videos 12 --heldout_videos 2 --clip_steps 4",
+        sft="--sft_max_steps 2",
+        grpo="--max_steps 2 --per_device_train_batch_size 2 --num_generations 2",
+    ),
+}
+
+# The paper's frame use, which pooling, temperature and order belong to; the toy's is attention.
+HIDDEN = "--frame_use hidden --frame_use_layer -1"
+# Flags of train.py that make each arm out of `full`, the toy's CF-GRPO.
+ARMS = {
+    "full": "",
+    "hidden": HIDDEN,
+    "uniform_prior": "",
+    "no_scene": "",
+    "no_semantic": "",
+    "shuffled_prior": "",
+    "mean_pool": f"{HIDDEN} --pool mean",
+    "tau_1": f"{HIDDEN} --tau 1",
+    "softmax_mean": f"{HIDDEN} --use_order softmax_mean",
+    "gate_soft": "",
+    "gate_hard": "--gate hard",
+    "gate_none": "--gate none",
+    "lambda_0": "--cfr_weight 0",
+    "lambda_1": "--cfr_weight 1",
+    "lambda_3": "",
+    "lambda_10": "--cfr_weight 10",
+    "no_temporal": "--temporal false",
+    "grpo": "--recipe grpo",
+    "tgrpo": "--recipe tgrpo",
+    "care": "--recipe care",
+    "tw": "--recipe tw",
+    "video_r2": "--recipe video_r2",
+}
+# Defaults of `full` under another name: listed, not run again.
+SAME = {"gate_soft": "full", "lambda_3": "full"}
+# Arms whose training questions have a prior of other cues; None: another question's prior. The
+# held-out questions keep theirs, so that the consensus of all arms is with the same prior.
+PRIORS = {
+    "uniform_prior": "uniform",
+    "no_scene": "no_scene",
+    "no_semantic": "no_semantic",
+    "shuffled_prior": None,
+}
+
+# Evaluations of every model. Where it looks is measured by attention, on sampled answers.
+EVALUATIONS = {
+    "looks": "--temperature 1 --top_p 0.95 --frame_use attention --priors {folder}/heldout.jsonl",
+    "shuffled": "--control shuffled",
+    "blind": "--control question_only",
+}
+# Columns, and where their numbers stand in result.json and the reports. Those of "paper" are by the
+# paper's frame use, on the answers that train.py sampled.
+COLUMNS = {
+    "greedy": "result after greedy",
+    "greedy, conflict": "result after greedy/conflict",
+    "sampled": "result after sampled",
+    "sampled, conflict": "result after sampled/conflict",
+    "frames shuffled": "shuffled accuracy",
+    "no video": "blind accuracy",
+    "consensus, attention": "looks frame_use all consensus",
+    "consensus, paper": "result after paper_consensus",
+    "evidence, attention": "looks frame_use all evidence",
+    "evidence, paper": "result after paper_evidence_use",
+    "tokens": "result after length",
+}
+# Of the training rollouts: held-out questions are scored before and after alone.
+STEPS = "steps to 80 %"
+# Of --frame_use_check; its rows are compared with its row "chance".
+CHECKS = ["argmax inside", "mass over chance"]
+DRAWN = ["greedy", "greedy, conflict", "evidence, attention", "tokens", STEPS]
+
+# Quantiles of Student's t at 0.975, for 2 seeds to 10; of more seeds the last, which is too wide.
+T95 = [12.7062, 4.3027, 3.1824, 2.7764, 2.5706, 2.4469, 2.3646, 2.3060, 2.2622]
+
+
+# ---------------------------------------------------------------------------------- commands
+
+
+def train_flags(folder, setting, seed, name):
+    """Flags of train.py that SFT and all arms share."""
+    return (
+        f"--toy_dir {folder}/toy --seed {seed} {setting.frames} {setting.model} "
+        f"--eval_priors {folder}/heldout.jsonl --output_dir {folder}/{name} "
+        "--save_steps 25 --save_total_limit 1 --resume_from_checkpoint auto"
+    )
+
+
+def evaluations(folder, setting, seed, name, stage):
+    """Commands that evaluate the model of a run, {name: command}."""
+    asked = (
+        f"evaluate.py --model_name_or_path {folder}/{name}/{stage} "
+        f"--bench {folder}/toy/heldout.json --seed {seed} {setting.frames} {setting.model}"
+    )
+    steps = {}
+    for kind, flags in EVALUATIONS.items():
+        output = f"--output {folder}/{name}-{kind}.json"
+        steps[f"{name}-{kind}"] = f"{asked} {flags.format(folder=folder)} {output}"
+    if stage == "sft":
+        steps["check"] = f"{asked} --frame_use_check --output {folder}/check.json"
+    return steps
+
+
+def shared_steps(folder, setting, seed):
+    """Commands of what the arms of a setting and seed share, {name: command} in their order."""
+    toy = f"{folder}/toy"
+    priors = f"prior.py --workers 1 --clip local-dir:{toy}/clip {setting.frames}"
+    train = train_flags(folder, setting, seed, "sft")
+    return {
+        "toy": f"toy.py --output_dir {toy} --seed {seed} {setting.toy}",
+        "priors": f"{priors} --dataset_name {toy}/train.json --output {folder}/full.jsonl",
+        "heldout": f"{priors} --dataset_name {toy}/heldout.json --output {folder}/heldout.jsonl",
+        "sft": f"train.py --stage sft {train} {setting.sft}",
+        **evaluations(folder, setting, seed, "sft", "sft"),
+    }
+
+
+def arm_steps(folder, setting, seed, arm):
+    """Commands of an arm, {name: command} in their order."""
+    priors = arm if arm in PRIORS else "full"
+    command = (
+        f"train.py --stage grpo --model_name_or_path {folder}/sft/sft "
+        f"--priors {folder}/{priors}.jsonl {train_flags(folder, setting, seed, arm)} "
+        f"{setting.grpo} {ARMS[arm]}"
+    )
+    return {arm: command, **evaluations(folder, setting, seed, arm, "grpo")}
+
+
+def change_priors(rows, kind, seed):
+    """Priors of an arm of PRIORS.
+
+    Args:
+        rows: list of Prior of the training questions.
+        kind: value of PRIORS.
+    Returns:
+        list of Prior, each of its own question and frames. They record no settings: train.py
+        accepts them beside held-out priors of all cues.
+    """
+    changed = []
+    circles = defaultdict(list)
+    for row in random.Random(seed).sample(rows, len(rows)):
+        circles[len(row.frames)].append(row)
+    for circle in circles.values():
+        # In a random circle of questions with as many frames, each gets the next one's.
+        for row, other in zip(circle, circle[1:] + circle[:1], strict=True):
+            if kind is None:
+                row = replace(row, prior=other.prior)
+            else:
+                row = weigh(replace(row, settings={}), PriorSettings(prior=kind))
+            changed.append(replace(row, settings={}))
+    return changed
+
+
+# --------------------------------------------------------------------------------------- run
+
+
+def run_steps(folder, steps):
+    """Run the commands that are not finished, up to one that fails, which is named.
+
+    Args:
+        steps: {name: command} in their order.
+    Returns:
+        Whether all are finished.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    for name, command in steps.items():
+        path = folder / f"{name}.log"
+        # The last line of a log says that the command has ended well.
+        words = command.split()
+        finished = f"finished: {' '.join(words)}"
+        last = path.read_text(errors="replace").splitlines()[-1:] if path.exists() else []
+        if last == [finished]:
+            continue
+        if last and last[0].startswith("finished: "):
+            print(f"{path} is of another command; choose another --output_dir", file=sys.stderr)
+            return False
+        print("python", *words, flush=True)
+        with open(path, "w") as log:
+            streams = {"stdout": log, "stderr": subprocess.STDOUT}
+            code = subprocess.run([sys.executable, *words], env=env, **streams).returncode
+            if code:
+                print(f"{name} failed with exit code {code}, see {path}", file=sys.stderr)
+                return False
+            print(f"\n{finished}", file=log)
+    return True
+
+
+def run_task(task):
+    """Run what all arms share, or an arm: (folder, Setting, seed) or (..., arm)."""
+    folder, setting, seed, *arm = task
+    for name in PRIORS.keys() & set(arm):
+        rows = list(read_priors(folder / "full.jsonl"))
+        write_lines(folder / f"{name}.jsonl", change_priors(rows, PRIORS[name], seed))
+    return run_steps(folder, arm_steps(*task) if arm else shared_steps(*task))
+
+
+def run(arguments):
+    """Run everything -> exit code."""
+    worlds = []
+    for seed in arguments.seeds:
+        for name in arguments.settings:
+            worlds.append((Path(arguments.output_dir, name, f"seed{seed}"), SETTINGS[name], seed))
+    with ThreadPoolExecutor(arguments.jobs) as pool:
+        ready = list(pool.map(run_task, worlds))
+        tasks = []
+        for world in compress(worlds, ready):
+            tasks += [(*world, arm) for arm in arguments.arms if arm not in SAME]
+        done = list(pool.map(run_task, tasks))
+    return 0 if all(ready + done) else 1
+
+
+# ------------------------------------------------------------------------------------- table
+
+
+def steps_to(accuracies, level=0.8, window=5):
+    """Steps until the mean accuracy of `window` of them is `level`; all of them if it never is."""
+    for step in range(window, len(accuracies) + 1):
+        if mean(accuracies[step - window : step]) >= level:
+            return step
+    return len(accuracies)
+
+
+def read_json(path):
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def read_arm(folder, name):
+    """Read the numbers of an arm, or of "sft" -> {column: number or None}.
+
+    Raises:
+        OSError: result.json or an evaluation is not there.
+    """
+    documents = {"result": read_json(folder / name / "result.json")}
+    for kind in EVALUATIONS:
+        documents[kind] = read_json(folder / f"{name}-{kind}.json")
+    numbers = {}
+    for column, words in COLUMNS.items():
+        numbers[column] = documents
+        for word in words.split():
+            numbers[column] = numbers[column].get(word)
+    records, _ = read_run(folder / name)
+    curve = [one["reward/accuracy"] for one in records.values() if "reward/accuracy" in one]
+    numbers[STEPS] = steps_to(curve) if curve else None
+    return numbers
+
+
+def read_world(folder):
+    """Yield (row, column, number) of all arms and of the frame-use check; name what is missing."""
+    for arm in ["sft", *ARMS]:
+        try:
+            for column, number in read_arm(folder, SAME.get(arm, arm)).items():
+                yield arm, column, number
+        except OSError as error:
+            print(f"missing: {arm}, {error.filename}")
+    try:
+        for name, numbers in read_json(folder / "check.json")["frame_use"].items():
+            for column, number in zip(CHECKS, numbers, strict=True):
+                yield name, column, number
+    except OSError as error:
+        print(f"missing: {error.filename}")
+
+
+def summarize(numbers):
+    """Means, and differences to the row that a column is compared with, over the seeds of both.
+
+    Args:
+        numbers: {column: {row: {seed: number}}}.
+    Returns:
+        {column: {row: {"values": {seed: number}, "mean", "difference", "half": half of its 95 %
+        t-interval, None of one seed}}}.
+    """
+    summary = defaultdict(dict)
+    for column, rows in numbers.items():
+        base = rows["chance" if column in CHECKS else "full"]
+        for row, found in rows.items():
+            values = {seed: found[seed] for seed in found if seed in base}
+            if not values:
+                continue
+            differences = [value - base[seed] for seed, value in values.items()]
+            count = len(values)
+            half = None
+            if count > 1:
+                half = T95[min(count, 10) - 2] * stdev(differences) / count**0.5
+            summary[column][row] = {
+                "values": values,
+                "mean": mean(values.values()),
+                "difference": mean(differences),
+                "half": half,
+            }
+    return summary
+
+
+def print_table(title, summary, columns):
+    """Print Markdown: the mean of every column, and its difference with the interval."""
+    print(f"\n**{title}**\n\n| | seeds | {' | '.join(columns)} |")
+    print("|---" * (2 + len(columns)) + "|")
+    for row in summary[columns[0]]:
+        cells = [row, str(len(summary[columns[0]][row]["values"]))]
+        for column in columns:
+            number = summary[column].get(row)
+            text = "–"
+            if number:
+                text = f"{number['mean']:.3f}"
+                if number["half"] is not None:
+                    text += f" ({number['difference']:+.3f} ± {number['half']:.3f})"
+            cells.append(text)
+        print(f"| {' | '.join(cells)} |")
+
+
+def draw(summaries):
+    """Figure of the differences to `full`, a colour a setting."""
+    note = "Dot: mean of the paired differences to full; line: its 95 % t-interval over seeds."
+    figure = new_figure(14, 7, "Differences to the full method", list(summaries), note)
+    panels = figure.subplots(1, len(DRAWN), sharey=True)
+    for axes, column in zip(panels, DRAWN, strict=True):
+        axes.axvline(0, **DOTTED)
+        axes.set_title(column, loc="left", fontsize=11, weight="bold")
+        for index, summary in enumerate(summaries.values()):
+            for place, arm in enumerate(ARMS):
+                if arm in summary[column]:
+                    number = summary[column][arm]
+                    point = (number["difference"], place + 0.25 * index)
+                    axes.errorbar(*point, xerr=number["half"], fmt="o", color=COLOURS[index])
+    panels[0].set_yticks(range(len(ARMS)), ARMS)
+    panels[0].invert_yaxis()
+    return figure
+
+
+def table(arguments):
+    """Make the table from the stored runs -> exit code."""
+    summaries = {}
+    for setting in arguments.settings:
+        numbers = defaultdict(lambda: defaultdict(dict))
+        for seed in arguments.seeds:
+            folder = Path(arguments.output_dir, setting, f"seed{seed}")
+            for row, column, number in read_world(folder):
+                if number is not None:
+                    numbers[column][row][seed] = number
+        summaries[setting] = summarize(numbers)
+    for setting, summary in summaries.items():
+        print_table(setting, summary, [*COLUMNS, STEPS])
+        print_table(f"{setting}: frame use of the SFT checkpoints, and chance", summary, CHECKS)
+    output = Path(arguments.output_dir, "ablation.json")
+    output.write_text(json.dumps(summaries, indent=1))
+    figure = draw(summaries)
+    figure.savefig(output.with_suffix(".png"))
+    figure.savefig(output.with_suffix(".svg"), metadata={"Date": None})
+    return 0
+
+
+def main():
+    parser = Parser((), __doc__)
+    parser.add_argument("work", choices=["run", "table"], help="what is done")
+    parser.add_argument("--settings", nargs="+", default=["easy", "hard"], choices=list(SETTINGS))
+    parser.add_argument("--seeds", nargs="+", type=int, default=range(5))
+    parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=list(ARMS))
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs at a time")
+    parser.add_argument(
+        "--output_dir", default="ablation", help="folder of the runs, without spaces"
+    )
+    arguments = parser.parse_args()
+    with exit_codes("ablation.py"):
+        sys.exit(run(arguments) if arguments.work == "run" else table(arguments))
+
+
+if __name__ == "__main__":
+    main()
