@@ -24,6 +24,7 @@ import sys
 from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import compress
 from pathlib import Path
 from statistics import mean, stdev
@@ -410,9 +411,10 @@ def table(arguments):
 def main():
     parser = Parser((), __doc__)
     parser.add_argument("work", choices=["run", "table"], help="what is done")
-    parser.add_argument("--settings", nargs="+", default=["easy", "hard"], choices=list(SETTINGS))
-    parser.add_argument("--seeds", nargs="+", type=int, default=range(5))
-    parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=list(ARMS))
+    several = partial(parser.add_argument, nargs="+")
+    several("--settings", default=["easy", "hard"], choices=list(SETTINGS), help="toys")
+    several("--seeds", type=int, default=[0, 1, 2, 3, 4], help="of toy, SFT and GRPO")
+    several("--arms", default=list(ARMS), choices=list(ARMS), help="of run")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs at a time")
     parser.add_argument(
         "--output_dir", default="ablation", help="folder of the runs, without spaces"

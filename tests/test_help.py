@@ -6,6 +6,7 @@ from dataclasses import dataclass, fields
 
 import pytest
 
+import ablation
 import bench
 import evaluate
 import prior
@@ -27,6 +28,7 @@ COMMANDS = {
     "visualize.py sample": (visualize, [visualize.SampleArguments]),
     "visualize.py prior": (visualize, []),
     "bench.py": (bench, [bench.Arguments]),
+    "ablation.py": (ablation, []),
 }
 DEFAULTS = {  # one of each, by hand
     "train.py": ("--learning_rate", "5e-06"),
@@ -38,6 +40,7 @@ DEFAULTS = {  # one of each, by hand
     "visualize.py enrichment": ("--output", "enrichment.html"),
     "visualize.py prior": ("--items", "6"),
     "bench.py": ("--visual_tokens", "2048"),
+    "ablation.py": ("--output_dir", "ablation"),
 }
 
 
