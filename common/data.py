@@ -31,28 +31,18 @@ PROBLEM_TYPES = ("multiple choice", "numerical", "regression", "free-form", "OCR
 DATA_TYPES = ("video", "image", "text")
 
 # A video that is missing under its name is looked for with these; SSv2 has .webm for .mp4.
-VIDEO_SUFFIXES = (".mp4", ".webm", ".mkv", ".avi", ".mov", ".m4v")
+VIDEO_SUFFIXES = ".mp4 .webm .mkv .avi .mov .m4v".split()
 
 # Frames a second of MVBench's folders of frames (TVQA), whose rows do not say it.
 MVBENCH_FPS = 3.0
 
 # Fields of a row that have their own place in an Example; all others go to `extra`.
-FIELDS = {
-    "problem_id",
-    "problem",
-    "options",
-    "problem_type",
-    "solution",
-    "data_type",
-    "media",
-    "process",
-    "grounding",
-    "evidence",
-}
+FIELDS = """problem_id problem options problem_type solution data_type media process grounding
+    evidence""".split()
 
 # Fields that no prompt shows, the last three but for a video (a rate: for a folder of frames); a
 # data set that has them is told so.
-UNUSED = ("subtitle", "key_frame", "temporal_captions", "start", "end", "fps")
+UNUSED = "subtitle key_frame temporal_captions start end fps".split()
 
 # Half of a character: JSON can hold it, but no tokenizer and no file accepts it.
 SURROGATE = re.compile(r"[\ud800-\udfff]")
@@ -193,8 +183,6 @@ def parse_time(text):
 
 
 # --------------------------------------------------------------------- options and choices
-
-LETTER = r"\(?([A-Za-z])(?:[.:]|\)[.:]?)?"  # B, b, (B), B., (B).
 
 # "A. x", "(A) x", "A) x", "A: x", but not "U.S. flag"
 LETTERED = re.compile(r"\(?([A-Z])(?:[.:]|\)[.:]?)(?![A-Z]\.)\s*(.*)", re.DOTALL)
@@ -400,7 +388,7 @@ def cut_options(question, options):
     lines = question.strip().split("\n")
     begin = len(lines) - len(options)
     repeated = [line.partition(" ")[2].strip() for line in lines[begin:]]
-    if begin > 0 and repeated == list(option_texts(options).values()):
+    if 0 < begin < len(lines) and repeated == list(option_texts(options).values()):
         question = "\n".join(lines[:begin])
     return question
 
@@ -474,8 +462,9 @@ def from_seed_bench(row):
 
 def answer_type(answer, options=()):
     """Problem type of a Video-R2 answer, whose rows do not name one."""
-    lettered = re.fullmatch(LETTER, answer) or LETTERED.fullmatch(answer)
-    if lettered or (options and solution_letters(answer, options)):
+    # B, b, (B), B., (B).
+    letter = re.fullmatch(r"\(?[A-Za-z](?:[.:]|\)[.:]?)?", answer)
+    if letter or LETTERED.fullmatch(answer) or (options and solution_letters(answer, options)):
         return "multiple choice"
     if re.fullmatch(r"-?[\d,]*\.\d{4,}", answer):
         return "regression"
@@ -488,19 +477,18 @@ def from_video_r2(row):
     """Video-R2: `video` and `image` (a path or a list of paths) and a conversation of two turns,
     the second with think and answer blocks."""
     user, assistant = (turn["value"] for turn in row["conversations"])
-    paths = {}
+    media = []
     for kind in ("video", "image"):
-        paths[kind] = row.get(kind) or []
-        if not isinstance(paths[kind], list):
-            paths[kind] = [paths[kind]]
-    # The placeholders tell the order, if every medium has one.
-    given = [kind for kind in paths for _ in paths[kind]]
+        paths = row.get(kind) or []
+        if not isinstance(paths, list):
+            paths = [paths]
+        media += [{"data_type": kind, "path": path} for path in paths]
     order = re.findall("<(video|image)>", user)
-    if order and not given:
+    if order and not media:
         raise DataError(f"has no {order[0]}: its path is empty")
-    if sorted(order) != sorted(given):
-        order = given
-    ahead = {kind: iter(paths[kind]) for kind in paths}
+    # The placeholders tell where the one video stands, if every medium has one.
+    if "video" in order and sorted(order) == sorted(part["data_type"] for part in media):
+        media.insert(order.index("video"), media.pop(0))
     # The placeholders of the prompt are the chat template's to add.
     question, options = split_options(re.sub(r"<(video|image)>\n?", "", user))
     answer = strip_tag(assistant, "answer")
@@ -511,32 +499,20 @@ def from_video_r2(row):
         "solution": answer,
         "process": assistant if "<think>" in assistant else "",
         "problem_type": answer_type(answer, options),
-        "media": [{"data_type": kind, "path": next(ahead[kind])} for kind in order],
+        "media": media,
         "grounding": row.get("temporal_grounding"),
     }
 
 
 def to_video_r1(row):
-    """Convert a row of any supported format to Video-R1's; its other fields stay in it.
-
-    Raises:
-        DataError: the row does not have the fields of its format.
-    """
-    try:
-        if "conversations" in row:
-            return from_video_r2(row)
-        if "task_progress_metadata" in row:
-            return from_seed_bench(row)
-        if "video" in row and "path" not in row:
-            return from_tw_grpo(row)
-        return row
-    except DataError:
-        raise
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise DataError(
-            "lacks a field of its format, or has it in another shape "
-            f"({type(error).__name__}: {error})"
-        ) from error
+    """Convert a row of any supported format to Video-R1's; its other fields stay in it."""
+    if "conversations" in row:
+        return from_video_r2(row)
+    if "task_progress_metadata" in row:
+        return from_seed_bench(row)
+    if "video" in row and "path" not in row:
+        return from_tw_grpo(row)
+    return row
 
 
 # ------------------------------------------------------------------------- rows -> examples
@@ -575,7 +551,7 @@ def resolve_media(path, media_root, owner):
 
 def is_empty(value):
     """Whether it is None, blank or NaN, as tables write an empty cell, or an empty list."""
-    return value in (None, []) or value != value or str(value).strip().lower() in ("", "nan")
+    return value in (None, []) or str(value).strip().lower() in ("", "nan")
 
 
 def read_number(part, name):
@@ -657,20 +633,19 @@ def read_solution(row, options):
     return letters
 
 
-def read_times(row):
+def read_times(row, notes):
     """Grounding [(start s, end s, sentence), ...] and evidence [(start s, end s), ...] of a row.
 
-    Third, the number of null sentences, which are left out.
+    Null sentences are left out, each with a note.
     """
     grounding = []
-    nulls = 0
     try:
         spans = row.get("grounding") or {}
         if isinstance(spans, str):
             spans = json.loads(spans)
         for span, sentence in spans.items():
             if is_empty(sentence):
-                nulls += 1
+                notes.append("sentences of grounding are null and left out")
                 continue
             start, *end = re.split(r"\s*(?:[-–—]|\bto\b)\s*", span.strip(), maxsplit=1)
             grounding.append((parse_time(start), parse_time(*end or [start]), str(sentence)))
@@ -682,17 +657,15 @@ def read_times(row):
         raise DataError(
             f'grounding must be {{"MM:SS-MM:SS": sentence}}, evidence [[start, end], ...] ({error})'
         ) from error
-    return grounding, evidence, nulls
+    return grounding, evidence
 
 
 def notes_of(row, media):
     """What is not as a row says of itself and of its media, in words."""
     notes = []
-    # The row itself beside its media, where it is none of them.
-    parts = [*zip(row.get("media") or [row], media, strict=False)]
-    if row.get("media") or not media:
-        parts.append((row, None))
-    for part, medium in parts:
+    # The row is its only medium, or it stands beside its media and is none.
+    parts = [*(row.get("media") or []), row]
+    for part, medium in zip(parts, [*media, None], strict=False):
         for name in UNUSED:
             if not is_empty(part.get(name)) and getattr(medium, name, None) is None:
                 notes.append(f"rows have {name}, which no prompt shows")
@@ -727,14 +700,12 @@ def read_example(row, index, media_root):
     options = [str(option) for option in options]
     media = read_media(row, media_root)
     answer = read_solution(row, options)
-    question = cut_options(str(row["problem"]), options) if options else str(row["problem"])
-    if kind == "multiple choice":
-        options = with_letters(options)
-    grounding, evidence, nulls = read_times(row)
+    notes = []
+    grounding, evidence = read_times(row, notes)
     example = Example(
         id=row_id(row, index),
-        question=question,
-        options=options,
+        question=cut_options(str(row["problem"]), options),
+        options=with_letters(options) if kind == "multiple choice" else options,
         problem_type=kind,
         answer=answer,
         media=media,
@@ -742,9 +713,8 @@ def read_example(row, index, media_root):
         grounding=grounding,
         evidence=evidence,
         extra={name: value for name, value in row.items() if name not in FIELDS},
+        notes=notes + notes_of(row, media),
     )
-    nulls = ["sentences of grounding are null and left out"] * nulls
-    example.notes = nulls + notes_of(row, media)
     # The name of the medium in the files that we write.
     if row.get("media"):
         example.extra["path"] = row["media"][media.index(example.medium)]["path"]
@@ -765,10 +735,16 @@ def parse_example(row, index, media_root):
     """
     if not isinstance(row, dict):
         raise DataError(f"row {index} is not an object")
+    name = f"row {index} (problem_id {row_id(row, 'missing')})"
     try:
         return read_example(to_video_r1(row), index, media_root)
     except DataError as error:
-        raise DataError(f"row {index} (problem_id {row_id(row, 'missing')}) {error}") from error
+        raise DataError(f"{name} {error}") from error
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise DataError(
+            f"{name} lacks a field of its format, or has it in another shape "
+            f"({type(error).__name__}: {error})"
+        ) from error
 
 
 def read_document(path, kind="file"):
@@ -793,19 +769,6 @@ def read_document(path, kind="file"):
         raise DataError(f"{kind} {path} is not valid JSON: {error}") from error
 
 
-def read_rows(dataset_name):
-    """Rows of a data set file (a JSON array, or JSON lines) as they are.
-
-    Raises:
-        DataError: the file is missing, malformed or empty.
-    """
-    rows = read_document(dataset_name, "data set")
-    if not isinstance(rows, list) or not rows:
-        words = "holds no examples (a non-empty JSON array is expected)"
-        raise DataError(f"data set {dataset_name} {words}")
-    return rows
-
-
 def differences(examples):
     """What is not as the rows of a data set say, and how often: Counter."""
     return Counter(chain.from_iterable(example.notes for example in examples))
@@ -822,11 +785,16 @@ def load_examples(dataset_name, media_root=None, errors=None):
     Returns:
         List of Example, in the order of the file.
     Raises:
-        DataError: the file is malformed, or a row is unusable and `errors` is None.
+        DataError: the file is missing, malformed or empty, or a row is unusable and `errors` is
+            None.
     """
+    rows = read_document(dataset_name, "data set")
+    if not isinstance(rows, list) or not rows:
+        words = "holds no examples (a non-empty JSON array is expected)"
+        raise DataError(f"data set {dataset_name} {words}")
     examples = []
     first_rows = {}  # id -> index of the row that has it
-    for index, row in enumerate(read_rows(dataset_name)):
+    for index, row in enumerate(rows):
         try:
             example = parse_example(row, index, media_root or Path(dataset_name).parent)
             # Priors and results are joined by id.
@@ -842,9 +810,8 @@ def load_examples(dataset_name, media_root=None, errors=None):
                 raise DataError(f"data set {dataset_name}: {error}") from error
             fields = row if isinstance(row, dict) else {}
             medium = fields.get("path") or fields.get("video")
-            errors.append(
-                {"problem_id": row_id(fields, index), "media": medium, "cause": str(error)}
-            )
+            name = row_id(fields, index)
+            errors.append({"problem_id": name, "media": medium, "cause": str(error)})
 
     # Every rank reads the file.
     for words, count in differences(examples).items():
@@ -853,7 +820,7 @@ def load_examples(dataset_name, media_root=None, errors=None):
     # If one question of the file has several right options, the prompts of all others ask for
     # "all right options" too, since the wording must not give away how many are right.
     choices = [example for example in examples if example.problem_type == "multiple choice"]
-    if any(re.fullmatch(r"[A-Z](,[A-Z])+", example.answer) for example in choices):
+    if any("," in example.answer for example in choices):
         for example in choices:
             example.extra["multi_answer"] = True
     return examples
