@@ -868,11 +868,17 @@ def read_reply(name, reply, record):
 
 def judge_one(arguments, client, record, name, prompt):
     """Ask the judge for one reading of an output -> {reading: value of read_reply}."""
-    settings = {"model": arguments.judge_model, "max_tokens": JUDGE_TOKENS}
     # A judge that gave no rating or verdict is asked once more.
     for reminder in ("", "\n\nJSON only." if name == "vas" else "\n\nOne word only."):
-        messages = [{"role": "user", "content": prompt + reminder}]
-        text = chat(client, arguments.api_retries, messages, temperature=0.0, top_p=1.0, **settings)
+        text = chat(
+            client,
+            arguments.api_retries,
+            [{"role": "user", "content": prompt + reminder}],
+            model=arguments.judge_model,
+            max_tokens=JUDGE_TOKENS,
+            temperature=0.0,
+            top_p=1.0,
+        )
         # A judge may think, too.
         value = read_reply(name, reward.split_output(text)[1], record)
         if value is not None:
@@ -895,22 +901,23 @@ def judge_report(arguments, report):
     for row in stored_rows(file.path):
         if judge.items() <= row.items():
             readings[row["problem_id"], row["output"]].update(row["told"])
-    client = connect(arguments, arguments.judge_base, "JUDGE_API_KEY")
     tasks = []
     tokens = 0
     for record in filter(scores.has_output, report["results"]):
         known = readings[record["problem_id"], record["output"]]
         for name, prompt in judge_prompts(record).items():
             if name not in known:
-                tasks.append((arguments, client, record, name, prompt))
+                tasks.append((record, name, prompt))
                 tokens += len(prompt) // 4
     # Somebody may have to pay for it.
     print(
         f"{arguments.judge_model} at {arguments.judge_base} is asked {len(tasks)} times: about "
         f"{tokens} tokens to read, at most {JUDGE_TOKENS * len(tasks)} to write"
     )
+    client = connect(arguments, arguments.judge_base, "JUDGE_API_KEY")
+    ask = partial(judge_one, arguments, client)
     failed = {}
-    for (_, _, record, *_), told in in_threads(arguments, judge_one, tasks, "judge"):
+    for (record, *_), told in in_threads(arguments, ask, tasks, "judge"):
         question = {"problem_id": record["problem_id"], "output": record["output"]}
         if "error" in told:
             failed[record["problem_id"]] = told["error"]
@@ -988,9 +995,8 @@ def rescored(path):
         (report, settings in the file).
     """
     items, repeated, settings = scores.read_predictions(path)
-    benchmark = scores.benchmark_of(path, items)
-    if not benchmark:
-        benchmark = scores.benchmark_of(settings.get("dataset_name", ""))
+    source = settings.get("dataset_name", "")
+    benchmark = scores.benchmark_of(path, items) or scores.benchmark_of(source)
     return scores.make_report(items, benchmark, repeated), {**settings, "rescored": str(path)}
 
 
@@ -1160,7 +1166,6 @@ def run_check(arguments):
     requests = ([Ready(place, example, None)] for place, example in enumerate(examples))
     hits = Counter()
     mass = Counter()
-    chance = 0.0
     count = 0
     broken = {}
     for batch in tqdm(inputs.each(requests), "frame use", len(examples), unit="question"):
@@ -1179,20 +1184,20 @@ def run_check(arguments):
         # Each token is scored by itself: sentences describe different scenes.
         for index, span in intervals.items():
             inside = slot_shares(one.inputs.times, [span], slots)  # (t,)
-            chance += float(inside.mean())
             token = torch.arange(len(ids))[None, None] == index  # (1, 1, T)
             for name, layer in layers.items():
                 use = rollout_frame_use(prompts, token, **layer)[0][0].cpu()  # (t,)
                 hits[name] += float(inside[use.argmax()] > 0.5)
                 mass[name] += float(use @ inside)
+            hits["chance"] += float(inside.mean())
         count += len(intervals)
     if not count:
         raise DataError(
             "--frame_use_check found no reasoning sentence that cites a time inside a grounding "
             "interval"
         )
-    table = {name: (hits[name] / count, mass[name] / chance) for name in hits}
-    table["chance"] = (chance / count, 1.0)
+    mass["chance"] = hits["chance"]
+    table = {name: (hits[name] / count, mass[name] / mass["chance"]) for name in hits}
     print(f"{count} tokens that describe a known scene")
     print(f"{'frame use from':32s}{'argmax inside':>14s}{'mass over chance':>18s}")
     for name, (inside, over) in sorted(table.items(), key=lambda row: -row[1][1]):

@@ -68,12 +68,8 @@ SIZES = {
     "minerva": (1515,),
     "scivideobench": (1000,),
 }
-VSI_NUMBERS = (
-    "object_counting",
-    "object_abs_distance",
-    "object_size_estimation",
-    "room_size_estimation",
-)
+VSI_NUMBERS = """object_counting object_abs_distance object_size_estimation
+    room_size_estimation""".split()
 # VSI-Bench's eight tasks. The three levels of a direction are averaged into one first.
 VSI_TASKS = (
     "obj_appearance_order",
@@ -121,7 +117,7 @@ class Item:
 # ---------------------------------------------------------------------------------- stored files
 
 
-def first_field(row, names):
+def first_field(row, *names):
     """Return the first non-empty of a row's fields as text, "" if there is none."""
     found = (str(row[name]) for name in names if row.get(name) not in (None, ""))
     return next(found, "")
@@ -154,11 +150,11 @@ def item_of(row):
         row = {"problem_type": "multiple choice", "solution": row["golden_choice_idx"], **row}
     options = row.get("options") or add_letters(numbered_options(row))
     output = row.get("output") or ""
-    error = first_field(row, ["error"]) or None
+    error = first_field(row, "error") or None
     if not isinstance(options, list) or not isinstance(output, str):
         raise DataError("has options that are not a list, or an output that is not text")
     # A question without an answer may lack the rest, too.
-    missing = [name for name in ("problem_type", "solution") if not first_field(row, [name])]
+    missing = [name for name in ("problem_type", "solution") if not first_field(row, name)]
     if "output" not in row:
         missing.append("output")
     if missing and not error:
@@ -167,29 +163,29 @@ def item_of(row):
     if output.strip() == "<answer>error</answer>":
         error = error or "stored as error: the file has <answer>error</answer>"
     # Two runs over the same question must name it alike, in whatever order their files are.
-    problem = first_field(row, ("problem", "question"))
+    problem = first_field(row, "problem", "question")
     medium = row.get("video") or row.get("path")
     options = [str(option) for option in options]
     item = Item(
-        first_field(row, ("problem_id", "sample_id")) or short_hash([problem, medium, options]),
-        first_field(row, ["problem_type"]),
-        reward.solution_answer(first_field(row, ["solution"])),
+        first_field(row, "problem_id", "sample_id") or short_hash([problem, medium, options]),
+        first_field(row, "problem_type"),
+        reward.solution_answer(first_field(row, "solution")),
         output,
         problem,
         options,
-        first_field(row, TASK_FIELDS),
+        first_field(row, *TASK_FIELDS),
+        first_field(row, "mc_question"),
+        first_field(row, "mc_answer"),
         frame_use=row.get("frame_use"),
         error=error,
     )
     for start, end in row.get("evidence") or row.get("glue") or []:
         item.evidence.append((float(start), float(end)))
-    for name in CAPTION_FIELDS:
-        setattr(item, name, first_field(row, [name]))
     for name in BREAKDOWNS:
         if isinstance(row.get(name), str):
             item.groups[name] = row[name]
     if isinstance(row.get("reward"), int | float):
-        item.stored = float(row["reward"])
+        item.stored = row["reward"]
     # Solutions are written as "(A)", "A. red" or "red", too.
     if item.problem_type == "multiple choice":
         item.solution = solution_letters(item.solution, options) or item.solution
@@ -234,7 +230,7 @@ def from_lmms_eval(row):
     # LongVideoBench, MINERVA and SciVideoBench (options by letter) may count from 0 instead.
     index = doc.get("correct_choice", doc.get("answer_id"))
     if isinstance(options, dict):
-        index = target if target.isdigit() else None
+        index = target
         options = options.values()
     options = options or numbered_options(doc)
     # Some tasks have their options in the prompt or the question alone.
@@ -245,7 +241,7 @@ def from_lmms_eval(row):
         target = ascii_uppercase[int(index)]
     # The samples do not name the type of a question.
     kind = "free-form"
-    if first_field(doc, TASK_FIELDS) in VSI_NUMBERS:
+    if first_field(doc, *TASK_FIELDS) in VSI_NUMBERS:
         kind = "regression"
     elif options or re.fullmatch(r"[A-Z]", target):
         kind = "multiple choice"
@@ -398,9 +394,8 @@ def read_number(text):
 
 
 def same_number(first, second):
-    """Whether two texts are numbers that are equal after rounding to two decimals."""
-    numbers = [read_number(first), read_number(second)]
-    return None not in numbers and round(float(numbers[0]), 2) == round(float(numbers[1]), 2)
+    """Whether two numbers are equal after rounding to two decimals."""
+    return round(float(first), 2) == round(float(second), 2)
 
 
 def mean_relative_accuracy(y_hat, y, strict=False):
@@ -475,7 +470,7 @@ def official_score(answer, item):
         if None in (number, right):
             return None
         if kind == "numerical":
-            return float(same_number(answer, truth))
+            return float(same_number(number, right))
         return mean_relative_accuracy(number, right)
     return reward.rouge_reward(spell_out(answer), spell_out(truth))
 
@@ -530,15 +525,19 @@ def score_item(item):
 # -------------------------------- a judge's readings: TAC, the consistency rate and open answers
 
 
-def agrees(reply, truth, problem_type):
-    """Whether two letters are the same, or two numbers: to 5 % in a regression, else to cents."""
-    if problem_type == "multiple choice":
-        return reply != "" and reply == truth.upper()
-    if problem_type == "numerical":
-        return same_number(reply, truth)
+def agrees(reply, truth, record):
+    """Whether two texts name one option, or one number: to 5 % in a regression, else to cents."""
+    if record["problem_type"] == "multiple choice":
+        # Judges may name the option in full.
+        letter = read_choice(reply, record["options"])
+        return letter != "" and letter == read_choice(truth, record["options"])
     number = read_number(reply)
     right = read_number(truth)
-    return None not in (number, right) and 20 * abs(number - right) <= abs(right)
+    if None in (number, right):
+        return False
+    if record["problem_type"] == "numerical":
+        return same_number(number, right)
+    return 20 * abs(number - right) <= abs(right)
 
 
 def has_output(record):
@@ -598,21 +597,17 @@ def reasoning_metrics(records, replies, judge):
             ratings.append(rating)
         if not can_compare(record):
             continue
-        kind = record["problem_type"]
         answer = reply.get("answer", "")
         conclusion = reply.get("conclusion", "")
-        # Judges may name the option in full. A reply that names none is kept: it is wrong.
-        if kind == "multiple choice":
-            answer = read_choice(answer, record["options"]) or answer
-            conclusion = read_choice(conclusion, record["options"]) or conclusion
         counts["n"] += 1
-        counts["consistent"] += agrees(conclusion, answer, kind)
+        counts["consistent"] += agrees(conclusion, answer, record)
         if has_output(record):
             counts["outputs"] += 1
             counts["no_conclusion"] += conclusion == ""
-            # Against the solution, and not against each other.
-            a = agrees(answer, record["solution"], kind)
-            t = agrees(conclusion, record["solution"], kind)
+            # Against the solution, and not against each other. A reply that names no option is
+            # a conclusion, and wrong.
+            a = agrees(answer, record["solution"], record)
+            t = agrees(conclusion, record["solution"], record)
             counts[("TN", "FP", "FN", "TP")[2 * a + t]] += 1
     names = ("n", "outputs", "no_conclusion", "TP", "TN", "FP", "FN")
     return {
@@ -625,7 +620,7 @@ def reasoning_metrics(records, replies, judge):
         },
         "consistency_rate": ratio(counts["consistent"], counts["n"]),
         "VAS": {
-            "value": 10 * mean(ratings) if ratings else None,
+            "value": mean(10 * rating for rating in ratings),
             "n": len(ratings),
             "not_rated": sum(map(has_output, records)) - len(ratings),
         },
@@ -762,15 +757,13 @@ def overlap(predicted, spans):
 
 
 def grounding_numbers(records):
-    """NExT-GQA's metrics over the questions with known intervals, None if there are none.
+    """NExT-GQA's metrics over questions with known intervals.
 
     The prediction is the hull of all times that the reasoning cites; without one it scores 0.
     acc_gqa is the share of questions answered right with IoP >= 0.5.
     """
     rows = []
     for record in records:
-        if not record["evidence"]:
-            continue
         claims = reward.parse_claims(reward.split_output(record["output"])[0])
         row = {"predicted": bool(claims) and not record["error"], "IoP": 0.0, "IoU": 0.0}
         if row["predicted"]:
@@ -859,10 +852,10 @@ def find_warnings(items, benchmark, repeated, unread):
             "not comparable with published numbers"
         )
     # No rule would score these, and 0 would look like a wrong answer.
-    kinds = Counter(item.problem_type for item in items if not item.error)
-    unknown = {kind: n for kind, n in kinds.items() if kind not in PROBLEM_TYPES}
+    kinds = [item.problem_type for item in items if not item.error]
+    unknown = Counter(kind for kind in kinds if kind not in PROBLEM_TYPES)
     if unknown:
-        warnings.append(f"problem types that no rule scores count as wrong: {unknown}")
+        warnings.append(f"problem types that no rule scores count as wrong: {dict(unknown)}")
     if repeated:
         warnings.append(
             f"{len(repeated)} rows repeat the problem_id of an earlier one and were left out"
@@ -902,8 +895,9 @@ def make_report(items, benchmark="", repeated=()):
         }
     if any(several_letters(record["solution"]) for record in records):
         report["partial_accuracy"] = mean(map(partial_credit, records))
-    if any(record["evidence"] for record in records):
-        report["grounding"] = grounding_numbers(records)
+    timed = [record for record in records if record["evidence"]]
+    if timed:
+        report["grounding"] = grounding_numbers(timed)
     looked = [record for record in records if record["frame_use"]]
     if looked:
         report["frame_use"] = {
@@ -962,7 +956,7 @@ def paired_bootstrap(differences, samples=10_000, seed=0):
     rng = np.random.default_rng(seed)
     count = len(differences)
     drawn = rng.multinomial(count, counts / counts.sum(), size=samples)  # (samples, values)
-    low, high = np.quantile(drawn @ values / count, [(1 - 0.95) / 2, (1 + 0.95) / 2])
+    low, high = np.quantile(drawn @ values / count, [0.025, 0.975])
     return float(low), float(high)
 
 
