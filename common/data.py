@@ -270,7 +270,7 @@ def plain_text(text):
 
 # Words before an answer: "So the final answer is: ...", "I choose option ...", "x = ...".
 LEAD = re.compile(
-    r"""(?:(?:so|thus|hence|therefore|then|the|my|final|best|correct|right|most|likely|answer
+    r"""\A(?:(?:so|thus|hence|therefore|then|the|my|final|best|correct|right|most|likely|answer
     |solution|result|option|choice|letter|number|value|is|it|it's|that|would|be|i|choose|pick
     |select|think|believe|about|approximately|approx|around|roughly|nearly|almost|[a-z](?=\s*=))\b
     |答案[是为]?|[\s:=,~≈]|\.\s)+""",
@@ -295,8 +295,7 @@ def read_alone(text, read):
     for phrase in (text, lines[0], lines[-1], stated):
         value = read(phrase)
         if value is None:
-            lead = LEAD.match(phrase)
-            value = read(phrase[lead.end() :]) if lead else None
+            value = read(LEAD.sub("", phrase))
         found.add(value)
     found.discard(None)
     return found.pop() if len(found) == 1 else None
