@@ -745,9 +745,11 @@ def ask_server(arguments, examples, done):
         return {"output": chat(client, arguments.api_retries, messages, seed=seed, **settings)}
 
     tasks = [task for task in enumerate(examples) if task[1].id not in done]
-    for (_, example), answer in in_threads(arguments, ask, tasks, "ask"):
-        yield {example.id: answer}
-    pool.stop()
+    try:
+        for (_, example), answer in in_threads(arguments, ask, tasks, "ask"):
+            yield {example.id: answer}
+    finally:
+        pool.stop()
 
 
 # ------------------------------------------------------ a judge of reasoning and of open answers
