@@ -41,6 +41,7 @@ from transformers.utils import logging as hf_logging
 
 import prior
 import toy
+from common.card import write_cards
 from common.checkpoints import Checkpoints, checkpoints, find_checkpoint, save_model
 from common.data import (
     DataError,
@@ -1543,13 +1544,14 @@ def read_training_priors(run, resume):
 
 
 def finish_run(run):
-    """Writes result.json and the report, prints the table, and what was skipped by cause."""
+    """Writes result.json, model cards and the report; prints the table and what was skipped."""
     output = Path(run.args.output_dir)
     result = run.result
     # Equal causes are counted together, the most frequent one first.
     causes = Counter(plain_cause(cause) for cause in result["skipped"].values())
     result["skipped_by_cause"] = dict(causes.most_common())
     result["heldout_skipped"] = run.heldout.skipped
+    result["heldout_questions"] = len(run.heldout.examples)
     result["differences"] = {}
     for questions in (run.heldout, run.demonstrations, run.training):
         if questions and questions.differences:
@@ -1562,9 +1564,10 @@ def finish_run(run):
         text = json.dumps(result, indent=1)
         (output / "result.json").write_text(text, encoding="utf-8")
         try:
+            write_cards(output, result)
             run_report([output])
         except (DataError, OSError) as error:  # the run itself is whole
-            log_main(f"no report.html: {error}")
+            log_main(f"no report.html or no model card: {error}")
     log_main(f"\nall of it is in {output}/, docs/metrics.md describes the files")
 
 

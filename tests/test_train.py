@@ -22,6 +22,7 @@ from conftest import (
     shared_folder,
     weights,
 )
+from huggingface_hub import ModelCard
 
 import reward
 import train
@@ -69,6 +70,11 @@ def test_the_whole_path(small_toy, first_run):
     assert all(
         record["loss/ratio"] == pytest.approx(1, abs=1e-6) for record in metrics(output, "grpo")
     )  # one update a rollout
+    # The model can be shared: its card has the same numbers.
+    card = ModelCard.load(output / "grpo" / "README.md")
+    before, after = (f"{result[part]['greedy']:.4f}" for part in ("before", "after"))
+    assert f"| accuracy, greedy | {before} | {after} |" in card.text
+    assert f"\n{len(heldout)} questions of" in card.text
     rollouts = [json.loads(line) for line in (output / "rollouts.jsonl").read_text().splitlines()]
     assert len(rollouts) == 2 * 4 * 4 and all(
         abs(sum(row["use"]) - 1) < 1e-2 for row in rollouts if row["use"]
