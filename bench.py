@@ -31,7 +31,6 @@ there stay, so that an interrupted day goes on. Without a GPU the same parts run
 """
 
 import gc
-import itertools
 import json
 import math
 import multiprocessing
@@ -44,13 +43,14 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
 import cv2
 import numpy as np
+import psutil
 import torch
 import transformers
 from pebble import ProcessExpired, ProcessPool
@@ -60,10 +60,10 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 import prior
 import toy
 import train
-from common.data import DataError, Example, Medium
+from common.data import DataError, Example, Medium, read_document
 from common.engine import hookless_twin, sampling, start_engine
 from common.flags import Parser, flag
-from common.media import Encoder, sample_video
+from common.media import Encoder, sample_medium
 from common.policy import Policy, collate, load_model, vision_tokens
 from common.ranks import start_ranks
 from common.rollout import Sampling, rollout, stop_tokens
@@ -74,11 +74,9 @@ GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
 DTYPE = torch.bfloat16 if GPU else torch.float32
 
-# What `page` replaces in docs/performance.md stands between these.
-GPU_MARKS = ("<!-- gpu -->", "<!-- /gpu -->")
-
 SIDES = ["packed", "repeated", "zero3", "trl", "graph"]
 SFT_SIDES = ["together", "apart"]
+PHASES = ["rollout", "reference", "policy", "optimizer", "step"]
 
 # Text configurations of the released Qwen2.5-VL.
 SHAPES = {
@@ -150,8 +148,21 @@ def released_config(config, shape):
     return type(config).from_dict(sizes)
 
 
+def write_medium(arguments, folder):
+    """Write a random picture or video of --visual_tokens into a folder -> Medium."""
+    # A visual token is 28 x 28 pixels.
+    shape = (arguments.frames or 1, 28 * arguments.rows, 56 * arguments.rows, 3)
+    pixels = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
+    path = f"{folder}/{arguments.visual_tokens}"
+    if arguments.frames:
+        toy.write_video(f"{path}.mp4", pixels, fps=2)
+        return Medium("video", f"{path}.mp4")
+    cv2.imwrite(f"{path}.png", pixels[0])
+    return Medium("image", f"{path}.png")
+
+
 def prepare(arguments, folder):
-    """Write a random checkpoint and a random medium into a folder -> path of the medium."""
+    """Write a random checkpoint and a random medium into a folder -> Medium."""
     # The tokenizer learns a toy's questions.
     toy.make_dataset(Path(folder), toy.ToyArguments(train_videos=1, heldout_videos=0))
     processor = toy.make_processor(Path(folder))
@@ -162,32 +173,25 @@ def prepare(arguments, folder):
         config = released_config(model.config, arguments.shape)
         model = AutoModelForImageTextToText.from_config(config, dtype=DTYPE)
     model.save_pretrained(folder)
-    # A visual token is 28 x 28 pixels.
-    shape = (arguments.frames or 1, 28 * arguments.rows, 56 * arguments.rows, 3)
-    pixels = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
-    medium = f"{folder}/picture.png"
-    if arguments.frames:
-        medium = f"{folder}/video.mp4"
-        toy.write_video(medium, pixels, fps=2)
-    else:
-        cv2.imwrite(medium, pixels[0])
-    return medium
+    return write_medium(arguments, folder)
 
 
 def device_name():
     return torch.cuda.get_device_name() if GPU else platform.machine()
 
 
-def resident(line):
-    """Return bytes of this process: VmRSS now, VmHWM the most since the last reset."""
+def memory_in_use():
+    """Return bytes in use: those of torch's allocator on a GPU, else those of the process."""
+    return torch.cuda.memory_allocated() if GPU else psutil.Process().memory_info().rss
+
+
+def memory_peak():
+    """Return the most bytes in use since the last reset."""
+    if GPU:
+        return torch.cuda.max_memory_allocated()
     # getrusage's maximum would begin with that of the parent.
     status = Path("/proc/self/status").read_text()
-    return 1024 * int(re.search(rf"{line}:\s+(\d+) kB", status)[1])
-
-
-def memory_in_use():
-    """Return bytes that the process has before a side begins: its libraries."""
-    return 0 if GPU else resident("VmRSS")
+    return 1024 * int(re.search(r"VmHWM:\s+(\d+) kB", status)[1])
 
 
 @contextmanager
@@ -195,25 +199,23 @@ def phase(costs, name, base):
     """Measure the block: costs[name] becomes its seconds, and MB at the peak above base (bytes)."""
     if GPU:
         torch.cuda.reset_peak_memory_stats()
-    # VmHWM becomes VmRSS.
+    # VmHWM becomes the memory in use.
     Path("/proc/self/clear_refs").write_text("5")
     begin = time.perf_counter()
     yield
     # A GPU is still at work when the call returns.
     if GPU:
         torch.cuda.synchronize()
-    seconds = time.perf_counter() - begin
-    peak = torch.cuda.max_memory_allocated() if GPU else resident("VmHWM")
-    costs[name] = (seconds, (peak - base) / 1e6)
+    costs[name] = (time.perf_counter() - begin, (memory_peak() - base) / 1e6)
 
 
 class PlainEngine:
-    """A policy and AdamW behind the calls of a DeepSpeed engine."""
+    """The policy of a checkpoint and AdamW behind the calls of a DeepSpeed engine."""
 
-    def __init__(self, policy):
-        self.module = policy
-        self.twin = hookless_twin(policy.model)
-        self.optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-6, fused=True)
+    def __init__(self, folder):
+        self.module = Policy(load_model(folder)[0]).train()
+        self.twin = hookless_twin(self.module.model)
+        self.optimizer = torch.optim.AdamW(self.module.parameters(), lr=1e-6, fused=True)
 
     def __call__(self, *inputs, **settings):
         return self.module(*inputs, **settings)
@@ -227,11 +229,11 @@ class PlainEngine:
         self.optimizer.zero_grad(set_to_none=True)
 
 
-def load_processor(folder):
-    """Load a processor without its limits of size, so that a picture keeps its own."""
+def load_encoder(arguments, folder):
+    """Load an Encoder without limits of size, so that a medium keeps its own."""
     processor = AutoProcessor.from_pretrained(folder)
     processor.image_processor.size = {"shortest_edge": 1, "longest_edge": 1 << 40}
-    return processor
+    return Encoder(processor, 0, 1 << 40, arguments.frames)
 
 
 class GroupStep:
@@ -239,7 +241,7 @@ class GroupStep:
 
     Args:
         side: any of SIDES but trl.
-        folder, medium: checkpoint and path that prepare() has written.
+        folder, medium: checkpoint and Medium that prepare() has written.
     """
 
     def __init__(self, arguments, side, folder, medium):
@@ -252,30 +254,24 @@ class GroupStep:
             self.engine = start_engine(settings, folder, learning_rate=1e-6)
         else:
             self.reference = Policy(load_model(folder)[0])
-            self.engine = PlainEngine(Policy(load_model(folder)[0]).train())
+            self.engine = PlainEngine(folder)
+        self.encoder = load_encoder(arguments, folder)
         model = self.engine.module.model
-        processor = load_processor(folder)
-        self.encoder = Encoder(processor, 0, 1 << 40, arguments.frames)
-        self.kind = "video" if arguments.frames else "image"
-        self.show(medium)
-        stops = stop_tokens(model, processor)
+        stops = stop_tokens(model, self.encoder.processor)
         # No completion ends early.
         banned = vision_tokens(model.config) + stops
         self.settings = Sampling(
             arguments.completion_length, graph=side == "graph", eos_ids=stops, banned_ids=banned
         )
+        self.medium = medium
         self.group = arguments.num_generations
         self.packed = side != "repeated"
 
-    def show(self, medium):
-        """Take another medium from now on."""
-        media = [Medium(self.kind, medium)]
-        self.example = Example("0", "Which ball is red?", [], "numerical", "1", media)
-
     def sample(self, settings):
         """Sample the group -> Prompts, Samples."""
+        example = Example("0", "Which ball is red?", [], "numerical", "1", [self.medium])
         with sampling(self.engine) as bare:
-            prompts = collate([self.encoder.encode(self.example)], bare).to(DEVICE)
+            prompts = collate([self.encoder.encode(example)], bare).to(DEVICE)
             rows = prompts if self.packed else prompts.repeat([self.group])
             counts = [self.group] if self.packed else [1] * self.group
             return prompts, rollout(bare, rows, counts, range(self.group), settings)
@@ -304,40 +300,37 @@ class GroupStep:
         return costs
 
 
-def our_steps(arguments, side, folder, medium):
-    """Run GroupSteps: yield {phase: (seconds, MB)} of each."""
-    step = GroupStep(arguments, side, folder, medium)
-    while True:
-        yield step.run()
+class SftStep:
+    """An SFT step as train.py runs it; arguments as GroupStep's, the side is one of SFT_SIDES."""
 
+    def __init__(self, arguments, side, folder, medium):
+        self.base = memory_in_use()
+        self.engine = PlainEngine(folder)
+        self.encoder = load_encoder(arguments, folder)
+        self.group = arguments.num_generations if side == "together" else 1
+        # Letters that the toy's tokenizer does not join; the tags, the answer and the end are six.
+        reasoning = "z" * (arguments.completion_length - 6)
+        self.ready = []
+        for number in range(arguments.num_generations):
+            question = f"Which ball is {number}?"
+            example = Example("0", question, [], "numerical", "1", [medium], reasoning=reasoning)
+            inputs = self.encoder.encode(example)
+            self.ready.append(train.Ready(number, example, None, inputs=inputs))
 
-def sft_steps(arguments, side, folder, medium):
-    """Run SFT steps as train.py does; see our_steps(), the side is one of SFT_SIDES."""
-    base = memory_in_use()
-    engine = PlainEngine(Policy(load_model(folder)[0]).train())
-    processor = load_processor(folder)
-    encoder = Encoder(processor, 0, 1 << 40, arguments.frames)
-    media = [Medium("video" if arguments.frames else "image", medium)]
-    # Letters that the toy's tokenizer does not join; the tags, the answer and the end are six.
-    reasoning = "z" * (arguments.completion_length - 6)
-    ready = []
-    for number in range(arguments.num_generations):
-        question = f"Which ball is {number}?"
-        example = Example("0", question, [], "numerical", "1", media, reasoning=reasoning)
-        ready.append(train.Ready(number, example, None, inputs=encoder.encode(example)))
-    group = arguments.num_generations if side == "together" else 1
-    while True:
+    def run(self):
+        """Run the step -> {"step": (seconds, MB)}."""
         costs = {}
-        with phase(costs, "step", base):
-            pack = train.pack_demonstrations(ready, processor, engine.module.model, group)
-            logp = engine(pack.prompts, pack.completions, pack.mask).logp  # (R, G, T)
-            engine.backward(-(logp * pack.learned).sum() / pack.learned.sum())
-            engine.step()
-        yield costs
+        model = self.engine.module.model
+        with phase(costs, "step", self.base):
+            pack = train.pack_demonstrations(self.ready, self.encoder.processor, model, self.group)
+            logp = self.engine(pack.prompts, pack.completions, pack.mask).logp  # (R, G, T)
+            self.engine.backward(-(logp * pack.learned).sum() / pack.learned.sum())
+            self.engine.step()
+        return costs
 
 
 def trl_step(arguments, folder, medium):
-    """Return seconds and MB of a step of TRL's GRPOTrainer, which runs its own loop."""
+    """Run TRL's GRPOTrainer, which has its own loop -> {"step": (seconds, MB)}."""
     # Neither is needed by anything else: pip install trl.
     import datasets
     from trl import GRPOConfig, GRPOTrainer
@@ -350,7 +343,7 @@ def trl_step(arguments, folder, medium):
         return [random.random() for _ in completions]
 
     prompt = [{"role": "user", "content": "Which ball is red?"}]
-    rows = datasets.Dataset.from_list([{"prompt": prompt, "image": medium}] * 4)
+    rows = datasets.Dataset.from_list([{"prompt": prompt, "image": medium.path}] * 4)
     costs = {}
     with tempfile.TemporaryDirectory() as output, phase(costs, "all", memory_in_use()):
         config = GRPOConfig(
@@ -370,12 +363,12 @@ def trl_step(arguments, folder, medium):
         GRPOTrainer(
             model=folder,
             args=config,
-            processing_class=load_processor(folder),
+            processing_class=load_encoder(arguments, folder).processor,
             reward_funcs=reward,
             train_dataset=rows.cast_column("image", datasets.Image()),
         ).train()
     # The first is not timed, as in run_side().
-    return np.median(np.diff(times)[1:]), costs["all"][1]
+    return {"step": (np.median(np.diff(times)[1:]), costs["all"][1])}
 
 
 def run_side(arguments, side, folder, medium):
@@ -383,12 +376,12 @@ def run_side(arguments, side, folder, medium):
     # A CPU computes with denormal numbers a hundred times slower.
     torch.set_flush_denormal(True)
     if side == "trl":
-        return {"step": trl_step(arguments, folder, medium)}
-    run = sft_steps if side in SFT_SIDES else our_steps
-    steps = run(arguments, side, folder, medium)
-    # The first step is not timed.
-    steps = list(itertools.islice(steps, 1, 1 + arguments.steps))
-    return {name: np.median([costs[name] for costs in steps], axis=0) for name in steps[0]}
+        return trl_step(arguments, folder, medium)
+    kind = SftStep if side in SFT_SIDES else GroupStep
+    step = kind(arguments, side, folder, medium)
+    step.run()  # not timed
+    runs = [step.run() for _ in range(arguments.steps)]
+    return {name: np.median([costs[name] for costs in runs], axis=0) for name in runs[0]}
 
 
 def time_sides(arguments):
@@ -418,15 +411,14 @@ def print_ratio(title, ratios):
     print(f"{title:44s}{np.median(ratios):8.2f} ({np.min(ratios):.2f} to {np.max(ratios):.2f})")
 
 
-def bench_step(arguments):
-    """Time a step on every side; print the phases of each and ratios."""
+def bench_step(arguments, base="packed"):
+    """Time a step on every side; print the phases of each, and ratios to the side `base`."""
     results = time_sides(arguments)
     print("medians; MB at the peak of a phase")
     for side, turns in results.items():
         for name in turns[0]:
             seconds, megabytes = np.median([costs[name] for costs in turns], axis=0)
             print(f"{side:10s}{name:10s}{seconds:10.4f} s{megabytes:8.0f} MB")
-    base = "together" if "together" in arguments.sides else "packed"
     if base not in results:
         return
     # Turns are paired: each ratio compares processes that ran one after the other.
@@ -440,7 +432,7 @@ def bench_step(arguments):
 def bench_sft(arguments):
     """Time an SFT step with a medium's demonstrations in one row and apart; print the ratios."""
     arguments.sides = SFT_SIDES
-    bench_step(arguments)
+    bench_step(arguments, "together")
 
 
 # ---- Priors ----
@@ -453,24 +445,26 @@ def bench_prior(arguments):
     if not arguments.videos:
         raise DataError("prior needs --videos")
     settings = prior.PriorSettings(prior="no_semantic")
-    examples = []
-    for path in arguments.videos:
-        examples.append(
-            Example(path, "what is seen", [], "free-form", "a", [Medium("video", path)])
-        )
+
+    def get_batch(example):
+        # One thread, as in prior.py.
+        reader = decord.VideoReader(example.path, num_threads=1)
+        reader.get_batch(prior.uniform_frames(len(reader), settings.frames)).asnumpy()
+
+    def exact_frames(example):
+        sample_medium(example.medium, settings)
+
+    def make_prior(example):
+        prior.make_prior(example, None, settings)
+
     turns = []
     for _ in tqdm(range(arguments.repeats), desc="turns"):
         times = [time.perf_counter()]
-        for path in arguments.videos:
-            # One thread, as in prior.py.
-            reader = decord.VideoReader(path, num_threads=1)
-            reader.get_batch(prior.uniform_frames(len(reader), settings.frames)).asnumpy()
-        times.append(time.perf_counter())
-        for path in arguments.videos:
-            sample_video(path, settings.frames)
-        times.append(time.perf_counter())
-        prior.build_priors(examples, None, settings)
-        times.append(time.perf_counter())
+        for work in (get_batch, exact_frames, make_prior):
+            for path in arguments.videos:
+                medium = Medium("video", path)
+                work(Example(path, "what is seen", [], "free-form", "a", [medium]))
+            times.append(time.perf_counter())
         turns.append(np.diff(times))
     turns = np.array(turns)  # (turns, 3) seconds
     print_ratio("exact frames / get_batch", turns[:, 1] / turns[:, 0])
@@ -481,8 +475,7 @@ def bench_prior(arguments):
 
 
 def run_command(*words):
-    """Run a Python command in this folder -> its exit code, seconds and last lines."""
-    begin = time.perf_counter()
+    """Run a Python command in this folder -> its exit code and last lines."""
     run = subprocess.run(
         [sys.executable, *words],
         cwd=Path(__file__).parent,
@@ -491,10 +484,9 @@ def run_command(*words):
         text=True,
         errors="replace",
     )
-    seconds = time.perf_counter() - begin
-    found = {"exit_code": run.returncode, "seconds": seconds, "end": run.stdout[-4000:]}
-    # Skipped tests exit with 0, too.
-    return found | {"last line": run.stdout.strip().rpartition("\n")[2]}
+    # Skipped tests exit with 0, too: the last line says so.
+    last = run.stdout.strip().rpartition("\n")[2]
+    return {"exit_code": run.returncode, "end": run.stdout[-4000:], "last line": last}
 
 
 def gpu_tests(arguments):
@@ -512,16 +504,21 @@ def gpu_default(arguments):
         result = json.loads((output / "result.json").read_text())
         for when in ("before", "after"):
             found[f"greedy {when}"] = result[when]["greedy"]
-        lines = (output / "metrics.jsonl").read_text().splitlines()
-        steps = [json.loads(line) for line in lines]
+        steps = read_document(output / "metrics.jsonl")
         found["logp_difference"] = max(one.get("rollout/logp_difference", 0) for one in steps)
     return found
 
 
+@contextmanager
+def group_step(arguments, side):
+    """Give a GroupStep with a checkpoint and a medium of its own."""
+    with tempfile.TemporaryDirectory() as folder:
+        yield GroupStep(arguments, side, folder, prepare(arguments, folder))
+
+
 def gpu_capture(arguments):
     """Sample by one captured decode step; compare its tokens and log-probs with other ways."""
-    with tempfile.TemporaryDirectory() as folder:
-        step = GroupStep(arguments, "graph", folder, prepare(arguments, folder))
+    with group_step(arguments, "graph") as step:
         _, plain = step.sample(replace(step.settings, graph=False))
         _, captured = step.sample(step.settings)
         step.run()
@@ -532,8 +529,7 @@ def gpu_capture(arguments):
 def gpu_kernels(arguments):
     """Give microseconds of what runs longest in prefill, and in prefill with 16 steps behind it."""
     found = {}
-    with tempfile.TemporaryDirectory() as folder:
-        step = GroupStep(arguments, "packed", folder, prepare(arguments, folder))
+    with group_step(arguments, "packed") as step:
         for name, tokens in (("prefill", 1), ("prefill and 16 steps", 17)):
             settings = replace(step.settings, max_new_tokens=tokens)
             step.sample(settings)  # not profiled: the first call loads kernels
@@ -551,40 +547,35 @@ def gpu_kernels(arguments):
 
 def gpu_lengths(arguments):
     """Time steps over prompts of five lengths, twice: a kernel may plan anew for every shape."""
-    lengths = [round(arguments.visual_tokens * share) for share in (1, 1 / 8, 1 / 2, 1 / 4, 3 / 4)]
     found = {}
-    with ExitStack() as stack:
-        media = []
-        for length in lengths:
-            folder = stack.enter_context(tempfile.TemporaryDirectory())
-            media.append(prepare(replace(arguments, visual_tokens=length), folder))
-        step = GroupStep(arguments, "graph", folder, media[0])
+    with tempfile.TemporaryDirectory() as folder:
+        step = GroupStep(arguments, "graph", folder, prepare(arguments, folder))
         step.run()
         for turn in (1, 2):
-            for length, medium in zip(lengths, media, strict=True):
-                step.show(medium)
+            for share in (1, 1 / 8, 1 / 2, 1 / 4, 3 / 4):
+                tokens = round(arguments.visual_tokens * share)
+                step.medium = write_medium(replace(arguments, visual_tokens=tokens), folder)
                 seconds, _ = step.run()["step"]
-                found[f"{length} tokens, turn {turn}"] = round(seconds, 3)
+                found[f"{tokens} tokens, turn {turn}"] = round(seconds, 3)
     return found
 
 
 def gpu_memory(arguments):
     """Give MB after loading, at the peak of each phase, and after all is let go."""
-    base = memory_in_use()
-    in_use = torch.cuda.memory_allocated if GPU else partial(resident, "VmRSS")
-    with tempfile.TemporaryDirectory() as folder:
-        step = GroupStep(arguments, "zero3", folder, prepare(arguments, folder))
-        found = {"loaded": round((in_use() - base) / 1e6)}
+    found = {}
+    with group_step(arguments, "zero3") as step:
+        found["loaded"] = round((memory_in_use() - step.base) / 1e6)
         for name, (_, megabytes) in step.run().items():
             found[name] = round(megabytes)
     step.engine = step.reference = None
     gc.collect()
-    found["let go"] = round((in_use() - base) / 1e6)
+    found["let go"] = round((memory_in_use() - step.base) / 1e6)
     return found
 
 
-def gpu_table(arguments, shape, frames, sides):
-    """Time the sides of a step, of random weights -> {side: {phase: [seconds, MB]}}."""
+def gpu_table(name, arguments):
+    """Time a step of GPU_STEPS -> {side: {phase: [seconds, MB]}}."""
+    shape, frames, sides = GPU_STEPS[name]
     # A picture keeps --visual_tokens.
     tokens = 64 * frames if GPU and frames else arguments.visual_tokens
     shape = shape if GPU else "small"
@@ -601,6 +592,15 @@ APART = (gpu_capture, gpu_kernels, gpu_lengths, gpu_memory)
 
 GPU_SIDES = ["packed", "graph", "repeated", "zero3"]
 
+# Steps of random weights: shape, frames and sides.
+GPU_STEPS = {
+    "3b_16": ("3b", 16, GPU_SIDES),
+    "7b_16": ("7b", 16, GPU_SIDES),
+    "3b_64": ("3b", 64, GPU_SIDES),
+    "7b_64": ("7b", 64, GPU_SIDES),
+    "3b_picture": ("3b", 0, ["packed", "trl"]),
+}
+
 # What teaches most comes first.
 GPU_PARTS = {
     "tests": gpu_tests,
@@ -609,11 +609,7 @@ GPU_PARTS = {
     "lengths": gpu_lengths,
     "memory": gpu_memory,
     "default": gpu_default,
-    "3b_16": partial(gpu_table, shape="3b", frames=16, sides=GPU_SIDES),
-    "7b_16": partial(gpu_table, shape="7b", frames=16, sides=GPU_SIDES),
-    "3b_64": partial(gpu_table, shape="3b", frames=64, sides=GPU_SIDES),
-    "7b_64": partial(gpu_table, shape="7b", frames=64, sides=GPU_SIDES),
-    "3b_picture": partial(gpu_table, shape="3b", frames=0, sides=["packed", "trl"]),
+    **{name: partial(gpu_table, name) for name in GPU_STEPS},
 }
 
 
@@ -627,8 +623,6 @@ def bench_gpu(arguments):
     """Run the parts of GPU_PARTS that have no file yet; one that fails is named in its file."""
     folder = Path(arguments.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
-    git = ["git", "rev-parse", "HEAD"]
-    commit = subprocess.run(git, capture_output=True, text=True, cwd=Path(__file__).parent)
     for name in arguments.only or GPU_PARTS:
         file = folder / f"{name}.json"
         if file.exists() and not arguments.only:
@@ -644,7 +638,7 @@ def bench_gpu(arguments):
         made = {
             "part": name,
             "device": device_name(),
-            "commit": commit.stdout.strip(),
+            "commit": train.revision(),
             "date": time.strftime("%Y-%m-%d"),
             "torch": torch.__version__,
             "transformers": transformers.__version__,
@@ -659,50 +653,45 @@ def bench_gpu(arguments):
 
 def table_lines(name, result):
     """Return the lines of a part's table, "owed" where there is no number."""
-    phases = ["rollout", "reference", "policy", "optimizer", "step"]
-    lines = ["", f"{name.replace('_', ', ')}:", "", f"| | {' | '.join(phases)} |"]
-    lines.append("|---" * (1 + len(phases)) + "|")
-    for side in GPU_PARTS[name].keywords["sides"]:
-        cells = []
-        for phase in phases:
-            seconds, megabytes = result.get(side, {}).get(phase, (None, None))
-            cells.append(
-                "owed" if seconds is None else f"{seconds:.2f} s, {megabytes / 1000:.1f} GB"
-            )
-        lines.append(f"| {side} | {' | '.join(cells)} |")
+    lines = ["", f"{name.replace('_', ', ')}:", "", f"| | {' | '.join(PHASES)} |"]
+    lines.append("|---" * (1 + len(PHASES)) + "|")
+    for side in GPU_STEPS[name][2]:
+        cells = [side]
+        for phase in PHASES:
+            cell = "owed"
+            if phase in result.get(side, {}):
+                seconds, megabytes = result[side][phase]
+                cell = f"{seconds:.2f} s, {megabytes / 1000:.1f} GB"
+            cells.append(cell)
+        lines.append(f"| {' | '.join(cells)} |")
     return lines
 
 
 def bench_page(arguments):
     """Write the parts' numbers into docs/performance.md, between its two gpu marks."""
-    parts = {}
+    heading = "No GPU has been measured."
+    lines = ["", "| part | seconds | result |", "|---|---|---|"]
+    tables = []
     for name in GPU_PARTS:
         file = Path(arguments.output_dir) / f"{name}.json"
-        parts[name] = json.loads(file.read_text()) if file.exists() else None
-    found = [part for part in parts.values() if part is not None]
-    lines = ["No GPU has been measured."]
-    if found:
-        words = ("device", "torch", "transformers", "date", "commit")
-        lines = [", ".join(f"{word} {found[-1][word]}" for word in words) + "."]
-    lines += ["", "| part | seconds | result |", "|---|---|---|"]
-    tables = []
-    for name, part in parts.items():
-        result = {} if part is None else part["result"]
-        told = dict(result)
-        told.pop("end", None)
-        # A part with sides is a table.
-        if isinstance(GPU_PARTS[name], partial):
+        seconds = "owed"
+        result = {}
+        if file.exists():
+            made = json.loads(file.read_text())
+            words = ("device", "torch", "transformers", "date", "commit")
+            heading = ", ".join(f"{word} {made[word]}" for word in words) + "."
+            seconds = f"{made['seconds']:.0f}"
+            result = made["result"]
+        # Sides are a table; the last lines of a command stay in its file.
+        told = [f"{key} {result[key]}" for key in result if key not in ("end", *SIDES)]
+        if name in GPU_STEPS:
             tables += table_lines(name, result)
-            told = {key: value for key, value in result.items() if key == "error"}
-        words = ", ".join(f"{key} {value}" for key, value in told.items()).replace("|", "/")
-        seconds = "owed" if part is None else f"{part['seconds']:.0f}"
+        words = ", ".join(told).replace("|", "/")
         lines.append(f"| {name} | {seconds} | {words}".rstrip() + " |")
-    lines += tables
+    text = "\n".join(["<!-- gpu -->", heading, *lines, *tables, "<!-- /gpu -->"])
     page = Path(__file__).parent / "docs/performance.md"
-    before, rest = page.read_text(encoding="utf-8").split(GPU_MARKS[0])
-    _, after = rest.split(GPU_MARKS[1])
-    text = "\n".join(["", *lines, ""])
-    page.write_text(f"{before}{GPU_MARKS[0]}{text}{GPU_MARKS[1]}{after}", encoding="utf-8")
+    before, _, after = re.split("<!-- /?gpu -->", page.read_text(encoding="utf-8"))
+    page.write_text(f"{before}{text}{after}", encoding="utf-8")
 
 
 def main():

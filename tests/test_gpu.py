@@ -468,6 +468,6 @@ def test_bench(tmp_path, monkeypatch):
     monkeypatch.setattr(bench, "DEVICE", "cuda")
     for side in ("packed", "graph"):
         with PretendGpu() as gpu:
-            costs = next(bench.our_steps(arguments, side, tmp_path, medium))
+            costs = bench.GroupStep(arguments, side, tmp_path, medium).run()
         assert len(gpu.graphs) == (side == "graph")
         assert costs["step"][1] == 7
