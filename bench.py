@@ -63,7 +63,7 @@ import train
 from common.data import DataError, Example, Medium, read_document
 from common.engine import hookless_twin, sampling, start_engine
 from common.flags import Parser, flag
-from common.media import Encoder, sample_medium
+from common.media import Encoder, PromptFlags, sample_medium
 from common.policy import Policy, collate, load_model, vision_tokens
 from common.ranks import start_ranks
 from common.rollout import Sampling, rollout, stop_tokens
@@ -233,7 +233,8 @@ def load_encoder(arguments, folder):
     """Load an Encoder without limits of size, so that a medium keeps its own."""
     processor = AutoProcessor.from_pretrained(folder)
     processor.image_processor.size = {"shortest_edge": 1, "longest_edge": 1 << 40}
-    return Encoder(processor, 0, 1 << 40, arguments.frames)
+    flags = PromptFlags(frames=max(1, arguments.frames), min_pixels=1, max_pixels=1 << 40)
+    return Encoder(processor, flags)
 
 
 class GroupStep:

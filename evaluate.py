@@ -442,7 +442,7 @@ def encode(arguments, encoder, one):
 
 def make_inputs(arguments, processor):
     """Inputs with the command line's encoder, workers and control."""
-    encoder = Encoder.from_flags(processor, arguments)
+    encoder = Encoder(processor, arguments)
     function = partial(encode, arguments)
     return Inputs(encoder, arguments.decode_workers, arguments.decode_timeout, function)
 
@@ -668,7 +668,7 @@ def media_parts(arguments, example, medium, position):
             raise MediaError(f"{medium.path}: no such file")
         mime = mimetypes.guess_type(medium.path)[0] or "video/mp4"
         return [media_part("video", Path(medium.path).read_bytes(), mime)]
-    encoder = Encoder.from_flags(None, arguments)
+    encoder = Encoder(None, arguments)
     frames = encoder.load(medium).frames  # (K, 3, h, w)
     frames = frames[frame_order(arguments, position, len(frames))]
     # As in Encoder.encode: pictures beside a video stay.

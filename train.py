@@ -1504,7 +1504,7 @@ def read_inputs(args, resume, progress):
         sft_data = f"{args.toy_dir}/train_cot.json"
     # The checkpoint's own processor makes the model inputs.
     processor = load_processor(args, args.model_name_or_path)
-    encoder = Encoder.from_flags(processor, args)
+    encoder = Encoder(processor, args)
     # result.json gets its further entries in run().
     result = {"command": sys.argv, "seed": args.seed}
     this = Run(args, processor, encoder, Questions([]), result, progress)

@@ -1,28 +1,19 @@
 """Videos and pictures: frames, their times, and model inputs.
 
 indices, times, frames = sample_video("a.mp4", 16)       # (K,), (K,) seconds, (K, H, W, 3) uint8
-encoder = Encoder.from_flags(processor, arguments)       # of any PromptFlags
+encoder = Encoder(processor, arguments)                  # any PromptFlags
 inputs = encoder.encode(example)  # ModelInputs
 """
 
 import os
-from collections import OrderedDict
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import cv2
 import numpy as np
 import torch
 
-from common.data import (
-    PROMPT_TEMPLATE,
-    DataError,
-    MediaError,
-    Medium,
-    chat_parts,
-    plain_ids,
-    read_template,
-)
+from common.data import DataError, MediaError, Medium, chat_parts, plain_ids, read_template
 from common.flags import check_least, flag
 from common.video import DECODERS, load_image, open_medium
 
@@ -212,18 +203,16 @@ def draw_times(frames, times):
         (K, 3, H, W) uint8, a copy.
     """
     font = cv2.FONT_HERSHEY_SIMPLEX
-    drawn = []
-    for frame, time in zip(frames.permute(0, 2, 3, 1).numpy(), times, strict=True):
-        # OpenCV draws into contiguous pixels only.
-        picture = np.ascontiguousarray(frame)  # (H, W, 3)
+    # OpenCV draws into contiguous pixels only.
+    pictures = frames.permute(0, 2, 3, 1).numpy().copy()  # (K, H, W, 3)
+    for picture, time in zip(pictures, times, strict=True):
         text = clock(time)
         # A line of text keeps its share of the frame's height.
         scale = len(picture) / 250
         (width, height), below = cv2.getTextSize(text, font, scale, 2)
         cv2.rectangle(picture, (0, 0), (width + 4, height + below + 2), (0, 0, 0), -1)
         cv2.putText(picture, text, (2, height + 2), font, scale, (255, 255, 255), 2, cv2.LINE_AA)
-        drawn.append(torch.from_numpy(picture).permute(2, 0, 1))
-    return torch.stack(drawn)
+    return torch.from_numpy(pictures).permute(0, 3, 1, 2)
 
 
 @dataclass
@@ -263,42 +252,28 @@ class CachedMedium:
         return (1 + patches) * self.frames.numel()
 
 
-@dataclass
 class Encoder:
     """Converts examples to model inputs with the checkpoint's own processor.
 
-    Decoded media are kept up to `cache_gb`; those used longest ago are dropped first.
+    Args:
+        processor: of the checkpoint; None for a server's, which encodes nothing.
+        flags: PromptFlags.
+        cache_gb: decoded media are kept up to it; those used longest ago are dropped first.
     """
 
-    processor: object  # transformers' ProcessorMixin, whose import takes seconds
-    min_pixels: int  # of a resized frame
-    max_pixels: int
-    frames: int = 16  # uniform frames of a video without a prior
-    template: str = PROMPT_TEMPLATE
-    cache_gb: float = 1.0
-    frame_times: str = "none"  # show a video's times as "text" before the question, or "drawn"
-    system_prompt: str | None = None  # None: what the chat template does by itself
-    fps: float | None = None  # frames a second instead, from min_frames to `frames` of them
-    min_frames: int = 1
-    decoder: str = "pyav"
-    image_max_pixels: int | None = None  # of a picture; None: max_pixels
-
-    media: OrderedDict = field(default_factory=OrderedDict, init=False)  # key -> CachedMedium
-    media_bytes: int = field(default=0, init=False)
-
-    @classmethod
-    def from_flags(cls, processor, flags, **more):
-        """The encoder that PromptFlags ask for; `more` are further fields."""
-        shared = vars(flags).keys() & {one.name for one in fields(cls)}
-        more |= {name: getattr(flags, name) for name in shared}
-        return cls(processor, template=read_template(flags.prompt_template), **more)
+    def __init__(self, processor, flags, cache_gb=1.0):
+        self.processor = processor
+        self.flags = flags
+        self.template = read_template(flags.prompt_template)
+        self.cache_gb = cache_gb
+        self.media = {}  # key -> CachedMedium; the first is the one used longest ago
 
     def encode(self, example, row=None, shuffle=None, black=False):
         """Encode one example.
 
         Args:
             example: Example.
-            row: its Prior, whose frames are shown; None shows `frames` uniform ones.
+            row: its Prior, whose frames are shown; None shows uniform ones.
             shuffle: (K,) new order of the video's frames (control of the temporal reward). Times
                 and prompt do not change.
             black: show black frames of the video, of the pictures where there is none (control of
@@ -315,28 +290,29 @@ class Encoder:
             loaded = self.load(medium, row if medium == example.medium else None)
             # A control leaves the pictures beside a video as they are.
             if medium.kind == example.media_type and black:
-                loaded = replace(loaded, frames=torch.zeros_like(loaded.frames))
+                loaded = replace(loaded, frames=torch.zeros_like(loaded.frames), inputs=None)
             elif medium.kind == example.media_type and shuffle is not None:
-                loaded = replace(loaded, frames=loaded.frames[list(shuffle)])
+                loaded = replace(loaded, frames=loaded.frames[list(shuffle)], inputs=None)
             media.append(loaded)
         # Times as text stand in the user's turn, before the question.
-        if self.frame_times == "text" and example.video:
+        if self.flags.frame_times == "text" and example.video:
             shown = media[example.media.index(example.video)]
             times = ", ".join(map(clock, shown.times))
             question = f"The frames were taken at {times}.\n{example.question}"
             example = replace(example, question=question)
-        before, text, after = chat_parts(self.processor, example, self.template, self.system_prompt)
+        before, text, after = chat_parts(
+            self.processor, example, self.template, self.flags.system_prompt
+        )
 
         tokenizer = self.processor.tokenizer
         if not media:
             before_ids = torch.tensor(tokenizer(before).input_ids)
             inputs = ModelInputs(before_ids, None, None, second_per_grid=1.0, times=[])
-        elif black or shuffle is not None or len(media) > 1:
+        elif len(media) > 1:
             inputs = self.process(before, media)
         else:
             # All questions about a medium share the prompt up to its end.
-            if media[0].inputs is None:
-                media[0].inputs = self.process(before, media)
+            media[0].inputs = media[0].inputs or self.process(before, media)
             inputs = media[0].inputs
         # Tokenized apart from the rest, since its special tokens are ordinary text.
         ids = plain_ids(tokenizer, text) + tokenizer(after, add_special_tokens=False).input_ids
@@ -350,40 +326,43 @@ class Encoder:
         Args:
             row: see encode.
         """
-        path = medium.path
         # A prior's frames and uniform frames of one video are two entries.
         key = (medium, tuple(row.frames) if row else None)
-        if key not in self.media:
-            _, times, frames = sample_medium(medium, self, key[1])
-            most = self.max_pixels
-            least = self.min_pixels
-            if medium.kind == "image":
-                most = self.image_max_pixels or most
-                least = min(least, IMAGE_MIN_PIXELS)
-            try:
-                frames = resize_frames(frames, min(least, most), most, self.factor)
-            except ValueError as error:  # one side is over 200 times the other
-                raise MediaError(f"{path}: cannot be resized ({error})") from error
-            fps = 1.0
-            # A single frame has no rate.
-            if len(times) > 1:
-                fps = float((len(times) - 1) / (times[-1] - times[0]))
-            self.media[key] = CachedMedium(medium.kind, frames, times.tolist(), fps)
-            self.media_bytes += self.media[key].nbytes
-            # The newest entry stays even if it exceeds the limit by itself.
-            while self.media_bytes > self.cache_gb * 1e9 and len(self.media) > 1:
-                _, oldest = self.media.popitem(last=False)
-                self.media_bytes -= oldest.nbytes
-        # The first entry is the one used longest ago.
-        self.media.move_to_end(key)
-        loaded = self.media[key]
+        loaded = self.media.pop(key, None) or self.decode(*key)
         # The same numbers in another file are other frames.
         if row and not np.allclose(loaded.times, row.times, atol=0.02):
             raise DataError(
-                f"{path}: its prior was made for other frames (the times differ); "
+                f"{medium.path}: its prior was made for other frames (the times differ); "
                 "build the priors again"
             )
+        self.media[key] = loaded
+        # The newest entry stays even if it exceeds the limit by itself.
+        while self.media_bytes > self.cache_gb * 1e9 and len(self.media) > 1:
+            oldest = next(iter(self.media))
+            del self.media[oldest]
         return loaded
+
+    @property
+    def media_bytes(self):
+        return sum(medium.nbytes for medium in self.media.values())
+
+    def decode(self, medium, indices):
+        """Decode a Medium, or its frames of these indices, and resize them -> CachedMedium."""
+        _, times, frames = sample_medium(medium, self.flags, indices)
+        most = self.flags.max_pixels
+        least = self.flags.min_pixels
+        if medium.kind == "image":
+            most = self.flags.image_max_pixels or most
+            least = min(least, IMAGE_MIN_PIXELS)
+        try:
+            frames = resize_frames(frames, min(least, most), most, self.factor)
+        except ValueError as error:  # one side is over 200 times the other
+            raise MediaError(f"{medium.path}: cannot be resized ({error})") from error
+        fps = 1.0
+        # A single frame has no rate.
+        if len(times) > 1:
+            fps = float((len(times) - 1) / (times[-1] - times[0]))
+        return CachedMedium(medium.kind, frames, times.tolist(), fps)
 
     @property
     def factor(self):
@@ -415,7 +394,7 @@ class Encoder:
             frames = video.frames
             times = video.times
             # Drawn after a control has shuffled the frames: the times stay in order.
-            if self.frame_times == "drawn":
+            if self.flags.frame_times == "drawn":
                 frames = draw_times(frames, times)
             seconds = self.processor.video_processor.temporal_patch_size / video.fps
             # The frames are sampled already; their rate gives the seconds per slot.

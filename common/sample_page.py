@@ -97,7 +97,7 @@ def answer_question(arguments, name, path, example, prior):
     # 1. Frames and prompt as in training.
     model, processor = load_model(path)
     policy = Policy(model)
-    encoder = Encoder.from_flags(processor, arguments, cache_gb=0)
+    encoder = Encoder(processor, arguments, cache_gb=0)
     item = encoder.encode(example, prior)
     if item.slots < 2:
         raise DataError(f"{example.path}: its frames make one slot, with nothing to choose from")

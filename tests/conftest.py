@@ -146,10 +146,10 @@ def items(toy_folder, toy_processor):
     rate, a text.
     """
     from common.data import load_examples
-    from common.media import Encoder
+    from common.media import Encoder, PromptFlags
 
     examples = load_examples(toy_folder / "train_cot.json")
-    encoder = Encoder(toy_processor, 56 * 56, 56 * 56)
+    encoder = Encoder(toy_processor, PromptFlags(min_pixels=56 * 56, max_pixels=56 * 56))
     videos = {example.path: example for example in examples if example.media_type == "video"}
     first, second = list(videos.values())[:2]
     image = next(example for example in examples if example.media_type == "image")

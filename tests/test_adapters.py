@@ -19,7 +19,7 @@ from conftest import video_row
 
 import reward
 from common.data import build_prompt, load_examples
-from common.media import Encoder
+from common.media import Encoder, PromptFlags
 from common.policy import Policy, collate
 from grpo import rollout_frame_use
 
@@ -413,7 +413,7 @@ def test_cfr_from_forward_is_what_the_packed_path_gives(toy_folder, toy_processo
         {example.path: example for example in examples if example.media_type == "video"}.values()
     )
     text = replace(videos[0], id="text", media=[], question="Which letter is red?")
-    encoder = Encoder(toy_processor, 56 * 56, 56 * 56)
+    encoder = Encoder(toy_processor, PromptFlags(min_pixels=56 * 56, max_pixels=56 * 56))
     items = [
         encoder.encode(example, video_row(frames))
         for example, frames in (

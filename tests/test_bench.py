@@ -14,12 +14,11 @@ import numpy as np
 import pytest
 import torch
 from pebble import ProcessExpired
-from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoModelForImageTextToText
 
 import bench
 import toy
 from common.data import Example
-from common.media import Encoder
 
 SMALL = {
     "visual_tokens": 18,
@@ -117,8 +116,7 @@ def test_a_video_has_its_slots_and_visual_tokens(tmp_path):
     medium = bench.prepare(arguments, tmp_path)
     assert medium.kind == "video"
     example = Example("0", "Which ball is red?", [], "numerical", "1", [medium])
-    processor = AutoProcessor.from_pretrained(tmp_path)
-    item = Encoder(processor, 0, 1 << 40, arguments.frames).encode(example)
+    item = bench.load_encoder(arguments, tmp_path).encode(example)
     assert item.grid_thw.tolist() == [[3, 4, 8]]
     config = json.loads((tmp_path / "config.json").read_text())
     visual = sum(token == config["video_token_id"] for token in item.input_ids.tolist())

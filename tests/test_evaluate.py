@@ -819,12 +819,12 @@ def test_answers_are_those_of_the_rollout_code(
 ):
     """Greedy, and scored as train.py's held-out table is, by reward.accuracy_reward."""
     from common.data import load_examples
-    from common.media import Encoder
+    from common.media import Encoder, PromptFlags
     from common.policy import collate
     from common.rollout import Sampling, sample_texts
 
     report = local([*flags, "--temperature", 0], tmp_path / "report.json", monkeypatch, capsys)
-    encoder = Encoder(toy_processor, 3136, 3136, 4)
+    encoder = Encoder(toy_processor, PromptFlags(min_pixels=3136, max_pixels=3136, frames=4))
     answers = {record["problem_id"]: record for record in report["results"]}
     for example in load_examples(bench, errors=[])[:3]:
         prompts = collate([encoder.encode(example)], toy_model)
@@ -1409,14 +1409,14 @@ def test_controls_change_what_the_model_sees(
     flags, undisturbed, toy_processor, tmp_path, monkeypatch, capsys
 ):
     from common.data import load_examples
-    from common.media import Encoder
+    from common.media import Encoder, PromptFlags
 
     example = next(
         e
         for e in load_examples(flags[3], errors=[])
         if e.media_type == "video" and Path(e.path).name not in ("missing.mp4", "damaged.mp4")
     )
-    encoder = Encoder(toy_processor, 3136, 3136, 4)
+    encoder = Encoder(toy_processor, PromptFlags(min_pixels=3136, max_pixels=3136, frames=4))
     seen = {}
     for control in ("none", "shuffled", "black"):
         arguments = evaluate.EvaluateArguments(

@@ -22,7 +22,7 @@ import train
 import visualize
 from common import ranks, sample_page
 from common.data import Prior, load_examples
-from common.media import Encoder
+from common.media import Encoder, PromptFlags
 from common.policy import Policy, checkpoint_activations, collate, load_weights
 from common.rollout import Sampling, replay, rollout
 from grpo import policy_loss, rollout_frame_use, token_frame_use
@@ -304,7 +304,7 @@ def test_groups_of_every_recipe(flags, toy_folder, toy_processor, talker, monkey
         ),
         "image": None,
     }
-    encoder = Encoder(toy_processor, 3136, 3136)
+    encoder = Encoder(toy_processor, PromptFlags(min_pixels=3136, max_pixels=3136))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(
         sys, "argv", ["train.py", "--model_name_or_path", "x", "--num_generations", "4", *flags]

@@ -14,6 +14,7 @@ from common import media, video
 from common.data import DataError, Example, MediaError, Medium, Prior, chat_parts
 from common.media import (
     Encoder,
+    PromptFlags,
     load_image,
     read_frames,
     resize_frames,
@@ -150,7 +151,8 @@ def test_pictures_have_bounds_of_their_own(tmp_path, toy_processor):
 
     def grid(kind, name, **bounds):
         example = replace(EXAMPLE, media=[Medium(kind, str(tmp_path / name))])
-        encoder = Encoder(toy_processor, 112 * 112, 112 * 112, 4, **bounds)
+        flags = PromptFlags(min_pixels=112 * 112, max_pixels=112 * 112, frames=4, **bounds)
+        encoder = Encoder(toy_processor, flags)
         return encoder.encode(example).grid_thw.flatten().tolist()
 
     assert grid("image", "a.png") == [1, 8, 8]  # 112 pixels are 8 patches
@@ -217,14 +219,15 @@ def test_an_image_that_cannot_be_resized_is_a_media_error(tmp_path, toy_processo
         "1", "What?", [], "free-form", "x", [Medium("image", str(tmp_path / "strip.png"))]
     )
     with pytest.raises(MediaError, match="strip.png"):
-        Encoder(toy_processor, 784, 4 * 784).encode(example)
+        Encoder(toy_processor, PromptFlags(min_pixels=784, max_pixels=4 * 784)).encode(example)
 
 
 # ------------------------------------------------------------ encoder
 
 
-def encoder_of(processor, **settings):
-    return Encoder(processor, 56 * 56, 56 * 56, **{"frames": 4, **settings})
+def encoder_of(processor, cache_gb=1.0, **settings):
+    flags = PromptFlags(min_pixels=56 * 56, max_pixels=56 * 56, frames=4, **settings)
+    return Encoder(processor, flags, cache_gb)
 
 
 def prior_of(frames, times):

@@ -410,7 +410,7 @@ def test_inputs_from_workers_are_those_of_this_process(small_toy, first_run):
         import multiprocessing, sys, time, torch
         from common.inputs import Inputs, Ready
         from transformers import AutoProcessor
-        from common.media import Encoder
+        from common.media import Encoder, PromptFlags
         from common.data import Prior, load_examples
 
         class Hangs(Encoder):
@@ -418,7 +418,8 @@ def test_inputs_from_workers_are_those_of_this_process(small_toy, first_run):
                 time.sleep(100)
 
         if __name__ == "__main__":
-            encoder = Encoder(AutoProcessor.from_pretrained(sys.argv[2]), 3136, 3136)
+            flags = PromptFlags(min_pixels=3136, max_pixels=3136)
+            encoder = Encoder(AutoProcessor.from_pretrained(sys.argv[2]), flags)
             examples = load_examples(sys.argv[1] + "/train.json")[:8]
             row = Prior("0", frames=[0, 20, 40, 60], times=[0.0, 5.0, 10.0, 15.0], prior=[0.25] * 4)
             rows = [row if one.media_type == "video" else None for one in examples]
@@ -448,7 +449,7 @@ def test_inputs_from_workers_are_those_of_this_process(small_toy, first_run):
                 assert not inputs.take(batch)[1]
             for one in requests:
                 assert one.inputs.times is not None
-            slow = Inputs(Hangs(encoder.processor, 3136, 3136), 1, 0.5)
+            slow = Inputs(Hangs(encoder.processor, flags), 1, 0.5)
             for batch in slow.each([requests[:1]]):
                 (cause,) = slow.take(batch)[1].values()
                 print("not decoded within 0.5 s" in cause)"""

@@ -23,7 +23,7 @@ import reward
 import visualize
 from common import sample_page
 from common.data import Example, Prior, load_examples
-from common.media import Encoder
+from common.media import Encoder, PromptFlags
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -72,7 +72,9 @@ def test_answer_equals_plain_transformers(checkpoint, toy_folder, toy_processor)
 
     model = AutoModelForImageTextToText.from_pretrained(checkpoint, attn_implementation="eager")
     model.eval()
-    item = Encoder(toy_processor, 3136, 3136).encode(example, row)
+    item = Encoder(toy_processor, PromptFlags(min_pixels=3136, max_pixels=3136)).encode(
+        example, row
+    )
     ids = item.input_ids
     banned = torch.tensor(banned_ids(model))
     inputs = {

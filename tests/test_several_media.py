@@ -15,7 +15,7 @@ from PIL import Image
 import evaluate
 import reward
 from common.data import Medium, chat_parts, load_examples
-from common.media import Encoder, read_frames
+from common.media import Encoder, PromptFlags, read_frames
 from common.policy import Policy, collate
 from common.rollout import Sampling, rollout
 from common.video import open_video
@@ -52,7 +52,7 @@ def mixed(video, pictures):
 
 @pytest.fixture
 def encoder(toy_processor):
-    return Encoder(toy_processor, 56 * 56, 56 * 112)
+    return Encoder(toy_processor, PromptFlags(min_pixels=56 * 56, max_pixels=56 * 112))
 
 
 def parts(item):

@@ -8,7 +8,7 @@ from conftest import video_row
 
 import train
 from common.data import load_examples
-from common.media import Encoder
+from common.media import Encoder, PromptFlags
 from common.policy import Policy
 
 
@@ -20,7 +20,7 @@ def forwards(toy_folder, toy_processor):
     first, second = list(by_path.values())[:2]
     image = next(example for example in examples if example.media_type == "image")
     text = train.replace(image, id="text", media=[], question="Which letter is red?")
-    encoder = Encoder(toy_processor, 3136, 3136)
+    encoder = Encoder(toy_processor, PromptFlags(min_pixels=3136, max_pixels=3136))
     row = video_row([0, 10, 20, 30])
 
     def ready(place, example, order=None):

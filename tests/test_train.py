@@ -29,7 +29,7 @@ import train
 from common.data import DataError, Example, Prior, load_examples
 from common.engine import choose_trained, update_averages, write_shards
 from common.flags import Parser
-from common.media import Encoder
+from common.media import Encoder, PromptFlags
 from common.policy import Policy, collate
 
 
@@ -750,7 +750,8 @@ def micro_batch(toy_folder, toy_processor, toy_model, texts, *flags, cut=()):
     texts = [
         text.format(right=example.answer, wrong="BA"[ord(example.answer) - 65]) for text in texts
     ]
-    encoder, tokenizer = Encoder(toy_processor, 56 * 56, 56 * 56), toy_processor.tokenizer
+    encoder = Encoder(toy_processor, PromptFlags(min_pixels=56 * 56, max_pixels=56 * 56))
+    tokenizer = toy_processor.tokenizer
     ids = [tokenizer(text).input_ids for text in texts]
     completions = torch.full((1, len(ids), max(map(len, ids))), tokenizer.eos_token_id)
     for row, tokens in zip(completions[0], ids, strict=True):

@@ -9,7 +9,7 @@ from PIL import Image
 import toy
 import train
 from common.data import PROBLEM_TYPES, load_examples
-from common.media import Encoder
+from common.media import Encoder, PromptFlags
 
 
 def test_the_rows_of_the_page_are_a_data_set(tmp_path, toy_processor):
@@ -27,7 +27,7 @@ def test_the_rows_of_the_page_are_a_data_set(tmp_path, toy_processor):
     assert answers["choice"] == "B"
     assert answers["bare options"] == "A"
     assert answers["several letters"] == "A,B"
-    encoder = Encoder(toy_processor, 56 * 56, 56 * 56)
+    encoder = Encoder(toy_processor, PromptFlags(min_pixels=56 * 56, max_pixels=56 * 56))
     for example in examples:
         assert train.unearnable(example) is None
         assert len(encoder.encode(example).input_ids)

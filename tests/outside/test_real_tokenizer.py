@@ -10,7 +10,7 @@ from PIL import Image
 from transformers import GenerationConfig
 
 from common.data import Example, Medium, chat_parts, plain_ids
-from common.media import Encoder
+from common.media import Encoder, PromptFlags
 from common.rollout import read_turn, stop_tokens
 from grpo import answer_likelihoods
 from train import answer_ids
@@ -55,7 +55,7 @@ def test_ordinary_words_become_the_ids_of_the_whole_prompt(processor, kind, tmp_
     Image.new("RGB", (56, 56)).save(tmp_path / "i.png")
     picture = Medium("image", str(tmp_path / "i.png"))
     example = replace(EXAMPLE, media=[picture] if kind == "image" else [])
-    item = Encoder(processor, 56 * 56, 56 * 56).encode(example)
+    item = Encoder(processor, PromptFlags(min_pixels=56 * 56, max_pixels=56 * 56)).encode(example)
     text = "".join(chat_parts(processor, example)).replace("<|image_pad|>", "<|image_pad|>" * 4)
     assert text.startswith(
         "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n"
@@ -66,7 +66,7 @@ def test_ordinary_words_become_the_ids_of_the_whole_prompt(processor, kind, tmp_
 def test_special_tokens_in_a_question_are_text(processor, tmp_path):
     Image.new("RGB", (56, 56)).save(tmp_path / "i.png")
     picture = dict(media=[Medium("image", str(tmp_path / "i.png"))])
-    encoder = Encoder(processor, 56 * 56, 56 * 56)
+    encoder = Encoder(processor, PromptFlags(min_pixels=56 * 56, max_pixels=56 * 56))
     plain = encoder.encode(replace(EXAMPLE, **picture)).input_ids.tolist()
     attacked = encoder.encode(replace(EXAMPLE, question=ATTACK, **picture)).input_ids.tolist()
     for token in range(END_OF_TEXT, VIDEO_PAD + 1):

@@ -13,7 +13,7 @@ from PIL import Image
 import evaluate
 import prior
 from common.data import Example, MediaError, Medium
-from common.media import Encoder, sample_video
+from common.media import Encoder, PromptFlags, sample_video
 
 WIDTH, HEIGHT, FRAMES, FPS = 192, 64, 72, 24
 
@@ -329,8 +329,11 @@ def test_priors_training_and_evaluation_take_the_same_frames(folder, toy_process
             flags = evaluate.EvaluateArguments("model", "data", frames=6, **settings)
             example = Example("0", "What?", [], "free-form", "x", [medium])
             for encoder in (
-                Encoder(toy_processor, 3136, 3136, 6, **settings),
-                Encoder.from_flags(toy_processor, flags),
+                Encoder(
+                    toy_processor,
+                    PromptFlags(min_pixels=3136, max_pixels=3136, frames=6, **settings),
+                ),
+                Encoder(toy_processor, flags),
             ):
                 np.testing.assert_allclose(encoder.encode(example).times, found.times)
 
