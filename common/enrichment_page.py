@@ -8,7 +8,7 @@ import numpy as np
 
 from common import scores
 from common.data import DataError
-from common.pages import page_path, table_html, write_page
+from common.pages import columns_html, page_path, write_page
 from common.plots import DOTTED, line_style, name_paths, new_figure
 
 PARTS = 10  # of an answer
@@ -33,18 +33,17 @@ def read_events(path):
     for row in rows:
         use = row.get("frame_use") or {}
         # A ratio of shares: some slots must be consensus slots, and some not.
-        if use.get("enrichment") is not None:
-            slots = len(use["slots"])
-            others = set(range(slots)) - set(use["consensus_slots"])
-            use["others"] = scores.event_enrichment(use["events"], slots, others)
-            uses.setdefault(row["problem_id"], use)
+        if use.get("enrichment") is None:
+            continue
+        slots = len(use["slots"])
+        others = set(range(slots)) - set(use["consensus_slots"])
+        use["others"] = scores.event_enrichment(use["events"], slots, others)
+        uses.setdefault(row["problem_id"], use)
     if not uses:
         raise DataError(
             f"{path} has no answer with a known enrichment; evaluate.py --frame_use attention "
             "--priors FILE stores it in NAME.predictions.jsonl"
         )
-    # A report has its settings once, prediction lines have them in every row.
-    settings = settings or rows[0].get("settings", {})
     score = f"{settings.get('frame_use')}, layer {settings.get('frame_use_layer')}"
     return uses, score, len(rows) - len(uses)
 
@@ -92,9 +91,9 @@ def plot_means(axes, files):
         for place, name in enumerate(["enrichment", "others"]):
             values = values_of(uses, name)
             mean = values.mean()
-            low, high = scores.paired_bootstrap(values, samples=2000)
-            bar = [[mean - low], [high - mean]]
+            ends = scores.paired_bootstrap(values, samples=2000)
             # Files stand side by side.
+            bar = np.abs(np.array(ends) - mean)[:, None]
             axes.errorbar(place + 0.1 * index, mean, bar, fmt="o", color=colour)
     axes.axhline(1, **DOTTED)
     axes.set_xticks([0, 1], ["consensus slots", "other slots"])
@@ -122,32 +121,30 @@ def enrichment_report(predictions, label, output):
     names = [path.removesuffix(".predictions.jsonl") for path in predictions]
     labels = name_paths(names, label)
     files = []
-    # One column of the table a file, below the names of its rows.
-    columns = [
-        [
-            "measure",
-            "frame use by",
-            "rows without a known enrichment",
-            "enrichment of the consensus slots",
-            "enrichment of the other slots",
-            f"consensus slots, change from {labels[0]} on the same questions",
-        ]
-    ]
+    columns = []
     for name, path in zip(labels, predictions, strict=True):
         uses, score, left_out = read_events(path)
-        files.append(uses)
-        column = [name, score, left_out]
-        column += [mean_text(values_of(uses, kind)) for kind in ("enrichment", "others")]
         # Paired by problem_id. Levels of different scores of frame use cannot be compared.
         changes = []
-        if len(files) > 1 and score == columns[1][1]:
+        if files and score == columns[0]["frame use by"]:
             for key, use in uses.items():
                 if key in files[0]:
                     changes.append(use["enrichment"] - files[0][key]["enrichment"])
-        columns.append([*column, mean_text(changes, "+")])
+        columns.append(
+            {
+                "measure": name,
+                "frame use by": score,
+                "rows without a known enrichment": left_out,
+                "enrichment of the consensus slots": mean_text(values_of(uses, "enrichment")),
+                "enrichment of the other slots": mean_text(values_of(uses, "others")),
+                f"consensus slots, change from {labels[0]} on the same questions": mean_text(
+                    changes, "+"
+                ),
+            }
+        )
+        files.append(uses)
     figure = new_figure(9, 4.5, "Event enrichment", labels, NOTE)
     means, positions = figure.subplots(1, 2, sharey=True)
     plot_means(means, files)
     plot_positions(positions, files)
-    table = table_html(list(zip(*columns, strict=True)))
-    return write_page(output, "Event enrichment", table, {"": figure})
+    return write_page(output, "Event enrichment", columns_html(columns), {"": figure})

@@ -31,6 +31,15 @@ def table_html(rows):
     return "".join([*parts, "</table></div>"])
 
 
+def columns_html(columns):
+    """table_html() of columns {name of the row: cell}, "–" where one lacks a row; "" for a head."""
+    names = {}
+    for column in columns:
+        names |= column
+    rows = [[name, *(column.get(name, "–") for column in columns)] for name in names]
+    return table_html(rows) if len(rows) > 1 else ""
+
+
 def page_path(output):
     """Path of a page, whose folder is made: what fails should fail before anything slow begins."""
     output = Path(output)

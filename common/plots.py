@@ -136,14 +136,14 @@ def prior_figure(prior, frames, names=(), note="", more=()):
     """
     count = len(frames)
     columns = max(count, 8)
-    # {name: (values, chosen frames, colour)}
-    charts = {
-        "scene cue": (prior.scene_scores, prior.scene, COLOURS[2]),
-        "semantic cue": (prior.semantic_scores, prior.semantic, COLOURS[3]),
-        "P": (prior.prior, range(count), COLOURS[4]),
-    }
+    # Name, values, chosen frames, colour.
+    charts = [
+        ("scene cue", prior.scene_scores, prior.scene, COLOURS[2]),
+        ("semantic cue", prior.semantic_scores, prior.semantic, COLOURS[3]),
+        ("P", prior.prior, range(count), COLOURS[4]),
+    ]
     # Without CLIP there are no semantic scores.
-    charts = {name: chart for name, chart in charts.items() if chart[0]}
+    charts = [chart for chart in charts if chart[1]]
     ratios = [frames[0].shape[0] / frames[0].shape[1], *[1] * len(charts), *more]
     # matplotlib draws nothing wider than 65,536 pixels.
     size = (min(0.8 * columns + 1, 60), 1.1 * sum(ratios) + 1)
@@ -151,7 +151,7 @@ def prior_figure(prior, frames, names=(), note="", more=()):
     # The film's row has the height of its frames; all rows share the axis of time.
     film, *axes = figure.subplots(len(ratios), 1, sharex=True, height_ratios=ratios)
     show_film(film, frames)
-    for one, (name, (values, chosen, colour)) in zip(axes, charts.items(), strict=False):
+    for one, (name, values, chosen, colour) in zip(axes, charts, strict=False):
         # Dots, since the zero of a cosine means nothing.
         plot = one.scatter if name == "semantic cue" else one.bar
         faces = [colour if place in chosen else "white" for place in range(count)]

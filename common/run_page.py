@@ -8,7 +8,7 @@ import numpy as np
 from matplotlib.ticker import MaxNLocator
 
 from common.data import DataError
-from common.pages import page_path, table_html, write_page
+from common.pages import columns_html, page_path, write_page
 from common.plots import line_style, name_paths, new_figure
 
 # {metric: unit} of the panels in their order; the other reward terms follow.
@@ -72,11 +72,9 @@ def series(runs, name):
             if part == stage and name in record:
                 curve[step] = record[name]
         curves.append(curve)
-    steps = sorted(set().union(*curves))
     # Runs can have different lengths.
-    values = np.full((len(runs), len(steps)), np.nan)
-    for row, curve in enumerate(curves):
-        values[row] = [curve.get(step, np.nan) for step in steps]
+    steps = sorted(set().union(*curves))
+    values = np.array([[curve.get(step, np.nan) for step in steps] for curve in curves])
     broken = sum(map(len, curves)) - int(np.isfinite(values).sum())
     values[np.isinf(values)] = np.nan
     return steps, values, broken
@@ -123,23 +121,18 @@ def mean_text(results, part, name):
 
 def result_table(groups):
     """result.json of the finished runs, one column a group, as HTML."""
-    finished = []
-    names = {}
-    for runs in groups.values():
+    columns = []
+    for label, runs in groups.items():
         # Runs without held-out questions have no numbers.
         results = [result for _, result in runs if "after" in result]
-        finished.append(results)
+        column = {"before → after GRPO": label}
         for result in results:
-            names |= result["after"]
-    rows = [["before → after GRPO", *groups]]
-    for name in names:
-        row = [name]
-        for results in finished:
-            before = mean_text(results, "before", name)
-            after = mean_text(results, "after", name)
-            row.append(f"{before} → {after}")
-        rows.append(row)
-    return table_html(rows) if names else ""
+            for name in result["after"]:
+                before = mean_text(results, "before", name)
+                after = mean_text(results, "after", name)
+                column[name] = f"{before} → {after}"
+        columns.append(column)
+    return columns_html(columns)
 
 
 def run_report(output_dirs, label=None, output=None):

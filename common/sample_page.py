@@ -17,7 +17,7 @@ import torch
 import reward
 from common.data import DataError, typed_example
 from common.media import Encoder, sample_medium
-from common.pages import page_path, table_html, write_page
+from common.pages import columns_html, page_path, write_page
 from common.plots import COLOURS, DOTTED, line_style, name_paths, prior_figure, show_film
 from common.policy import Policy, load_model, read_config
 from common.rollout import Sampling, answer_inputs
@@ -96,28 +96,20 @@ def answer_question(arguments, name, path, example, prior):
     """
     # 1. Frames and prompt as in training.
     model, processor = load_model(path)
-    policy = Policy(model)
-    encoder = Encoder(processor, arguments, cache_gb=0)
-    item = encoder.encode(example, prior)
+    item = Encoder(processor, arguments, cache_gb=0).encode(example, prior)
     if item.slots < 2:
         raise DataError(f"{example.path}: its frames make one slot, with nothing to choose from")
     # 2. The answer, and one forward over it for what it looks at.
     sampling = Sampling(arguments.max_completion_length, temperature=0.0)
     layer = arguments.hidden_layer
-    answers = answer_inputs(
-        model,
-        processor,
-        [item],
-        [0],
-        sampling,
-        hidden_layers=(layer,),
-        attention_layer=arguments.attention_layer if policy.packs else None,
-    )
-    answer = next(answers)
+    layers = {"hidden_layers": (layer,)}
+    # Models whose groups cannot be packed give no attention.
+    if Policy(model).packs:
+        layers["attention_layer"] = arguments.attention_layer
+    [answer] = answer_inputs(model, processor, [item], [0], sampling, **layers)
     prompts = answer.prompts
-    scored = answer.scored
     mask = answer.samples.mask[:, None]  # (1, 1, L)
-    states = scored.hidden[layer]  # (1, P + L, D)
+    states = answer.scored.hidden[layer]  # (1, P + L, D)
     if not states.isfinite().all():
         raise DataError(f"{path}: its hidden states of this video are not finite numbers")
     # 3. Frame use by both scores, and what each visual token adds to it.
@@ -126,16 +118,17 @@ def answer_question(arguments, name, path, example, prior):
     shape = (item.grid_thw[0] // torch.tensor([1, merge, merge])).tolist()  # t, h, w
     patches = states[0, columns].unflatten(0, (shape[0], -1))  # (t, M, D)
     hidden = "the paper's score" if layer == -1 else f"hidden states {layer}"
+    length = mask.shape[2]
     uses = {hidden: rollout_frame_use(prompts, mask, states)}
-    maps = {hidden: patch_contributions(states[0, -mask.shape[2] :], patches)}
-    # Models whose groups cannot be packed give no attention.
-    if scored.attention is not None:
+    maps = {hidden: patch_contributions(states[0, -length:], patches)}
+    weights = answer.scored.attention  # (1, 1, L, P)
+    if weights is not None:
         attention = f"attention, layer {arguments.attention_layer}"
-        uses[attention] = rollout_frame_use(prompts, mask, attention=scored.attention)
-        maps[attention] = scored.attention[0, 0][:, columns].float().mean(0)  # (t M,)
+        uses[attention] = rollout_frame_use(prompts, mask, attention=weights)
+        maps[attention] = weights[0, 0][:, columns].float().mean(0)  # (t M,)
     uses = {score: use[0][0].cpu() for score, use in uses.items()}
     maps = {score: values.view(shape).cpu() for score, values in maps.items()}
-    return Answer(name, answer.samples.texts[0], mask.shape[2], uses, maps)
+    return Answer(name, answer.samples.texts[0], length, uses, maps)
 
 
 def reward_column(example, prior, answer):
@@ -220,13 +213,9 @@ def sample_report(arguments):
     answers = []
     for name, path in zip(names, paths, strict=True):
         answers.append(answer_question(arguments, name, path, example, prior))
-    columns = [reward_column(example, prior, answer) for answer in answers]
-    # One column a model; one that gives no attention has fewer rows.
-    rows = []
-    for measure in columns[0] | columns[-1]:
-        rows.append([measure, *(column.get(measure, "–") for column in columns)])
     body = [f"<p>{escape(text)}</p>" for text in [*example.options, *notes]]
-    body.append(table_html(rows))
+    # A model that gives no attention has fewer rows.
+    body.append(columns_html([reward_column(example, prior, answer) for answer in answers]))
     for answer in answers:
         body.append(f"<h2>Answer of {escape(answer.name)}</h2><pre>{escape(answer.text)}</pre>")
     frames = sample_medium(example.medium, arguments).frames  # (K, H, W, 3)
