@@ -264,6 +264,7 @@ class GroupStep:
         self.settings = Sampling(
             arguments.completion_length, graph=side == "graph", eos_ids=stops, banned_ids=banned
         )
+        self.arguments = arguments
         self.medium = medium
         self.group = arguments.num_generations
         self.packed = side != "repeated"
@@ -510,68 +511,69 @@ def gpu_default(arguments):
     return found
 
 
-@contextmanager
-def group_step(arguments, side):
-    """Give a GroupStep with a checkpoint and a medium of its own."""
-    with tempfile.TemporaryDirectory() as folder:
-        yield GroupStep(arguments, side, folder, prepare(arguments, folder))
-
-
-def gpu_capture(arguments):
+def gpu_capture(step):
     """Sample by one captured decode step; compare its tokens and log-probs with other ways."""
-    with group_step(arguments, "graph") as step:
-        _, plain = step.sample(replace(step.settings, graph=False))
-        _, captured = step.sample(step.settings)
-        step.run()
+    _, plain = step.sample(replace(step.settings, graph=False))
+    _, captured = step.sample(step.settings)
+    step.run()
     same = (plain.tokens == captured.tokens).float().mean().item()
     return {"logp_difference": step.difference, "same_tokens": same}
 
 
-def gpu_kernels(arguments):
+def gpu_kernels(step):
     """Give microseconds of what runs longest in prefill, and in prefill with 16 steps behind it."""
     found = {}
-    with group_step(arguments, "packed") as step:
-        for name, tokens in (("prefill", 1), ("prefill and 16 steps", 17)):
-            settings = replace(step.settings, max_new_tokens=tokens)
-            step.sample(settings)  # not profiled: the first call loads kernels
-            with torch.profiler.profile() as profile:
-                step.sample(settings)
-            kernels = Counter()
-            for event in profile.events():
-                on_device = event.device_type == torch.autograd.DeviceType.CUDA
-                if on_device or not GPU:
-                    kernels[event.name] += event.device_time if GPU else event.self_cpu_time_total
-            for kernel, microseconds in kernels.most_common(5):
-                found[f"{name}: {kernel[:60]}"] = round(microseconds)
+    for name, tokens in (("prefill", 1), ("prefill and 16 steps", 17)):
+        settings = replace(step.settings, max_new_tokens=tokens)
+        step.sample(settings)  # not profiled: the first call loads kernels
+        with torch.profiler.profile() as profile:
+            step.sample(settings)
+        kernels = Counter()
+        for event in profile.events():
+            if not GPU:
+                kernels[event.name] += event.self_cpu_time_total
+            elif event.device_type == torch.autograd.DeviceType.CUDA:
+                kernels[event.name] += event.device_time
+        for kernel, microseconds in kernels.most_common(5):
+            found[f"{name}: {kernel[:60]}"] = round(microseconds)
     return found
 
 
-def gpu_lengths(arguments):
+def gpu_lengths(step):
     """Time steps over prompts of five lengths, twice: a kernel may plan anew for every shape."""
     found = {}
-    with tempfile.TemporaryDirectory() as folder:
-        step = GroupStep(arguments, "graph", folder, prepare(arguments, folder))
-        step.run()
-        for turn in (1, 2):
-            for share in (1, 1 / 8, 1 / 2, 1 / 4, 3 / 4):
-                tokens = round(arguments.visual_tokens * share)
-                step.medium = write_medium(replace(arguments, visual_tokens=tokens), folder)
-                seconds, _ = step.run()["step"]
-                found[f"{tokens} tokens, turn {turn}"] = round(seconds, 3)
+    step.run()
+    for turn in (1, 2):
+        for share in (1, 1 / 8, 1 / 2, 1 / 4, 3 / 4):
+            tokens = round(step.arguments.visual_tokens * share)
+            arguments = replace(step.arguments, visual_tokens=tokens)
+            step.medium = write_medium(arguments, Path(step.medium.path).parent)
+            seconds, _ = step.run()["step"]
+            found[f"{tokens} tokens, turn {turn}"] = round(seconds, 3)
     return found
 
 
-def gpu_memory(arguments):
+def gpu_memory(step):
     """Give MB after loading, at the peak of each phase, and after all is let go."""
-    found = {}
-    with group_step(arguments, "zero3") as step:
-        found["loaded"] = round((memory_in_use() - step.base) / 1e6)
-        for name, (_, megabytes) in step.run().items():
-            found[name] = round(megabytes)
+    found = {"loaded": round((memory_in_use() - step.base) / 1e6)}
+    for name, (_, megabytes) in step.run().items():
+        found[name] = round(megabytes)
     step.engine = step.reference = None
     gc.collect()
     found["let go"] = round((memory_in_use() - step.base) / 1e6)
     return found
+
+
+def on_step(part, side, arguments):
+    """Call one of these four on a GroupStep with a checkpoint and a medium of its own."""
+    with tempfile.TemporaryDirectory() as folder:
+        return part(GroupStep(arguments, side, folder, prepare(arguments, folder)))
+
+
+def run_apart(function, *arguments):
+    """Call a function in a process -> its value; errors: as it raises, ProcessExpired if killed."""
+    with ProcessPool(1, context=multiprocessing.get_context("spawn")) as pool:
+        return pool.schedule(function, args=arguments).result()
 
 
 def gpu_table(name, arguments):
@@ -588,9 +590,6 @@ def gpu_table(name, arguments):
     return table
 
 
-# These leave memory of the device behind, so each has a process.
-APART = (gpu_capture, gpu_kernels, gpu_lengths, gpu_memory)
-
 GPU_SIDES = ["packed", "graph", "repeated", "zero3"]
 
 # Steps of random weights: shape, frames and sides.
@@ -605,19 +604,14 @@ GPU_STEPS = {
 # What teaches most comes first.
 GPU_PARTS = {
     "tests": gpu_tests,
-    "capture": gpu_capture,
-    "kernels": gpu_kernels,
-    "lengths": gpu_lengths,
-    "memory": gpu_memory,
+    # These leave memory of the device behind, so each has a process.
+    "capture": partial(run_apart, on_step, gpu_capture, "graph"),
+    "kernels": partial(run_apart, on_step, gpu_kernels, "packed"),
+    "lengths": partial(run_apart, on_step, gpu_lengths, "graph"),
+    "memory": partial(run_apart, on_step, gpu_memory, "zero3"),
     "default": gpu_default,
     **{name: partial(gpu_table, name) for name in GPU_STEPS},
 }
-
-
-def run_apart(function, *arguments):
-    """Call a function in a process -> its value; errors: as it raises, ProcessExpired if killed."""
-    with ProcessPool(1, context=multiprocessing.get_context("spawn")) as pool:
-        return pool.schedule(function, args=arguments).result()
 
 
 def bench_gpu(arguments):
@@ -630,9 +624,8 @@ def bench_gpu(arguments):
             print(f"{name}: is there")
             continue
         begin = time.perf_counter()
-        part = GPU_PARTS[name]
         try:
-            result = run_apart(part, arguments) if part in APART else part(arguments)
+            result = GPU_PARTS[name](arguments)
         except (ImportError, ProcessExpired, RuntimeError) as error:
             # TRL may be missing; torch's errors of a device, and of memory, are RuntimeErrors.
             result = {"error": repr(error)}
