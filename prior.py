@@ -135,10 +135,6 @@ class PriorSettings(FrameFlags):
     def has_semantic(self):
         return self.prior in ("full", "no_scene")
 
-    @property
-    def hsv_threshold(self):
-        return 0.2 if self.scene_threshold is None else self.scene_threshold
-
 
 @dataclass(kw_only=True)
 class PriorArguments(PriorSettings):
@@ -495,8 +491,10 @@ def media_rows(examples, cues, clip, settings):
         cues: Cues of the medium.
         clip: Clip; None, or an image: no semantic scores.
     """
-    # A detector's scores are 0 or 1.
-    threshold = settings.hsv_threshold if settings.scene == "hsv" else 0.5
+    # A detector's scores are 0 or 1, and its threshold is its own.
+    threshold = 0.2
+    if settings.scene == "hsv" and settings.scene_threshold is not None:
+        threshold = settings.scene_threshold
     likeness = [[]] * len(examples)  # (N, K), or no scores
     # One batch a medium: the frames are encoded once for all its questions.
     if clip is not None and cues.pixels is not None:
@@ -533,15 +531,6 @@ def make_prior(example, clip, settings):
     return media_rows([example], cues, clip, settings)[0]
 
 
-def all_cues(media, settings, preprocess, workers=0, timeout=300.0):
-    """Yields (medium, Cues or MediaError) of every Medium as they finish.
-
-    Args:
-        workers, timeout: see Pool.
-    """
-    return Pool(workers, timeout).each(read_cues, media, settings, preprocess)
-
-
 def group_by_medium(examples):
     """Examples as {Medium: list of Example}, without text-only ones."""
     groups = {}
@@ -564,7 +553,8 @@ def group_priors(groups, clip, settings, workers=0, timeout=300.0):
         groups: examples by medium, see group_by_medium.
         workers, timeout: see Pool.
     """
-    for medium, cues in all_cues(groups, settings, clip and clip.preprocess, workers, timeout):
+    pool = Pool(workers, timeout)
+    for medium, cues in pool.each(read_cues, groups, settings, clip and clip.preprocess):
         if isinstance(cues, MediaError):
             yield [], error_lines(groups[medium], cues)
         else:

@@ -703,7 +703,7 @@ def test_a_decoder_that_hangs_or_dies_costs_its_medium_alone(monkeypatch):
         for name in ("a", "hang", "b", "crash", "c", "hang2", "d", "e", "f", "g", "h")
     ]
     begin = time.monotonic()
-    found = dict(prior.all_cues(media, None, None, workers=2, timeout=1))
+    found = dict(Pool(workers=2, timeout=1).each(prior.read_cues, media, None, None))
     assert time.monotonic() - begin < 60
     assert list(found) != media and set(found) == set(
         media
@@ -779,12 +779,11 @@ def test_a_fault_of_ours_in_a_worker_is_not_swallowed(monkeypatch):
     monkeypatch.setattr(prior, "read_cues", hang)
     with pytest.raises(ZeroDivisionError, match="ours"):
         list(
-            prior.all_cues(
+            Pool(workers=1, timeout=30).each(
+                prior.read_cues,
                 [Medium("video", name) for name in ("a", "fault", "b")],
                 None,
                 None,
-                workers=1,
-                timeout=30,
             )
         )
 
@@ -792,8 +791,9 @@ def test_a_fault_of_ours_in_a_worker_is_not_swallowed(monkeypatch):
 def test_workers_give_the_cues_of_one_process(clip, media):
     names = ("scenes.mp4", "text.mp4", "short.mp4", "picture.png", "empty.mp4")
     asked = list(prior.group_by_medium([example(media, name) for name in names]))
-    here = dict(prior.all_cues(asked, arguments(), clip.preprocess))
-    there = dict(prior.all_cues(asked, arguments(), clip.preprocess, workers=2))
+    given = (prior.read_cues, asked, arguments(), clip.preprocess)
+    here = dict(Pool(workers=0, timeout=300).each(*given))
+    there = dict(Pool(workers=2, timeout=300).each(*given))
     for medium in asked:
         if isinstance(here[medium], MediaError):
             assert str(there[medium]) == str(here[medium])
@@ -1532,7 +1532,7 @@ def test_workers_end_with_the_process_they_work_for(tmp_path):
         "prior.read_cues = hang\n"
         "if __name__ == '__main__':\n"
         "    media = [prior.Medium('video', name) for name in ('a', 'hang')]\n"
-        "    for medium, found in prior.all_cues(media, None, None, workers=1):\n"
+        "    for medium, found in prior.Pool(1, 300).each(prior.read_cues, media, None, None):\n"
         "        print(*(child.pid for child in multiprocessing.active_children()), flush=True)\n"
         "        os.kill(os.getpid(), signal.SIGKILL)"
     )
