@@ -53,6 +53,7 @@ import numpy as np
 import psutil
 import torch
 import transformers
+from jinja2 import Template
 from pebble import ProcessExpired, ProcessPool
 from tqdm import tqdm
 from transformers import AutoModelForImageTextToText, AutoProcessor
@@ -645,44 +646,54 @@ def bench_gpu(arguments):
         print(f"{name}: {made['seconds']:.0f} s{', failed' if failed else ''}")
 
 
-def table_lines(name, result):
-    """Return the lines of a part's table, "owed" where there is no number."""
-    lines = ["", f"{name.replace('_', ', ')}:", "", f"| | {' | '.join(PHASES)} |"]
-    lines.append("|---" * (1 + len(PHASES)) + "|")
-    for side in GPU_STEPS[name][2]:
-        cells = [side]
-        for phase in PHASES:
-            cell = "owed"
-            if phase in result.get(side, {}):
-                seconds, megabytes = result[side][phase]
-                cell = f"{seconds:.2f} s, {megabytes / 1000:.1f} GB"
-            cells.append(cell)
-        lines.append(f"| {' | '.join(cells)} |")
-    return lines
+# Jinja: a row for each part, then a table for each of GPU_STEPS; what has no number is owed.
+GPU_PAGE = """<!-- gpu -->
+{% set last = parts.values() | selectattr("device") | list | last %}
+{% if last %}
+device {{ last.device }}, torch {{ last.torch }}, transformers {{ last.transformers }}, \
+date {{ last.date }}, commit {{ last.commit }}.
+{% else %}
+No GPU has been measured.
+{% endif %}
+
+| part | seconds | result |
+|---|---|---|
+{% for name, part in parts.items() %}
+| {{ name }} | {{ "%.0f" | format(part.seconds) if part.device else "owed" }} |
+{%- for key, value in part.result.items() if key != "end" and key not in part.sides %}
+ {{ (key ~ " " ~ value) | replace("|", "/") }}{{ "," if not loop.last }}
+{%- endfor %} |
+{% endfor %}
+{% for name, part in parts.items() if part.sides %}
+
+{{ name | replace("_", ", ") }}:
+
+| | {{ phases | join(" | ") }} |
+|---|---|---|---|---|---|
+{% for side in part.sides %}
+| {{ side }} |
+{%- for phase in phases %}
+{% set costs = part.result.get(side, {}).get(phase) %}
+ {{ "%.2f s, %.1f GB" | format(costs[0], costs[1] / 1000) if costs else "owed" }} |
+{%- endfor %}
+
+{% endfor %}
+{% endfor %}
+<!-- /gpu -->"""
 
 
 def bench_page(arguments):
     """Write the parts' numbers into docs/performance.md, between its two gpu marks."""
-    heading = "No GPU has been measured."
-    lines = ["", "| part | seconds | result |", "|---|---|---|"]
-    tables = []
+    parts = {}
     for name in GPU_PARTS:
+        parts[name] = {"device": "", "result": {}, "sides": []}
         file = Path(arguments.output_dir) / f"{name}.json"
-        seconds = "owed"
-        result = {}
         if file.exists():
-            made = json.loads(file.read_text())
-            words = ("device", "torch", "transformers", "date", "commit")
-            heading = ", ".join(f"{word} {made[word]}" for word in words) + "."
-            seconds = f"{made['seconds']:.0f}"
-            result = made["result"]
-        # Sides are a table; the last lines of a command stay in its file.
-        told = [f"{key} {result[key]}" for key in result if key not in ("end", *SIDES)]
+            parts[name] |= json.loads(file.read_text())
         if name in GPU_STEPS:
-            tables += table_lines(name, result)
-        words = ", ".join(told).replace("|", "/")
-        lines.append(f"| {name} | {seconds} | {words}".rstrip() + " |")
-    text = "\n".join(["<!-- gpu -->", heading, *lines, *tables, "<!-- /gpu -->"])
+            parts[name]["sides"] = GPU_STEPS[name][2]
+    template = Template(GPU_PAGE, trim_blocks=True, lstrip_blocks=True)
+    text = template.render(parts=parts, phases=PHASES)
     page = Path(__file__).parent / "docs/performance.md"
     before, _, after = re.split("<!-- /?gpu -->", page.read_text(encoding="utf-8"))
     page.write_text(f"{before}{text}{after}", encoding="utf-8")
