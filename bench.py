@@ -64,7 +64,7 @@ import train
 from common.data import DataError, Example, Medium, read_document
 from common.engine import hookless_twin, sampling, start_engine
 from common.flags import Parser, flag
-from common.media import Encoder, PromptFlags, sample_medium
+from common.media import Encoder, PromptFlags, sample_video
 from common.policy import Policy, collate, load_model, vision_tokens
 from common.ranks import start_ranks
 from common.rollout import Sampling, rollout, stop_tokens
@@ -449,15 +449,17 @@ def bench_prior(arguments):
         raise DataError("prior needs --videos")
     settings = prior.PriorSettings(prior="no_semantic")
 
-    def get_batch(example):
+    def get_batch(path):
         # One thread, as in prior.py.
-        reader = decord.VideoReader(example.path, num_threads=1)
+        reader = decord.VideoReader(path, num_threads=1)
         reader.get_batch(prior.uniform_frames(len(reader), settings.frames)).asnumpy()
 
-    def exact_frames(example):
-        sample_medium(example.medium, settings)
+    def exact_frames(path):
+        sample_video(path, settings.frames)
 
-    def make_prior(example):
+    def make_prior(path):
+        media = [Medium("video", path)]
+        example = Example(path, "what is seen", [], "free-form", "a", media)
         prior.make_prior(example, None, settings)
 
     turns = []
@@ -465,8 +467,7 @@ def bench_prior(arguments):
         times = [time.perf_counter()]
         for work in (get_batch, exact_frames, make_prior):
             for path in arguments.videos:
-                medium = Medium("video", path)
-                work(Example(path, "what is seen", [], "free-form", "a", [medium]))
+                work(path)
             times.append(time.perf_counter())
         turns.append(np.diff(times))
     turns = np.array(turns)  # (turns, 3) seconds

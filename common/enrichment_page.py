@@ -69,7 +69,8 @@ def by_position(uses):
         part = PARTS * (2 * token + 1) // (2 * use["tokens"])
         hits += np.bincount(part, np.isin(slot, chosen), PARTS)
         chance += np.bincount(part, minlength=PARTS) * len(chosen) / slots
-    return np.divide(hits, chance, out=np.full(PARTS, np.nan), where=chance > 0)
+    with np.errstate(invalid="ignore"):
+        return hits / chance
 
 
 def mean_text(values, sign=""):
