@@ -61,6 +61,20 @@ def test_heading_and_legend():
         assert figure.bbox.y0 <= box.y0 and box.y1 <= figure.bbox.y1
 
 
+def test_long_labels_are_whole():
+    """Wrapped between words, a path where it must be; inside the figure, apart from the charts."""
+    names = ["λ = 3, attention of layer 1, seeds 0, 1 and 2 of a run", "runs/" * 12 + "grpo"]
+    figure = plots.new_figure(8, 4, "Training dynamics", names, "A note.")
+    axes = figure.subplots()
+    pixels_of(figure)
+    (legend,) = figure.legends
+    shown = [entry.get_text().strip() for entry in legend.get_texts()]
+    assert " ".join(shown[0].split()) == names[0] and "".join(shown[1].split()) == names[1]
+    boxes = [legend.get_window_extent(), axes.get_tightbbox()]
+    assert not boxes[0].overlaps(boxes[1])
+    assert all(figure.bbox.x0 <= box.x0 and box.x1 <= figure.bbox.x1 for box in boxes)
+
+
 # ---------------------------------------------------------------------------------------- run page
 
 
