@@ -252,21 +252,20 @@ class CachedMedium:
         return (1 + patches) * self.frames.numel()
 
 
+@dataclass
 class Encoder:
     """Converts examples to model inputs with the checkpoint's own processor.
 
-    Args:
-        processor: of the checkpoint; None for a server's, which encodes nothing.
-        flags: PromptFlags.
-        cache_gb: decoded media are kept up to it; those used longest ago are dropped first.
+    Decoded media are kept up to `cache_gb`; those used longest ago are dropped first.
     """
 
-    def __init__(self, processor, flags, cache_gb=1.0):
-        self.processor = processor
-        self.flags = flags
-        self.template = read_template(flags.prompt_template)
-        self.cache_gb = cache_gb
-        self.media = {}  # key -> CachedMedium; the first is the one used longest ago
+    processor: object  # transformers' ProcessorMixin, whose import takes seconds; None of a server
+    flags: PromptFlags
+    cache_gb: float = 1.0
+    media: dict = field(default_factory=dict, init=False)  # key -> CachedMedium, oldest use first
+
+    def __post_init__(self):
+        self.template = read_template(self.flags.prompt_template)
 
     def encode(self, example, row=None, shuffle=None, black=False):
         """Encode one example.
