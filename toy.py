@@ -47,7 +47,7 @@ from common.data import DataError, add_letters, build_prompt, load_examples, tar
 from common.flags import Parser, flag
 from common.media import clock, sample_video
 
-VERSION = 5  # of the toy; a cached toy of another version is made anew
+VERSION = 4  # of the toy; a cached toy of another version is made anew
 SIZE = 112  # pixels a side
 FPS = 4
 COLOURS = {
@@ -75,7 +75,7 @@ WORDS = ("sun", "moon", "star", "tree", "fish", "bird")
 @dataclass
 class ToyArguments:
     output_dir: str = flag("toy", "Folder to make the toy in; a finished one is reused.")
-    train_videos: int = flag(400, "Videos of the training split.")
+    train_videos: int = flag(600, "Videos of the training split.")
     heldout_videos: int = flag(100, "Videos of the held-out split; three scored questions each.")
     scenes: int = flag(
         4, "Scenes of a video; a video of n scenes has 4 n seconds.", choices=[4, 5, 6]
@@ -145,11 +145,9 @@ def draw_scene(scene, rng, word=None):
         if word:
             cv2.putText(frame, word, (6, 104), 0, 0.9, (15, 15, 15), 2, cv2.LINE_AA)
         frames.append(frame)
-    # Camera noise, -8 to 7: consecutive frames are never equal. No pixel is so dark or bright as
-    # to wrap.
+    # Camera noise: consecutive frames are never equal. No pixel is so dark or bright as to wrap.
     frames = np.stack(frames)  # (frames, SIZE, SIZE, 3)
-    noise = np.frombuffer(rng.bytes(frames.size), np.uint8).reshape(frames.shape) % 16
-    return frames + noise - np.uint8(8)
+    return frames + rng.integers(-7, 8, frames.shape, np.int8).astype(np.uint8)
 
 
 def plan_video(rng, count=4):
@@ -337,11 +335,12 @@ def make_rows(video, rng, arguments):
             for _ in range(3):
                 yield "other_types", make_other_type(video, rng)
         return
-    for kind in TRAINED_KINDS * 4:
+    for kind in TRAINED_KINDS * 6:
         biased = rng.random() < arguments.biased_share
         row = make_question(kind, scenes, rng, biased, arguments.dense_share, choices)
         yield "train_cot", row
-    yield "train_cot", make_image_question(scenes, rng)
+    for _ in range(2):
+        yield "train_cot", make_image_question(scenes, rng)
     for kind in TRAINED_KINDS:
         yield "train", make_question(kind, scenes, rng, biased=False, choices=choices)
     if rng.random() < 0.3:
@@ -355,7 +354,7 @@ def make_dataset(folder, arguments):
     (held out, not scored).
 
     Returns:
-        list of Video.
+        list of the training's Videos, in the order of their first demonstrations.
     """
     # One generator draws all texts in a fixed order, so that a seed gives the same files.
     rng = random.Random(arguments.seed)
@@ -386,7 +385,9 @@ def make_dataset(folder, arguments):
             row["problem_id"] = f"{name}-{index}"
         lines = ",\n".join(map(json.dumps, rows))
         (folder / f"{name}.json").write_text(f"[\n{lines}\n]\n")
-    return videos
+    made = {f"{video.path}.mp4": video for video in videos}
+    shown = dict.fromkeys(row["path"] for row in files["train_cot"])
+    return [made[path] for path in shown if path in made]
 
 
 # -------------------------------------------------------------------- tokenizer, model, CLIP
@@ -580,8 +581,7 @@ def clip_frames(folder, videos):
     """
     images = []
     labels = []
-    shown = [video for video in videos if "train" in video.path]
-    for video in shown[:CLIP_VIDEOS]:
+    for video in videos[:CLIP_VIDEOS]:
         _, times, frames = sample_video(f"{folder}/{video.path}.mp4", 16)
         images.append(frames)
         for second in times:
