@@ -11,11 +11,12 @@ tokens (right-padded), S = P + G*T, D hidden size, V vocabulary.
 import inspect
 import os
 from dataclasses import dataclass, field, replace
-from functools import cache, partial
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError
+from torch.nn.attention.bias import causal_lower_right
 from torch.nn.functional import pad, scaled_dot_product_attention
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
@@ -332,16 +333,8 @@ def products(rows, columns):
     return flat.unflatten(0, rows.shape[:-2])
 
 
-@cache
-def lower_right():
-    """torch's name for "causal, aligned at the end" in the place of a mask, its sizes to be set.
-
-    A Policy makes it as it starts: within a dispatch mode such as a FLOP counter it cannot be made.
-    """
-    # the import takes 2 s, which stored answers do not need
-    from torch.nn.attention.bias import causal_lower_right
-
-    return causal_lower_right(1, 2)
+# made here because its class cannot be made within a dispatch mode such as a FLOP counter
+LOWER_RIGHT = causal_lower_right(1, 2)
 
 
 def attend_to_both(attend, query, key, value, prompt_key, prompt_value):
@@ -359,10 +352,9 @@ def attend_to_both(attend, query, key, value, prompt_key, prompt_value):
     columns = keys.shape[2]
     if query.is_cuda:
         # a mask would rule out the flash kernel
-        aligned = lower_right()
-        aligned.seq_len_q = length
-        aligned.seq_len_kv = columns
-        return attend(query, keys, values, aligned)
+        LOWER_RIGHT.seq_len_q = length
+        LOWER_RIGHT.seq_len_kv = columns
+        return attend(query, keys, values, LOWER_RIGHT)
     mask = torch.ones(length, columns, dtype=torch.bool).tril(columns - length)
     return attend(query, keys, values, mask)
 
@@ -528,7 +520,6 @@ class Policy(torch.nn.Module):
         )
         if self.packs:
             text._attn_implementation = "group"  # of the language model alone, not saved
-            lower_right()
         else:
             logger.warning_once(
                 f"{family} with {kernel} attention: groups are not packed, every completion "
