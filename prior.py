@@ -699,7 +699,7 @@ def read_priors(path):
     Errors: DataError if the file or a row is malformed.
     """
     if not os.path.isfile(path):
-        raise DataError(f"priors file {path} not found (prior.py makes it)")
+        raise DataError(f"priors file {path} not found, or a folder (prior.py makes it)")
     names = [one.name for one in fields(Prior)]
     with open(path, "rb") as file:
         for number, line in enumerate(file, 1):

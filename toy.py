@@ -694,5 +694,5 @@ def main():
 if __name__ == "__main__":
     try:
         main()
-    except DataError as error:
-        sys.exit(f"toy.py: {error}")
+    except (DataError, OSError) as error:
+        sys.exit(f"toy.py: error: {error}")

@@ -1111,6 +1111,7 @@ def rollout_lines(rollouts, uses, step):
                     "options": example.options,
                     "text": text,
                     "answer": example.answer,
+                    "truncated": rollouts.truncated[b, g].item(),
                     "rewards": {
                         name: rollouts.rewards[name][b, g].item() for name in rollouts.rewards
                     },
@@ -1661,11 +1662,11 @@ def load_processor(args, model_path):
 
     Errors: DataError if the checkpoint cannot be found or its family is unknown.
     """
+    family = read_config(model_path).model_type
     try:
         processor = AutoProcessor.from_pretrained(model_path)
     except (OSError, ValueError) as error:
         raise DataError(f"model {model_path} cannot be loaded: {first_words(error)}") from error
-    family = read_config(model_path).model_type
     if args.frame_use == "attention" and family not in PACKED_FAMILIES:
         families = ", ".join(PACKED_FAMILIES)
         raise DataError(f"--frame_use attention works with {families}, not with {family}")

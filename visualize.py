@@ -5,22 +5,28 @@
         --label "λ = 3" --output compare.html
     python visualize.py sample --model_name_or_path output/grpo --compare output/sft \\
         --video clip.mp4 --question "Who falls first?"
+    python visualize.py sample --model_name_or_path output/grpo \\
+        --dataset_name toy-seed0/heldout.json --problem_id heldout-0 --clip local-dir:toy-seed0/clip
+    python visualize.py answers --predictions sft.predictions.jsonl grpo.predictions.jsonl
     python visualize.py enrichment --predictions sft.predictions.jsonl grpo.predictions.jsonl
     python visualize.py prior --priors priors.jsonl --media_root DATA
 
 Each command writes one HTML page that opens from disk, without network, on a phone, light or dark,
 and its figures as PNG and SVG beside it. `run` draws the metrics.jsonl and result.json of train.py;
 runs with the same label (seeds of one arm) become one line, their mean, in a band from the lowest
-to the highest run. `sample` answers one question and draws where the answer looks: over frames and
-within them. `enrichment` draws figure 9 of the paper (arXiv 2606.18441) from
-what `evaluate.py --frame_use ... --priors ...` stores: do answers look where the prior points?
-`prior` draws some rows of a priors file, and says how much of P lies on the frames of each cue.
+to the highest run; its page shows what the runs wrote, too. `sample` answers one question and draws
+where the answer looks: over frames and within them. `answers` lists the answers of an evaluation,
+right and wrong, or gained and lost between two. `enrichment` draws figure 9 of the paper (arXiv
+2606.18441) from what `evaluate.py --frame_use ... --priors ...` stores: do answers look where the
+prior points? `prior` draws some rows of a priors file, and says how much of P lies on the frames of
+each cue.
 """
 
 import argparse
 import sys
 from dataclasses import dataclass, field
 
+from common.answers_page import answers_report
 from common.data import PROBLEM_TYPES, DataError
 from common.enrichment_page import enrichment_report
 from common.flags import Help, Parser, flag
@@ -40,8 +46,11 @@ class SampleArguments(PromptFlags, PriorSettings):
             "group": "question and models",
         }
     )
-    video: str = field(metadata={"help": "video file"})
-    question: str = field(metadata={"help": "the question about it"})
+    video: str | None = flag(None, "video file")
+    question: str | None = flag(None, "the question about it")
+    dataset_name: str | None = flag(None, "data set file with a question, instead of these two")
+    problem_id: str | None = flag(None, "that question in the data set, taken as it stands")
+    media_root: str | None = flag(None, "folder of the data set's media; default: the file's")
     compare: str | None = flag(None, "a second checkpoint, drawn beside the first")
     options: list[str] = field(
         default_factory=list,
@@ -62,6 +71,18 @@ class SampleArguments(PromptFlags, PriorSettings):
     max_completion_length: int = flag(1024, "most tokens of the answer, which is greedy")
     output: str = flag("sample.html", "report to write; its figure goes beside it as PNG and SVG")
 
+    def __post_init__(self):
+        super().__post_init__()
+        typed = [self.video, self.question]
+        stored = [self.dataset_name, self.problem_id]
+        # A row of a data set has its own options and answer.
+        more = [*self.options, self.answer, self.problem_type]
+        if all(typed) == all(stored) or any(typed + more) == any(stored):
+            raise DataError(
+                "give --video and --question (--options, --answer, --problem_type), or "
+                "--dataset_name and --problem_id"
+            )
+
 
 def sample_report(arguments):
     """Import and run common/sample_page.py; its imports take seconds, which other commands save."""
@@ -75,7 +96,7 @@ def sample_report(arguments):
 
 
 def make_parser():
-    """Parser of the four commands, whose flags have the names of the arguments of their reports."""
+    """Parser of the five commands, whose flags have the names of the arguments of their reports."""
     parser = argparse.ArgumentParser(allow_abbrev=False, description=__doc__, formatter_class=Help)
     commands = parser.add_subparsers(dest="command", required=True, parser_class=Parser)
     # Only `sample` has so many settings that they are a dataclass.
@@ -89,14 +110,14 @@ def make_parser():
     enrichment = commands.add_parser(
         "enrichment", help="the strongest token-slot pairs of answers (the paper's figure 9)"
     )
-    enrichment.add_argument(
-        "--predictions",
-        nargs="+",
-        required=True,
-        metavar="FILE",
-        help="NAME.predictions.jsonl of evaluate.py --frame_use ... --priors ...",
-    )
-    for command in (run, enrichment):
+    answers = commands.add_parser("answers", help="the answers of an evaluation, right and wrong")
+    files = {
+        enrichment: "NAME.predictions.jsonl of evaluate.py --frame_use ... --priors ...",
+        answers: "reports or predictions of evaluate.py, or what its --rescore reads",
+    }
+    for command, text in files.items():
+        command.add_argument("--predictions", nargs="+", required=True, metavar="FILE", help=text)
+    for command in (run, *files):
         text = "once a path, in their order; default: the paths. Runs of one name become one line"
         command.add_argument("--label", action="append", metavar="NAME", help=text)
     prior = commands.add_parser("prior", help="what a priors file says, and some of its rows")
@@ -108,24 +129,34 @@ def make_parser():
     prior.add_argument("--items", type=int, default=6, metavar="N", help=text)
     prior.add_argument("--seed", type=int, default=0, help="random seed of that choice")
     # The page of a run stands in its folder.
-    pages = {run: None, enrichment: "enrichment.html", prior: "priors.html"}
+    pages = {
+        run: None,
+        answers: "answers.html",
+        enrichment: "enrichment.html",
+        prior: "priors.html",
+    }
     for command, page in pages.items():
         command.add_argument("--output", default=page, metavar="FILE.html", help="page to write")
     return parser
+
+
+# Their arguments are the flags of the commands.
+REPORTS = {
+    "run": run_report,
+    "answers": answers_report,
+    "enrichment": enrichment_report,
+    "prior": prior_report,
+}
 
 
 def main():
     arguments = vars(make_parser().parse_args())
     command = arguments.pop("command")
     try:
-        if command == "run":
-            page = run_report(**arguments)
-        elif command == "enrichment":
-            page = enrichment_report(**arguments)
-        elif command == "prior":
-            page = prior_report(**arguments)
-        else:
+        if command == "sample":
             page = sample_report(SampleArguments(**arguments))
+        else:
+            page = REPORTS[command](**arguments)
         print(page)
     except (DataError, OSError) as error:
         print(f"visualize.py: error: {error}", file=sys.stderr)

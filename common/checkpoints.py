@@ -396,7 +396,10 @@ def find_checkpoint(arguments):
         wanted = found[-1]
     folder = Path(wanted)
     if not (folder / "state.json").is_file():
-        raise DataError(f"{folder} is not a checkpoint of this program (--resume_from_checkpoint)")
+        raise DataError(
+            f"{folder} is not a checkpoint of this program: --resume_from_checkpoint takes auto or "
+            "a folder checkpoint-STAGE-STEP; a saved model is for --model_name_or_path"
+        )
     if folder.resolve().parent != output.resolve():
         remedy = f"go on there (--output_dir {folder.parent})"
         raise DataError(f"{folder} belongs to the run in {folder.parent}; {remedy}")

@@ -755,7 +755,9 @@ def read_document(path, kind="file"):
         DataError: the file is missing or malformed.
     """
     if not Path(path).is_file():
-        raise DataError(f"{kind} {path} not found (a JSON array or JSON lines file is expected)")
+        raise DataError(
+            f"{kind} {path} not found, or a folder (a JSON array or JSON lines file is expected)"
+        )
     try:
         text = Path(path).read_text(encoding="utf-8-sig")  # with a byte order mark or without
         if Path(path).suffix == ".jsonl" or re.match(r"\s*{.*}\s*\n\s*{", text):

@@ -49,13 +49,14 @@ def page_path(output):
     return output
 
 
-def write_page(output, heading, body, figures):
+def write_page(output, heading, body, figures, end=""):
     """Write a page, and its figures as PNG and SVG beside it.
 
     Args:
         output: path of page_path().
         body: HTML between the heading and the figures.
         figures: {what to add to the page's name: figure}.
+        end: HTML below the figures.
     Returns:
         The path of the page.
     """
@@ -79,6 +80,7 @@ def write_page(output, heading, body, figures):
 <title>{escape(heading)}</title><style>{STYLE}</style></head>
 <body><h1>{escape(heading)}</h1>
 {"".join(parts)}
+{end}
 <h2>Made by</h2><pre>python {escape(shlex.join(sys.argv))}</pre></body></html>
 """
     output.write_text(page, encoding="utf-8")

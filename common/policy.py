@@ -690,7 +690,10 @@ def read_config(path, hidden_layer=-1, attention_layer=1):
     try:
         config = AutoConfig.from_pretrained(base_checkpoint(path))
     except (OSError, ValueError) as error:
-        raise DataError(f"{path} is not a checkpoint: {str(error).splitlines()[0]}") from error
+        raise DataError(
+            f"{path} is not a checkpoint, neither a folder with config.json nor a model of the hub "
+            f"that can be downloaded: {str(error).splitlines()[0]}"
+        ) from error
     family = config.model_type
     if family not in FAMILIES:
         raise DataError(f"{path} is a {family} checkpoint, not one of {', '.join(FAMILIES)}")

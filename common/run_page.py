@@ -5,6 +5,7 @@ import math
 from pathlib import Path
 
 import numpy as np
+from jinja2 import Template
 from matplotlib.ticker import MaxNLocator
 
 from common.data import DataError
@@ -29,6 +30,62 @@ UNITS = {
     "reward/total": "reward",
 }
 
+# Jinja: the settings in which runs differ, what each skipped, and what it wrote.
+DETAILS = """{% if runs | length > 1 %}<h2>Settings that differ</h2><div><table>
+<tr><th>setting</th>{% for run in runs %}<th>{{ run.folder }}</th>{% endfor %}</tr>
+{# All runs have a command and a folder of their own. #}
+{% for name in runs | map(attribute="settings") | map("list") | sum(start=[]) | unique(true)
+if name not in ("command", "output_dir") %}
+{% set values = runs | map(attribute="settings") | map(attribute=name) | map("string") | list %}
+{% if values | unique(true) | list | length > 1 %}
+<tr><td>{{ name }}</td>{% for value in values %}<td>{{ value }}</td>{% endfor %}</tr>
+{% endif %}{% endfor %}</table></div>{% endif %}
+{% for run in runs %}
+<h2>Skipped by {{ run.folder }}</h2>
+<ul>{% for cause, count in (run.result.skipped_by_cause or {}).items() %}
+<li>{{ count }}: {{ cause }}</li>
+{% endfor %}<li>held-out questions: {{ run.result.heldout_skipped | length }}</li></ul>
+<h2>Rollouts of {{ run.folder }}: the best and the worst of some groups, early and late</h2>
+{% for step, rows in run.rollouts | groupby("step") %}
+{% for id, group in (rows | groupby("problem_id", case_sensitive=true))[:4] %}
+<details><summary>Step {{ step }}, {{ id }}: {{ group[0].question }}</summary>
+<p>{{ group[0].options | join(", ") }}</p><p>Right: {{ group[0].answer }}</p>
+{% set group = group | sort(attribute="rewards.total", reverse=true) %}
+{% for row in (group[0], group[-1]) %}
+<h3>{{ "Best" if loop.first else "Worst" }} of {{ group | length }}
+{%- if row.truncated %}, cut at --max_completion_length{% endif %}</h3>
+<pre>{{ row.text }}</pre><div><table>
+<tr>{% for term in row.rewards %}<th>{{ term }}</th>{% endfor %}</tr>
+<tr>{% for value in row.rewards.values() %}<td>{{ "%.3f" | format(value) }}</td>{% endfor %}</tr>
+</table></div>
+{% if row.use %}<div><table>
+{# A slot has several frames. #}
+{% set width = (row.prior | length / row.use | length) | round(0, "ceil") | int %}
+<tr><th>prior, of frames</th>
+{%- for share in row.prior %}<td>{{ "%.2f" | format(share) }}</td>{% endfor %}</tr>
+<tr><th>use, of slots</th>
+{%- for share in row.use %}<td colspan="{{ width }}">{{ "%.2f" | format(share) }}</td>
+{%- endfor %}</tr></table></div>{% endif %}
+{% endfor %}</details>
+{% endfor %}{% endfor %}{% endfor %}"""
+
+
+def read_log(folder, name):
+    """Yield the records of a log of train.py; each has a step."""
+    with open(Path(folder, name), encoding="utf-8") as file:
+        for number, line in enumerate(file, 1):
+            # train.py is still writing a last line without its line break.
+            if not line.endswith("\n"):
+                break
+            try:
+                record = json.loads(line)
+                int(record["step"])
+            except (ValueError, KeyError, TypeError) as error:
+                raise DataError(
+                    f"{file.name} line {number} is not a JSON record with a step"
+                ) from error
+            yield record
+
 
 def read_run(folder):
     """Read what train.py wrote to a folder.
@@ -36,19 +93,7 @@ def read_run(folder):
     Returns:
         {(stage, step): record of metrics.jsonl}, and result.json ({} while the run goes on).
     """
-    records = {}
-    with open(Path(folder) / "metrics.jsonl", encoding="utf-8") as file:
-        for number, line in enumerate(file, 1):
-            # train.py is still writing a last line without its line break.
-            if not line.endswith("\n"):
-                break
-            try:
-                record = json.loads(line)
-                records[record["stage"], record["step"]] = record
-            except (ValueError, KeyError, TypeError) as error:
-                raise DataError(
-                    f"{file.name} line {number} is not a JSON record with stage and step"
-                ) from error
+    records = {(row.get("stage"), row["step"]): row for row in read_log(folder, "metrics.jsonl")}
     result = Path(folder) / "result.json"
     if not result.is_file():
         return records, {}
@@ -135,6 +180,19 @@ def result_table(groups):
     return columns_html(columns)
 
 
+def run_details(folder, run):
+    """What DETAILS shows of a folder and its read_run(): its rollouts are of three steps."""
+    records, result = run
+    steps = [step for stage, step in records if stage == "grpo"]
+    shown = {*steps[:1], *steps[len(steps) // 2 :][:1], *steps[-1:]}
+    return {
+        "folder": folder,
+        "settings": json.loads(Path(folder, "run.json").read_text(encoding="utf-8")),
+        "result": result,
+        "rollouts": [row for row in read_log(folder, "rollouts.jsonl") if row["step"] in shown],
+    }
+
+
 def run_report(output_dirs, label=None, output=None):
     """Write the report of training runs.
 
@@ -148,9 +206,11 @@ def run_report(output_dirs, label=None, output=None):
     # Seeds of one arm share a label.
     groups = {}
     logged = {}
+    details = []
     for folder, name in zip(output_dirs, name_paths(output_dirs, label), strict=True):
         run = read_run(folder)
         groups.setdefault(name, []).append(run)
+        details.append(run_details(folder, run))
         for record in run[0].values():
             logged |= record
     # A new reward term needs no entry in UNITS.
@@ -175,4 +235,5 @@ def run_report(output_dirs, label=None, output=None):
     # The page of one run stands with the run.
     folder = output_dirs[0] if len(output_dirs) == 1 else ""
     output = page_path(output or Path(folder, "report.html"))
-    return write_page(output, heading, result_table(groups), {"": figure})
+    end = Template(DETAILS, autoescape=True).render(runs=details)
+    return write_page(output, heading, result_table(groups), {"": figure}, end)

@@ -15,13 +15,13 @@ from pathlib import Path
 import torch
 
 import reward
-from common.data import DataError, typed_example
+from common.data import DataError, load_examples, typed_example
 from common.media import Encoder, sample_medium
 from common.pages import columns_html, page_path, write_page
 from common.plots import COLOURS, DOTTED, line_style, name_paths, prior_figure, show_film
 from common.policy import Policy, load_model, read_config
 from common.rollout import Sampling, answer_inputs
-from common.video import open_video
+from common.video import open_medium
 from grpo import overlaps, rollout_frame_use
 from prior import load_clip, make_prior
 
@@ -182,6 +182,17 @@ def draw_answers(prior, frames, answers):
     return figure
 
 
+def find_example(arguments):
+    """The question of --dataset_name and --problem_id. Raises DataError without it."""
+    path = arguments.dataset_name
+    for example in load_examples(path, arguments.media_root, []):
+        if example.id == arguments.problem_id and example.media == [example.video]:
+            return example
+    raise DataError(
+        f"{path} has no usable row of --problem_id {arguments.problem_id} about one video alone"
+    )
+
+
 def sample_report(arguments):
     """Let the models answer, and write the page.
 
@@ -195,14 +206,17 @@ def sample_report(arguments):
     paths = [path for path in (arguments.model_name_or_path, arguments.compare) if path]
     names = name_paths(paths)
     notes = sum([check_model(arguments, path) for path in paths], [])
-    example = typed_example(
-        arguments.question,
-        arguments.options,
-        arguments.video,
-        kind=arguments.problem_type,
-        answer=arguments.answer,
-    )
-    open_video(example.path, arguments.decoder)
+    if arguments.dataset_name:
+        example = find_example(arguments)
+    else:
+        example = typed_example(
+            arguments.question,
+            arguments.options,
+            arguments.video,
+            kind=arguments.problem_type,
+            answer=arguments.answer,
+        )
+    open_medium(example.medium, arguments)
     for note in notes:
         print(f"visualize.py: warning: {note}", file=sys.stderr)
     # The prior's ablations without the semantic cue need no CLIP.

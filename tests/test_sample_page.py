@@ -257,6 +257,47 @@ def test_other_family_without_attention(tmp_path, toy_folder, monkeypatch):
     assert "R_cf, hidden" in page and "R_cf, attention" not in page
 
 
+def test_a_question_of_a_data_set(tmp_path, toy_folder, monkeypatch, capsys):
+    """As it stands: its video, options, answer and span."""
+    rows = json.loads((toy_folder / "train_cot.json").read_text())
+    row = next(row for row in rows if row["data_type"] == "video" and row["options"])
+    rows = [{**row, "problem_id": "0", "path": "gone.mp4"}, {**row, "problem_id": 7}]
+    rows.append({**row, "problem_id": "text", "data_type": "text", "path": ""})
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    asked = []
+
+    def made(arguments, name, path, example, row):
+        asked.append(example)
+        uses = {"hidden": torch.full((8,), 0.125)}
+        return sample_page.Answer(
+            name, "<answer>A</answer>", 1, uses, {"hidden": torch.rand(8, 2, 2)}
+        )
+
+    monkeypatch.setattr(sample_page, "check_model", lambda *_: [])
+    monkeypatch.setattr(sample_page, "answer_question", made)
+    flags = {"model_name_or_path": "m", "dataset_name": tmp_path / "rows.json"}
+    flags |= {"media_root": toy_folder, "prior": "no_semantic", "output": tmp_path / "x.html"}
+    command(monkeypatch, **flags, problem_id="7")
+    (example,) = asked
+    (expected,) = load_examples(tmp_path / "rows.json", toy_folder, errors := [])[1:2]
+    assert example == expected and example.answer and not errors
+    page = html.unescape((tmp_path / "x.html").read_text())
+    assert f"<h1>{row['problem']}" in page and f"<p>{row['options'][1]}</p>" in page
+    assert "accuracy reward" in page
+    capsys.readouterr()
+    for more, words in (
+        ({"problem_id": "8"}, "has no usable row of --problem_id 8 about one video alone"),
+        ({"problem_id": "text"}, "has no usable row of --problem_id text"),
+        ({"problem_id": "0"}, "gone.mp4: no such file"),
+        ({}, "or --dataset_name and --problem_id"),
+        ({"problem_id": "7", "question": "q"}, "give --video and --question"),
+        ({"problem_id": "7", "answer": "A"}, "give --video and --question"),
+    ):
+        with pytest.raises(SystemExit) as stop:
+            command(monkeypatch, **flags, **more)
+        assert stop.value.code == 2 and words in capsys.readouterr().err
+
+
 def test_bad_input_is_one_sentence(tmp_path, toy_folder, checkpoint, capsys, monkeypatch):
     video = next((toy_folder / "videos").glob("*_0*.mp4"))
     (tmp_path / "llava").mkdir()

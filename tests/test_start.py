@@ -325,7 +325,7 @@ def test_a_refused_start_leaves_nothing_behind(place, monkeypatch, tmp_path):
         (
             "--model_name_or_path",
             tmp_path / "none",
-        ): f"model {tmp_path / 'none'} cannot be loaded: ",
+        ): f"{tmp_path / 'none'} is not a checkpoint, ",
         ("--eval_dataset_name", tmp_path / "none.json"): "not found",
         ("--prompt_template", tmp_path / "none.txt"): "not found",
         ("--priors", tmp_path / "none.jsonl"): "not found",

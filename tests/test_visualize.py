@@ -29,6 +29,8 @@ class Page(HTMLParser):
         super().__init__()
         self.stack = []
         self.images = []
+        self.links = []
+        self.ids = []
         self.rows = []
         self.words = ""
         self.feed(text)
@@ -36,7 +38,13 @@ class Page(HTMLParser):
 
     def handle_starttag(self, tag, attributes):
         attributes = dict(attributes)
-        assert "href" not in attributes and "srcset" not in attributes
+        assert "srcset" not in attributes
+        # Nothing but places in the page itself.
+        if "href" in attributes:
+            assert attributes["href"].startswith("#")
+            self.links.append(attributes["href"][1:])
+        if "id" in attributes:
+            self.ids.append(attributes["id"])
         if tag not in VOID:
             self.stack.append(tag)
         if tag == "img":
@@ -100,7 +108,7 @@ def write_lines(path, rows):
 # --------------------------------------------------------------------------------------------- run
 
 
-def write_run(folder, seed=0, steps=12, change=lambda record: record, result=True):
+def write_run(folder, seed=0, steps=12, change=lambda record: record, result=True, rollouts=()):
     """A run as train.py writes it. -> its result."""
     rng = random.Random(seed)
     folder.mkdir(parents=True)
@@ -110,6 +118,9 @@ def write_run(folder, seed=0, steps=12, change=lambda record: record, result=Tru
         values = {name: rng.random() for name in names}
         rows.append(change({"stage": "grpo", "step": step, **values}))
     write_lines(folder / "metrics.jsonl", rows)
+    write_lines(folder / "rollouts.jsonl", rollouts)
+    settings = {"seed": seed, "recipe": "cfgrpo", "command": [str(folder)]}
+    (folder / "run.json").write_text(json.dumps({**settings, "output_dir": str(folder)}))
     if not result:
         return None
     names = "greedy greedy/colour greedy/conflict consensus evidence_use evidence_chance length"
@@ -130,7 +141,8 @@ def test_three_runs_two_arms(tmp_path, monkeypatch, capsys, chromium):
     assert done == (0, "out/compare.html\n", "")
     page, table = read(tmp_path / "out/compare.html")
     assert page.rows[0] == ["before → after GRPO", "plain", label]
-    assert sorted(table)[1:] == sorted(results[0]["after"])
+    assert page.rows[-2:] == [["setting", *folders], ["seed", "0", "1", "2"]]
+    assert sorted(table.keys() - {"setting", "seed"})[1:] == sorted(results[0]["after"])
     for name in ("greedy", "evidence_use", "length"):
         parts = []
         for part in ("before", "after"):
@@ -158,7 +170,7 @@ def test_a_run_that_goes_on(tmp_path, monkeypatch, capsys):
     write = run_page.write_page
 
     def kept(*arguments):
-        figures.append(arguments[-1][""])
+        figures.append(arguments[3][""])
         return write(*arguments)
 
     monkeypatch.setattr(run_page, "write_page", kept)
@@ -176,6 +188,56 @@ def test_a_run_that_goes_on(tmp_path, monkeypatch, capsys):
     titles = [axes.get_title("left") for axes in figures[0].axes]
     names = list(run_page.UNITS)
     assert titles == ["reward/accuracy, 3 not a number", *names[1:], "reward/novelty"]
+
+
+def rollout(step, name, total, text, **more):
+    """A line of rollouts.jsonl; four frames, two slots."""
+    return {
+        "step": step,
+        "problem_id": name,
+        "question": f"What of {name}?",
+        "options": ["A. x", "B. y"],
+        "text": text,
+        "answer": "B",
+        "truncated": False,
+        "rewards": {"accuracy": total - 1, "total": total},
+        "prior": [0.125, 0.25, 0.5, 0.125],
+        "use": [0.31, 0.69],
+        **more,
+    }
+
+
+def test_what_the_model_wrote(tmp_path, monkeypatch, capsys, chromium):
+    """The best and the worst of each group in the first, the middle and the last step."""
+    monkeypatch.chdir(tmp_path)
+    rows = []
+    for step in range(12):
+        for name in ("q", "Q"):
+            for place, total in enumerate((1.5, 2.0, 1.25)):
+                text = f"<think>{step} {name} {place}</think>"
+                rows.append(rollout(step, name, total, text, truncated=place == 2))
+    # A picture has no frames to choose from.
+    rows.append(rollout(11, "picture", 1.0, "one", prior=None, use=None))
+    result = write_run(tmp_path / "a", rollouts=rows)
+    causes = {"skipped_by_cause": {"<no> such file": 2}, "heldout_skipped": {"x": "gone"}}
+    (tmp_path / "a/result.json").write_text(json.dumps({**result, **causes}))
+    assert command(monkeypatch, capsys, "run", "a")[0] == 0
+    page, table = read(tmp_path / "a/report.html")
+    shown = re.findall(r"<think>(.*?)</think>", page.words)
+    expected = []
+    for step in (0, 6, 11):
+        # The best is the second, the worst the third.
+        expected += [f"{step} {name} {place}" for name in "Qq" for place in (1, 2)]
+    assert sorted(shown) == sorted(expected)
+    assert page.words.count("Worst of 3, cut at --max_completion_length") == 6
+    assert "Best of 3\n" in page.words and "Best of 1\n" in page.words
+    assert page.rows.count(["0.000", "1.000"]) == 2  # the picture, best and worst
+    assert page.rows.count(["1.000", "2.000"]) == 6 and page.rows.count(["0.250", "1.250"]) == 6
+    assert table["prior, of frames"] == ["0.12", "0.25", "0.50", "0.12"]
+    assert table["use, of slots"] == ["0.31", "0.69"]
+    assert "2: <no> such file" in page.words and "held-out questions: 1" in page.words
+    assert "settings that differ" not in page.words.lower()
+    assert "What of picture?" in chromium(tmp_path / "a/report.html")
 
 
 def test_one_step(tmp_path, monkeypatch, capsys):
@@ -213,7 +275,7 @@ def test_runs_that_cannot_be_drawn(tmp_path, capsys, monkeypatch):
     write_run(tmp_path / "good")
     step = '{"stage": "grpo", "step": 0}\n'
     for name, text in (("empty", ""), ("broken", f"{step}nonsense\n"), ("other", step)):
-        (tmp_path / name).mkdir()
+        write_run(tmp_path / name)
         (tmp_path / name / "metrics.jsonl").write_text(text)
     (tmp_path / "none").mkdir()
     for flags, words in (
@@ -231,6 +293,92 @@ def test_runs_that_cannot_be_drawn(tmp_path, capsys, monkeypatch):
     assert not (tmp_path / "nowhere").exists()
     status, _, err = command(monkeypatch, capsys, "run", "good", "--lable", "x")
     assert status == 2 and "unrecognized arguments" in err
+
+
+# ----------------------------------------------------------------------------------------- answers
+
+
+def answered(name, letter, **more):
+    """A line of predictions; B is right."""
+    row = {
+        "problem_id": name,
+        "problem": f"Which <b> of {name}?",
+        "problem_type": "multiple choice",
+        "options": ["A. x", "B. y"],
+        "solution": "B",
+        "output": f"<think>{name}</think><answer>{letter}</answer>",
+        "error": None,
+    }
+    return {**row, **more}
+
+
+def sections(file):
+    """{heading of a page: text below it}."""
+    parts = re.split(r"<h2.*?>(.*?)</h2>", file.read_text(encoding="utf-8"), flags=re.DOTALL)
+    return {
+        " ".join(head.split()): text for head, text in zip(parts[1::2], parts[2::2], strict=True)
+    }
+
+
+def test_from_a_number_to_its_answers(tmp_path, monkeypatch, capsys, chromium):
+    first = [answered("a", "A"), answered("b", "B"), answered("c", "B", task="count")]
+    first += [answered("d", "", output="", error="unreadable media: gone"), answered("e", "B")]
+    second = [answered("a", "B"), answered("b", "A"), answered("c", "B", task="count")]
+    second += [answered("d", "A"), answered("f", "B")]
+    files = [write_lines(tmp_path / "1.jsonl", first), write_lines(tmp_path / "2.jsonl", second)]
+    words = ["--predictions", *files, "--label", "SFT", "--label", "GRPO"]
+    output = tmp_path / "out/x.html"
+    done = command(monkeypatch, capsys, "answers", *words, "--output", output)
+    assert done == (0, f"{output}\n", "")
+    page = Page(output.read_text(encoding="utf-8"))
+    assert page.rows == [
+        ["SFT → GRPO", "right → right", "right → wrong", "wrong → right", "wrong → wrong"],
+        ["count", "1", "0", "0", "0"],
+        ["multiple choice", "0", "1", "1", "1"],
+    ]
+    # Every number leads to its answers.
+    assert len(set(page.links)) == 8 and set(page.links) == set(page.ids)
+    lists = sections(output)
+    assert list(lists)[:5] == [
+        "count, right → right: 1 of 1",
+        "count, right → wrong: 0 of 0",
+        "count, wrong → right: 0 of 0",
+        "count, wrong → wrong: 0 of 0",
+        "multiple choice, right → right: 0 of 0",
+    ]
+    gained = lists["multiple choice, wrong → right: 1 of 1"]
+    assert "Which &lt;b&gt; of a?" in gained and gained.count("&lt;think&gt;a&lt;") == 2
+    assert gained.index("SFT, 0.000") < gained.index("GRPO, 1.000")
+    assert "unreadable media: gone" in lists["multiple choice, wrong → wrong: 1 of 1"]
+    assert "SFT: 5 questions. GRPO: 5 questions." in page.words
+    assert "4 are in every file" in page.words
+    assert "wrong → right" in chromium(output, drawn=False)
+
+
+def test_one_file_of_many_answers(tmp_path, monkeypatch, capsys):
+    rows = [answered(str(index), "B") for index in range(103)]
+    rows += [answered("odd", "", output="<answer>who knows</answer>")]
+    path = write_lines(tmp_path / "p.jsonl", rows)
+    output = tmp_path / "x.html"
+    words = ["--predictions", path, "--output", output]
+    assert command(monkeypatch, capsys, "answers", *words)[0] == 0
+    lists = sections(output)
+    assert lists["multiple choice, right: 100 of 103"].count("<details>") == 100
+    assert "unread: " in lists["multiple choice, wrong: 1 of 1"]
+
+
+def test_answers_that_cannot_be_listed(tmp_path, monkeypatch, capsys):
+    path = write_lines(tmp_path / "p.jsonl", [answered("a", "B")])
+    other = write_lines(tmp_path / "q.jsonl", [answered("a", "A", solution="A")])
+    alone = write_lines(tmp_path / "r.jsonl", [answered("z", "B")])
+    for files, words in (
+        ([tmp_path / "none.jsonl"], "none.jsonl not found"),
+        ([path, other], "problem_id a is another question in each file"),
+        ([path, alone], "the two files share no problem_id"),
+        ([path, path], "given twice"),
+        ([path, "--output", "x.png"], "must end in .html"),
+    ):
+        assert words in refused(monkeypatch, capsys, "answers", "--predictions", *files)
 
 
 # -------------------------------------------------------------------------------------- enrichment
