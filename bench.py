@@ -15,6 +15,7 @@ medium, group and lengths; each turn of a side is a process. Sides:
     packed    the group in one row, the prompt encoded once, as in train.py
     repeated  the prompt repeated for every completion, as in the releases
     zero3     packed, under DeepSpeed's ZeRO-3 on one rank
+    lora      the same with adapters of rank 64 on every layer (pip install peft), no second model
     trl       TRL's GRPOTrainer, which scores no videos
     graph     packed, sampled in fixed shapes, on a GPU as one CUDA graph
 Memory is the peak of a phase over that of the process with its libraries, on a GPU that of torch's
@@ -62,7 +63,12 @@ import prior
 import toy
 import train
 from common.data import DataError, Example, Medium, read_document
-from common.engine import hookless_twin, sampling, start_engine
+from common.engine import (
+    hookless_twin,
+    sampling,
+    score_without_adapters,
+    start_engine,
+)
 from common.flags import Parser, flag
 from common.media import Encoder, PromptFlags, sample_video
 from common.policy import Policy, collate, load_model, vision_tokens
@@ -75,7 +81,7 @@ GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
 DTYPE = torch.bfloat16 if GPU else torch.float32
 
-SIDES = ["packed", "repeated", "zero3", "trl", "graph"]
+SIDES = ["packed", "repeated", "zero3", "lora", "trl", "graph"]
 SFT_SIDES = ["together", "apart"]
 PHASES = ["rollout", "reference", "policy", "optimizer", "step"]
 
@@ -248,12 +254,16 @@ class GroupStep:
 
     def __init__(self, arguments, side, folder, medium):
         self.base = memory_in_use()
-        if side == "zero3":
+        if side in ("zero3", "lora"):
             start_ranks()
             config = str(Path(__file__).with_name("ds_zero3.json"))
-            settings = train.TrainArguments(deepspeed=config, output_dir=None)
-            self.reference = start_engine(settings, folder)
+            rank = 64 if side == "lora" else 0
+            settings = train.TrainArguments(deepspeed=config, output_dir=None, lora_rank=rank)
             self.engine = start_engine(settings, folder, learning_rate=1e-6)
+            # As train_grpo(): with adapters the reference is the model without them.
+            self.reference = partial(score_without_adapters, self.engine, {})
+            if side == "zero3":
+                self.reference = start_engine(settings, folder)
         else:
             self.reference = Policy(load_model(folder)[0])
             self.engine = PlainEngine(folder)
@@ -592,7 +602,7 @@ def gpu_table(name, arguments):
     return table
 
 
-GPU_SIDES = ["packed", "graph", "repeated", "zero3"]
+GPU_SIDES = ["packed", "graph", "repeated", "zero3", "lora"]
 
 # Steps of random weights: shape, frames and sides.
 GPU_STEPS = {

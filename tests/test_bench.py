@@ -39,7 +39,7 @@ def small(**changes):
 @pytest.fixture(scope="module")
 def step_run():
     """The smallest `bench.py step` of all sides -> sides, what it prints."""
-    sides = ["packed", "repeated", "zero3", "graph"]
+    sides = ["packed", "repeated", "zero3", "lora", "graph"]
     if importlib.util.find_spec("trl") is not None:
         sides.append("trl")
     flags = [word for name, value in SMALL.items() for word in (f"--{name}", str(value))]
