@@ -94,10 +94,13 @@ def read_run(folder):
         {(stage, step): record of metrics.jsonl}, and result.json ({} while the run goes on).
     """
     records = {(row.get("stage"), row["step"]): row for row in read_log(folder, "metrics.jsonl")}
-    result = Path(folder) / "result.json"
-    if not result.is_file():
-        return records, {}
-    return records, json.loads(result.read_text(encoding="utf-8"))
+    return records, read_object(folder, "result.json")
+
+
+def read_object(folder, name):
+    """The object in a JSON file of a run; {} without the file."""
+    file = Path(folder) / name
+    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
 
 
 def series(runs, name):
@@ -181,15 +184,21 @@ def result_table(groups):
 
 
 def run_details(folder, run):
-    """What DETAILS shows of a folder and its read_run(): its rollouts are of three steps."""
+    """What DETAILS shows of a folder and its read_run(): its rollouts are of three steps.
+
+    A folder may hold metrics.jsonl alone.
+    """
     records, result = run
+    rollouts = []
+    if Path(folder, "rollouts.jsonl").is_file():
+        rollouts = read_log(folder, "rollouts.jsonl")
     steps = [step for stage, step in records if stage == "grpo"]
     shown = {*steps[:1], *steps[len(steps) // 2 :][:1], *steps[-1:]}
     return {
         "folder": folder,
-        "settings": json.loads(Path(folder, "run.json").read_text(encoding="utf-8")),
+        "settings": read_object(folder, "run.json"),
         "result": result,
-        "rollouts": [row for row in read_log(folder, "rollouts.jsonl") if row["step"] in shown],
+        "rollouts": [row for row in rollouts if row["step"] in shown],
     }
 
 
