@@ -120,7 +120,7 @@ def test_both_scores_have_one_scale(tmp_path, monkeypatch):
     record = {"stage": "grpo", "step": 0, "loss/kl": 9.0, "reward/new": 1.0}
     record |= {"consensus/score": 0.5, "consensus/paper_score": 0.1, "unknown": 3.0}
     (tmp_path / "metrics.jsonl").write_text(json.dumps(record) + "\n")
-    monkeypatch.setattr(run_page, "write_page", lambda *arguments: arguments[-1][""])
+    monkeypatch.setattr(run_page, "write_page", lambda *arguments: arguments[3][""])
     figure = run_page.run_report([tmp_path])
     titles = [axes.get_title("left") for axes in figure.axes]
     assert titles == ["consensus/score", "consensus/paper_score", "loss/kl", "reward/new"]
