@@ -369,5 +369,16 @@ def test_a_file_without_an_optimizer_gets_ours(tmp_path, monkeypatch, gpu, offlo
     assert config["gradient_clipping"] == 0.7
 
 
+LINEAR = {"memory_efficient_linear": True}
+
+
+@pytest.mark.parametrize(
+    ("gpu", "given", "used"), [(True, {}, None), (False, {}, False), (False, LINEAR, True)]
+)
+def test_linear_layers_of_zero_3_are_off_on_a_cpu(tmp_path, monkeypatch, gpu, given, used):
+    config = filled({"zero_optimization": ZERO3 | given}, tmp_path, gpu, monkeypatch)
+    assert config["zero_optimization"].get("memory_efficient_linear") is used
+
+
 if __name__ == "__main__":
     main(sys.argv[1], sys.argv[2])
