@@ -802,6 +802,16 @@ def test_workers_give_the_cues_of_one_process(clip, media):
             np.testing.assert_equal(one, other)
 
 
+def test_workers_give_the_priors_of_one_process_in_its_order(clip, media):
+    # two workers may finish in any order
+    names = ("scenes.mp4", "short.mp4", "text.mp4", "scenes.mp4", "picture.png")
+    examples = [example(media, name, id=str(index)) for index, name in enumerate(names)]
+    here, broken = prior.build_priors(examples, clip, arguments())
+    there, broken_there = prior.build_priors(examples, clip, arguments(), workers=2, timeout=30)
+    assert there == here and [row.problem_id for row in here] == ["0", "3", "1", "4"]
+    assert broken_there == broken and [one["problem_id"] for one in broken] == ["2"]
+
+
 def test_options_in_the_text(clip, media):
     asked = example(media, "scenes.mp4", "which scene")
     asked.options = ["A. red", "B. blue"]
