@@ -15,6 +15,7 @@ from pathlib import Path
 
 import deepspeed
 import torch
+import torch.distributed as dist
 from deepspeed.monitor.config import get_monitor_config
 from deepspeed.monitor.monitor import MonitorMaster
 from deepspeed.runtime.config import DeepSpeedConfig, DeepSpeedConfigError
@@ -115,6 +116,8 @@ def deepspeed_config(arguments, hidden_size, micro_batch=1, accumulation=1, lear
         words = "asks for fp16, whose loss scaling this program does not know; use bf16"
         raise DataError(f"{arguments.deepspeed} {words}")
     zero = config.get("zero_optimization", {})
+    if shares_nothing(zero):
+        zero["stage"] = 2
     # ZeRO-3's own linear layers save the accelerator's memory; on a CPU they cost time alone.
     if not torch.cuda.is_available():
         zero.setdefault("memory_efficient_linear", False)
@@ -131,6 +134,16 @@ def deepspeed_config(arguments, hidden_size, micro_batch=1, accumulation=1, lear
         # write_shards() writes to the shards, so no parameter may stay whole.
         zero["stage3_param_persistence_threshold"] = 0
     return config
+
+
+def shares_nothing(zero):
+    """Whether this is ZeRO-3 on one rank with all parameters in its memory.
+
+    ZeRO-2 then computes the same without ZeRO-3's work at every module, which on an H200 made the
+    forwards and backward of a 3B model 6 times as long, with LoRA 13 times (docs/performance.md).
+    """
+    offloads = "offload_param" in zero or zero.get("offload_optimizer", {}).get("device") == "nvme"
+    return zero.get("stage") == 3 and dist.get_world_size() == 1 and not offloads
 
 
 def optimizer_parameters(file):
@@ -221,6 +234,8 @@ def log_overrides(arguments, file):
         value = file.get_value(key, "auto")
         if value not in ("auto", getattr(arguments, flag)):
             log_main(f"{name}: {key} {value} is used, --{flag} {getattr(arguments, flag)} is not")
+    if shares_nothing(file.config.get("zero_optimization", {})):
+        log_main(f"{name}: one process shares nothing, so ZeRO-2 runs instead of ZeRO-3")
 
 
 def start_engine(arguments, model_path, micro_batch=1, accumulation=1, learning_rate=None):
