@@ -1,7 +1,7 @@
 """Times the code that train.py and prior.py run against named baselines, in alternating turns.
 
     python bench.py step                           # a random small Qwen2.5-VL
-    python bench.py step --sides packed repeated zero3 trl              # after pip install trl
+    python bench.py step --sides packed repeated deepspeed trl          # after pip install trl
     python bench.py step --shape 7b --frames 16 --visual_tokens 1024 --completion_length 512 \\
         --sides packed graph                       # random weights of that size, on a GPU
     python bench.py sft --visual_tokens 1024 --completion_length 300
@@ -14,7 +14,7 @@ AdamW, float32 on a CPU, bfloat16 (its moments, too) on a GPU. All sides have th
 medium, group and lengths; each turn of a side is a process. Sides:
     packed    the group in one row, the prompt encoded once, as in train.py
     repeated  the prompt repeated for every completion, as in the releases
-    zero3     packed, under DeepSpeed's ZeRO-3 on one rank
+    deepspeed packed, in train.py's engine, on one process ZeRO-2 (captured as graph on a GPU)
     lora      the same with adapters of rank 64 on every layer (pip install peft), no second model
     trl       TRL's GRPOTrainer, which scores no videos
     graph     packed, sampled in fixed shapes, on a GPU as one CUDA graph
@@ -43,7 +43,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections import Counter
+from collections import defaultdict
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -81,7 +81,7 @@ GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
 DTYPE = torch.bfloat16 if GPU else torch.float32
 
-SIDES = ["packed", "repeated", "zero3", "lora", "trl", "graph"]
+SIDES = ["packed", "repeated", "deepspeed", "lora", "trl", "graph"]
 SFT_SIDES = ["together", "apart"]
 PHASES = ["rollout", "reference", "policy", "optimizer", "step"]
 
@@ -119,7 +119,7 @@ class Arguments:
         group="step and sft",
         choices=["small", *SHAPES],
     )
-    sides: list[str] | None = flag(None, "default: packed, repeated and zero3", choices=SIDES)
+    sides: list[str] | None = flag(None, "default: packed, repeated and deepspeed", choices=SIDES)
     frames: int = flag(0, "of a video, two a temporal slot; 0: a picture")
     visual_tokens: int = flag(2048, "of the medium; rounded to 2 n^2 a temporal slot")
     num_generations: int = flag(8, "completions of the question; demonstrations of the medium")
@@ -128,9 +128,10 @@ class Arguments:
     videos: list[str] | None = flag(None, "paths of videos", group="prior")
     output_dir: str = flag("gpu", "folder of the results, a file a part", group="gpu and page")
     only: list[str] | None = flag(None, "parts to run, again if they are there")
+    deepspeed: str = flag("ds_zero3.json", "of the sides deepspeed and lora", group="step")
 
     def __post_init__(self):
-        self.sides = self.sides or ["packed", "repeated", "zero3"]
+        self.sides = self.sides or ["packed", "repeated", "deepspeed"]
         if "trl" in self.sides and self.frames:
             raise DataError("TRL scores no videos: leave out --frames, or trl of --sides")
         slots = max(1, math.ceil(self.frames / 2))
@@ -168,8 +169,8 @@ def write_medium(arguments, folder):
     return Medium("image", f"{path}.png")
 
 
-def prepare(arguments, folder):
-    """Write a random checkpoint and a random medium into a folder -> Medium."""
+def write_checkpoint(arguments, folder):
+    """Write a random checkpoint of --shape into a folder."""
     # The tokenizer learns a toy's questions.
     toy.make_dataset(Path(folder), toy.ToyArguments(train_videos=1, heldout_videos=0))
     processor = toy.make_processor(Path(folder))
@@ -178,8 +179,17 @@ def prepare(arguments, folder):
     if arguments.shape != "small":
         torch.manual_seed(0)
         config = released_config(model.config, arguments.shape)
-        model = AutoModelForImageTextToText.from_config(config, dtype=DTYPE)
+        # A CPU would draw seven billion numbers for minutes.
+        with torch.device(DEVICE):
+            model = AutoModelForImageTextToText.from_config(config, dtype=DTYPE)
     model.save_pretrained(folder)
+
+
+def prepare(arguments, folder):
+    """Write a checkpoint, if none is there, and a random medium into a folder -> Medium."""
+    if not Path(folder, "config.json").exists():
+        # In a process, so that no memory of a GPU stays with this one.
+        run_apart(write_checkpoint, arguments, folder)
     return write_medium(arguments, folder)
 
 
@@ -254,15 +264,15 @@ class GroupStep:
 
     def __init__(self, arguments, side, folder, medium):
         self.base = memory_in_use()
-        if side in ("zero3", "lora"):
+        if side in ("deepspeed", "lora"):
             start_ranks()
-            config = str(Path(__file__).with_name("ds_zero3.json"))
+            config = str(Path(__file__).parent / arguments.deepspeed)
             rank = 64 if side == "lora" else 0
             settings = train.TrainArguments(deepspeed=config, output_dir=None, lora_rank=rank)
             self.engine = start_engine(settings, folder, learning_rate=1e-6)
             # As train_grpo(): with adapters the reference is the model without them.
             self.reference = partial(score_without_adapters, self.engine, {})
-            if side == "zero3":
+            if side == "deepspeed":
                 self.reference = start_engine(settings, folder)
         else:
             self.reference = Policy(load_model(folder)[0])
@@ -272,8 +282,10 @@ class GroupStep:
         stops = stop_tokens(model, self.encoder.processor)
         # No completion ends early.
         banned = vision_tokens(model.config) + stops
+        # train.py captures the decode step on every GPU.
+        graph = side == "graph" or GPU and side in ("deepspeed", "lora")
         self.settings = Sampling(
-            arguments.completion_length, graph=side == "graph", eos_ids=stops, banned_ids=banned
+            arguments.completion_length, graph=graph, eos_ids=stops, banned_ids=banned
         )
         self.arguments = arguments
         self.medium = medium
@@ -397,25 +409,26 @@ def run_side(arguments, side, folder, medium):
     return {name: np.median([costs[name] for costs in runs], axis=0) for name in runs[0]}
 
 
-def time_sides(arguments):
+def time_sides(arguments, folder):
     """Run every side in processes, in alternating turns.
 
+    Args:
+        folder: what prepare() writes goes there.
     Returns:
         {side: list of what run_side() returned in each turn}, without sides that failed.
     """
     results = {side: [] for side in arguments.sides}
-    with tempfile.TemporaryDirectory() as folder:
-        medium = prepare(arguments, folder)
-        for _ in tqdm(range(arguments.repeats), desc="turns"):
-            for side in list(results):
-                # A process a turn: memory that another one has left behind is not in its peak.
-                try:
-                    turn = run_apart(run_side, arguments, side, folder, medium)
-                    results[side].append(turn)
-                except (ProcessExpired, torch.OutOfMemoryError) as error:
-                    # The kernel kills a process that takes too much.
-                    print(f"{side} failed: {error!r} {vars(error)}")
-                    del results[side]
+    medium = prepare(arguments, folder)
+    for _ in tqdm(range(arguments.repeats), desc="turns"):
+        for side in list(results):
+            # A process a turn: memory that another one has left behind is not in its peak.
+            try:
+                turn = run_apart(run_side, arguments, side, folder, medium)
+                results[side].append(turn)
+            except (ProcessExpired, torch.OutOfMemoryError) as error:
+                # The kernel kills a process that takes too much.
+                print(f"{side} failed: {error!r} {vars(error)}")
+                del results[side]
     return results
 
 
@@ -426,7 +439,8 @@ def print_ratio(title, ratios):
 
 def bench_step(arguments, base="packed"):
     """Time a step on every side; print the phases of each, and ratios to the side `base`."""
-    results = time_sides(arguments)
+    with tempfile.TemporaryDirectory() as folder:
+        results = time_sides(arguments, folder)
     print("medians; MB at the peak of a phase")
     for side, turns in results.items():
         for name in turns[0]:
@@ -503,12 +517,12 @@ def run_command(*words):
     return {"exit_code": run.returncode, "end": run.stdout[-4000:], "last line": last}
 
 
-def gpu_tests(arguments):
+def gpu_tests(arguments, folder):
     """Run the tests that need a real device."""
     return run_command("-m", "pytest", "-q", "-n", "0", "tests/test_device.py")
 
 
-def gpu_default(arguments):
+def gpu_default(arguments, folder):
     """Make the default run, in bfloat16 where there is a GPU; an interrupted one goes on."""
     output = Path(arguments.output_dir) / "default"
     launch = ["-m", "deepspeed.launcher.runner", "train.py", "--deepspeed", "ds_zero3.json"]
@@ -533,22 +547,25 @@ def gpu_capture(step):
 
 
 def gpu_kernels(step):
-    """Give microseconds of what runs longest in prefill, and in prefill with 16 steps behind it."""
-    found = {}
-    for name, tokens in (("prefill", 1), ("prefill and 16 steps", 17)):
+    """Give calls and milliseconds of what runs longest in prefill, and in 64 steps behind it."""
+    seen = {}
+    for name, tokens in (("prefill", 1), ("prefill and 64 steps", 65)):
         settings = replace(step.settings, max_new_tokens=tokens)
         step.sample(settings)  # not profiled: the first call loads kernels
         with torch.profiler.profile() as profile:
             step.sample(settings)
-        kernels = Counter()
+        kernels = defaultdict(list)  # times of a kernel's calls in microseconds
         for event in profile.events():
             if not GPU:
-                kernels[event.name] += event.self_cpu_time_total
+                kernels[event.name].append(event.self_cpu_time_total)
             elif event.device_type == torch.autograd.DeviceType.CUDA:
-                kernels[event.name] += event.device_time
-        for kernel, microseconds in kernels.most_common(5):
-            found[f"{name}: {kernel[:60]}"] = round(microseconds)
-    return found
+                kernels[event.name].append(event.device_time)
+        kernels["all"] = sum(kernels.values(), [])
+        longest = sorted(kernels, key=lambda kernel: -sum(kernels[kernel]))
+        seen[name] = {}
+        for kernel in longest[:12]:
+            seen[name][kernel] = [len(kernels[kernel]), round(sum(kernels[kernel]) / 1000, 2)]
+    return seen
 
 
 def gpu_lengths(step):
@@ -576,10 +593,17 @@ def gpu_memory(step):
     return found
 
 
-def on_step(part, side, arguments):
-    """Call one of these four on a GroupStep with a checkpoint and a medium of its own."""
-    with tempfile.TemporaryDirectory() as folder:
-        return part(GroupStep(arguments, side, folder, prepare(arguments, folder)))
+def on_step(part, *step):
+    """Call one of these four on a GroupStep."""
+    return part(GroupStep(*step))
+
+
+def gpu_step(part, side, arguments, folder):
+    """Run on_step() in a process, on a GPU with the 3B shape."""
+    arguments = replace(arguments, shape="3b" if GPU else "small")
+    folder = f"{folder}/{arguments.shape}"
+    medium = prepare(arguments, folder)
+    return run_apart(on_step, part, arguments, side, folder, medium)
 
 
 def run_apart(function, *arguments):
@@ -588,105 +612,119 @@ def run_apart(function, *arguments):
         return pool.schedule(function, args=arguments).result()
 
 
-def gpu_table(name, arguments):
-    """Time a step of GPU_STEPS -> {side: {phase: [seconds, MB]}}."""
-    shape, frames, sides = GPU_STEPS[name]
+def gpu_side(name, side, arguments, folder):
+    """Time a side of GPU_STEPS -> {phase: [seconds, MB]}."""
+    shape, frames, _ = GPU_STEPS[name]
     # A picture keeps --visual_tokens.
     tokens = 64 * frames if GPU and frames else arguments.visual_tokens
     shape = shape if GPU else "small"
-    sizes = {"shape": shape, "frames": frames, "visual_tokens": tokens}
-    results = time_sides(replace(arguments, repeats=1, sides=sides, **sizes))
-    table = {}
-    for side, (turn,) in results.items():
-        table[side] = {name: list(map(float, costs)) for name, costs in turn.items()}
-    return table
+    arguments = replace(arguments, shape=shape, frames=frames, visual_tokens=tokens)
+    folder = f"{folder}/{shape}"
+    medium = prepare(arguments, folder)
+    costs = run_apart(run_side, arguments, side, folder, medium)
+    return {name: list(map(float, pair)) for name, pair in costs.items()}
 
 
-GPU_SIDES = ["packed", "graph", "repeated", "zero3", "lora"]
+GPU_SIDES = ["graph", "packed", "repeated", "lora"]
 
-# Steps of random weights: shape, frames and sides.
+# Steps of random weights: shape, frames and sides. ZeRO has 18 bytes a weight: no 7B on one GPU.
 GPU_STEPS = {
-    "3b_16": ("3b", 16, GPU_SIDES),
+    "3b_16": ("3b", 16, [*GPU_SIDES, "deepspeed"]),
     "7b_16": ("7b", 16, GPU_SIDES),
-    "3b_64": ("3b", 64, GPU_SIDES),
+    "3b_64": ("3b", 64, [*GPU_SIDES, "deepspeed"]),
     "7b_64": ("7b", 64, GPU_SIDES),
-    "3b_picture": ("3b", 0, ["packed", "trl"]),
+    "3b_picture": ("3b", 0, ["graph", "trl"]),
 }
 
 # What teaches most comes first.
 GPU_PARTS = {
     "tests": gpu_tests,
     # These leave memory of the device behind, so each has a process.
-    "capture": partial(run_apart, on_step, gpu_capture, "graph"),
-    "kernels": partial(run_apart, on_step, gpu_kernels, "packed"),
-    "lengths": partial(run_apart, on_step, gpu_lengths, "graph"),
-    "memory": partial(run_apart, on_step, gpu_memory, "zero3"),
+    "capture": partial(gpu_step, gpu_capture, "graph"),
+    "kernels": partial(gpu_step, gpu_kernels, "graph"),
+    "lengths": partial(gpu_step, gpu_lengths, "graph"),
+    "memory": partial(gpu_step, gpu_memory, "deepspeed"),
     "default": gpu_default,
-    **{name: partial(gpu_table, name) for name in GPU_STEPS},
+    **{
+        f"{name}_{side}": partial(gpu_side, name, side)
+        for name, (_, _, sides) in GPU_STEPS.items()
+        for side in sides
+    },
 }
 
 
 def bench_gpu(arguments):
     """Run the parts of GPU_PARTS that have no file yet; one that fails is named in its file."""
-    folder = Path(arguments.output_dir)
-    folder.mkdir(parents=True, exist_ok=True)
-    for name in arguments.only or GPU_PARTS:
-        file = folder / f"{name}.json"
-        if file.exists() and not arguments.only:
-            print(f"{name}: is there")
-            continue
-        begin = time.perf_counter()
-        try:
-            result = GPU_PARTS[name](arguments)
-        except (ImportError, ProcessExpired, RuntimeError) as error:
-            # TRL may be missing; torch's errors of a device, and of memory, are RuntimeErrors.
-            result = {"error": repr(error)}
-        made = {
-            "part": name,
-            "device": device_name(),
-            "commit": train.revision(),
-            "date": time.strftime("%Y-%m-%d"),
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "arguments": vars(arguments),
-            "seconds": time.perf_counter() - begin,
-            "result": result,
-        }
-        write_whole(file, [json.dumps(made, indent=1).encode()])
-        failed = "error" in result or result.get("exit_code")
-        print(f"{name}: {made['seconds']:.0f} s{', failed' if failed else ''}")
+    output = Path(arguments.output_dir)
+    output.mkdir(parents=True, exist_ok=True)
+    # Checkpoints are written once for all parts.
+    with tempfile.TemporaryDirectory() as folder:
+        for name in arguments.only or GPU_PARTS:
+            file = output / f"{name}.json"
+            if file.exists() and not arguments.only:
+                print(f"{name}: is there")
+                continue
+            made = run_gpu_part(name, arguments, folder)
+            write_whole(file, [json.dumps(made, indent=1).encode()])
+            failed = "error" in made["result"] or made["result"].get("exit_code")
+            print(f"{name}: {made['seconds']:.0f} s{', failed' if failed else ''}", flush=True)
+
+
+def run_gpu_part(name, arguments, folder):
+    """Run a part -> what its file says."""
+    begin = time.perf_counter()
+    try:
+        result = GPU_PARTS[name](arguments, folder)
+    except (ImportError, ProcessExpired, RuntimeError) as error:
+        # TRL may be missing; torch's errors of a device, and of memory, are RuntimeErrors.
+        result = {"error": repr(error)}
+    return {
+        "part": name,
+        "device": device_name(),
+        "commit": train.revision(),
+        "date": time.strftime("%Y-%m-%d"),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "arguments": vars(arguments),
+        "seconds": time.perf_counter() - begin,
+        "result": result,
+    }
 
 
 # Jinja: a row for each part, then a table for each of GPU_STEPS; what has no number is owed.
 GPU_PAGE = """<!-- gpu -->
-{% set last = parts.values() | selectattr("device") | list | last %}
-{% if last %}
-device {{ last.device }}, torch {{ last.torch }}, transformers {{ last.transformers }}, \
-date {{ last.date }}, commit {{ last.commit }}.
+{% for machine in machines %}
+{{ machine }}
 {% else %}
 No GPU has been measured.
-{% endif %}
+{% endfor %}
 
 | part | seconds | result |
 |---|---|---|
-{% for name, part in parts.items() %}
-| {{ name }} | {{ "%.0f" | format(part.seconds) if part.device else "owed" }} |
-{%- for key, value in part.result.items() if key != "end" and key not in part.sides %}
+{% for name, part in parts.items() if name not in of_steps %}
+| {{ name }} | {{ "%.0f" | format(part.seconds) if part else "owed" }} |
+{%- for key, value in (part.result or {}).items() if key != "end" %}
  {{ (key ~ " " ~ value) | replace("|", "/") }}{{ "," if not loop.last }}
 {%- endfor %} |
 {% endfor %}
-{% for name, part in parts.items() if part.sides %}
+{% for step, (_, _, sides) in steps.items() %}
 
-{{ name | replace("_", ", ") }}:
+{{ step | replace("_", ", ") }}:
 
 | | {{ phases | join(" | ") }} |
 |---|---|---|---|---|---|
-{% for side in part.sides %}
+{% for side in sides %}
+{% set result = parts[step ~ "_" ~ side].result %}
 | {{ side }} |
 {%- for phase in phases %}
-{% set costs = part.result.get(side, {}).get(phase) %}
- {{ "%.2f s, %.1f GB" | format(costs[0], costs[1] / 1000) if costs else "owed" }} |
-{%- endfor %}
+{% if result and phase in result %}
+ {{ "%.2f s, %.1f GB" | format(result[phase][0], result[phase][1] / 1000) }} |
+{%- elif result and "OutOfMemory" in result.error %}
+ no memory |
+{%- else %}
+ owed |
+{%- endif %}
+{% endfor %}
 
 {% endfor %}
 {% endfor %}
@@ -696,15 +734,18 @@ No GPU has been measured.
 def bench_page(arguments):
     """Write the parts' numbers into docs/performance.md, between its two gpu marks."""
     parts = {}
+    machines = {}  # as a list without repetition
     for name in GPU_PARTS:
-        parts[name] = {"device": "", "result": {}, "sides": []}
         file = Path(arguments.output_dir) / f"{name}.json"
-        if file.exists():
-            parts[name] |= json.loads(file.read_text())
-        if name in GPU_STEPS:
-            parts[name]["sides"] = GPU_STEPS[name][2]
+        parts[name] = json.loads(file.read_text()) if file.exists() else {}
+        if parts[name]:
+            words = "{device}, torch {torch}, transformers {transformers}, {date}, commit {commit}."
+            machines[words.format(**parts[name])] = None
+    of_steps = [f"{step}_{side}" for step, (_, _, sides) in GPU_STEPS.items() for side in sides]
     template = Template(GPU_PAGE, trim_blocks=True, lstrip_blocks=True)
-    text = template.render(parts=parts, phases=PHASES)
+    text = template.render(
+        parts=parts, steps=GPU_STEPS, of_steps=of_steps, phases=PHASES, machines=machines
+    )
     page = Path(__file__).parent / "docs/performance.md"
     before, _, after = re.split("<!-- /?gpu -->", page.read_text(encoding="utf-8"))
     page.write_text(f"{before}{text}{after}", encoding="utf-8")

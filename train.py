@@ -1174,7 +1174,7 @@ def score(run, engine, when):
     run.checkpoint.shared[when] = run.result[when]
 
 
-HELDOUT_BATCH = 32  # questions decoded at a time, on each rank
+HELDOUT_BATCH = 50  # questions decoded at a time, on each rank
 
 
 def score_heldout(run, engine):

@@ -75,13 +75,25 @@ def sample_tokens(logits, uniform, settings):
 def least_of_nucleus(probs, top_p):
     """Find the least probability in a nucleus: what is likelier sums to less than top_p.
 
-    By bisection: a sort of a whole vocabulary takes many times as long on a GPU.
-
     Args:
         probs: (N, V) float32.
     Returns:
         (N, 1), so that the token that crosses top_p stays.
     """
+    # on a GPU the sort of a whole vocabulary takes many times as long
+    return least_by_bisection(probs, top_p) if probs.is_cuda else least_by_sort(probs, top_p)
+
+
+def least_by_sort(probs, top_p):
+    """least_of_nucleus() by a sort."""
+    falling = probs.sort(dim=-1, descending=True).values
+    likelier = pad(falling.cumsum(dim=-1)[:, :-1], (1, 0))
+    inside = (likelier < top_p).sum(dim=-1, keepdim=True)
+    return falling.gather(-1, inside - 1)
+
+
+def least_by_bisection(probs, top_p):
+    """least_of_nucleus() by bisection."""
     # positive floats are in the order of their bits; these are 0 and 1
     low = torch.zeros(len(probs), 1, dtype=torch.int32, device=probs.device)
     high = low + 0x3F800000

@@ -312,8 +312,17 @@ SMALL_GRPO = [
 SMALL = ["--sft_max_steps", "2", "--sft_per_device_batch_size", "4", *SMALL_GRPO]
 
 
+def zero_stage(stage):
+    """ds_zero3.json at a ZeRO stage; one rank keeps 3 because of the section offload_param."""
+    config = json.loads((ROOT / "ds_zero3.json").read_text())
+    config["zero_optimization"]["stage"] = stage
+    if stage == 3:
+        config["zero_optimization"]["offload_param"] = {"device": "none"}
+    return config
+
+
 def launch(*flags, ranks=1, env=None, report=False):
-    """train.py with these flags, under ZeRO-3; returns the finished process with its output."""
+    """train.py with these flags, alone under ZeRO-2; returns the finished process."""
     flags = ["--deepspeed", "ds_zero3.json", *flags]
     return run_script("train.py", *flags, ranks=ranks, env=env, report=report)
 

@@ -39,7 +39,7 @@ def small(**changes):
 @pytest.fixture(scope="module")
 def step_run():
     """The smallest `bench.py step` of all sides -> sides, what it prints."""
-    sides = ["packed", "repeated", "zero3", "lora", "graph"]
+    sides = ["packed", "repeated", "deepspeed", "lora", "graph"]
     if importlib.util.find_spec("trl") is not None:
         sides.append("trl")
     flags = [word for name, value in SMALL.items() for word in (f"--{name}", str(value))]
@@ -83,7 +83,8 @@ def test_smallest_step_prints_phases_and_ratios(step_run):
 
 def test_an_sft_step_trains_the_same_tokens_together_and_apart(tmp_path, monkeypatch):
     arguments = small(num_generations=3, completion_length=9)
-    medium = bench.prepare(arguments, tmp_path)
+    bench.write_checkpoint(arguments, tmp_path)
+    medium = bench.write_medium(arguments, tmp_path)
     seen = {}
     pack = bench.train.pack_demonstrations
     for side, rows in (("together", (1, 3)), ("apart", (3, 1))):
@@ -113,7 +114,8 @@ def test_a_video_has_its_slots_and_visual_tokens(tmp_path):
         arguments = bench.Arguments(frames=frames, visual_tokens=asked)
         assert (arguments.rows, arguments.visual_tokens) == (rows, tokens)
     arguments = small(frames=5, visual_tokens=25)
-    medium = bench.prepare(arguments, tmp_path)
+    bench.write_checkpoint(arguments, tmp_path)
+    medium = bench.write_medium(arguments, tmp_path)
     assert medium.kind == "video"
     example = Example("0", "Which ball is red?", [], "numerical", "1", [medium])
     item = bench.load_encoder(arguments, tmp_path).encode(example)
@@ -151,7 +153,7 @@ def test_a_shape_is_saved_in_the_dtype_it_is_loaded_in(tmp_path, monkeypatch):
         return config
 
     monkeypatch.setattr(bench, "released_config", shallow)
-    bench.prepare(small(shape="3b"), tmp_path)
+    bench.write_checkpoint(small(shape="3b"), tmp_path)
     model = AutoModelForImageTextToText.from_pretrained(tmp_path, dtype="auto")
     assert {weight.dtype for weight in model.parameters()} == {torch.bfloat16}
     assert model.lm_head.weight.shape == (3000, 256)
@@ -172,7 +174,7 @@ def test_a_side_that_fails_is_named_and_left_out(monkeypatch, capsys):
     outcomes = {
         "packed": COSTS,
         "repeated": killed,
-        "zero3": torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB."),
+        "deepspeed": torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB."),
         "graph": RuntimeError("no luck"),
     }
     asked = []
@@ -195,17 +197,17 @@ def test_a_side_that_fails_is_named_and_left_out(monkeypatch, capsys):
 
     monkeypatch.setattr(bench, "prepare", lambda *_: "medium")
     monkeypatch.setattr(bench, "ProcessPool", Pool)
-    bench.bench_step(small(repeats=2, sides=["packed", "repeated", "zero3"]))
-    assert asked == ["packed", "repeated", "zero3", "packed"]
+    bench.bench_step(small(repeats=2, sides=["packed", "repeated", "deepspeed"]))
+    assert asked == ["packed", "repeated", "deepspeed", "packed"]
     out = capsys.readouterr().out
     assert re.search("^repeated failed: .*abnormal termination.*-9", out, re.M)
-    assert re.search("^zero3 failed: .*CUDA out of memory", out, re.M)
+    assert re.search("^deepspeed failed: .*CUDA out of memory", out, re.M)
     assert re.search(r"^packed +step +10.0000 s +7 MB$", out, re.M)
     # Nothing to compare with.
     assert "/ packed" not in out
     # Any other error stops the run.
     with pytest.raises(RuntimeError, match="no luck"):
-        bench.time_sides(small(sides=["graph"]))
+        bench.time_sides(small(sides=["graph"]), "folder")
 
 
 def test_smallest_prior_prints_its_ratio(toy_folder, monkeypatch, capsys):
@@ -225,7 +227,7 @@ def parts_run(output, only=None):
     ran = []
 
     def part(name):
-        def run(arguments):
+        def run(arguments, folder):
             ran.append(name)
             if name == "lengths":
                 raise torch.OutOfMemoryError("CUDA out of memory")
@@ -251,11 +253,16 @@ def test_parts_of_a_gpu_day_are_kept_and_go_on(tmp_path, monkeypatch):
     assert parts_run(tmp_path, ["lengths", "tests"]) == ["lengths", "tests"]
 
 
-def test_a_table_can_be_written_as_json(monkeypatch):
+def test_a_side_can_be_written_as_json(monkeypatch):
     turn = {name: np.array([0.5, 2000.0]) for name in PHASES}  # as run_side() returns it
-    monkeypatch.setattr(bench, "time_sides", lambda arguments: {arguments.sides[0]: [turn]})
-    made = bench.GPU_PARTS["7b_16"](small())
-    assert json.loads(json.dumps(made)) == {"packed": {name: [0.5, 2000.0] for name in PHASES}}
+    asked = []
+    monkeypatch.setattr(bench, "prepare", lambda arguments, folder: "medium")
+    monkeypatch.setattr(bench, "run_apart", lambda *words: asked.append(words) or turn)
+    made = bench.GPU_PARTS["7b_64_lora"](small(), "there")
+    assert json.loads(json.dumps(made)) == {name: [0.5, 2000.0] for name in PHASES}
+    function, arguments, *words = asked[0]
+    assert function is bench.run_side and words == ["lora", "there/small", "medium"]
+    assert arguments.frames == arguments.visual_tokens == 64  # at least one a slot
 
 
 def test_the_page_has_the_numbers_and_a_gap_where_one_is_owed(tmp_path, monkeypatch):
@@ -264,31 +271,43 @@ def test_the_page_has_the_numbers_and_a_gap_where_one_is_owed(tmp_path, monkeypa
     page.write_text("before <!-- gpu --> old <!-- /gpu --> after")
     monkeypatch.setattr(bench, "__file__", str(tmp_path / "bench.py"))
     costs = {name: [0.5, 2000.0] for name in PHASES}
-    for name, result in (("3b_16", {"packed": costs}), ("capture", {"logp_difference": 0.125})):
+    results = {
+        "3b_16_packed": costs,
+        "3b_16_repeated": {"error": "OutOfMemoryError('CUDA out of memory')"},
+        "3b_picture_trl": {"step": [3.0, 4000.0]},
+        "capture": {"logp_difference": 0.125},
+    }
+    for name, result in results.items():
         made = {"device": "card", "torch": "2", "transformers": "5", "date": "d", "commit": "c"}
         made |= {"seconds": 61.4, "result": result}
         (tmp_path / f"{name}.json").write_text(json.dumps(made))
     bench.bench_page(small(output_dir=str(tmp_path)))
     text = page.read_text()
     assert text.startswith("before <!-- gpu -->") and text.endswith("<!-- /gpu --> after")
-    assert " old " not in text and "device card, torch 2" in text
-    assert "| capture | 61 | logp_difference 0.125 |" in text
-    assert f"| packed {'| 0.50 s, 2.0 GB ' * 5}|" in text
-    assert f"| zero3 {'| owed ' * 5}|" in text and "| default | owed | |" in text
+    assert " old " not in text and text.count("card, torch 2, transformers 5, d, commit c.") == 1
+    assert "| capture | 61 | logp_difference 0.125 |" in text and "| default | owed | |" in text
+    lines = text.partition("3b, 16:")[2].splitlines()[2:9]
+    assert lines[0] == f"| | {' | '.join(PHASES)} |"
+    assert f"| packed {'| 0.50 s, 2.0 GB ' * 5}|" in lines
+    assert f"| repeated {'| no memory ' * 5}|" in lines
+    assert f"| deepspeed {'| owed ' * 5}|" in lines
+    assert f"| trl {'| owed ' * 4}| 3.00 s, 4.0 GB |" in text
 
 
 @pytest.mark.parametrize("part", ["capture", "kernels", "lengths"])
-def test_parts_run_on_a_cpu_in_small_shapes(part):
-    # In this process, without the process around it.
-    call = bench.GPU_PARTS[part]
-    assert call.func is bench.run_apart
-    function, *words = call.args
-    result = function(*words, small(visual_tokens=32))
+def test_parts_run_on_a_cpu_in_small_shapes(part, tmp_path, monkeypatch):
+    # In this process.
+    monkeypatch.setattr(bench, "run_apart", lambda function, *words: function(*words))
+    result = bench.GPU_PARTS[part](small(visual_tokens=32), tmp_path)
     if part == "capture":
         assert result["same_tokens"] == 1 and result["logp_difference"] < 1e-4
     if part == "kernels":
-        assert {name.partition(":")[0] for name in result} == {"prefill", "prefill and 16 steps"}
-        assert all(microseconds > 0 for microseconds in result.values())
+        assert list(result) == ["prefill", "prefill and 64 steps"]
+        for kernels in result.values():
+            (first, (calls, _)), *others = kernels.items()
+            assert first == "all" and calls > len(others) == 11
+            times = [milliseconds for _, milliseconds in kernels.values()]
+            assert times == sorted(times, reverse=True) and times[0] > 0
     if part == "lengths":
         seen = [f"{tokens} tokens, turn {turn}" for turn in (1, 2) for tokens in (32, 4, 16, 8, 24)]
         assert list(result) == seen and all(seconds > 0 for seconds in result.values())

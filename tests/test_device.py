@@ -21,16 +21,19 @@ def scored(policy, prompts, completions, packed):
     return logp.detach().float().cpu(), gradient.float().cpu()
 
 
-@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 2e-3), (torch.bfloat16, 0.15)])
-def test_kernels_of_the_device_give_the_numbers_of_the_cpu(items, talker, dtype, tolerance):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_kernels_of_the_device_give_the_numbers_of_the_cpu(items, talker, dtype):
     prompts = collate(items, talker)
     generator = torch.Generator().manual_seed(0)
     completions = torch.randint(3, 60, (len(items), 3, 7), generator=generator)
-    here, gradient = scored(Policy(copy.deepcopy(talker)), prompts, completions, True)
+    exact, gradient = scored(Policy(copy.deepcopy(talker)), prompts, completions, True)
+    # What rounding to this type costs on the CPU.
+    rounded, _ = scored(Policy(copy.deepcopy(talker).to(dtype)), prompts, completions, True)
+    tolerance = 2e-3 + 2 * (rounded - exact).abs().max().item()
     there = Policy(copy.deepcopy(talker).to("cuda", dtype))
     for packed in (True, False):
         logp, moved = scored(there, prompts.to("cuda"), completions.to("cuda"), packed)
-        torch.testing.assert_close(logp, here, atol=tolerance, rtol=0)
+        torch.testing.assert_close(logp, exact, atol=tolerance, rtol=0)
         assert torch.cosine_similarity(moved.flatten(), gradient.flatten(), dim=0) > 0.99
 
 

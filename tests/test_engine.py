@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT, banned_ids
+from conftest import banned_ids, zero_stage
 from deepspeed.utils import safe_get_full_grad
 from warm import run_script
 
@@ -24,7 +24,9 @@ def main(folder, checkpoint):
     ranks.start_ranks()
     folder = Path(folder)
     found = {}
-    settings = train.TrainArguments(deepspeed=str(ROOT / "ds_zero3.json"), output_dir=str(folder))
+    file = folder / "zero3.json"
+    file.write_text(json.dumps(zero_stage(3)))
+    settings = train.TrainArguments(deepspeed=str(file), output_dir=str(folder))
     bare, _ = load_model(checkpoint)
     ids = torch.arange(20, 60)
     words = SimpleNamespace(input_ids=ids, kinds=[], slots=0, second_per_grid=1.0)
@@ -59,7 +61,7 @@ def main(folder, checkpoint):
     trained.destroy()
 
     # bfloat16 weights: many small gradients behind a large one are lost in a sum of that type.
-    content = json.loads((ROOT / "ds_zero3.json").read_text()) | {"bf16": {"enabled": True}}
+    content = zero_stage(3) | {"bf16": {"enabled": True}}
     (folder / "bf16.json").write_text(json.dumps(content))
     settings.deepspeed = str(folder / "bf16.json")
     forwards = 33
@@ -82,6 +84,31 @@ def found(checkpoint, tmp_path_factory):
     folder = tmp_path_factory.mktemp("engine")
     run_script(__file__, folder, checkpoint)
     return json.loads((folder / "found.json").read_text())
+
+
+@pytest.mark.parametrize(
+    "world, stage, zero",
+    [
+        (1, 2, {"stage": 3}),
+        (2, 3, {"stage": 3}),
+        (1, 2, {"stage": 3, "offload_optimizer": {"device": "cpu"}}),
+        # What ZeRO-2 cannot do.
+        (1, 3, {"stage": 3, "offload_optimizer": {"device": "nvme"}}),
+        (1, 3, {"stage": 3, "offload_param": {"device": "cpu"}}),
+        (1, 1, {"stage": 1}),
+    ],
+)
+def test_one_rank_runs_zero_2_instead_of_3(world, stage, zero, monkeypatch, tmp_path):
+    monkeypatch.setattr(engine.dist, "get_world_size", lambda: world)
+    lines = []
+    monkeypatch.setattr(engine, "log_main", lines.append)
+    file = tmp_path / "file.json"
+    file.write_text(json.dumps({"zero_optimization": zero}))
+    settings = train.TrainArguments(deepspeed=str(file), output_dir=str(tmp_path))
+    config = engine.deepspeed_config(settings, hidden_size=8, learning_rate=1e-6)
+    assert config["zero_optimization"]["stage"] == stage
+    engine.log_overrides(settings, engine.read_deepspeed_file(settings))
+    assert ("runs instead of ZeRO-3" in " ".join(lines)) == (stage == 2)
 
 
 def test_sampling_beside_the_hooks_keeps_the_trace(found):

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT, SMALL_GRPO, banned_ids, launch, metrics, run_script, weights
+from conftest import SMALL_GRPO, banned_ids, launch, metrics, run_script, weights, zero_stage
 from pretend_gpu import PretendGpu
 from safetensors.torch import load_file, save_file
 from test_resume import assert_same_run
@@ -365,10 +365,8 @@ def check_what_moved(start, output):
 def test_stages_agree(small_toy, tmp_path):
     outputs = []
     for stage in (2, 3):
-        config = json.loads((ROOT / "ds_zero3.json").read_text())
-        config["zero_optimization"]["stage"] = stage
         file = tmp_path / f"{stage}.json"
-        file.write_text(json.dumps(config))
+        file.write_text(json.dumps(zero_stage(stage)))
         outputs.append(tmp_path / f"run{stage}")
         flags = {
             "--toy_dir": small_toy,

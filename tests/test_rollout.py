@@ -17,7 +17,8 @@ from common.policy import Policy, attend_apart, collate
 from common.rollout import (
     Sampling,
     answer_inputs,
-    least_of_nucleus,
+    least_by_bisection,
+    least_by_sort,
     rollout,
     row_uniforms,
     sample_texts,
@@ -52,7 +53,8 @@ def test_sample_tokens_inverts_the_cumulative_distribution():
     assert draw(uniforms, top_k=4) == [1, 1, 3, 3, 0, 0, 2, 2]
 
 
-def test_the_nucleus_is_that_of_a_sort():
+@pytest.mark.parametrize("least_of_nucleus", [least_by_bisection, least_by_sort])
+def test_the_nucleus_is_that_of_a_float64_sort(least_of_nucleus):
     """At the edge as well, and where probabilities are equal or 0."""
     logits = 4 * torch.randn(200, 300, generator=torch.Generator().manual_seed(0))
     logits[:50] = logits[:50].round()
@@ -66,11 +68,14 @@ def test_the_nucleus_is_that_of_a_sort():
         assert (found == least).float().mean() > 0.99  # float32 sums at the very edge
 
 
-def test_the_vocabulary_is_not_sorted(monkeypatch):
+def test_the_vocabulary_is_not_sorted_on_a_gpu(monkeypatch):
     def fails(*args, **options):
         raise AssertionError("sorted")
 
     monkeypatch.setattr(torch.Tensor, "sort", fails)
+    with pytest.raises(AssertionError, match="sorted"):
+        draw([0.1], top_p=0.6)
+    monkeypatch.setattr(torch.Tensor, "is_cuda", True)
     assert draw([0.1, 0.9]) == [0, 3] and draw([0.1, 0.9], temperature=0) == [1, 1]
     assert draw([0.1, 0.9], top_k=2, top_p=0.9) == draw([0.1, 0.9], top_p=0.6) == [1, 3]
 

@@ -232,7 +232,8 @@ def save(sources, folder):
     ranks.start_ranks()
     for stage in (0, 3):
         config = json.loads((ROOT / "ds_zero3.json").read_text())
-        config["zero_optimization"] = {"stage": stage}
+        # one rank keeps stage 3 because of the second section
+        config["zero_optimization"] = {"stage": stage, "offload_param": {"device": "none"}}
         file = folder.parent / f"{folder.name}.json"
         file.write_text(json.dumps(config))
         settings = SimpleNamespace(

@@ -320,7 +320,7 @@ def filled(config, folder, gpu, monkeypatch):
     return engine.deepspeed_config(settings, 100, 3, 5, 0.25)
 
 
-def test_every_auto_has_hugging_face_s_value(tmp_path, monkeypatch):
+def test_every_auto_has_hugging_face_s_value(alone, tmp_path, monkeypatch):
     monitors = {
         name: {"enabled": True} for name in ("tensorboard", "wandb", "comet", "csv_monitor")
     }
@@ -359,7 +359,7 @@ def test_every_auto_has_hugging_face_s_value(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("gpu", "offload", "torch_adam"), [(True, False, True), (True, True, None), (False, True, True)]
 )
-def test_a_file_without_an_optimizer_gets_ours(tmp_path, monkeypatch, gpu, offload, torch_adam):
+def test_a_file_without_an_optimizer_gets_ours(alone, tmp_path, monkeypatch, gpu, offload, torch_adam):
     zero = ZERO3 | ({"offload_optimizer": CPU} if offload else {})
     config = filled({"zero_optimization": zero}, tmp_path, gpu, monkeypatch)
     parameters = {"betas": [0.9, 0.95], "lr": 0.25, "weight_decay": 0.02}
@@ -375,7 +375,7 @@ LINEAR = {"memory_efficient_linear": True}
 @pytest.mark.parametrize(
     ("gpu", "given", "used"), [(True, {}, None), (False, {}, False), (False, LINEAR, True)]
 )
-def test_linear_layers_of_zero_3_are_off_on_a_cpu(tmp_path, monkeypatch, gpu, given, used):
+def test_linear_layers_of_zero_3_are_off_on_a_cpu(alone, tmp_path, monkeypatch, gpu, given, used):
     config = filled({"zero_optimization": ZERO3 | given}, tmp_path, gpu, monkeypatch)
     assert config["zero_optimization"].get("memory_efficient_linear") is used
 

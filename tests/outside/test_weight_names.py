@@ -13,10 +13,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import run_script
+from conftest import run_script, zero_stage
 from safetensors.torch import load_file, save_file
 
-ROOT = Path(__file__).resolve().parents[2]
 FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "qwen3_5")
 TIED = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")  # families with checkpoints of both kinds
 MTP = "mtp.fc.weight"  # Qwen3.5's checkpoints have weights that transformers' model has not
@@ -108,9 +107,7 @@ def save_all(folder):
     ranks.start_ranks()
 
     def start(path, stage, lora_rank=0):
-        config = json.loads((ROOT / "ds_zero3.json").read_text())
-        config["zero_optimization"] = {"stage": stage}
-        (folder / "ds.json").write_text(json.dumps(config))
+        (folder / "ds.json").write_text(json.dumps(zero_stage(stage)))
         settings = SimpleNamespace(
             deepspeed=str(folder / "ds.json"),
             max_grad_norm=1.0,
