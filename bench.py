@@ -39,6 +39,7 @@ import os
 import platform
 import random
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -128,12 +129,15 @@ class Arguments:
     videos: list[str] | None = flag(None, "paths of videos", group="prior")
     output_dir: str = flag("gpu", "folder of the results, a file a part", group="gpu and page")
     only: list[str] | None = flag(None, "parts to run, again if they are there")
-    deepspeed: str = flag("ds_zero3.json", "of the sides deepspeed and lora", group="step")
+    deepspeed: str = flag("ds_zero3.json", "of the sides deepspeed and lora; beside bench.py")
 
     def __post_init__(self):
         self.sides = self.sides or ["packed", "repeated", "deepspeed"]
         if "trl" in self.sides and self.frames:
             raise DataError("TRL scores no videos: leave out --frames, or trl of --sides")
+        unknown = ", ".join(sorted(set(self.only or []) - GPU_PARTS.keys()))
+        if unknown:
+            raise DataError(f"--only: there is no {unknown}; the parts are {', '.join(GPU_PARTS)}")
         slots = max(1, math.ceil(self.frames / 2))
         # A slot is n rows of 2 n tokens.
         self.rows = max(1, round((self.visual_tokens / slots / 2) ** 0.5))
@@ -187,9 +191,12 @@ def write_checkpoint(arguments, folder):
 
 def prepare(arguments, folder):
     """Write a checkpoint, if none is there, and a random medium into a folder -> Medium."""
-    if not Path(folder, "config.json").exists():
+    if not Path(folder).exists():
+        part = f"{folder}.part"
+        shutil.rmtree(part, ignore_errors=True)
         # In a process, so that no memory of a GPU stays with this one.
-        run_apart(write_checkpoint, arguments, folder)
+        run_apart(write_checkpoint, arguments, part)
+        Path(part).rename(folder)
     return write_medium(arguments, folder)
 
 
@@ -440,7 +447,7 @@ def print_ratio(title, ratios):
 def bench_step(arguments, base="packed"):
     """Time a step on every side; print the phases of each, and ratios to the side `base`."""
     with tempfile.TemporaryDirectory() as folder:
-        results = time_sides(arguments, folder)
+        results = time_sides(arguments, f"{folder}/{arguments.shape}")
     print("medians; MB at the peak of a phase")
     for side, turns in results.items():
         for name in turns[0]:
@@ -654,20 +661,24 @@ GPU_PARTS = {
 
 
 def bench_gpu(arguments):
-    """Run the parts of GPU_PARTS that have no file yet; one that fails is named in its file."""
+    """Run the parts of GPU_PARTS that have no good file yet; a failure is named in its file."""
     output = Path(arguments.output_dir)
     output.mkdir(parents=True, exist_ok=True)
     # Checkpoints are written once for all parts.
     with tempfile.TemporaryDirectory() as folder:
         for name in arguments.only or GPU_PARTS:
             file = output / f"{name}.json"
-            if file.exists() and not arguments.only:
+            if not arguments.only and file.exists() and not failed(json.loads(file.read_text())):
                 print(f"{name}: is there")
                 continue
             made = run_gpu_part(name, arguments, folder)
             write_whole(file, [json.dumps(made, indent=1).encode()])
-            failed = "error" in made["result"] or made["result"].get("exit_code")
-            print(f"{name}: {made['seconds']:.0f} s{', failed' if failed else ''}", flush=True)
+            words = ", failed" if failed(made) else ""
+            print(f"{name}: {made['seconds']:.0f} s{words}", flush=True)
+
+
+def failed(made):
+    return "error" in made["result"] or made["result"].get("exit_code")
 
 
 def run_gpu_part(name, arguments, folder):
@@ -675,8 +686,8 @@ def run_gpu_part(name, arguments, folder):
     begin = time.perf_counter()
     try:
         result = GPU_PARTS[name](arguments, folder)
-    except (ImportError, ProcessExpired, RuntimeError) as error:
-        # TRL may be missing; torch's errors of a device, and of memory, are RuntimeErrors.
+    except Exception as error:
+        # Whatever it is, the other parts go on.
         result = {"error": repr(error)}
     return {
         "part": name,
@@ -704,7 +715,8 @@ No GPU has been measured.
 {% for name, part in parts.items() if name not in of_steps %}
 | {{ name }} | {{ "%.0f" | format(part.seconds) if part else "owed" }} |
 {%- for key, value in (part.result or {}).items() if key != "end" %}
- {{ (key ~ " " ~ value) | replace("|", "/") }}{{ "," if not loop.last }}
+{% set shown = value.all[1] ~ " ms" if value is mapping else value %}
+ {{ (key ~ " " ~ shown) | replace("|", "/") }}{{ "," if not loop.last }}
 {%- endfor %} |
 {% endfor %}
 {% for step, (_, _, sides) in steps.items() %}
@@ -722,7 +734,7 @@ No GPU has been measured.
 {%- elif result and "OutOfMemory" in result.error %}
  no memory |
 {%- else %}
- owed |
+ {{ "failed" if result else "owed" }} |
 {%- endif %}
 {% endfor %}
 

@@ -1174,7 +1174,7 @@ def score(run, engine, when):
     run.checkpoint.shared[when] = run.result[when]
 
 
-HELDOUT_BATCH = 50  # questions decoded at a time, on each rank
+HELDOUT_BATCH = 50  # questions decoded at a time on each rank, no more than --rollout_batch_size
 
 
 def score_heldout(run, engine):
@@ -1194,10 +1194,11 @@ def score_heldout(run, engine):
     unusable = {}
     world = dist.get_world_size()
     count = len(heldout.examples)
-    starts = range(0, count, HELDOUT_BATCH * world)
+    batch = min(HELDOUT_BATCH, args.rollout_batch_size) * world
+    starts = range(0, count, batch)
 
     def requests(start):
-        end = min(start + HELDOUT_BATCH * world, count)
+        end = min(start + batch, count)
         return [heldout.request(place) for place in range(start + dist.get_rank(), end, world)]
 
     decoded = inputs.each(map(requests, starts))

@@ -118,6 +118,7 @@ def deepspeed_config(arguments, hidden_size, micro_batch=1, accumulation=1, lear
     zero = config.get("zero_optimization", {})
     if shares_nothing(zero):
         zero["stage"] = 2
+        zero["overlap_comm"] = False  # would only double the bucket
     # ZeRO-3's own linear layers save the accelerator's memory; on a CPU they cost time alone.
     if not torch.cuda.is_available():
         zero.setdefault("memory_efficient_linear", False)
@@ -128,7 +129,7 @@ def deepspeed_config(arguments, hidden_size, micro_batch=1, accumulation=1, lear
             zero["stage"] = 0
     # A moving reference, which with LoRA is in the policy's own engine.
     if arguments.ema_decay < 1 and (learning_rate is None or arguments.lora_rank):
-        if zero.get("offload_param", {}).get("device") == "nvme":
+        if (zero.get("offload_param") or {}).get("device") == "nvme":
             words = "--ema_decay below 1 needs the parameters in memory, not offloaded to nvme"
             raise DataError(words)
         # write_shards() writes to the shards, so no parameter may stay whole.
@@ -137,12 +138,12 @@ def deepspeed_config(arguments, hidden_size, micro_batch=1, accumulation=1, lear
 
 
 def shares_nothing(zero):
-    """Whether this is ZeRO-3 on one rank with all parameters in its memory.
+    """Whether this is ZeRO-3 on one rank, and offloads nothing.
 
     ZeRO-2 then computes the same without ZeRO-3's work at every module, which on an H200 made the
-    forwards and backward of a 3B model 6 times as long, with LoRA 13 times (docs/performance.md).
+    forwards and backward of a 3B model 8 times as long, with LoRA 15 times (docs/performance.md).
     """
-    offloads = "offload_param" in zero or zero.get("offload_optimizer", {}).get("device") == "nvme"
+    offloads = any(value for key, value in zero.items() if "offload" in key)
     return zero.get("stage") == 3 and dist.get_world_size() == 1 and not offloads
 
 

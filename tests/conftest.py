@@ -1,5 +1,5 @@
 """What the tests share: a small toy world (4 + 2 videos, no CLIP) made once per session, encoded
-examples of it, small models of every family, and train.py under ZeRO-3 on a small toy with CLIP
+examples of it, small models of every family, and train.py on a small toy with CLIP
 (warm.py starts it).
 
 torch and transformers are imported where they are needed: pytest-xdist's parent, which its workers

@@ -8,6 +8,7 @@ import multiprocessing
 import re
 import signal
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -248,9 +249,27 @@ def test_parts_of_a_gpu_day_are_kept_and_go_on(tmp_path, monkeypatch):
     assert made["result"]["seconds_a_step"] == 2.5 and made["arguments"]["visual_tokens"] == 18
     assert "out of memory" in json.loads((tmp_path / "lengths.json").read_text())["result"]["error"]
     (tmp_path / "default.json").unlink()
-    # What failed is not tried again without being asked for.
-    assert parts_run(tmp_path) == ["default"]
-    assert parts_run(tmp_path, ["lengths", "tests"]) == ["lengths", "tests"]
+    # What failed is tried again, the rest when it is asked for.
+    assert parts_run(tmp_path) == ["lengths", "default"]
+    assert parts_run(tmp_path, ["capture", "tests"]) == ["capture", "tests"]
+
+
+def test_a_checkpoint_is_written_once_and_whole(tmp_path, monkeypatch):
+    written = []
+
+    def write(function, arguments, folder):
+        written.append(Path(folder).name)
+        Path(folder, "videos").mkdir(parents=True)
+        if len(written) == 1:
+            raise RuntimeError("no space")
+
+    monkeypatch.setattr(bench, "run_apart", write)
+    with pytest.raises(RuntimeError, match="no space"):
+        bench.prepare(small(), f"{tmp_path}/3b")
+    for _ in range(2):
+        medium = bench.prepare(small(), f"{tmp_path}/3b")
+        assert Path(medium.path).parent == tmp_path / "3b"
+    assert written == ["3b.part"] * 2
 
 
 def test_a_side_can_be_written_as_json(monkeypatch):
@@ -274,7 +293,9 @@ def test_the_page_has_the_numbers_and_a_gap_where_one_is_owed(tmp_path, monkeypa
     results = {
         "3b_16_packed": costs,
         "3b_16_repeated": {"error": "OutOfMemoryError('CUDA out of memory')"},
+        "3b_16_lora": {"error": "ProcessExpired('killed')"},
         "3b_picture_trl": {"step": [3.0, 4000.0]},
+        "kernels": {"prefill": {"all": [900, 60.25], "a kernel": [3, 20.5]}},
         "capture": {"logp_difference": 0.125},
     }
     for name, result in results.items():
@@ -291,6 +312,8 @@ def test_the_page_has_the_numbers_and_a_gap_where_one_is_owed(tmp_path, monkeypa
     assert f"| packed {'| 0.50 s, 2.0 GB ' * 5}|" in lines
     assert f"| repeated {'| no memory ' * 5}|" in lines
     assert f"| deepspeed {'| owed ' * 5}|" in lines
+    assert f"| lora {'| failed ' * 5}|" in lines
+    assert "| kernels | 61 | prefill 60.25 ms |" in text
     assert f"| trl {'| owed ' * 4}| 3.00 s, 4.0 GB |" in text
 
 
@@ -322,6 +345,7 @@ def test_parts_run_on_a_cpu_in_small_shapes(part, tmp_path, monkeypatch):
         ("step --frames 4 --sides packed trl", "TRL scores no videos"),
         ("step --shape 14b", "invalid choice: '14b'"),
         ("prior", "prior needs --videos"),
+        ("gpu --only 3b_16", "--only: there is no 3b_16; the parts are tests, capture"),
     ],
 )
 def test_bad_flags(flags, words, capsys, monkeypatch):

@@ -61,21 +61,23 @@ def main(folder, checkpoint):
     trained.destroy()
 
     # bfloat16 weights: many small gradients behind a large one are lost in a sum of that type.
-    content = zero_stage(3) | {"bf16": {"enabled": True}}
-    (folder / "bf16.json").write_text(json.dumps(content))
-    settings.deepspeed = str(folder / "bf16.json")
-    forwards = 33
-    trained = engine.start_engine(settings, checkpoint, 1, forwards, 1e-2)
-    weight = trained.module.model.model.language_model.layers[0].mlp.up_proj.weight
-    gradients = []
-    for number in range(forwards):
-        trained.set_gradient_accumulation_boundary(False)
-        logp = trained(prompts, expected.tokens[None], expected.mask[None]).logp
-        trained.backward(logp.mean() * (1.0 if number == 0 else 2**-10))
-        gradients.append(safe_get_full_grad(weight).double())
-    large = gradients[0].abs() > gradients[0].abs().median()
-    ratio = (gradients[-1] / gradients[0])[large]
-    found["ratio"] = [ratio.min().item(), ratio.max().item()]
+    for stage in (2, 3):
+        content = zero_stage(stage) | {"bf16": {"enabled": True}}
+        (folder / "bf16.json").write_text(json.dumps(content))
+        settings.deepspeed = str(folder / "bf16.json")
+        forwards = 33
+        trained = engine.start_engine(settings, checkpoint, 1, forwards, 1e-2)
+        weight = trained.module.model.model.language_model.layers[0].mlp.up_proj.weight
+        gradients = []
+        for number in range(forwards):
+            trained.set_gradient_accumulation_boundary(False)
+            logp = trained(prompts, expected.tokens[None], expected.mask[None]).logp
+            trained.backward(logp.mean() * (1.0 if number == 0 else 2**-10))
+            gradients.append(safe_get_full_grad(weight).double())
+        large = gradients[0].abs() > gradients[0].abs().median()
+        ratio = (gradients[-1] / gradients[0])[large]
+        found[f"ratio {stage}"] = [ratio.min().item(), ratio.max().item()]
+        trained.destroy()
     (folder / "found.json").write_text(json.dumps(found))
 
 
@@ -87,28 +89,30 @@ def found(checkpoint, tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    "world, stage, zero",
+    "world, stages, told, zero",
     [
-        (1, 2, {"stage": 3}),
-        (2, 3, {"stage": 3}),
-        (1, 2, {"stage": 3, "offload_optimizer": {"device": "cpu"}}),
-        # What ZeRO-2 cannot do.
-        (1, 3, {"stage": 3, "offload_optimizer": {"device": "nvme"}}),
-        (1, 3, {"stage": 3, "offload_param": {"device": "cpu"}}),
-        (1, 1, {"stage": 1}),
+        (1, (2, 0), True, {"stage": 3}),
+        (1, (2, 0), True, {"stage": 3, "offload_optimizer": None}),
+        (2, (3, 3), False, {"stage": 3}),
+        # What offloads needs it, and so does who says so.
+        (1, (3, 3), False, {"stage": 3, "offload_optimizer": {"device": "cpu"}}),
+        (1, (3, 3), False, {"stage": 3, "offload_param": {"device": "none"}}),
+        (1, (2, 0), False, {"stage": 2}),
+        (1, (1, 0), False, {"stage": 1}),
     ],
 )
-def test_one_rank_runs_zero_2_instead_of_3(world, stage, zero, monkeypatch, tmp_path):
+def test_one_rank_runs_zero_2_instead_of_3(world, stages, told, zero, monkeypatch, tmp_path):
     monkeypatch.setattr(engine.dist, "get_world_size", lambda: world)
     lines = []
     monkeypatch.setattr(engine, "log_main", lines.append)
     file = tmp_path / "file.json"
     file.write_text(json.dumps({"zero_optimization": zero}))
     settings = train.TrainArguments(deepspeed=str(file), output_dir=str(tmp_path))
-    config = engine.deepspeed_config(settings, hidden_size=8, learning_rate=1e-6)
-    assert config["zero_optimization"]["stage"] == stage
+    for rate, stage in zip((1e-6, None), stages, strict=True):
+        config = engine.deepspeed_config(settings, hidden_size=8, learning_rate=rate)
+        assert config["zero_optimization"]["stage"] == stage
     engine.log_overrides(settings, engine.read_deepspeed_file(settings))
-    assert ("runs instead of ZeRO-3" in " ".join(lines)) == (stage == 2)
+    assert ("ZeRO-2 runs instead of ZeRO-3" in " ".join(lines)) == told
 
 
 def test_sampling_beside_the_hooks_keeps_the_trace(found):
@@ -165,7 +169,8 @@ def test_scores_are_by_the_engines_that_train(monkeypatch, tmp_path):
 
 def test_gradients_are_summed_in_float32(found):
     # in bfloat16 1 + 2**-10 is 1, and so is the sum
-    assert found["ratio"] == pytest.approx([1 + 32 * 2**-10] * 2, abs=1e-3)
+    for stage in (2, 3):
+        assert found[f"ratio {stage}"] == pytest.approx([1 + 32 * 2**-10] * 2, abs=1e-3)
 
 
 def test_torch_s_adam_is_fused(found):

@@ -28,7 +28,7 @@ FLAGS = ["--num_generations", 4, "--max_completion_length", 12, "--gate", "none"
 
 
 def start(*flags, ranks=1):
-    """train.py under ZeRO-3, to be waited for."""
+    """train.py, to be waited for."""
     return Script("train.py", "--deepspeed", "ds_zero3.json", *flags, ranks=ranks, report=False)
 
 

@@ -1,5 +1,5 @@
-"""train.py as a user runs it: the deepspeed launcher, ZeRO-3, a small toy, one and two CPU ranks;
-and what it says to bad input.
+"""train.py as a user runs it: the deepspeed launcher, a small toy, one CPU rank (ZeRO-2) and two
+(ZeRO-3); and what it says to bad input.
 """
 
 import copy

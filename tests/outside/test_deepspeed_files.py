@@ -359,7 +359,9 @@ def test_every_auto_has_hugging_face_s_value(alone, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("gpu", "offload", "torch_adam"), [(True, False, True), (True, True, None), (False, True, True)]
 )
-def test_a_file_without_an_optimizer_gets_ours(alone, tmp_path, monkeypatch, gpu, offload, torch_adam):
+def test_a_file_without_an_optimizer_gets_ours(
+    alone, tmp_path, monkeypatch, gpu, offload, torch_adam
+):
     zero = ZERO3 | ({"offload_optimizer": CPU} if offload else {})
     config = filled({"zero_optimization": zero}, tmp_path, gpu, monkeypatch)
     parameters = {"betas": [0.9, 0.95], "lr": 0.25, "weight_decay": 0.02}

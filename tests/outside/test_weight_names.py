@@ -129,7 +129,7 @@ def save_all(folder):
             return str(error)
 
     for source in sorted((folder / "sources").glob("*-*")):
-        stages = (0, 1, 2, 3) if source.name.endswith("-untied") else (0, 3)
+        stages = (0, 1, 2, 3) if source.name.endswith("-untied") else (0, 2, 3)
         for stage in stages:
             started = start(source, stage)
             checkpoints.save_model(started, processor, folder / "saved" / f"{source.name}-{stage}")
