@@ -1482,14 +1482,14 @@ def stages_ahead(args, resume):
     begins = resume.get("stage") != "grpo"
     scored = bool(args.eval_dataset_name)
     learns = args.stage != "sft"
-    # The toy's seconds on 2 CPU cores (2026-11-26), and whether the stage is still to be run.
+    # The toy's seconds on 2 CPU cores (2026-11-27), and whether the stage is still to be run.
     stages = {
-        "toy": (30, args.toy_dir and not toy.is_made(args.toy_dir)),
-        "priors": (30, True),
-        "SFT": (170, args.stage != "grpo" and begins),
-        "score before GRPO": (15, scored and begins),
-        "GRPO": (190, learns),
-        "score after GRPO": (15, scored and learns),
+        "toy": (40, args.toy_dir and not toy.is_made(args.toy_dir)),
+        "priors": (31, True),
+        "SFT": (133, args.stage != "grpo" and begins),
+        "score before GRPO": (10, scored and begins),
+        "GRPO": (131, learns),
+        "score after GRPO": (10, scored and learns),
     }
     # Other data take their own time; their progress bars tell it.
     known = bool(args.toy_dir)
