@@ -734,7 +734,7 @@ No GPU has been measured.
 {%- elif result and "OutOfMemory" in result.error %}
  no memory |
 {%- else %}
- {{ "failed" if result.error else "" if result else "owed" }} |
+ {{ "owed" if not result else "failed" if result.error else "" }} |
 {%- endif %}
 {% endfor %}
 

@@ -455,7 +455,8 @@ def test_bench(tmp_path, monkeypatch):
     arguments = bench.Arguments(
         num_generations=2, completion_length=6, visual_tokens=32, frames=4, sides=["graph"]
     )
-    medium = bench.prepare(arguments, tmp_path)
+    bench.write_checkpoint(arguments, tmp_path)
+    medium = bench.write_medium(arguments, tmp_path)
     monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: None)
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 7_000_000)
 
