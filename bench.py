@@ -32,7 +32,6 @@ there stay, so that an interrupted day goes on. Without a GPU the same parts run
 """
 
 import gc
-import json
 import math
 import multiprocessing
 import os
@@ -75,7 +74,7 @@ from common.media import Encoder, PromptFlags, sample_video
 from common.policy import Policy, collate, load_model, vision_tokens
 from common.ranks import start_ranks
 from common.rollout import Sampling, rollout, stop_tokens
-from common.workers import write_whole
+from common.workers import write_json
 from grpo import group_advantages, policy_loss
 
 GPU = torch.cuda.is_available()
@@ -536,7 +535,7 @@ def gpu_default(arguments, folder):
     launch += ["--resume_from_checkpoint", "auto", "--output_dir", str(output.resolve())]
     found = run_command(*launch)
     if found["exit_code"] == 0:
-        result = json.loads((output / "result.json").read_text())
+        result = read_document(output / "result.json")
         for when in ("before", "after"):
             found[f"greedy {when}"] = result[when]["greedy"]
         steps = read_document(output / "metrics.jsonl")
@@ -668,11 +667,11 @@ def bench_gpu(arguments):
     with tempfile.TemporaryDirectory() as folder:
         for name in arguments.only or GPU_PARTS:
             file = output / f"{name}.json"
-            if not arguments.only and file.exists() and not failed(json.loads(file.read_text())):
+            if not arguments.only and file.exists() and not failed(read_document(file)):
                 print(f"{name}: is there")
                 continue
             made = run_gpu_part(name, arguments, folder)
-            write_whole(file, [json.dumps(made, indent=1).encode()])
+            write_json(file, made)
             words = ", failed" if failed(made) else ""
             print(f"{name}: {made['seconds']:.0f} s{words}", flush=True)
 
@@ -749,7 +748,7 @@ def bench_page(arguments):
     machines = {}  # as a list without repetition
     for name in GPU_PARTS:
         file = Path(arguments.output_dir) / f"{name}.json"
-        parts[name] = json.loads(file.read_text()) if file.exists() else {}
+        parts[name] = read_document(file) if file.exists() else {}
         if parts[name]:
             words = "{device}, torch {torch}, transformers {transformers}, {date}, commit {commit}."
             machines[words.format(**parts[name])] = None

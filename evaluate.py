@@ -70,11 +70,11 @@ from common.data import (
     typed_example,
 )
 from common.flags import Parser, check_least, exit_codes, flag
-from common.inputs import BATCH_TOKENS, Inputs, Ready
+from common.inputs import BATCH_TOKENS, Inputs, Ready, run_seed
 from common.media import Encoder, PromptFlags, RunFlags
-from common.workers import Pool, ShardedLines, check_settings, join_ranks, write_whole
+from common.workers import Pool, ShardedLines, check_settings, join_ranks, write_json
 from grpo import rollout_frame_use, slot_shares, token_frame_use
-from prior import read_priors
+from prior import load_priors, read_priors
 
 # common.policy and common.rollout, whose imports take seconds, come with a local model alone.
 
@@ -202,9 +202,11 @@ class EvaluateArguments(RunFlags):
                 if self.question
                 else self.options or self.video or self.image
             ),
-            f"--output {self.output} is the --rescore file itself; choose another file": (
-                rescore and os.path.realpath(rescore) == os.path.realpath(self.output)
+            f"--output {self.output} is a file to be read; choose another": (
+                os.path.realpath(self.output)
+                in map(os.path.realpath, [*sources, self.priors or ""])
             ),
+            f"--output {self.output} is a folder; give a file": os.path.isdir(self.output),
             "--api_base and --judge_base are addresses of servers, http://host:port/v1": (
                 not all(address.startswith("http") for address in addresses)
             ),
@@ -274,7 +276,7 @@ def score_settings(arguments):
     if arguments.api_base:
         return settings
     path = arguments.model_name_or_path
-    asked = {}
+    asked = {"needs_attention": arguments.frame_use == "attention" or arguments.frame_use_check}
     if arguments.frame_use_layer is not None:
         asked[f"{arguments.frame_use}_layer"] = arguments.frame_use_layer
     from common.policy import read_config
@@ -412,16 +414,11 @@ def run_benchmark(arguments):
 # ------------------------------------------------------------------------------ answers made here
 
 
-def seed_of(arguments, position):
-    """Seed of a question, the same in every run."""
-    return arguments.seed * 1_000_003 + position
-
-
 def frame_order(arguments, position, count):
     """Order in which a question's frames are shown: shuffled by --control shuffled alone."""
     order = list(range(count))
     if arguments.control == "shuffled":
-        random.Random(seed_of(arguments, position)).shuffle(order)
+        random.Random(run_seed(arguments, position)).shuffle(order)
     return order
 
 
@@ -550,7 +547,7 @@ def answer_here(arguments, examples, done, rank, world):
     size = window_size(arguments, len(examples))
     priors = {}
     if arguments.priors:
-        priors = {prior.problem_id: prior for prior in read_priors(arguments.priors)}
+        priors = load_priors(arguments.priors, examples, arguments)
     starts = []  # of windows in the data set
     for start in range(rank * size, len(examples), world * size):
         if not done.issuperset(example.id for example in examples[start : start + size]):
@@ -589,7 +586,7 @@ def answer_here(arguments, examples, done, rank, world):
         ready, broken = inputs.take(requests)
         yield {name: {"error": f"unreadable media: {cause}"} for name, cause in broken.items()}
         made = [one.inputs for one in ready]
-        seeds = [seed_of(arguments, one.place) for one in ready]
+        seeds = [run_seed(arguments, one.place) for one in ready]
         for batch in answer_inputs(model, processor, made, seeds, settings, budget, **layers):
             answers = {}
             uses = frame_uses(batch, layer)
@@ -741,7 +738,7 @@ def ask_server(arguments, examples, done):
     def ask(position, example):
         task = pool.submit(make_messages, arguments, example, position)
         messages = pool.result(task, example.path)
-        seed = seed_of(arguments, position)
+        seed = run_seed(arguments, position)
         return {"output": chat(client, arguments.api_retries, messages, seed=seed, **settings)}
 
     tasks = [task for task in enumerate(examples) if task[1].id not in done]
@@ -977,10 +974,6 @@ def print_report(report):
         print(f"evaluate.py: warning: {warning}", file=sys.stderr)
 
 
-def write_json(path, document):
-    write_whole(path, [json.dumps(document, indent=1).encode()])
-
-
 def finish(arguments, report, settings):
     """Have the report judged if a judge is given, print it and write it."""
     if arguments.judge_base:
@@ -1077,10 +1070,15 @@ def run_question(arguments):
     # Names what is wrong with the model.
     score_settings(arguments)
     if arguments.priors:
-        rows = {row.question: row.problem_id for row in read_priors(arguments.priors)}
-        if example.question not in rows:
-            raise DataError(f"{arguments.priors} has no prior of this question")
-        example.id = rows[example.question]
+        # Many videos may have the same question.
+        asked = (example.question, os.path.basename(example.path))
+        for row in read_priors(arguments.priors):
+            if asked == (row.question, os.path.basename(row.media or example.path)):
+                break
+        else:
+            raise DataError(f"{arguments.priors} has no prior of this question about {asked[1]}")
+        example.id = row.problem_id
+        example.extra["path"] = row.media
     answers = answer_here(arguments, [example], set(), 0, 1)
     if arguments.api_base:
         answers = ask_server(arguments, [example], set())

@@ -192,7 +192,8 @@ def uniform_frames(total, k):
 
 def settings_of(settings, kind=PriorSettings):
     """The settings that a row records, as a dict: those of PriorSettings, or fewer."""
-    return {setting.name: getattr(settings, setting.name) for setting in fields(kind)}
+    names = {setting.name for setting in fields(kind)}
+    return {name: value for name, value in vars(settings).items() if name in names}
 
 
 # ---------------------------------------------------------------------------- cues, sets, fusion
@@ -348,7 +349,7 @@ def load_clip(name, pretrained=None, device="cpu"):
     if name.startswith("local-dir:"):
         folder = Path(name.removeprefix("local-dir:"))
         if folder.is_dir() and not any((folder / file).is_file() for file in CLIP_FILES):
-            raise DataError(f"{folder} needs its weights as {CLIP_FILES[0]}")
+            raise DataError(f"{folder} is no open_clip model: it has no {CLIP_FILES[0]}")
     elif pretrained and os.path.isfile(pretrained) and not pretrained.endswith(".safetensors"):
         raise DataError(f"{pretrained} is not a .safetensors file")
     if name.startswith(("local-dir:", "hf-hub:")):
@@ -724,7 +725,8 @@ def load_priors(path, examples, settings, own=False):
     """Priors of the video and image examples that have a row in a priors file.
 
     Args:
-        settings: the run's PriorSettings. The names of CLIP models are not compared.
+        settings: the run's PriorSettings, or its FrameFlags alone. The names of CLIP models are not
+            compared.
         own: whether this run writes the file: then they are, and all rows must be of its examples.
     Returns:
         {problem_id: Prior}.
@@ -737,7 +739,7 @@ def load_priors(path, examples, settings, own=False):
     if not own:
         remedy = "give the same here, or weigh the file's sets anew (docs/priors.md)"
         for name in ("frames", "clip", "clip_pretrained"):
-            del compared[name]
+            compared.pop(name, None)
     needed = {example.id: example for example in examples if example.media}
     rows = {}
     for row in read_priors(path):

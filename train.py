@@ -36,7 +36,6 @@ import torch.distributed as dist
 from accelerate.utils import set_seed  # transformers' one imports peft
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
-from transformers import AutoProcessor
 from transformers.utils import logging as hf_logging
 
 import prior
@@ -46,10 +45,10 @@ from common.checkpoints import Checkpoints, checkpoints, find_checkpoint, save_m
 from common.data import (
     DataError,
     differences,
-    first_words,
     invert_question,
     load_examples,
     plain_ids,
+    read_document,
     target_text,
 )
 from common.engine import (
@@ -62,11 +61,11 @@ from common.engine import (
     update_averages,
     write_shards,
 )
-from common.flags import Parser, check_least, flag
-from common.inputs import Inputs, Ready
-from common.lora import check_peft
+from common.flags import Parser, check_least, exit_codes, flag
+from common.inputs import Inputs, Ready, run_seed
+from common.lora import base_checkpoint, check_peft
 from common.media import Encoder, RunFlags
-from common.policy import PACKED_FAMILIES, Policy, Prompts, collate, read_config
+from common.policy import Policy, Prompts, collate, load_processor, read_config
 from common.progress import Progress
 from common.ranks import (
     average,
@@ -87,7 +86,7 @@ from common.rollout import (
     stop_tokens,
 )
 from common.run_page import run_report
-from common.workers import start_server, write_lines
+from common.workers import start_server, write_json, write_lines, writing
 from grpo import (
     Rollouts,
     accuracies,
@@ -452,7 +451,8 @@ class Run:
 
     def write(self, name, records):
         if is_main():
-            self.files[name].writelines(json.dumps(record) + "\n" for record in records)
+            with writing(Path(self.args.output_dir) / name):
+                self.files[name].writelines(json.dumps(record) + "\n" for record in records)
 
 
 @dataclass
@@ -666,11 +666,6 @@ def finish_stage(run, name, engine, when=None):
     if when:
         score(run, engine, when)
     engine.destroy()
-
-
-def run_seed(args, place):
-    """Seed of what is random about one example, wherever it is sampled."""
-    return args.seed * 1_000_003 + place
 
 
 # ------------------------------------------------------------------------------------------- SFT
@@ -1435,10 +1430,10 @@ def run(args):
     output = Path(args.output_dir)
     if args.decode_workers:
         start_server()
-    check_deepspeed_file(args)
     resume = on_main_first(lambda: find_start(output, args))
     if resume is None:
         return
+    check_deepspeed_file(args, resume.get("folder"))
     set_seed(args.seed)
     progress = Progress(stages_ahead(args, resume))
     this = read_inputs(args, resume, progress)
@@ -1505,7 +1500,12 @@ def read_inputs(args, resume, progress):
         on_main_first(lambda: toy.make_toy(args.toy_dir, seed=args.seed))
         sft_data = f"{args.toy_dir}/train_cot.json"
     # The checkpoint's own processor makes the model inputs.
-    processor = load_processor(args, args.model_name_or_path)
+    model_path = args.model_name_or_path
+    layer = {f"{args.frame_use}_layer": args.frame_use_layer}
+    read_config(model_path, needs_attention=args.frame_use == "attention", **layer)
+    if base_checkpoint(model_path) != model_path:
+        raise DataError(f"{model_path} is an adapter; train the merged model, one folder above it")
+    processor = load_processor(model_path)
     encoder = Encoder(processor, args)
     # result.json gets its further entries in run().
     result = {"command": sys.argv, "seed": args.seed}
@@ -1563,8 +1563,7 @@ def finish_run(run):
     if run.heldout.examples:
         print_table(run.args, result)
     if is_main():
-        text = json.dumps(result, indent=1)
-        (output / "result.json").write_text(text, encoding="utf-8")
+        write_json(output / "result.json", result)
         try:
             write_cards(output, result)
             run_report([output])
@@ -1596,10 +1595,8 @@ def find_start(output, args):
     Errors: DataError if the folder holds an earlier run, which is never overwritten, or cannot be
         made.
     """
-    try:
+    with writing(f"--output_dir {output}"):
         output.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise DataError(f"--output_dir {output} cannot be made: {error}") from error
     # A start that was refused before its first step is no earlier run.
     log = output / "metrics.jsonl"
     if args.resume_from_checkpoint is None and log.is_file() and log.stat().st_size > 0:
@@ -1609,7 +1606,7 @@ def find_start(output, args):
         )
     # A finished run goes on only if it was made longer.
     if args.resume_from_checkpoint == "auto" and (output / "result.json").is_file():
-        settings = json.loads((output / "run.json").read_text(encoding="utf-8"))
+        settings = read_document(output / "run.json")
         as_long = all(settings.get(name) == getattr(args, name) for name in LENGTHS)
         if as_long or not checkpoints(output):
             log_main(f"{output} holds a finished run, as long or without checkpoints")
@@ -1646,7 +1643,7 @@ def prepare_output(output, args, resume):
         "revision": revision(),
         "versions": {name: importlib.metadata.version(name) for name in packages},
     }
-    (output / "run.json").write_text(json.dumps(facts, indent=1), encoding="utf-8")
+    write_json(output / "run.json", facts)
     return (output / "metrics.jsonl").read_bytes().count(b"\n")
 
 
@@ -1656,22 +1653,6 @@ def revision():
     folder = shlex.quote(str(Path(__file__).parent))
     status, text = subprocess.getstatusoutput(f"git -C {folder} describe --always --dirty")
     return text if status == 0 else None
-
-
-def load_processor(args, model_path):
-    """The checkpoint's processor.
-
-    Errors: DataError if the checkpoint cannot be found or its family is unknown.
-    """
-    family = read_config(model_path).model_type
-    try:
-        processor = AutoProcessor.from_pretrained(model_path)
-    except (OSError, ValueError) as error:
-        raise DataError(f"model {model_path} cannot be loaded: {first_words(error)}") from error
-    if args.frame_use == "attention" and family not in PACKED_FAMILIES:
-        families = ", ".join(PACKED_FAMILIES)
-        raise DataError(f"--frame_use attention works with {families}, not with {family}")
-    return processor
 
 
 # ------------------------------------------------------------------------------------ command line
@@ -1751,6 +1732,13 @@ def parse_arguments():
     return args
 
 
+# Flags of at least 1, and of at least 0.
+COUNTS = """per_device_train_batch_size gradient_accumulation_steps sft_per_device_batch_size
+    sft_gradient_accumulation_steps sft_questions_per_medium max_completion_length
+    rollout_batch_size num_iterations ema_steps""".split()
+NOT_NEGATIVE = "lora_rank learning_rate sft_learning_rate weight_decay temperature".split()
+
+
 def check_arguments(args):
     """Errors: DataError for settings that do not go together."""
     if args.frame_use == "attention" and args.frame_use_layer < 1:
@@ -1759,7 +1747,8 @@ def check_arguments(args):
         )
     if args.cuda_graph and not torch.cuda.is_available():
         raise DataError("--cuda_graph needs a GPU")
-    check_least(args, num_generations=2, sft_questions_per_medium=1, lora_rank=0)
+    check_least(args, **dict.fromkeys(COUNTS, 1), num_generations=2)
+    check_least(args, **dict.fromkeys(NOT_NEGATIVE, 0), tau=1e-6, top_p=1e-6)
     if args.freeze_vision and args.train_only_merger:
         raise DataError("--freeze_vision freezes the mergers too; give it or --train_only_merger")
     if args.lora_rank:
@@ -1770,15 +1759,12 @@ def check_arguments(args):
 def main():
     # transformers repeats warnings at every load.
     hf_logging.set_verbosity_error()
-    try:
+    with exit_codes("train.py", "--resume_from_checkpoint auto goes on from its last checkpoint"):
         args = parse_arguments()
         start_ranks()
         run(args)
         wait_for_all()
         dist.destroy_process_group()
-    except DataError as error:
-        print(f"train.py: error: {error}", file=sys.stderr)
-        sys.exit(2)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,11 @@
 """The model card that makes a saved model ready to be shared: README.md in its folder."""
 
-import json
 from pathlib import Path
 
 from huggingface_hub import ModelCard, ModelCardData
 from transformers.utils import cached_file
+
+from common.data import read_document
 
 # Jinja; huggingface.co reads the metadata that `card_data` stands for.
 TEMPLATE = """---
@@ -76,7 +77,7 @@ def write_cards(output, result):
         output: folder of the run, with run.json.
         result: what result.json holds.
     """
-    run = json.loads(Path(output, "run.json").read_text(encoding="utf-8"))
+    run = read_document(Path(output, "run.json"))
     base = run["model_name_or_path"]
     theirs = base_card(base)
     licence = {name: theirs.get(name) for name in ("license", "license_name", "license_link")}

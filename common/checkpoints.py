@@ -31,7 +31,7 @@ from transformers.core_model_loading import Transpose
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 from transformers.utils.hub import get_checkpoint_shard_files
 
-from common.data import DataError, first_words
+from common.data import DataError, first_words, read_document
 from common.lora import save_adapter
 from common.policy import MISNAMED
 from common.ranks import gather, is_main, log_main, wait_for_all
@@ -162,7 +162,7 @@ def save_model(engine, processor, folder):
 @contextmanager
 def edit_json(file):
     """Gives the object in a JSON file to a block that changes it, and writes it back."""
-    content = json.loads(file.read_text(encoding="utf-8"))
+    content = read_document(file)
     yield content
     text = json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False)
     file.write_text(text + "\n", encoding="utf-8")
@@ -259,9 +259,15 @@ class Checkpoints:
         if self.resume.get("stage") != stage:
             return 0, {}
         folder = self.resume["folder"]
-        # What is frozen is not in it.
-        engine.load_checkpoint(folder, tag="deepspeed", load_module_strict=False)
-        kept = torch.load(Path(folder) / f"rank{dist.get_rank()}.pt", weights_only=True)
+        try:
+            # What is frozen is not in it.
+            engine.load_checkpoint(folder, tag="deepspeed", load_module_strict=False)
+            kept = torch.load(Path(folder) / f"rank{dist.get_rank()}.pt", weights_only=True)
+        except (AssertionError, KeyError, OSError, RuntimeError, ValueError) as error:
+            raise DataError(
+                f"{folder} cannot be loaded ({first_words(error)}): it must be whole, and of this "
+                "run's model and --deepspeed file"
+            ) from error
         torch.set_rng_state(kept.pop("rng"))
         if torch.cuda.is_available():
             torch.cuda.set_rng_state(kept.pop("cuda_rng"))
@@ -403,7 +409,7 @@ def find_checkpoint(arguments):
     if folder.resolve().parent != output.resolve():
         remedy = f"go on there (--output_dir {folder.parent})"
         raise DataError(f"{folder} belongs to the run in {folder.parent}; {remedy}")
-    state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+    state = read_document(folder / "state.json")
     if state["ranks"] != dist.get_world_size():
         raise DataError(
             f"{folder} was written by {state['ranks']} processes, "

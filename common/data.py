@@ -756,7 +756,7 @@ def read_document(path, kind="file"):
     """
     if not Path(path).is_file():
         raise DataError(
-            f"{kind} {path} not found, or a folder (a JSON array or JSON lines file is expected)"
+            f"{kind} {path} not found, or a folder (a JSON or JSON lines file is expected)"
         )
     try:
         text = Path(path).read_text(encoding="utf-8-sig")  # with a byte order mark or without

@@ -7,8 +7,8 @@ with sampling(engine) as model:                                # the weights wit
 """
 
 import copy
+import difflib
 import importlib.util
-import json
 import os
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,7 +24,7 @@ from transformers.integrations import HfDeepSpeedConfig
 from transformers.integrations.deepspeed import HfTrainerDeepSpeedConfig
 
 from common.checkpoints import keep_names
-from common.data import DataError
+from common.data import DataError, read_document
 from common.lora import add_adapters, merge_adapters
 from common.policy import Policy, checkpoint_activations, load_weights
 from common.ranks import log_main
@@ -49,18 +49,17 @@ def read_deepspeed_file(arguments):
     """
     # Read anew by every caller, since each changes it.
     file = arguments.deepspeed
-    try:
-        config = json.loads(Path(file).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise DataError(
-            f"DeepSpeed configuration {file} is missing or not JSON: {error}"
-        ) from error
+    config = read_document(file, "DeepSpeed configuration")
     if not isinstance(config, dict):
         raise DataError(f"DeepSpeed configuration {file} is not a JSON object")
+    # DeepSpeed would leave out a section whose name it does not know.
+    for name in config.keys() - set(SECTIONS):
+        for known in difflib.get_close_matches(name, SECTIONS, cutoff=0.75):
+            raise DataError(f"{file} has {name}, which DeepSpeed does not know; is it {known}?")
     for name in SECTIONS:
         section = config.get(name, {})
         if not isinstance(section, dict):
-            raise DataError(f"{name} in {file} is {json.dumps(section)}, not an object")
+            raise DataError(f"{name} in {file} is {section!r}, not an object")
     return HfTrainerDeepSpeedConfig(config)
 
 
@@ -180,11 +179,13 @@ def find_autos(node, name=""):
                 yield from find_autos(value, f"{name}.{key}".lstrip("."))
 
 
-def check_deepspeed_file(arguments):
+def check_deepspeed_file(arguments, checkpoint=None):
     """Checks the --deepspeed file before a model is loaded, and logs what the run overrides.
 
     The ranks must have started.
 
+    Args:
+        checkpoint: folder that the run goes on from.
     Errors: DataError for whatever is wrong with it, a missing package of a tracker included.
     """
     name = arguments.deepspeed
@@ -204,6 +205,16 @@ def check_deepspeed_file(arguments):
     except (AssertionError, AttributeError, DeepSpeedConfigError, TypeError, ValueError) as error:
         words = " ".join(str(error).split())
         raise DataError(f"DeepSpeed does not take {name}: {words}") from error
+    # ZeRO-3 alone writes its part of the model for every rank, and reads no other files.
+    if checkpoint:
+        stage = training.get("zero_optimization", {}).get("stage", 0)
+        parts = list(Path(checkpoint, "deepspeed").glob("zero_pp_rank_*_model_states.pt"))
+        if (stage == 3) != bool(parts):
+            raise DataError(
+                f"{checkpoint} was written under ZeRO-{'3' if parts else '2 or less'}, which "
+                f"ZeRO-{stage} of this run cannot read; set the stage of then in zero_optimization "
+                f'of {name}, for ZeRO-3 on one process with "offload_param": {{"device": "none"}}'
+            )
     log_overrides(arguments, file)
     if "optimizer" not in file.config:
         log_main(f"{name} has no optimizer: AdamW with betas 0.9, 0.95 as in ds_zero3.json")

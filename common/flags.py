@@ -42,15 +42,19 @@ def check_least(settings, **least):
 
 
 @contextmanager
-def exit_codes(program):
-    """What ends a command: bad input or a file that cannot be written by 2, Ctrl-C by 130."""
+def exit_codes(program, again="the same command continues"):
+    """What ends a command: bad input or a file that cannot be written by 2, Ctrl-C by 130.
+
+    Args:
+        again: how an interrupted one goes on.
+    """
     try:
         yield
     except (DataError, OSError) as error:
         print(f"{program}: error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print(f"{program}: interrupted; the same command continues", file=sys.stderr)
+        print(f"{program}: interrupted; {again}", file=sys.stderr)
         sys.exit(130)
 
 

@@ -108,6 +108,11 @@ class Inputs:
         return found, broken
 
 
+def run_seed(arguments, place):
+    """Seed of what is random about one example, wherever it is sampled; the same in every run."""
+    return arguments.seed * 1_000_003 + place
+
+
 BATCH_TOKENS = 1 << 17  # of prompts and answers in one cache: 7 GB for a 7B model
 
 

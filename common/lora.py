@@ -6,14 +6,13 @@ weights = save_adapter(model, weights, folder)   # merged ones
 """
 
 import importlib.util
-import json
 import warnings
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
 
-from common.data import DataError, first_words
+from common.data import DataError, first_words, read_document
 
 
 def check_peft(what):
@@ -104,7 +103,7 @@ def base_checkpoint(path):
     file = Path(path) / "adapter_config.json"
     if not file.is_file():
         return path
-    return json.loads(file.read_text(encoding="utf-8"))["base_model_name_or_path"]
+    return read_document(file)["base_model_name_or_path"]
 
 
 def load_adapter(model, folder):

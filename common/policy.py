@@ -679,24 +679,30 @@ MISNAMED = {
 }
 
 
-def read_config(path, hidden_layer=-1, attention_layer=1):
+def read_config(path, hidden_layer=-1, attention_layer=1, needs_attention=False):
     """Read a checkpoint's config, before anything slow; an adapter's is that of its base.
 
     Args:
         hidden_layer, attention_layer: layers that will be read.
+        needs_attention: whether a family without attention to read is refused.
     Raises:
-        DataError: no checkpoint, none of FAMILIES, or too few layers.
+        DataError: no checkpoint, none of FAMILIES, too few layers, or attention of a family that
+            does not pack.
     """
     try:
         config = AutoConfig.from_pretrained(base_checkpoint(path))
     except (OSError, ValueError) as error:
         raise DataError(
-            f"{path} is not a checkpoint, neither a folder with config.json nor a model of the hub "
-            f"that can be downloaded: {str(error).splitlines()[0]}"
+            f"{path} is not a checkpoint, neither a folder with config.json (of a run: its sft or "
+            "grpo) nor a model of the hub that can be downloaded: "
+            f"{str(error).splitlines()[0]}"
         ) from error
     family = config.model_type
     if family not in FAMILIES:
         raise DataError(f"{path} is a {family} checkpoint, not one of {', '.join(FAMILIES)}")
+    if needs_attention and family not in PACKED_FAMILIES:
+        families = ", ".join(PACKED_FAMILIES)
+        raise DataError(f"frame use by attention works with {families}, not with {family}")
     layers = config.get_text_config().num_hidden_layers
     if not -1 <= hidden_layer <= layers or not 1 <= attention_layer <= layers:
         raise DataError(
@@ -736,6 +742,18 @@ def load_weights(path, dtype):
     return model
 
 
+def load_processor(path):
+    """Load a checkpoint's processor.
+
+    Raises:
+        DataError: it has none.
+    """
+    try:
+        return AutoProcessor.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path} has no processor: {str(error).splitlines()[0]}") from error
+
+
 def load_model(path):
     """Load a checkpoint for inference, without DeepSpeed.
 
@@ -753,10 +771,7 @@ def load_model(path):
         device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
         dtype = torch.bfloat16
     base = base_checkpoint(path)
-    try:
-        processor = AutoProcessor.from_pretrained(base)
-    except OSError as error:
-        raise DataError(f"{base} has no processor: {str(error).splitlines()[0]}") from error
+    processor = load_processor(base)
     model = load_weights(base, dtype)
     if base != path:
         model = load_adapter(model, path)

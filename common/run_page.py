@@ -8,7 +8,7 @@ import numpy as np
 from jinja2 import Template
 from matplotlib.ticker import MaxNLocator
 
-from common.data import DataError
+from common.data import DataError, read_document
 from common.pages import columns_html, page_path, write_page
 from common.plots import line_style, name_paths, new_figure
 
@@ -100,7 +100,7 @@ def read_run(folder):
 def read_object(folder, name):
     """The object in a JSON file of a run; {} without the file."""
     file = Path(folder) / name
-    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    return read_document(file) if file.is_file() else {}
 
 
 def series(runs, name):

@@ -4,7 +4,6 @@ Letters in shapes: K frames, t temporal slots of h x w = M visual tokens (after 
 of the answer, D hidden size.
 """
 
-import json
 import math
 import sys
 import textwrap
@@ -21,6 +20,7 @@ from common.pages import columns_html, page_path, write_page
 from common.plots import COLOURS, DOTTED, line_style, name_paths, prior_figure, show_film
 from common.policy import Policy, load_model, read_config
 from common.rollout import Sampling, answer_inputs
+from common.run_page import read_object
 from common.video import open_medium
 from grpo import overlaps, rollout_frame_use
 from prior import load_clip, make_prior
@@ -74,8 +74,7 @@ def check_model(arguments, path):
     """
     read_config(path, arguments.hidden_layer, arguments.attention_layer)
     # A model that was trained on other frames or prompts answers badly; the reader should know.
-    file = Path(str(path).removesuffix("/adapter")).parent / "run.json"
-    trained = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    trained = read_object(Path(str(path).removesuffix("/adapter")).parent, "run.json")
     notes = []
     for name in ("frames", "min_pixels", "max_pixels", "frame_times", "prompt_template"):
         here = getattr(arguments, name)

@@ -23,6 +23,7 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from itertools import islice
@@ -202,13 +203,31 @@ class Pool:
             self.processes.join()
 
 
+@contextmanager
+def writing(path):
+    """Names the file that a block writes: the error of a full disk does not.
+
+    Errors: DataError in the place of an OSError.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise DataError(f"{path} cannot be written: {error.strerror}") from error
+
+
 def write_whole(path, parts):
     """Writes chunks of bytes to a file, which has all of them or does not change."""
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
     unfinished = Path(f"{path}.tmp")
-    with open(unfinished, "wb") as file:
-        file.writelines(parts)
-    unfinished.replace(path)
+    with writing(path):
+        unfinished.parent.mkdir(parents=True, exist_ok=True)
+        with open(unfinished, "wb") as file:
+            file.writelines(parts)
+        unfinished.replace(path)
+
+
+def write_json(path, document):
+    """Writes a dict as indented JSON by write_whole."""
+    write_whole(path, [json.dumps(document, indent=1).encode()])
 
 
 def to_json(row):
@@ -229,13 +248,18 @@ def append_lines(file, rows):
 
 
 def join_shards(path):
-    """Moves the lines of a file's shards into it, drops repeated lines and a torn last one."""
+    """Moves the lines of a file's shards into it, drops repeated lines and a torn last one.
+
+    Errors: DataError if it is some other file, which stays as it is.
+    """
     shards = sorted(path.parent.glob(f"{glob.escape(path.name)}.shard*"))
     if not shards and not path.exists():
         return
     lines = {}  # in order, each once
     for file in (path, *shards):
         text = file.read_bytes() if file.exists() else b""
+        if text[:2] not in (b"", b"{", b'{"'):
+            raise DataError(f"{file} is there, but not of this program; choose another --output")
         whole = text[: text.rfind(b"\n") + 1]
         lines.update(dict.fromkeys(whole.splitlines(keepends=True)))
     write_whole(path, lines)
@@ -317,10 +341,11 @@ class ShardedLines:
 
     def append(self, rows):
         """Adds rows of this rank; they survive a kill from the moment it returns."""
-        # Kept open, so that a rank whose launcher was killed does not make a shard anew.
-        if self.file is None:
-            self.file = open(self.shard, "ab", buffering=0)
-        append_lines(self.file, rows)
+        with writing(self.shard):
+            # Kept open, so that a rank whose launcher was killed does not make a shard anew.
+            if self.file is None:
+                self.file = open(self.shard, "ab", buffering=0)
+            append_lines(self.file, rows)
 
     def close(self):
         """Waits for the other ranks; then rank 0 joins the shards."""

@@ -226,6 +226,38 @@ def test_only_an_error_of_the_disk_is_said_to_be_one(error, raised, alone, tmp_p
     assert (told.type is DataError) == ("could not be written" in str(told.value))
 
 
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (AssertionError(), "AssertionError"),
+        (RuntimeError("Error(s) in loading state_dict for Policy:\n\tsize"), "Error(s) in loading"),
+        (None, "No such file or directory"),
+    ],
+)
+def test_a_checkpoint_that_does_not_load_is_named(error, words, alone, tmp_path):
+    def load_checkpoint(*_, **__):
+        if error:
+            raise error
+
+    resume = {"stage": "grpo", "step": 1, "folder": str(tmp_path)}
+    saver = checkpoints.Checkpoints(train.TrainArguments(), None, {}, resume)
+    with pytest.raises(DataError) as told:
+        saver.load(SimpleNamespace(load_checkpoint=load_checkpoint), "grpo")
+    saver.release()
+    assert str(told.value).startswith(f"{tmp_path} cannot be loaded (")
+    assert words in str(told.value) and "it must be whole" in str(told.value)
+
+
+def test_a_log_on_a_full_disk_is_named(alone, tmp_path):
+    args = train.TrainArguments(output_dir=str(tmp_path))
+    full = open("/dev/full", "a", 1)
+    run = train.Run(args, None, None, None, {}, None, files={"metrics.jsonl": full})
+    with pytest.raises(DataError, match="metrics.jsonl cannot be written: No space left"):
+        run.write("metrics.jsonl", [{"stage": "sft", "step": 0}])
+    with pytest.raises(OSError):
+        full.close()
+
+
 @pytest.mark.parametrize(("difference", "alarms"), [(0.09, 0), (0.3, 1)])
 def test_sampling_that_differs_from_scoring_is_said(difference, alarms, alone, monkeypatch):
     said = []

@@ -253,7 +253,7 @@ def test_a_report_is_a_prediction_file_too(tmp_path, monkeypatch, capsys):
         "--output",
         tmp_path / "again.json",
     )
-    assert status == 2 and "is the --rescore file itself" in err
+    assert status == 2 and "is a file to be read; choose another" in err
 
 
 def tw_grpo(video, output, solution, **more):
@@ -458,6 +458,12 @@ def test_bad_files_get_a_sentence(text, said, tmp_path, monkeypatch, capsys):
             "--min_pixels must not be above",
         ),
         (("--model_name_or_path", "m", "--bench", "b.json"), "data set b.json not found"),
+        (("--rescore", "a", "--output", "/tmp"), "--output /tmp is a folder; give a file"),
+        (("--rescore", "a", "--output", "./a"), "--output ./a is a file to be read"),
+        (
+            ("--model_name_or_path", "m", "--bench", "b", "--output", "b"),
+            "--output b is a file to be read",
+        ),
     ],
 )
 def test_bad_command_lines_get_a_sentence(words, said, monkeypatch, capsys):
@@ -966,6 +972,10 @@ def test_one_question_is_answered_on_the_screen(
     assert beside == "prior    " + "▂" * 6 + " " + "█" * 6
     assert looked.startswith("looked   ") and "█" * 6 in looked
     assert seconds.split() == ["seconds", "0.0", "10.5"]
+    # The same question about another video has another prior.
+    write(path, [{**prior, "media": "videos/another.mp4"}], lines=True)
+    _, _, err = command(monkeypatch, capsys, *words, *question, "--priors", path)
+    assert f"has no prior of this question about {Path(asked['path']).name}" in err
     # Nothing is written.
     assert sorted(path.name for path in tmp_path.glob("report*")) == [
         "report.json",
@@ -1861,11 +1871,17 @@ def test_frame_use_of_the_answers(flags, bench, undisturbed, tmp_path, monkeypat
     assert 0 < numbers["chance"] < 1 and report["frame_use"]["right"]["n"] + report["frame_use"][
         "wrong"
     ]["n"] == len(video)
-    write(path, [{**row, "times": [0.0, 1.0, 2.0, 3.0]} for row in priors], lines=True)
-    status, _, err = command(
-        monkeypatch, capsys, *flags, *words, "--output", tmp_path / "other.json"
-    )
-    assert status == 2 and "made for other frames" in err
+    pair = {"frames": [0, 63], "times": [0.0, 15.75], "prior": [0.5, 0.5]}
+    for change, said in (
+        ({"times": [0.0, 1.0, 2.0, 3.0]}, "made for other frames"),
+        (pair, f"has 2 frames of {video[0]}, this run uses --frames 4"),
+        ({"question": "Another?"}, f"{video[0]} is another question there"),
+        ({"settings": {"decoder": "decord"}}, "made with --decoder decord, this run has pyav"),
+    ):
+        write(path, [{**row, **change} for row in priors], lines=True)
+        output = ["--output", tmp_path / "other.json"]
+        status, _, err = command(monkeypatch, capsys, *flags, *words, *output)
+        assert status == 2 and said in err
     assert (
         "--priors goes with --frame_use"
         in command(monkeypatch, capsys, *flags, "--priors", path)[2]

@@ -10,7 +10,17 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import SMALL_GRPO, banned_ids, launch, metrics, run_script, weights, zero_stage
+from conftest import (
+    ROOT,
+    SMALL_GRPO,
+    banned_ids,
+    complain,
+    launch,
+    metrics,
+    run_script,
+    weights,
+    zero_stage,
+)
 from pretend_gpu import PretendGpu
 from safetensors.torch import load_file, save_file
 from test_resume import assert_same_run
@@ -263,6 +273,15 @@ def test_evaluate_takes_either_folder(saved, checkpoint, tmp_path, monkeypatch):
     assert outputs[1] == outputs[2] != outputs[0]
 
 
+def test_training_takes_no_adapter(saved, checkpoint, tmp_path, monkeypatch, alone):
+    words = ["train.py", "--model_name_or_path", saved[2], "--dataset_name", "x.json"]
+    words += ["--output_dir", tmp_path / "out", "--decode_workers", 0]
+    words += ["--deepspeed", ROOT / "ds_zero3.json"]
+    monkeypatch.setattr(sys, "argv", list(map(str, words)))
+    with pytest.raises(DataError, match="adapter is an adapter; train the merged model"):
+        train.run(train.parse_arguments())
+
+
 def test_an_adapter_of_another_model_is_refused(saved):
     folder = saved[2]
     stored = load_file(folder / "adapter_model.safetensors")
@@ -364,6 +383,7 @@ def check_what_moved(start, output):
 
 def test_stages_agree(small_toy, tmp_path):
     outputs = []
+    runs = []
     for stage in (2, 3):
         file = tmp_path / f"{stage}.json"
         file.write_text(json.dumps(zero_stage(stage)))
@@ -378,7 +398,8 @@ def test_stages_agree(small_toy, tmp_path):
             "--per_device_train_batch_size": 4,
             "--learning_rate": 1e-3,
         }
-        launch(*(word for pair in flags.items() for word in pair), *SMALL_GRPO)
+        runs.append([word for pair in flags.items() for word in pair] + SMALL_GRPO)
+        launch(*runs[-1])
     one, two = (weights(output / "grpo") for output in outputs)
     start = weights(small_toy / "model")
     assert max((one[name] - start[name]).abs().max() for name in one) > 1e-4
@@ -388,3 +409,9 @@ def test_stages_agree(small_toy, tmp_path):
         for name in ("loss/kl", "loss/policy", "reward/total", "rollout/entropy"):
             assert ours[name] == pytest.approx(theirs[name], abs=1e-5)
     assert [row["loss/kl"] < 1e-7 for row in metrics(outputs[0], "grpo")] == [True, False]
+    # Neither goes on from the other's checkpoint, and a refused start leaves it as it is.
+    longer = ["--max_steps", 3, "--resume_from_checkpoint", "auto", "--deepspeed"]
+    said = [complain(*runs[0], *longer, file), complain(*runs[1], *longer, tmp_path / "2.json")]
+    for output, words, line in zip(outputs, ("2 or less", "3"), said, strict=True):
+        assert f"{output / 'checkpoint-grpo-2'} was written under ZeRO-{words}, which " in line
+        assert (output / "result.json").is_file()

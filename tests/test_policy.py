@@ -11,11 +11,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import banned_ids, hf_inputs
+from conftest import banned_ids, hf_inputs, token_weights
 from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import AutoConfig
 from warm import run_script
 
 from common import policy as policy_module
+from common.data import DataError
 from common.policy import (
     Layout,
     Policy,
@@ -24,10 +26,11 @@ from common.policy import (
     collate,
     encode_media,
     group_attention,
+    read_config,
     speed_up_vision,
 )
 from common.rollout import Sampling, rollout
-from grpo import group_advantages, policy_loss, rollout_frame_use, token_weights
+from grpo import group_advantages, policy_loss, rollout_frame_use
 
 NAN, INF = float("nan"), float("inf")
 
@@ -236,6 +239,14 @@ def test_entropy_is_that_of_the_plain_forward(items, group, toy_model):
         atol=1e-4,
         rtol=1e-4,
     )
+
+
+def test_attention_is_asked_of_families_that_pack_alone(tmp_path):
+    AutoConfig.for_model("qwen3_vl_moe").save_pretrained(tmp_path)
+    assert read_config(tmp_path).model_type == "qwen3_vl_moe"
+    words = "attention works with qwen2_vl, qwen2_5_vl, qwen3_vl, not with qwen3_vl_moe"
+    with pytest.raises(DataError, match=words):
+        read_config(tmp_path, needs_attention=True)
 
 
 def test_token_weights_of_the_forward_are_those_of_each_groups_logits(items, group, toy_model):

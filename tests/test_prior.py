@@ -1167,6 +1167,27 @@ def lines(path):
     return sorted(Path(path).read_text().splitlines())
 
 
+@pytest.mark.parametrize("text", ['[{"problem_id": 1}]', '{\n "accuracy": 1\n}', "note\nnote\n"])
+def test_a_file_of_something_else_stays_as_it_is(text, tmp_path):
+    """It would lose its last line, which has no end, and lines that are alike."""
+    path = tmp_path / "report.json"
+    path.write_text(text)
+    with pytest.raises(DataError, match="report.json is there, but not of this program"):
+        workers.ShardedLines(path, 0, 1)
+    assert path.read_text() == text
+
+
+def test_what_cannot_be_written_is_named(tmp_path):
+    lines = workers.ShardedLines(tmp_path / "a.jsonl", 0, 1)
+    lines.file = open("/dev/full", "ab", buffering=0)
+    with pytest.raises(DataError, match="a.jsonl cannot be written: No space left on device$"):
+        lines.append([{"row": 1}])
+    lines.close()
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(DataError, match="folder cannot be written: Is a directory$"):
+        workers.write_json(tmp_path / "folder", {})
+
+
 @pytest.fixture
 def flags(clip_folder, media, tmp_path):
     """A data set of eleven examples about four media, a third of them unusable, and the flags that

@@ -12,7 +12,7 @@ from dataclasses import asdict, replace
 from types import SimpleNamespace
 
 import pytest
-from conftest import ROOT, metrics, run_script
+from conftest import ROOT, metrics, run_script, zero_stage
 from PIL import Image
 
 import prior
@@ -335,7 +335,10 @@ def test_a_refused_start_leaves_nothing_behind(place, monkeypatch, tmp_path):
             3,
         ): f"2 usable questions of {data} (0 skipped) are fewer than one step's 3",
         ("--stage", "sft", "--sft_per_device_batch_size", 3): "are fewer than one step's 3",
-        ("--output_dir", data): "cannot be made",
+        ("--output_dir", data): f"--output_dir {data} cannot be written: File exists",
+        ("--per_device_train_batch_size", 0): "--per_device_train_batch_size must be at least 1",
+        ("--learning_rate", -1): "--learning_rate must be at least 0",
+        ("--frame_use_layer", 99): "has layers 1 to 3, and hidden states 0 to 3",
     }
     for flags, words in bad.items():
         assert words in refused(place, *good, *flags), flags
@@ -494,6 +497,29 @@ def test_a_finished_run_is_planned_again(place):
     said = place.start(*more, "--num_train_epochs", 2)
     assert "holds a finished run, as long or without checkpoints" in said
     assert place.calls == []
+
+
+def test_a_run_under_another_zero_stage_does_not_go_on(place):
+    data = place.write("data.json", [questions[0] for questions in place.questions])
+    flags = ["--dataset_name", data, *NO_CLIP]
+    place.start(*flags, "--max_steps", 2)
+    before = {path: path.read_bytes() for path in place.output.rglob("*") if path.is_file()}
+    more = [*flags, "--max_steps", 4, "--resume_from_checkpoint", "auto"]
+    keeps = place.folder / "keeps_zero_3.json"
+    keeps.write_text(json.dumps(zero_stage(3)))
+    folder = place.output / "checkpoint-grpo-2"
+    said = refused(place, *more, "--deepspeed", keeps)
+    assert f"{folder} was written under ZeRO-2 or less, which ZeRO-3 of this run cannot" in said
+    # What one process wrote before it ran ZeRO-2 in the place of ZeRO-3.
+    part = folder / "deepspeed" / "zero_pp_rank_0_mp_rank_00_model_states.pt"
+    part.parent.mkdir()
+    part.touch()
+    said = refused(place, *more)
+    assert f"{folder} was written under ZeRO-3, which ZeRO-2 of this run cannot read" in said
+    assert '"offload_param": {"device": "none"}' in said
+    part.unlink()
+    after = {path: path.read_bytes() for path in place.output.rglob("*") if path.is_file()}
+    assert after == before
 
 
 def test_a_longer_run_computes_the_priors_that_it_lacks(place):

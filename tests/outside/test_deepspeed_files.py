@@ -204,7 +204,11 @@ def losses_of(file, checkpoint):
 
 
 BAD = {
-    "not json": ("{,}", "not JSON"),
+    "not json": ("{,}", "not valid JSON"),
+    "a section's typo": (
+        {"zero_optimisation": {"stage": 3}},
+        "has zero_optimisation, which DeepSpeed does not know; is it zero_optimization?",
+    ),
     "a list": ([], "is not a JSON object"),
     "no section": (changed("optimizer", 3), "optimizer in "),
     "no object": (changed("zero_optimization.offload_param", None) | {"bf16": None}, "bf16 in "),
