@@ -342,7 +342,7 @@ def test_bad_input_is_one_sentence(tmp_path, toy_folder, checkpoint, capsys, mon
         ({"hidden_layer": -2}, "hidden states 0 to 3 or -1"),
         ({"min_pixels": 5000}, "must not be above --max_pixels"),
         ({"frames": 0}, "--frames must be at least 1 and finite"),
-        ({"prior": "full", "clip": f"local-dir:{tmp_path}"}, "needs its weights as"),
+        ({"prior": "full", "clip": f"local-dir:{tmp_path}"}, "has no open_clip_model.safetensors"),
         ({"output": "x.png"}, "must end in .html"),
     ]
     for change, words in cases:

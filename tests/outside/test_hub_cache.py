@@ -6,8 +6,8 @@ import pytest
 from huggingface_hub import constants
 from transformers import AutoModelForImageTextToText
 
-import train
 from common.data import DataError
+from common.policy import load_processor, read_config
 
 
 def test_a_cached_model_is_found_offline_and_one_that_is_not_is_one_sentence(
@@ -22,11 +22,11 @@ def test_a_cached_model_is_found_offline_and_one_that_is_not_is_one_sentence(
     # What HF_HOME and HF_HUB_OFFLINE=1 set when it is imported.
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    arguments = train.TrainArguments()
-    processor = train.load_processor(arguments, "own/tiny")
+    read_config("own/tiny")
+    processor = load_processor("own/tiny")
     model = AutoModelForImageTextToText.from_pretrained("own/tiny", use_safetensors=True)
     assert type(processor).__name__ == "Qwen2_5_VLProcessor"
     assert type(model).__name__ == "Qwen2_5_VLForConditionalGeneration"
     for name in ("own/none", "no/such/folder"):
         with pytest.raises(DataError, match=f"^{name} is not a checkpoint, "):
-            train.load_processor(arguments, name)
+            read_config(name)
