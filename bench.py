@@ -27,8 +27,8 @@ allocator. A side that fails in the middle, for want of memory mostly, is named 
 `prior`: exact decoding of videos, and priors without CLIP, against decord's get_batch of the same
 frames.
 
-`gpu`: the parts of GPU_PARTS in order, each in a process, into OUTPUT_DIR/PART.json; those that are
-there stay, so that an interrupted day goes on. Without a GPU the same parts run in small shapes.
+`gpu`: the parts of GPU_PARTS in order, each in a process, into OUTPUT_DIR/PART.json; good
+ones stay, so that an interrupted day goes on. Without a GPU the same parts run in small shapes.
 """
 
 import gc
