@@ -306,7 +306,7 @@ def attend_apart(query, keys, values, seen, scaling):
         query: (B, heads, W, d).
         keys, values: pairs of the prompt's (B, key heads, P, d), the completions' (B, key heads, W,
             t, d).
-        seen: (B, 1, 1, P + t) bool.
+        seen: (B, 1, 1, P + t) bool, or of one column, where nothing is hidden.
     Returns:
         (B, W, heads, d).
     """
@@ -317,8 +317,10 @@ def attend_apart(query, keys, values, seen, scaling):
     to_prompt = products(rows.flatten(2, 3), prompt).unflatten(2, places)
     scores = torch.cat([to_prompt, products(rows, own)], -1)  # (..., shared, P + t)
     # in place: on a CPU the scores' memory is half of the time
-    scores.mul_(scaling).masked_fill_(~seen[:, None], float("-inf"))
-    weights = scores.softmax(-1).to(query.dtype)
+    scores.mul_(scaling)
+    if seen.shape[-1] > 1:
+        scores.masked_fill_(~seen[:, None], float("-inf"))
+    weights = torch.softmax(scores, -1, out=scores).to(query.dtype)
     to_prompt, to_own = weights.split([prompt.shape[2], own.shape[3]], -1)
     attended = (to_prompt.flatten(2, 3) @ values[0]).unflatten(2, places) + to_own @ values[1]
     return attended.transpose(1, 2).flatten(2, 3)

@@ -198,7 +198,7 @@ class Decoder:
                 self.cache.layers[index] = roomy
 
     def step(self, tokens, seen):
-        """tokens (B, W), seen (B, P + columns shown) bool -> hidden (B, W, D)."""
+        """tokens (B, W), seen (B, P + columns shown) or (B, 1) bool -> hidden (B, W, D)."""
         model = self.policy.model
         positions = (self.position + self.columns.newest)[None, :, None]
         output = model.model.language_model(
@@ -270,6 +270,8 @@ def sample_shrinking(decoder, there, uniforms):
     tokens = torch.zeros_like(uniforms, dtype=torch.long)
     logps = torch.zeros_like(uniforms)
     decoder.make_room(there.shape[1], steps - 1)
+    # without padding a packing model needs no mask
+    hides = not (decoder.policy.packs and bool(decoder.mask.all()))
     # (B, W) the completion that a query belongs to, -1: none
     numbers = there.flatten().cumsum(0).view(there.shape) - 1
     active = torch.where(there, numbers, -1)
@@ -305,7 +307,8 @@ def sample_shrinking(decoder, there, uniforms):
             inputs = inputs[keep]
         decoder.columns.newest.fill_(step)
         decoder.columns.shown = step + 1
-        hidden = decoder.step(inputs, pad(decoder.mask, (0, step + 1), value=True))
+        seen = pad(decoder.mask, (0, step + 1), value=True) if hides else decoder.mask[:, :1]
+        hidden = decoder.step(inputs, seen)
     return tokens, logps
 
 
