@@ -189,6 +189,14 @@ class Decoder:
         self.position = prompts.position_ids.amax(dim=(0, 2)) + 1  # (B,) of the first new token
         self.columns = Columns(torch.zeros(1, dtype=torch.long, device=device))
 
+    def align(self, columns):
+        """Pads the prompt on the left to a multiple of columns; see ALIGNED."""
+        more = -self.mask.shape[1] % columns
+        self.mask = pad(self.mask, (more, 0))
+        for layer in self.cache.layers:
+            layer.keys = pad(layer.keys, (0, 0, more, 0))
+            layer.values = pad(layer.values, (0, 0, more, 0))
+
     def make_room(self, width, more):
         """Makes the cache's layers RoomyLayers, but for recurrent ones, which do not grow."""
         # one by one, so that no two whole caches exist
@@ -312,6 +320,10 @@ def sample_shrinking(decoder, there, uniforms):
     return tokens, logps
 
 
+# Columns of a KV cache come in multiples of it: else a GPU's bfloat16 products are four times slower.
+ALIGNED = 8
+
+
 def sample_fixed(decoder, there, uniforms):
     """Sample as sample_shrinking, in shapes that never change, so that a CUDA graph can replay it.
 
@@ -320,7 +332,9 @@ def sample_fixed(decoder, there, uniforms):
     device = uniforms.device
     batch, width = there.shape
     steps = uniforms.shape[1]
+    decoder.align(ALIGNED)
     prompt = decoder.mask.shape[1]
+    room = steps - 1 + (1 - steps) % ALIGNED  # columns of a completion
     alive = there.flatten().clone()  # (B * W,)
     rows = alive.nonzero().squeeze(1)  # (N,) places of the completions
     # what a step reads and writes, in place
@@ -328,9 +342,9 @@ def sample_fixed(decoder, there, uniforms):
     tokens = torch.zeros_like(spread, dtype=torch.long)
     logps = torch.zeros_like(spread)
     at = torch.zeros(1, dtype=torch.long, device=device)  # number of the step
-    seen = pad(decoder.mask, (0, steps - 1))  # (B, P + steps - 1)
-    decoder.columns.shown = steps - 1
-    decoder.make_room(width, steps - 1)
+    seen = pad(decoder.mask, (0, room))  # (B, P + room)
+    decoder.columns.shown = room
+    decoder.make_room(width, room)
 
     def pick(hidden):
         uniform = spread.index_select(1, at).squeeze(1)
