@@ -775,7 +775,8 @@ def cores():
 
 def load_here(arguments, workers):
     """Loads the semantic cue's model onto this rank's device, with the cores that workers leave."""
-    torch.set_num_threads(max(1, cores() - workers))
+    # at most as many as OMP_NUM_THREADS allows
+    torch.set_num_threads(min(torch.get_num_threads(), max(1, cores() - workers)))
     # One GPU a rank.
     device = "cpu"
     if torch.cuda.is_available():

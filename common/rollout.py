@@ -320,7 +320,7 @@ def sample_shrinking(decoder, there, uniforms):
     return tokens, logps
 
 
-# Columns of a KV cache come in multiples of it: else a GPU's bfloat16 products are four times slower.
+# Columns of a KV cache come in multiples of it: odd ones make a GPU's bfloat16 products slow.
 ALIGNED = 8
 
 

@@ -1654,3 +1654,17 @@ def test_the_report_about_known_evidence(flags, tmp_path, monkeypatch, capsys):
         f"1 questions of known evidence, 0 of them without a sampled frame there: {hit:.3f}" in told
         and f"is {ratio:.2f} times uniform's" in told
     )
+
+
+@pytest.mark.parametrize("allowed, threads", [(1, 1), (2, 2), (8, 3)])
+def test_the_semantic_cue_takes_the_threads_that_workers_leave(monkeypatch, allowed, threads):
+    """Of 4 cores with 1 worker, 3; fewer where OMP_NUM_THREADS allows fewer."""
+    before = torch.get_num_threads()
+    monkeypatch.setattr(prior, "cores", lambda: 4)
+    monkeypatch.setattr(prior, "load_clip", lambda *names: torch.get_num_threads())
+    settings = SimpleNamespace(clip="any", clip_pretrained=None)
+    torch.set_num_threads(allowed)
+    try:
+        assert prior.load_here(settings, workers=1) == threads
+    finally:
+        torch.set_num_threads(before)
