@@ -8,7 +8,6 @@
     python visualize.py sample --model_name_or_path output/grpo \\
         --dataset_name toy-seed0/heldout.json --problem_id heldout-0 --clip local-dir:toy-seed0/clip
     python visualize.py answers --predictions sft.predictions.jsonl grpo.predictions.jsonl
-    python visualize.py enrichment --predictions sft.predictions.jsonl grpo.predictions.jsonl
     python visualize.py prior --priors priors.jsonl --media_root DATA
 
 Each command writes one HTML page that opens from disk, without network, on a phone, light or dark,
@@ -16,10 +15,8 @@ and its figures as PNG and SVG beside it. `run` draws the metrics.jsonl and resu
 runs with the same label (seeds of one arm) become one line, their mean, in a band from the lowest
 to the highest run; its page shows what the runs wrote, too. `sample` answers one question and draws
 where the answer looks: over frames and within them. `answers` lists the answers of an evaluation,
-right and wrong, or gained and lost between two. `enrichment` draws figure 9 of the paper (arXiv
-2606.18441) from what `evaluate.py --frame_use ... --priors ...` stores: do answers look where the
-prior points? `prior` draws some rows of a priors file, and says how much of P lies on the frames of
-each cue.
+right and wrong, or gained and lost between two. `prior` draws some rows of a priors file, and says
+how much of P lies on the frames of each cue.
 """
 
 import argparse
@@ -28,7 +25,6 @@ from dataclasses import dataclass, field
 
 from common.answers_page import answers_report
 from common.data import PROBLEM_TYPES, DataError
-from common.enrichment_page import enrichment_report
 from common.flags import Help, Parser, flag
 from common.media import PromptFlags
 from common.prior_page import prior_report
@@ -96,7 +92,7 @@ def sample_report(arguments):
 
 
 def make_parser():
-    """Parser of the five commands, whose flags have the names of the arguments of their reports."""
+    """Parser of the four commands, whose flags have the names of the arguments of their reports."""
     parser = argparse.ArgumentParser(allow_abbrev=False, description=__doc__, formatter_class=Help)
     commands = parser.add_subparsers(dest="command", required=True, parser_class=Parser)
     # Only `sample` has so many settings that they are a dataclass.
@@ -107,17 +103,10 @@ def make_parser():
         dataclass_types=SampleArguments,
         help="where a model looks when it answers a question about a video",
     )
-    enrichment = commands.add_parser(
-        "enrichment", help="the strongest token-slot pairs of answers (the paper's figure 9)"
-    )
     answers = commands.add_parser("answers", help="the answers of an evaluation, right and wrong")
-    files = {
-        enrichment: "NAME.predictions.jsonl of evaluate.py --frame_use ... --priors ...",
-        answers: "reports or predictions of evaluate.py, or what its --rescore reads",
-    }
-    for command, text in files.items():
-        command.add_argument("--predictions", nargs="+", required=True, metavar="FILE", help=text)
-    for command in (run, *files):
+    text = "reports or predictions of evaluate.py, or what its --rescore reads"
+    answers.add_argument("--predictions", nargs="+", required=True, metavar="FILE", help=text)
+    for command in (run, answers):
         text = "once a path, in their order; default: the paths. Runs of one name become one line"
         command.add_argument("--label", action="append", metavar="NAME", help=text)
     prior = commands.add_parser("prior", help="what a priors file says, and some of its rows")
@@ -129,12 +118,7 @@ def make_parser():
     prior.add_argument("--items", type=int, default=6, metavar="N", help=text)
     prior.add_argument("--seed", type=int, default=0, help="random seed of that choice")
     # The page of a run stands in its folder.
-    pages = {
-        run: None,
-        answers: "answers.html",
-        enrichment: "enrichment.html",
-        prior: "priors.html",
-    }
+    pages = {run: None, answers: "answers.html", prior: "priors.html"}
     for command, page in pages.items():
         command.add_argument("--output", default=page, metavar="FILE.html", help="page to write")
     return parser
@@ -144,7 +128,6 @@ def make_parser():
 REPORTS = {
     "run": run_report,
     "answers": answers_report,
-    "enrichment": enrichment_report,
     "prior": prior_report,
 }
 

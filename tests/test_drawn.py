@@ -10,7 +10,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 
-from common import enrichment_page, plots, run_page, sample_page
+from common import plots, run_page, sample_page
 from common.data import Prior
 
 NAN = float("nan")
@@ -126,53 +126,6 @@ def test_both_scores_have_one_scale(tmp_path, monkeypatch):
     assert titles == ["consensus/score", "consensus/paper_score", "loss/kl", "reward/new"]
     limits = [axes.get_ylim() for axes in figure.axes]
     assert limits[0] == limits[1] and limits[0][0] < 0.1 and 0.5 < limits[0][1] < limits[2][0]
-
-
-# -------------------------------------------------------------------------------------- enrichment
-
-
-def answer(tokens, slots, pairs, consensus, enrichment, others):
-    events = sorted(token * slots + slot for token, slot in pairs)
-    use = {"slots": [1 / slots] * slots, "events": events, "tokens": tokens}
-    return use | {"consensus_slots": consensus, "enrichment": enrichment, "others": others}
-
-
-# 3 of 4 events on half of the slots: 1.5 and 0.5; both of two on a fifth: 5 and 0.
-# The 95 % interval of two answers goes from one to the other.
-FIRST = answer(10, 4, [(0, 1), (2, 0), (7, 3), (9, 1)], [1, 3], 1.5, 0.5)
-SECOND = answer(3, 5, [(1, 4), (2, 4)], [4], 5, 0)
-
-
-def test_means_with_intervals():
-    """Consensus 1.5 and 5, others 0.5 and 0; the second file has one answer, so no interval."""
-    files = [{"a": FIRST, "b": SECOND}, {"a": FIRST}]
-    axes = drawn(enrichment_page.plot_means, files)
-    points = [tuple(line.get_xydata()[0]) for line in axes.lines if line.get_marker() == "o"]
-    assert points == [(0, 3.25), (1, 0.25), (0.1, 1.5), (1.1, 0.5)]
-    bars = [bar.get_segments()[0][:, 1].tolist() for bar in axes.collections]
-    assert bars == [[1.5, 5], [0, 0.5], [1.5, 1.5], [0.5, 0.5]]
-    (chance,) = [line for line in axes.lines if line.get_linestyle() == ":"]
-    assert list(chance.get_ydata()) == [1, 1]
-    assert [line.get_color() for line in axes.lines[:4:2]] == plots.COLOURS[:2]
-    assert [tick.get_text() for tick in axes.get_xticklabels()] == [
-        "consensus slots",
-        "other slots",
-    ]
-
-
-def test_positions_of_events(monkeypatch):
-    """Halves: 1 of 2 and 2 of 2 events of FIRST on consensus slots, none and 2 of 2 of SECOND."""
-    monkeypatch.setattr(enrichment_page, "PARTS", 2)
-    files = [{"a": FIRST, "b": SECOND}, {"b": SECOND}]
-    axes = drawn(enrichment_page.plot_positions, files)
-    both, one, chance = axes.lines
-    np.testing.assert_allclose(both.get_xydata(), [[25, 1 / 1], [75, 4 / (2 * 0.5 + 2 * 0.2)]])
-    np.testing.assert_allclose(one.get_xydata(), [[25, NAN], [75, 5]])  # no event in its first half
-    assert list(chance.get_ydata()) == [1, 1] and chance.get_linestyle() == ":"
-    # FIRST's events: tokens 0, 2, 7, 9 of 10, of which that of token 2 is on another slot.
-    monkeypatch.setattr(enrichment_page, "PARTS", 10)
-    found = enrichment_page.by_position({"a": FIRST})
-    np.testing.assert_equal(found, [2, NAN, 0, NAN, NAN, NAN, NAN, 2, NAN, 2])
 
 
 # ------------------------------------------------------------------------------------------- prior

@@ -1,4 +1,4 @@
-"""visualize.py run, enrichment and prior, in this process: the pages' numbers are the files'."""
+"""visualize.py run, answers and prior, in this process: the pages' numbers are the files'."""
 
 import base64
 import io
@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 import visualize
-from common import enrichment_page, plots, prior_page, run_page, scores
+from common import plots, prior_page, run_page
 from common.data import Prior
 from common.media import read_frames
 from common.video import open_video
@@ -379,139 +379,6 @@ def test_answers_that_cannot_be_listed(tmp_path, monkeypatch, capsys):
         ([path, "--output", "x.png"], "must end in .html"),
     ):
         assert words in refused(monkeypatch, capsys, "answers", "--predictions", *files)
-
-
-# -------------------------------------------------------------------------------------- enrichment
-
-
-def test_text_of_a_mean():
-    assert enrichment_page.mean_text([1.5]) == "1.500, n = 1"
-    assert enrichment_page.mean_text([]) == "–"
-    text = enrichment_page.mean_text([1.0, 1.0], "+")
-    assert text == "+1.000 (+1.000 to +1.000), n = 2"
-
-
-def prediction(name, rng, slots=8, consensus=(2, 5), tokens=None, right=True, bonus=0.0):
-    """A line of predictions, as evaluate.py writes it, and its scores (L, t)."""
-    tokens = tokens or rng.randrange(30, 60)
-    each = np.array([[rng.random() for _ in range(slots)] for _ in range(tokens)])
-    each[:, list(consensus)] += bonus
-    strongest = np.argsort(-each.ravel())[: max(1, round(0.05 * each.size))]
-    use = {
-        "slots": [1 / slots] * slots,
-        "interval": [0, 1],
-        "evidence": None,
-        "chance": None,
-        "consensus": 0.1,
-        "enrichment": 1.0,
-        "events": sorted(strongest.tolist()),
-        "tokens": tokens,
-        "consensus_slots": list(consensus),
-    }
-    row = {
-        "problem_id": name,
-        "problem": "Which?",
-        "problem_type": "multiple choice",
-        "options": ["A. x", "B. y"],
-        "solution": "A",
-        "output": f"<think>.</think><answer>{'A' if right else 'B'}</answer>",
-        "error": None,
-        "frame_use": use,
-        "settings": {"frame_use": "attention", "frame_use_layer": 2},
-    }
-    return row, each
-
-
-def enrichment_of(row, each):
-    """Event enrichment by loops over tokens and slots."""
-    bound = np.sort(each.ravel())[-max(1, round(0.05 * each.size))]
-    chosen = row["frame_use"]["consensus_slots"]
-    hits = []
-    for token in each:
-        hits += [slot in chosen for slot, score in enumerate(token) if score >= bound]
-    return np.mean(hits) / (len(chosen) / each.shape[1])
-
-
-def test_enrichment_page(tmp_path, monkeypatch, capsys, chromium):
-    rng = random.Random(0)
-    values = {}
-    for file, bonus in (("before", 0.0), ("after", 0.2)):
-        made = []
-        for index in range(12):
-            made.append(prediction(f"q{index}", rng, right=index % 3 > 0, bonus=bonus))
-        values[file] = [enrichment_of(*pair) for pair in made]
-        rows = [row for row, _ in made]
-        for row, value in zip(rows, values[file], strict=True):
-            row["frame_use"]["enrichment"] = value
-        others = [
-            prediction("all", rng, consensus=range(8))[0],
-            prediction("none", rng, consensus=())[0],
-            {**prediction("image", rng)[0], "frame_use": None},
-            prediction("q0", rng)[0],  # a problem_id of an earlier row
-        ]
-        for row in others[:2]:
-            row["frame_use"]["enrichment"] = None
-        write_lines(tmp_path / f"{file}.predictions.jsonl", [*rows, *others])
-    files = [tmp_path / f"{file}.predictions.jsonl" for file in values]
-    words = ["--predictions", *files, "--output", tmp_path / "out/e.html"]
-    done = command(monkeypatch, capsys, "enrichment", *words)
-    assert done == (0, f"{tmp_path}/out/e.html\n", "")
-    page, table = read(tmp_path / "out/e.html")
-    assert len(page.images) == 1 and table["measure"] == ["before", "after"]
-    assert table["frame use by"] == ["attention, layer 2"] * 2
-    assert table["rows without a known enrichment"] == ["4", "4"]
-    for column, numbers in enumerate(values.values()):
-        low, high = scores.paired_bootstrap(numbers, samples=2000)
-        text = f"{np.mean(numbers):.3f} ({low:.3f} to {high:.3f}), n = 12"
-        assert table["enrichment of the consensus slots"][column] == text
-        # A quarter of the slots are consensus slots.
-        rest = np.mean([(1 - number / 4) / 0.75 for number in numbers])
-        assert table["enrichment of the other slots"][column].startswith(f"{rest:.3f} (")
-    change = np.mean(values["after"]) - np.mean(values["before"])
-    cells = table["consensus slots, change from before on the same questions"]
-    assert cells[0] == "–" and change > 0.5 and cells[1].startswith(f"{change:+.3f} (+")
-    assert f"visualize.py enrichment --predictions {files[0]}" in page.words
-    assert "enrichment of the consensus slots" in chromium(tmp_path / "out/e.html")
-
-
-def test_two_scores_are_not_compared(tmp_path, monkeypatch, capsys):
-    """A report and prediction lines, by different scores of frame use; odd labels."""
-    row = prediction("q", random.Random(0), tokens=4, right=False)[0]
-    report = {"results": [row], "settings": {"frame_use": "hidden", "frame_use_layer": -1}}
-    (tmp_path / "report.json").write_text(json.dumps(report))
-    lines = write_lines(tmp_path / "lines.jsonl", [row])
-    label = '_<b>"λ & $3$'
-    words = ["--predictions", tmp_path / "report.json", lines, "--label", label]
-    words += ["--label", "other", "--output", tmp_path / "e.html"]
-    assert command(monkeypatch, capsys, "enrichment", *words)[0] == 0
-    page, table = read(tmp_path / "e.html")
-    assert label in page.words and table["measure"] == [label, "other"]
-    assert table["frame use by"] == ["hidden, layer -1", "attention, layer 2"]
-    assert table["enrichment of the consensus slots"] == ["1.000, n = 1"] * 2
-    change = f"consensus slots, change from {label} on the same questions"
-    assert table[change] == ["–", "–"]
-
-
-def test_predictions_that_cannot_be_drawn(tmp_path, monkeypatch, capsys):
-    good, _ = prediction("q", random.Random(0))
-    file = tmp_path / "p.jsonl"
-
-    def error(use, *more):
-        path = write_lines(file, [{**good, "frame_use": use}])
-        return refused(monkeypatch, capsys, "enrichment", "--predictions", path, *more)
-
-    words = ["enrichment", "--predictions"]
-    assert "nowhere.jsonl not found" in refused(
-        monkeypatch, capsys, *words, tmp_path / "nowhere.jsonl"
-    )
-    empty = write_lines(tmp_path / "empty.jsonl", [])
-    assert "holds no predictions" in refused(monkeypatch, capsys, *words, empty)
-    assert "evaluate.py --frame_use attention --priors FILE stores it" in error(None)
-    assert "no answer with a known enrichment" in error({"slots": [1, 1], "enrichment": None})
-    use = good["frame_use"]
-    assert "2 --label for 1 paths" in error(use, "--label", "a", "--label", "b")
-    assert "must end in .html" in error(use, "--output", "e.png")
-    assert "given twice" in error(use, file)
 
 
 # ------------------------------------------------------------------------------------------- prior
