@@ -29,6 +29,7 @@ from itertools import compress
 from pathlib import Path
 from statistics import mean, stdev
 
+from common.data import DataError, read_document
 from common.flags import Parser, exit_codes
 from common.plots import COLOURS, DOTTED, new_figure
 from common.run_page import read_run
@@ -280,19 +281,15 @@ def steps_to(accuracies, level=0.8, window=5):
     return len(accuracies)
 
 
-def read_json(path):
-    return json.loads(path.read_text(encoding="utf-8"))
-
-
 def read_arm(folder, name):
     """Read the numbers of an arm, or of "sft" -> {column: number or None}.
 
     Raises:
-        OSError: result.json or an evaluation is not there.
+        DataError: result.json or an evaluation is not there, or no JSON.
     """
-    documents = {"result": read_json(folder / name / "result.json")}
+    documents = {"result": read_document(folder / name / "result.json")}
     for kind in EVALUATIONS:
-        documents[kind] = read_json(folder / f"{name}-{kind}.json")
+        documents[kind] = read_document(folder / f"{name}-{kind}.json")
     numbers = {}
     for column, words in COLUMNS.items():
         numbers[column] = documents
@@ -310,14 +307,14 @@ def read_world(folder):
         try:
             for column, number in read_arm(folder, SAME.get(arm, arm)).items():
                 yield arm, column, number
-        except OSError as error:
-            print(f"missing: {arm}, {error.filename}")
+        except DataError as error:
+            print(f"missing: {arm}, {error}")
     try:
-        for name, numbers in read_json(folder / "check.json")["frame_use"].items():
+        for name, numbers in read_document(folder / "check.json")["frame_use"].items():
             for column, number in zip(CHECKS, numbers, strict=True):
                 yield name, column, number
-    except OSError as error:
-        print(f"missing: {error.filename}")
+    except DataError as error:
+        print(f"missing: {error}")
 
 
 def summarize(numbers):
