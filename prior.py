@@ -33,7 +33,6 @@ import numpy as np
 import scenedetect
 import torch
 from PIL import Image
-from safetensors import SafetensorError
 from scenedetect.common import FrameTimecode, Timecode
 from scenedetect.scene_manager import compute_downscale_factor
 from tqdm import tqdm
@@ -72,9 +71,6 @@ DETECTORS = {
 
 SHORTEST_SCENE = "0.6s"  # of the detectors; the default of PySceneDetect's command line
 
-# Weights that open_clip finds first in a folder. Pickles are not loaded.
-CLIP_FILES = ("open_clip_model.safetensors", "open_clip_pytorch_model.safetensors")
-
 
 @dataclass(kw_only=True)
 class PriorSettings(FrameFlags):
@@ -106,12 +102,11 @@ class PriorSettings(FrameFlags):
     clip: str = flag(
         "ViT-B-32",
         "Image-text model of the semantic cue: a name of open_clip (SigLIP's too) or "
-        "local-dir:FOLDER (open_clip_config.json and safetensors).",
+        "local-dir:FOLDER (open_clip_config.json and weights).",
     )
     clip_pretrained: str = flag(
         "openai",
-        "open_clip's tag of the weights, or a .safetensors file; unused with local-dir: and "
-        "hf-hub:.",
+        "open_clip's tag of the weights, or a file of them; unused with local-dir: and hf-hub:.",
     )
     prior: str = flag(
         "full",
@@ -330,14 +325,14 @@ class Clip:
 
 
 def load_clip(name, pretrained=None, device="cpu"):
-    """Loads an open_clip model; one without weights, or with pickled local ones, is refused.
+    """Loads an open_clip model; one without weights is refused.
 
-    What a hub has as pickles only, open_clip reads by torch's weights_only.
+    open_clip reads pickled weights by torch's weights_only.
 
     Args:
         name: a name of open_clip, hf-hub:REPO, or local-dir:FOLDER with open_clip_config.json,
-            open_clip_model.safetensors, and tokenizer files if its text_cfg has hf_tokenizer_name.
-        pretrained: open_clip's tag or a .safetensors file, for a name of open_clip.
+            weights, and tokenizer files if its text_cfg has hf_tokenizer_name.
+        pretrained: open_clip's tag or a file of weights, for a name of open_clip.
     Returns:
         Clip in eval mode.
     Errors: DataError if it cannot be loaded.
@@ -345,13 +340,6 @@ def load_clip(name, pretrained=None, device="cpu"):
     # Imported here: it takes seconds, and most commands load no CLIP.
     import open_clip
 
-    # Pickled weights are not loaded.
-    if name.startswith("local-dir:"):
-        folder = Path(name.removeprefix("local-dir:"))
-        if folder.is_dir() and not any((folder / file).is_file() for file in CLIP_FILES):
-            raise DataError(f"{folder} is no open_clip model: it has no {CLIP_FILES[0]}")
-    elif pretrained and os.path.isfile(pretrained) and not pretrained.endswith(".safetensors"):
-        raise DataError(f"{pretrained} is not a .safetensors file")
     if name.startswith(("local-dir:", "hf-hub:")):
         pretrained = None
     try:
@@ -359,7 +347,7 @@ def load_clip(name, pretrained=None, device="cpu"):
             name, pretrained=pretrained, device=device, require_pretrained=True
         )
         tokenizer = open_clip.get_tokenizer(name)
-    except (KeyError, OSError, RuntimeError, TypeError, ValueError, SafetensorError) as error:
+    except Exception as error:  # of torch, safetensors, tokenizers, the Hub
         raise DataError(
             f"CLIP model {name} ({pretrained}) cannot be loaded, give --clip local-dir:FOLDER or "
             f"--prior no_semantic: {first_words(error)}"
