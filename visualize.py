@@ -15,17 +15,15 @@ and its figures as PNG and SVG beside it. `run` draws the metrics.jsonl and resu
 runs with the same label (seeds of one arm) become one line, their mean, in a band from the lowest
 to the highest run; its page shows what the runs wrote, too. `sample` answers one question and draws
 where the answer looks: over frames and within them. `answers` lists the answers of an evaluation,
-right and wrong, or gained and lost between two. `prior` draws some rows of a priors file, and says
-how much of P lies on the frames of each cue.
+right and wrong, or gained and lost between two. `prior` draws some rows of a priors file.
 """
 
 import argparse
-import sys
 from dataclasses import dataclass, field
 
 from common.answers_page import answers_report
-from common.data import PROBLEM_TYPES, DataError
-from common.flags import Help, Parser, flag
+from common.data import DataError
+from common.flags import Help, Parser, exit_codes, flag
 from common.media import PromptFlags
 from common.prior_page import prior_report
 from common.run_page import run_report
@@ -53,17 +51,9 @@ class SampleArguments(PromptFlags, PriorSettings):
         metadata={"help": "options of a multiple-choice question: 'A. red' 'B. blue'"},
     )
     answer: str | None = flag(None, "the right answer (a letter, with --options), for its rewards")
-    problem_type: str | None = flag(
-        None,
-        "how it is asked and scored; None: multiple choice with --options, else free-form",
-        choices=list(PROBLEM_TYPES),
+    attention_layer: int = flag(
+        1, "layer whose attention is drawn, 1 is the first", group="answer and page"
     )
-    hidden_layer: int = flag(
-        -1,
-        "hidden states that the paper's score reads: 0 embeddings ... -1 last layer (the paper's)",
-        group="answer and page",
-    )
-    attention_layer: int = flag(1, "layer whose attention is drawn, 1 is the first")
     max_completion_length: int = flag(1024, "most tokens of the answer, which is greedy")
     output: str = flag("sample.html", "report to write; its figure goes beside it as PNG and SVG")
 
@@ -72,16 +62,17 @@ class SampleArguments(PromptFlags, PriorSettings):
         typed = [self.video, self.question]
         stored = [self.dataset_name, self.problem_id]
         # A row of a data set has its own options and answer.
-        more = [*self.options, self.answer, self.problem_type]
+        more = [*self.options, self.answer]
         if all(typed) == all(stored) or any(typed + more) == any(stored):
             raise DataError(
-                "give --video and --question (--options, --answer, --problem_type), or "
-                "--dataset_name and --problem_id"
+                "give --video and --question (--options, --answer), or --dataset_name and "
+                "--problem_id"
             )
 
 
-def sample_report(arguments):
+def sample_report(**flags):
     """Import and run common/sample_page.py; its imports take seconds, which other commands save."""
+    arguments = SampleArguments(**flags)
     from transformers.utils import logging
 
     from common import sample_page
@@ -109,7 +100,7 @@ def make_parser():
     for command in (run, answers):
         text = "once a path, in their order; default: the paths. Runs of one name become one line"
         command.add_argument("--label", action="append", metavar="NAME", help=text)
-    prior = commands.add_parser("prior", help="what a priors file says, and some of its rows")
+    prior = commands.add_parser("prior", help="some rows of a priors file")
     prior.add_argument("--priors", required=True, metavar="FILE", help="output of prior.py")
     prior.add_argument(
         "--media_root", metavar="DIR", help="of the rows' media; default: the priors file's folder"
@@ -127,23 +118,17 @@ def make_parser():
 # Their arguments are the flags of the commands.
 REPORTS = {
     "run": run_report,
+    "sample": sample_report,
     "answers": answers_report,
     "prior": prior_report,
 }
 
 
 def main():
-    arguments = vars(make_parser().parse_args())
-    command = arguments.pop("command")
-    try:
-        if command == "sample":
-            page = sample_report(SampleArguments(**arguments))
-        else:
-            page = REPORTS[command](**arguments)
-        print(page)
-    except (DataError, OSError) as error:
-        print(f"visualize.py: error: {error}", file=sys.stderr)
-        sys.exit(2)
+    flags = vars(make_parser().parse_args())
+    report = REPORTS[flags.pop("command")]
+    with exit_codes("visualize.py", "the same command begins anew"):
+        print(report(**flags))
 
 
 if __name__ == "__main__":

@@ -827,13 +827,12 @@ def load_examples(dataset_name, media_root=None, errors=None):
     return examples
 
 
-def typed_example(question, options=None, video=None, images=None, kind=None, answer=None):
+def typed_example(question, options=None, video=None, images=None, answer=None):
     """A question of a command line as an Example.
 
     Args:
         options: with letters or without; with some it is multiple choice, else free-form.
         video, images: paths.
-        kind: problem type instead.
         answer: the solution, if it is known.
     Raises:
         DataError: the solution is none of this kind.
@@ -841,7 +840,7 @@ def typed_example(question, options=None, video=None, images=None, kind=None, an
     media = [Medium("video", os.path.abspath(video))] if video else []
     media += [Medium("image", os.path.abspath(path)) for path in images or []]
     options = with_letters(options or [])
-    kind = kind or ("multiple choice" if options else "free-form")
+    kind = "multiple choice" if options else "free-form"
     if answer:
         answer = read_solution({"problem_type": kind, "solution": answer}, options)
     return Example("0", question, options, kind, answer or "", media)

@@ -6,6 +6,8 @@ import sys
 from html import escape
 from pathlib import Path
 
+from jinja2 import Template
+
 from common.data import DataError
 
 # Figures are drawn on white; on a dark page they stand on white cards.
@@ -21,14 +23,15 @@ font-variant-numeric:tabular-nums}
 pre{white-space:pre-wrap;border:1px solid #8888;border-radius:6px;padding:.7rem}"""
 
 
+# Jinja: a table, which a narrow screen scrolls sideways.
+TABLE = """<div><table>{% for row in rows %}{% set cell = "th" if loop.first else "td" %}
+<tr>{% for text in row %}<{{ cell }}>{{ text }}</{{ cell }}>{% endfor %}</tr>{% endfor %}
+</table></div>"""
+
+
 def table_html(rows):
-    """A table of texts and numbers, which a narrow screen scrolls sideways; rows[0] is its head."""
-    parts = ["<div><table>"]
-    for number, row in enumerate(rows):
-        kind = "td" if number else "th"
-        cells = [f"<{kind}>{escape(str(cell))}</{kind}>" for cell in row]
-        parts.append(f"<tr>{''.join(cells)}</tr>\n")
-    return "".join([*parts, "</table></div>"])
+    """A table of texts and numbers; rows[0] is its head."""
+    return Template(TABLE, autoescape=True).render(rows=rows)
 
 
 def columns_html(columns):

@@ -1,4 +1,4 @@
-"""What a priors file says: where its mass lies, what made it, some rows (visualize.py prior)."""
+"""What made the rows of a priors file, and some of them (visualize.py prior)."""
 
 import json
 import os
@@ -16,19 +16,6 @@ from common.pages import page_path, table_html, write_page
 from common.plots import prior_figure
 from common.video import open_video
 from prior import read_priors
-
-
-def set_shares(row):
-    """Mass of P on the scene set, on the semantic set, and on the frames of neither."""
-    places = set(range(len(row.prior)))
-    if not places >= {*row.scene, *row.semantic}:
-        raise DataError(f"the sets of {row.problem_id} are not positions among its frames")
-    neither = places - set(row.scene) - set(row.semantic)
-    # A frame of both sets counts in both.
-    shares = []
-    for chosen in (row.scene, row.semantic, neither):
-        shares.append(sum(row.prior[place] for place in chosen))
-    return shares
 
 
 def row_frames(row, media_root):
@@ -64,12 +51,6 @@ def prior_report(priors, media_root, items, seed, output):
         ["rows of videos", len(videos)],
         ["rows of one frame (images), not drawn", len(rows) - len(videos)],
     ]
-    # Priors can come without sets.
-    shares = [set_shares(row) for row in videos if row.scene or row.semantic]
-    for name, values in zip(
-        ("the scene set", "the semantic set", "neither"), zip(*shares, strict=True), strict=False
-    ):
-        numbers.append([f"mass of P on {name}, mean", f"{np.mean(values):.3f}, n = {len(values)}"])
     # Rows of one file can have been made with several settings.
     made = Counter(json.dumps(row.settings) for row in rows)
     numbers += [[f"settings of {count} rows", text] for text, count in made.items()]

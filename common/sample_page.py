@@ -72,7 +72,7 @@ def check_model(arguments, path):
     Raises:
         DataError: no checkpoint, an unknown family, or too few layers.
     """
-    read_config(path, arguments.hidden_layer, arguments.attention_layer)
+    read_config(path, attention_layer=arguments.attention_layer)
     # A model that was trained on other frames or prompts answers badly; the reader should know.
     trained = read_object(Path(str(path).removesuffix("/adapter")).parent, "run.json")
     notes = []
@@ -100,15 +100,14 @@ def answer_question(arguments, name, path, example, prior):
         raise DataError(f"{example.path}: its frames make one slot, with nothing to choose from")
     # 2. The answer, and one forward over it for what it looks at.
     sampling = Sampling(arguments.max_completion_length, temperature=0.0)
-    layer = arguments.hidden_layer
-    layers = {"hidden_layers": (layer,)}
+    layers = {"hidden_layers": (-1,)}
     # Models whose groups cannot be packed give no attention.
     if Policy(model).packs:
         layers["attention_layer"] = arguments.attention_layer
     [answer] = answer_inputs(model, processor, [item], [0], sampling, **layers)
     prompts = answer.prompts
     mask = answer.samples.mask[:, None]  # (1, 1, L)
-    states = answer.scored.hidden[layer]  # (1, P + L, D)
+    states = answer.scored.hidden[-1]  # (1, P + L, D)
     if not states.isfinite().all():
         raise DataError(f"{path}: its hidden states of this video are not finite numbers")
     # 3. Frame use by both scores, and what each visual token adds to it.
@@ -116,10 +115,10 @@ def answer_question(arguments, name, path, example, prior):
     merge = model.config.vision_config.spatial_merge_size
     shape = (item.grid_thw[0] // torch.tensor([1, merge, merge])).tolist()  # t, h, w
     patches = states[0, columns].unflatten(0, (shape[0], -1))  # (t, M, D)
-    hidden = "the paper's score" if layer == -1 else f"hidden states {layer}"
+    paper = "the paper's score"
     length = mask.shape[2]
-    uses = {hidden: rollout_frame_use(prompts, mask, states)}
-    maps = {hidden: patch_contributions(states[0, -length:], patches)}
+    uses = {paper: rollout_frame_use(prompts, mask, states)}
+    maps = {paper: patch_contributions(states[0, -length:], patches)}
     weights = answer.scored.attention  # (1, 1, L, P)
     if weights is not None:
         attention = f"attention, layer {arguments.attention_layer}"
@@ -209,11 +208,7 @@ def sample_report(arguments):
         example = find_example(arguments)
     else:
         example = typed_example(
-            arguments.question,
-            arguments.options,
-            arguments.video,
-            kind=arguments.problem_type,
-            answer=arguments.answer,
+            arguments.question, arguments.options, arguments.video, answer=arguments.answer
         )
     open_medium(example.medium, arguments)
     for note in notes:

@@ -67,7 +67,7 @@ def test_answer_equals_plain_transformers(checkpoint, toy_folder, toy_processor)
     frames = [0, 9, 20, 31, 42, 53, 60]  # 7 frames, 4 slots
     times = [index / 4 for index in frames]
     row = Prior("0", frames=frames, times=times, prior=[1 / 7] * 7)
-    asked = arguments(checkpoint, hidden_layer=3, attention_layer=2)
+    asked = arguments(checkpoint, attention_layer=2)
     one = sample_page.answer_question(asked, "m", str(checkpoint), example, row)
 
     model = AutoModelForImageTextToText.from_pretrained(checkpoint, attn_implementation="eager")
@@ -100,7 +100,7 @@ def test_answer_equals_plain_transformers(checkpoint, toy_folder, toy_processor)
         )
     text = toy_processor.tokenizer.decode(ids[-12:], skip_special_tokens=True)
     assert one.text == text and one.length == 12
-    assert list(one.uses) == list(one.maps) == ["hidden states 3", "attention, layer 2"]
+    assert list(one.uses) == list(one.maps) == ["the paper's score", "attention, layer 2"]
     uses = list(one.uses.values())
     maps = list(one.maps.values())
     visual = (ids == model.config.video_token_id).nonzero()[:, 0]
@@ -339,10 +339,9 @@ def test_bad_input_is_one_sentence(tmp_path, toy_folder, checkpoint, capsys, mon
         ({"video": tmp_path / "still.mp4"}, "still.mp4: its frames make one slot"),
         ({"options": "A. x", "answer": "y"}, "solution 'y' names none of the options A"),
         ({"attention_layer": 5}, "has layers 1 to 3, and hidden states"),
-        ({"hidden_layer": -2}, "hidden states 0 to 3 or -1"),
         ({"min_pixels": 5000}, "must not be above --max_pixels"),
         ({"frames": 0}, "--frames must be at least 1 and finite"),
-        ({"prior": "full", "clip": f"local-dir:{tmp_path}"}, "has no open_clip_model.safetensors"),
+        ({"prior": "full", "clip": f"local-dir:{tmp_path}"}, "cannot be loaded, give --clip"),
         ({"output": "x.png"}, "must end in .html"),
     ]
     for change, words in cases:

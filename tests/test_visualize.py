@@ -384,13 +384,6 @@ def test_answers_that_cannot_be_listed(tmp_path, monkeypatch, capsys):
 # ------------------------------------------------------------------------------------------- prior
 
 
-def test_mass_on_the_sets():
-    prior = [0.1, 0.2, 0.3, 0.4]
-    sets = {"scene": [1, 2], "semantic": [2]}
-    row = Prior("a", frames=[0, 1, 2, 3], times=[0.0] * 4, prior=prior, **sets)
-    assert prior_page.set_shares(row) == pytest.approx((0.5, 0.3, 0.5))
-
-
 def prior_row(name, media, scene, semantic, **more):
     weights = np.array([0.1 + (place in scene) + 3 * (place in semantic) for place in range(4)])
     return {
@@ -434,13 +427,6 @@ def test_prior_page(toy_folder, tmp_path, monkeypatch, capsys, chromium):
     page, table = read(output, "-4")
     assert table["rows of videos"] == ["4"]
     assert table["rows of one frame (images), not drawn"] == ["1"]
-    # weights 0.1 1.1 0.1 4.1 | 0.1 1.1 3.1 0.1 | 3.1 0.1 0.1 0.1; the bare row has no sets
-    for name, values in (
-        ("the scene set", (5.2 / 5.4, 1.1 / 4.4, 0)),
-        ("the semantic set", (4.1 / 5.4, 3.1 / 4.4, 3.1 / 3.4)),
-        ("neither", (0.2 / 5.4, 0.2 / 4.4, 0.3 / 3.4)),
-    ):
-        assert table[f"mass of P on {name}, mean"] == [f"{sum(values) / 3:.3f}, n = 3"]
     assert page.words.count("settings of 2 rows") == 2
     assert table["settings of 1 rows"] == ['{"frames": 4, "scene": "content"}']
     # Four rows with their frames.
@@ -485,5 +471,4 @@ def test_priors_that_cannot_be_drawn(tmp_path, monkeypatch, capsys):
     image = {"problem_id": "i", "frames": [0], "times": [0.0], "prior": [1.0]}
     assert "has no row of a video" in error(image)
     assert "line 1" in error({**good, "prior": [0.5] * 4})
-    assert "the sets of a are not positions among its frames" in error({**good, "scene": [4]})
     assert "must end in .html" in error(good, "--output", "x.png")
