@@ -54,6 +54,7 @@ from common.data import (
 from common.engine import (
     Tracker,
     check_deepspeed_file,
+    end_engine,
     sampling,
     score_without_adapters,
     set_learning_rate,
@@ -665,7 +666,7 @@ def finish_stage(run, name, engine, when=None):
     save_model(engine, run.processor, Path(run.args.output_dir) / name)
     if when:
         score(run, engine, when)
-    engine.destroy()
+    end_engine(engine)
 
 
 # ------------------------------------------------------------------------------------------- SFT

@@ -285,6 +285,18 @@ def start_engine(arguments, model_path, micro_batch=1, accumulation=1, learning_
     return engine
 
 
+def end_engine(engine):
+    """Ends an engine and frees its memory, though DeepSpeed goes on referring to its parts."""
+    engine.destroy()
+    for parameter in engine.module.parameters():
+        parameter.data = parameter.new_empty(0)
+        parameter.grad = None
+        # what ZeRO-3 has attached to it: its partition
+        vars(parameter).clear()
+    for part in (engine.optimizer, engine):
+        vars(part).clear()
+
+
 def hookless_twin(model):
     """A model's modules again around parameters that hold nothing; sampling() lends it the model's.
 
