@@ -237,8 +237,9 @@ def run_steps(folder, steps):
             return False
         print("python", *words, flush=True)
         with open(path, "w") as log:
-            streams = {"stdout": log, "stderr": subprocess.STDOUT}
-            code = subprocess.run([sys.executable, *words], env=env, **streams).returncode
+            code = subprocess.run(
+                [sys.executable, *words], env=env, stdout=log, stderr=subprocess.STDOUT
+            ).returncode
             if code:
                 print(f"{name} failed with exit code {code}, see {path}", file=sys.stderr)
                 return False
@@ -273,10 +274,10 @@ def run(arguments):
 # ------------------------------------------------------------------------------------- table
 
 
-def steps_to(accuracies, level=0.8, window=5):
-    """Steps until the mean accuracy of `window` of them is `level`; all of them if it never is."""
-    for step in range(window, len(accuracies) + 1):
-        if mean(accuracies[step - window : step]) >= level:
+def steps_to(accuracies):
+    """Steps until the mean accuracy of five of them is 0.8; all of them if it never is."""
+    for step in range(5, len(accuracies) + 1):
+        if mean(accuracies[step - 5 : step]) >= 0.8:
             return step
     return len(accuracies)
 
