@@ -1,11 +1,9 @@
-"""Times the code that train.py and prior.py run against named baselines, in alternating turns.
+"""Times a step of train.py against named baselines, in alternating turns.
 
     python bench.py step                           # a random small Qwen2.5-VL
     python bench.py step --sides packed repeated deepspeed trl          # after pip install trl
     python bench.py step --shape 7b --frames 16 --visual_tokens 1024 --completion_length 512 \\
         --sides packed graph                       # random weights of that size, on a GPU
-    python bench.py sft --visual_tokens 1024 --completion_length 300
-    python bench.py prior --videos toy-seed0/videos/*.mp4
     python bench.py gpu --output_dir gpu                        # all that is owed on one GPU
     python bench.py page --output_dir gpu                       # its section of docs/performance.md
 
@@ -20,12 +18,6 @@ medium, group and lengths; each turn of a side is a process. Sides:
     graph     packed, sampled in fixed shapes, on a GPU as one CUDA graph
 Memory is the peak of a phase over that of the process with its libraries, on a GPU that of torch's
 allocator. A side that fails in the middle, for want of memory mostly, is named and left out.
-
-`sft`: a step of SFT on --num_generations demonstrations of one medium, `together` in one row, or
-`apart` in a row each.
-
-`prior`: exact decoding of videos, and priors without CLIP, against decord's get_batch of the same
-frames.
 
 `gpu`: the parts of GPU_PARTS in order, each in a process, into OUTPUT_DIR/PART.json; good
 ones stay, so that an interrupted day goes on. Without a GPU the same parts run in small shapes.
@@ -43,7 +35,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections import defaultdict
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -59,7 +50,6 @@ from pebble import ProcessExpired, ProcessPool
 from tqdm import tqdm
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-import prior
 import toy
 import train
 from common.data import DataError, Example, Medium, read_document
@@ -69,8 +59,8 @@ from common.engine import (
     score_without_adapters,
     start_engine,
 )
-from common.flags import Parser, flag
-from common.media import Encoder, PromptFlags, sample_video
+from common.flags import Parser, exit_codes, flag
+from common.media import Encoder, PromptFlags
 from common.policy import Policy, collate, load_model, vision_tokens
 from common.ranks import start_ranks
 from common.rollout import Sampling, rollout, stop_tokens
@@ -82,7 +72,6 @@ DEVICE = "cuda" if GPU else "cpu"
 DTYPE = torch.bfloat16 if GPU else torch.float32
 
 SIDES = ["packed", "repeated", "deepspeed", "lora", "trl", "graph"]
-SFT_SIDES = ["together", "apart"]
 PHASES = ["rollout", "reference", "policy", "optimizer", "step"]
 
 # Text configurations of the released Qwen2.5-VL.
@@ -106,41 +95,6 @@ SHAPES = {
         "tie_word_embeddings": False,
     },
 }
-
-
-@dataclass
-class Arguments:
-    """Flags of all commands."""
-
-    repeats: int = flag(3, "timed turns", group="step, sft and prior")
-    shape: str = flag(
-        "small",
-        "size of the random model: width 256 and 6 layers, or those of Qwen2.5-VL-3B or -7B",
-        group="step and sft",
-        choices=["small", *SHAPES],
-    )
-    sides: list[str] | None = flag(None, "default: packed, repeated and deepspeed", choices=SIDES)
-    frames: int = flag(0, "of a video, two a temporal slot; 0: a picture")
-    visual_tokens: int = flag(2048, "of the medium; rounded to 2 n^2 a temporal slot")
-    num_generations: int = flag(8, "completions of the question; demonstrations of the medium")
-    completion_length: int = flag(128, "tokens of every completion")
-    steps: int = flag(2, "timed steps of a process, after one that is not timed")
-    videos: list[str] | None = flag(None, "paths of videos", group="prior")
-    output_dir: str = flag("gpu", "folder of the results, a file a part", group="gpu and page")
-    only: list[str] | None = flag(None, "parts to run, again if they are there")
-    deepspeed: str = flag("ds_zero3.json", "of the sides deepspeed and lora; beside bench.py")
-
-    def __post_init__(self):
-        self.sides = self.sides or ["packed", "repeated", "deepspeed"]
-        if "trl" in self.sides and self.frames:
-            raise DataError("TRL scores no videos: leave out --frames, or trl of --sides")
-        unknown = ", ".join(sorted(set(self.only or []) - GPU_PARTS.keys()))
-        if unknown:
-            raise DataError(f"--only: there is no {unknown}; the parts are {', '.join(GPU_PARTS)}")
-        slots = max(1, math.ceil(self.frames / 2))
-        # A slot is n rows of 2 n tokens.
-        self.rows = max(1, round((self.visual_tokens / slots / 2) ** 0.5))
-        self.visual_tokens = slots * 2 * self.rows**2
 
 
 # ---- A step ----
@@ -293,7 +247,6 @@ class GroupStep:
         self.settings = Sampling(
             arguments.completion_length, graph=graph, eos_ids=stops, banned_ids=banned
         )
-        self.arguments = arguments
         self.medium = medium
         self.group = arguments.num_generations
         self.packed = side != "repeated"
@@ -328,35 +281,6 @@ class GroupStep:
         seconds, megabytes = zip(*costs.values(), strict=True)
         costs["step"] = (sum(seconds), max(megabytes))
         self.difference = (samples.logp - logp.detach()).abs().max().item()
-        return costs
-
-
-class SftStep:
-    """An SFT step as train.py runs it; arguments as GroupStep's, the side is one of SFT_SIDES."""
-
-    def __init__(self, arguments, side, folder, medium):
-        self.base = memory_in_use()
-        self.engine = PlainEngine(folder)
-        self.encoder = load_encoder(arguments, folder)
-        self.group = arguments.num_generations if side == "together" else 1
-        # Letters that the toy's tokenizer does not join; the tags, the answer and the end are six.
-        reasoning = "z" * (arguments.completion_length - 6)
-        self.ready = []
-        for number in range(arguments.num_generations):
-            question = f"Which ball is {number}?"
-            example = Example("0", question, [], "numerical", "1", [medium], reasoning=reasoning)
-            inputs = self.encoder.encode(example)
-            self.ready.append(train.Ready(number, example, None, inputs=inputs))
-
-    def run(self):
-        """Run the step -> {"step": (seconds, MB)}."""
-        costs = {}
-        model = self.engine.module.model
-        with phase(costs, "step", self.base):
-            pack = train.pack_demonstrations(self.ready, self.encoder.processor, model, self.group)
-            logp = self.engine(pack.prompts, pack.completions, pack.mask).logp  # (R, G, T)
-            self.engine.backward(-(logp * pack.learned).sum() / pack.learned.sum())
-            self.engine.step()
         return costs
 
 
@@ -408,101 +332,45 @@ def run_side(arguments, side, folder, medium):
     torch.set_flush_denormal(True)
     if side == "trl":
         return trl_step(arguments, folder, medium)
-    kind = SftStep if side in SFT_SIDES else GroupStep
-    step = kind(arguments, side, folder, medium)
+    step = GroupStep(arguments, side, folder, medium)
     step.run()  # not timed
     runs = [step.run() for _ in range(arguments.steps)]
-    return {name: np.median([costs[name] for costs in runs], axis=0) for name in runs[0]}
+    return {name: np.median([costs[name] for costs in runs], axis=0).tolist() for name in runs[0]}
 
 
-def time_sides(arguments, folder):
-    """Run every side in processes, in alternating turns.
+def bench_step(arguments):
+    """Time a step on every side, in processes, in alternating turns.
 
-    Args:
-        folder: what prepare() writes goes there.
-    Returns:
-        {side: list of what run_side() returned in each turn}, without sides that failed.
+    It prints the phases of each side, and ratios to `packed`; sides that fail are left out.
     """
     results = {side: [] for side in arguments.sides}
-    medium = prepare(arguments, folder)
-    for _ in tqdm(range(arguments.repeats), desc="turns"):
-        for side in list(results):
-            # A process a turn: memory that another one has left behind is not in its peak.
-            try:
-                turn = run_apart(run_side, arguments, side, folder, medium)
-                results[side].append(turn)
-            except (ProcessExpired, torch.OutOfMemoryError) as error:
-                # The kernel kills a process that takes too much.
-                print(f"{side} failed: {error!r} {vars(error)}")
-                del results[side]
-    return results
-
-
-def print_ratio(title, ratios):
-    """Print the median of ratios (turns,) and their range."""
-    print(f"{title:44s}{np.median(ratios):8.2f} ({np.min(ratios):.2f} to {np.max(ratios):.2f})")
-
-
-def bench_step(arguments, base="packed"):
-    """Time a step on every side; print the phases of each, and ratios to the side `base`."""
     with tempfile.TemporaryDirectory() as folder:
-        results = time_sides(arguments, f"{folder}/{arguments.shape}")
+        folder = f"{folder}/{arguments.shape}"
+        medium = prepare(arguments, folder)
+        for _ in tqdm(range(arguments.repeats), desc="turns"):
+            for side in list(results):
+                # A process a turn: memory that another one has left behind is not in its peak.
+                try:
+                    turn = run_apart(run_side, arguments, side, folder, medium)
+                    results[side].append(turn)
+                except (ProcessExpired, torch.OutOfMemoryError) as error:
+                    # The kernel kills a process that takes too much.
+                    print(f"{side} failed: {error!r} {vars(error)}")
+                    del results[side]
     print("medians; MB at the peak of a phase")
     for side, turns in results.items():
         for name in turns[0]:
             seconds, megabytes = np.median([costs[name] for costs in turns], axis=0)
             print(f"{side:10s}{name:10s}{seconds:10.4f} s{megabytes:8.0f} MB")
-    if base not in results:
+    if "packed" not in results:
         return
     # Turns are paired: each ratio compares processes that ran one after the other.
-    divisors = np.array([costs["step"] for costs in results.pop(base)])  # (turns, 2)
+    divisors = np.array([costs["step"] for costs in results.pop("packed")])  # (turns, 2)
     for side, turns in results.items():
-        ratios = np.array([costs["step"] for costs in turns]) / divisors
-        print_ratio(f"step, {side} / {base}", ratios[:, 0])
-        print_ratio(f"memory, {side} / {base}", ratios[:, 1])
-
-
-def bench_sft(arguments):
-    """Time an SFT step with a medium's demonstrations in one row and apart; print the ratios."""
-    arguments.sides = SFT_SIDES
-    bench_step(arguments, "together")
-
-
-# ---- Priors ----
-
-
-def bench_prior(arguments):
-    """Time exact decoding, and priors without CLIP, against decord's get_batch; print ratios."""
-    import decord  # needed for nothing else: pip install decord
-
-    if not arguments.videos:
-        raise DataError("prior needs --videos")
-    settings = prior.PriorSettings(prior="no_semantic")
-
-    def get_batch(path):
-        # One thread, as in prior.py.
-        reader = decord.VideoReader(path, num_threads=1)
-        reader.get_batch(prior.uniform_frames(len(reader), settings.frames)).asnumpy()
-
-    def exact_frames(path):
-        sample_video(path, settings.frames)
-
-    def make_prior(path):
-        media = [Medium("video", path)]
-        example = Example(path, "what is seen", [], "free-form", "a", media)
-        prior.make_prior(example, None, settings)
-
-    turns = []
-    for _ in tqdm(range(arguments.repeats), desc="turns"):
-        times = [time.perf_counter()]
-        for work in (get_batch, exact_frames, make_prior):
-            for path in arguments.videos:
-                work(path)
-            times.append(time.perf_counter())
-        turns.append(np.diff(times))
-    turns = np.array(turns)  # (turns, 3) seconds
-    print_ratio("exact frames / get_batch", turns[:, 1] / turns[:, 0])
-    print_ratio("hsv + uniform priors / get_batch", turns[:, 2] / turns[:, 0])
+        ratios = np.array([costs["step"] for costs in turns]) / divisors  # (turns, 2)
+        for title, values in zip(("step", "memory"), ratios.T, strict=True):
+            span = f"{min(values):.2f} to {max(values):.2f}"
+            print(f"{title}, {side} / packed {np.median(values):.2f} ({span})")
 
 
 # ---- A day with a GPU ----
@@ -543,8 +411,9 @@ def gpu_default(arguments, folder):
     return found
 
 
-def gpu_capture(step):
+def gpu_capture(*asked):
     """Sample by one captured decode step; compare its tokens and log-probs with other ways."""
+    step = GroupStep(*asked)
     _, plain = step.sample(replace(step.settings, graph=False))
     _, captured = step.sample(step.settings)
     step.run()
@@ -552,44 +421,31 @@ def gpu_capture(step):
     return {"logp_difference": step.difference, "same_tokens": same}
 
 
-def gpu_kernels(step):
+def gpu_kernels(*asked):
     """Give calls and milliseconds of what runs longest in prefill, and in 64 steps behind it."""
+    step = GroupStep(*asked)
     seen = {}
+    device = torch.autograd.DeviceType.CUDA if GPU else torch.autograd.DeviceType.CPU
     for name, tokens in (("prefill", 1), ("prefill and 64 steps", 65)):
         settings = replace(step.settings, max_new_tokens=tokens)
         step.sample(settings)  # not profiled: the first call loads kernels
         with torch.profiler.profile() as profile:
             step.sample(settings)
-        kernels = defaultdict(list)  # times of a kernel's calls in microseconds
-        for event in profile.events():
-            if not GPU:
-                kernels[event.name].append(event.self_cpu_time_total)
-            elif event.device_type == torch.autograd.DeviceType.CUDA:
-                kernels[event.name].append(event.device_time)
-        kernels["all"] = sum(kernels.values(), [])
-        longest = sorted(kernels, key=lambda kernel: -sum(kernels[kernel]))
-        seen[name] = {}
-        for kernel in longest[:12]:
-            seen[name][kernel] = [len(kernels[kernel]), round(sum(kernels[kernel]) / 1000, 2)]
+        kernels = {}  # calls and milliseconds of each
+        for event in profile.key_averages():
+            if event.device_type == device:
+                time = event.self_device_time_total if GPU else event.self_cpu_time_total
+                kernels[event.key] = (event.count, time / 1000)
+        calls, times = zip(*kernels.values(), strict=True)
+        kernels["all"] = (sum(calls), sum(times))
+        longest = sorted(kernels, key=lambda kernel: -kernels[kernel][1])
+        seen[name] = {kernel: kernels[kernel] for kernel in longest[:12]}
     return seen
 
 
-def gpu_lengths(step):
-    """Time steps over prompts of five lengths, twice: a kernel may plan anew for every shape."""
-    found = {}
-    step.run()
-    for turn in (1, 2):
-        for share in (1, 1 / 8, 1 / 2, 1 / 4, 3 / 4):
-            tokens = round(step.arguments.visual_tokens * share)
-            arguments = replace(step.arguments, visual_tokens=tokens)
-            step.medium = write_medium(arguments, Path(step.medium.path).parent)
-            seconds, _ = step.run()["step"]
-            found[f"{tokens} tokens, turn {turn}"] = round(seconds, 3)
-    return found
-
-
-def gpu_memory(step):
+def gpu_memory(*asked):
     """Give MB after loading, at the peak of each phase, and after all is let go."""
+    step = GroupStep(*asked)
     found = {"loaded": round((memory_in_use() - step.base) / 1e6)}
     for name, (_, megabytes) in step.run().items():
         found[name] = round(megabytes)
@@ -599,36 +455,21 @@ def gpu_memory(step):
     return found
 
 
-def on_step(part, *step):
-    """Call one of these four on a GroupStep."""
-    return part(GroupStep(*step))
-
-
-def gpu_step(part, side, arguments, folder):
-    """Run on_step() in a process, on a GPU with the 3B shape."""
-    arguments = replace(arguments, shape="3b" if GPU else "small")
-    folder = f"{folder}/{arguments.shape}"
-    medium = prepare(arguments, folder)
-    return run_apart(on_step, part, arguments, side, folder, medium)
-
-
 def run_apart(function, *arguments):
     """Call a function in a process -> its value; errors: as it raises, ProcessExpired if killed."""
     with ProcessPool(1, context=multiprocessing.get_context("spawn")) as pool:
         return pool.schedule(function, args=arguments).result()
 
 
-def gpu_side(name, side, arguments, folder):
-    """Time a side of GPU_STEPS -> {phase: [seconds, MB]}."""
-    shape, frames, _ = GPU_STEPS[name]
+def gpu_part(work, shape, frames, side, arguments, folder):
+    """Call run_side() or one of these three in a process; without a GPU in the small shape."""
     # A picture keeps --visual_tokens.
     tokens = 64 * frames if GPU and frames else arguments.visual_tokens
     shape = shape if GPU else "small"
     arguments = replace(arguments, shape=shape, frames=frames, visual_tokens=tokens)
     folder = f"{folder}/{shape}"
     medium = prepare(arguments, folder)
-    costs = run_apart(run_side, arguments, side, folder, medium)
-    return {name: list(map(float, pair)) for name, pair in costs.items()}
+    return run_apart(work, arguments, side, folder, medium)
 
 
 GPU_SIDES = ["graph", "packed", "repeated", "lora"]
@@ -646,17 +487,22 @@ GPU_STEPS = {
 GPU_PARTS = {
     "tests": gpu_tests,
     # These leave memory of the device behind, so each has a process.
-    "capture": partial(gpu_step, gpu_capture, "graph"),
-    "kernels": partial(gpu_step, gpu_kernels, "graph"),
-    "lengths": partial(gpu_step, gpu_lengths, "graph"),
-    "memory": partial(gpu_step, gpu_memory, "deepspeed"),
+    "capture": partial(gpu_part, gpu_capture, "3b", 0, "graph"),
+    "kernels": partial(gpu_part, gpu_kernels, "3b", 0, "graph"),
+    "memory": partial(gpu_part, gpu_memory, "3b", 0, "deepspeed"),
     "default": gpu_default,
     **{
-        f"{name}_{side}": partial(gpu_side, name, side)
-        for name, (_, _, sides) in GPU_STEPS.items()
+        f"{name}_{side}": partial(gpu_part, run_side, shape, frames, side)
+        for name, (shape, frames, sides) in GPU_STEPS.items()
         for side in sides
     },
 }
+
+
+def is_good(file):
+    """Whether a part has run and not failed."""
+    result = read_document(file)["result"] if file.exists() else {"error": "not run"}
+    return "error" not in result and not result.get("exit_code")
 
 
 def bench_gpu(arguments):
@@ -667,38 +513,29 @@ def bench_gpu(arguments):
     with tempfile.TemporaryDirectory() as folder:
         for name in arguments.only or GPU_PARTS:
             file = output / f"{name}.json"
-            if not arguments.only and file.exists() and not failed(read_document(file)):
+            if not arguments.only and is_good(file):
                 print(f"{name}: is there")
                 continue
-            made = run_gpu_part(name, arguments, folder)
+            begin = time.perf_counter()
+            try:
+                result = GPU_PARTS[name](arguments, folder)
+            except Exception as error:
+                # Whatever it is, the other parts go on.
+                result = {"error": repr(error)}
+            made = {
+                "part": name,
+                "device": device_name(),
+                "commit": train.revision(),
+                "date": time.strftime("%Y-%m-%d"),
+                "torch": torch.__version__,
+                "transformers": transformers.__version__,
+                "arguments": vars(arguments),
+                "seconds": time.perf_counter() - begin,
+                "result": result,
+            }
             write_json(file, made)
-            words = ", failed" if failed(made) else ""
+            words = "" if is_good(file) else ", failed"
             print(f"{name}: {made['seconds']:.0f} s{words}", flush=True)
-
-
-def failed(made):
-    return "error" in made["result"] or made["result"].get("exit_code")
-
-
-def run_gpu_part(name, arguments, folder):
-    """Run a part -> what its file says."""
-    begin = time.perf_counter()
-    try:
-        result = GPU_PARTS[name](arguments, folder)
-    except Exception as error:
-        # Whatever it is, the other parts go on.
-        result = {"error": repr(error)}
-    return {
-        "part": name,
-        "device": device_name(),
-        "commit": train.revision(),
-        "date": time.strftime("%Y-%m-%d"),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "arguments": vars(arguments),
-        "seconds": time.perf_counter() - begin,
-        "result": result,
-    }
 
 
 # Jinja: a row for each part, then a table for each of GPU_STEPS; what has no number is owed.
@@ -714,7 +551,7 @@ No GPU has been measured.
 {% for name, part in parts.items() if name not in of_steps %}
 | {{ name }} | {{ "%.0f" | format(part.seconds) if part else "owed" }} |
 {%- for key, value in (part.result or {}).items() if key != "end" %}
-{% set shown = value.all[1] ~ " ms" if value is mapping else value %}
+{% set shown = "%.2f ms" | format(value.all[1]) if value is mapping else value %}
  {{ (key ~ " " ~ shown) | replace("|", "/") }}{{ "," if not loop.last }}
 {%- endfor %} |
 {% endfor %}
@@ -762,27 +599,51 @@ def bench_page(arguments):
     page.write_text(f"{before}{text}{after}", encoding="utf-8")
 
 
+@dataclass
+class Arguments:
+    """Flags of all commands."""
+
+    repeats: int = flag(3, "timed turns", group="step")
+    shape: str = flag(
+        "small",
+        "size of the random model: width 256 and 6 layers, or those of Qwen2.5-VL-3B or -7B",
+        choices=["small", *SHAPES],
+    )
+    sides: list[str] | None = flag(None, "default: packed, repeated and deepspeed", choices=SIDES)
+    frames: int = flag(0, "of a video, two a temporal slot; 0: a picture")
+    visual_tokens: int = flag(2048, "of the medium; rounded to 2 n^2 a temporal slot")
+    num_generations: int = flag(8, "completions of the question")
+    completion_length: int = flag(128, "tokens of every completion")
+    steps: int = flag(2, "timed steps of a process, after one that is not timed")
+    output_dir: str = flag("gpu", "folder of the results, a file a part", group="gpu and page")
+    only: list[str] | None = flag(
+        None, "parts to run, again if they are there", choices=list(GPU_PARTS), metavar="PART"
+    )
+    deepspeed: str = flag("ds_zero3.json", "of the sides deepspeed and lora; beside bench.py")
+
+    def __post_init__(self):
+        self.sides = self.sides or ["packed", "repeated", "deepspeed"]
+        if "trl" in self.sides and self.frames:
+            raise DataError("TRL scores no videos: leave out --frames, or trl of --sides")
+        slots = max(1, math.ceil(self.frames / 2))
+        # A slot is n rows of 2 n tokens.
+        self.rows = max(1, round((self.visual_tokens / slots / 2) ** 0.5))
+        self.visual_tokens = slots * 2 * self.rows**2
+
+
 def main():
-    parser = Parser(Arguments, description=__doc__)
-    works = {
-        "step": bench_step,
-        "sft": bench_sft,
-        "prior": bench_prior,
-        "gpu": bench_gpu,
-        "page": bench_page,
-    }
+    works = {"step": bench_step, "gpu": bench_gpu, "page": bench_page}
+    parser = Parser(Arguments, __doc__)
     parser.add_argument("work", choices=list(works), help="what is done")
     flags = vars(parser.parse_args())
     bench = works[flags.pop("work")]
-    try:
+    with exit_codes("bench.py", "bench.py gpu goes on with the same command"):
         arguments = Arguments(**flags)
         print(
             f"{device_name()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads; "
             f"torch {torch.__version__}, transformers {transformers.__version__}\n{arguments}"
         )
         bench(arguments)
-    except DataError as error:
-        parser.error(str(error))
 
 
 if __name__ == "__main__":
