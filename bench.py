@@ -54,6 +54,7 @@ import toy
 import train
 from common.data import DataError, Example, Medium, read_document
 from common.engine import (
+    end_engine,
     hookless_twin,
     sampling,
     score_without_adapters,
@@ -449,7 +450,8 @@ def gpu_memory(*asked):
     found = {"loaded": round((memory_in_use() - step.base) / 1e6)}
     for name, (_, megabytes) in step.run().items():
         found[name] = round(megabytes)
-    step.engine = step.reference = None
+    end_engine(step.engine)
+    step.reference = None
     gc.collect()
     found["let go"] = round((memory_in_use() - step.base) / 1e6)
     return found
