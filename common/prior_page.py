@@ -8,7 +8,6 @@ from collections import Counter
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
 from common.data import DataError, MediaError, resolve_media
 from common.media import read_frames
@@ -41,7 +40,7 @@ def prior_report(priors, media_root, items, seed, output):
         Path of the page; FILE-1.png, FILE-1.svg and so on show rows drawn at random.
     """
     output = page_path(output)
-    rows = list(tqdm(read_priors(priors), desc="read", unit="row", delay=2))
+    rows = list(read_priors(priors))
     # P of a single frame is 1, whatever the cues.
     videos = [row for row in rows if len(row.prior) > 1]
     if not videos:
@@ -57,7 +56,7 @@ def prior_report(priors, media_root, items, seed, output):
     figures = {}
     causes = []
     chosen = random.Random(seed).sample(videos, min(items, len(videos)))
-    for number, row in enumerate(tqdm(chosen, desc="draw", unit="video", delay=2), 1):
+    for number, row in enumerate(chosen, 1):
         # Media that cannot be read are counted and named; the page is written without them.
         try:
             frames = row_frames(row, media_root or Path(priors).parent)
