@@ -997,6 +997,8 @@ def rescored(path):
 
 def run_compare(first, second, output, seed):
     """Print what changed between two files of predictions or reports, and write it to `output`."""
+    if output in (first, second):
+        raise DataError(f"--output {output} is one of the files that are compared")
     a, a_settings = rescored(first)
     b, b_settings = rescored(second)
     for path, report in ((first, a), (second, b)):

@@ -595,6 +595,10 @@ def test_compare(tmp_path, monkeypatch, capsys):
         -0.01 <= low <= 0.01 and 0.12 <= high <= 0.15
     )  # 0.07 +- 1.96 sqrt((13 - 0.49) / 100) / 10
     assert "10 gains and 3 losses" in out and "p = 0.09229" in out
+
+    before = Path(paths[0]).read_text()
+    status, _, err = command(monkeypatch, capsys, "compare", *paths, "--output", paths[0])
+    assert status == 2 and "is one of the files" in err and Path(paths[0]).read_text() == before
     assert command(monkeypatch, capsys, "compare", *paths)[1] == out  # seeded
 
 
