@@ -444,6 +444,20 @@ def gpu_kernels(*asked):
     return seen
 
 
+def gpu_lengths(arguments, side, folder, medium):
+    """Time steps over prompts of five lengths, twice: a kernel may plan anew for every shape."""
+    step = GroupStep(arguments, side, folder, medium)
+    step.run()
+    found = {}
+    for turn in (1, 2):
+        for share in (1, 1 / 8, 1 / 2, 1 / 4, 3 / 4):
+            tokens = round(arguments.visual_tokens * share)
+            step.medium = write_medium(replace(arguments, visual_tokens=tokens), folder)
+            seconds, _ = step.run()["step"]
+            found[f"{tokens} tokens, turn {turn}"] = round(seconds, 3)
+    return found
+
+
 def gpu_memory(*asked):
     """Give MB after loading, at the peak of each phase, and after all is let go."""
     step = GroupStep(*asked)
@@ -464,7 +478,7 @@ def run_apart(function, *arguments):
 
 
 def gpu_part(work, shape, frames, side, arguments, folder):
-    """Call run_side() or one of these three in a process; without a GPU in the small shape."""
+    """Call run_side() or one of these four in a process; without a GPU in the small shape."""
     # A picture keeps --visual_tokens.
     tokens = 64 * frames if GPU and frames else arguments.visual_tokens
     shape = shape if GPU else "small"
@@ -491,6 +505,7 @@ GPU_PARTS = {
     # These leave memory of the device behind, so each has a process.
     "capture": partial(gpu_part, gpu_capture, "3b", 0, "graph"),
     "kernels": partial(gpu_part, gpu_kernels, "3b", 0, "graph"),
+    "lengths": partial(gpu_part, gpu_lengths, "3b", 0, "graph"),
     "memory": partial(gpu_part, gpu_memory, "3b", 0, "deepspeed"),
     "default": gpu_default,
     **{
