@@ -1555,8 +1555,10 @@ def finish_run(run):
     result["skipped_by_cause"] = dict(causes.most_common())
     result["heldout_skipped"] = run.heldout.skipped
     result["heldout_questions"] = len(run.heldout.examples)
-    read = filter(None, (run.heldout, run.demonstrations, run.training))
-    result["differences"] = {str(one.source): one.differences for one in read if one.differences}
+    result["differences"] = {}
+    for questions in (run.heldout, run.demonstrations, run.training):
+        if questions and questions.differences:
+            result["differences"][str(questions.source)] = questions.differences
     for cause, count in causes.most_common():
         log_main(f"{count} skipped: {cause}")
     if run.heldout.examples:
