@@ -50,7 +50,7 @@ from common.data import (
 from common.flags import Parser, check_least, exit_codes, flag
 from common.media import FrameFlags, sample_medium
 from common.video import load_image, open_medium, open_video
-from common.workers import Pool, ShardedLines, check_settings, join_ranks
+from common.workers import Pool, ShardedLines, check_settings, join_ranks, writing
 from grpo import slot_shares
 
 # Histograms of the scene cue: bins of the chroma's x and y, odd so that grey is mid-bin, and value.
@@ -178,6 +178,8 @@ class PriorArguments(PriorSettings):
         # The input would be overwritten.
         if os.path.realpath(self.output) == os.path.realpath(self.dataset_name or self.video):
             raise DataError(f"--output {self.output} is the input itself; choose another file")
+        if os.path.isdir(self.output):
+            raise DataError(f"--output {self.output} is a folder; name a file in it")
 
 
 def uniform_frames(total, k):
@@ -872,7 +874,8 @@ def run_video(arguments):
             f"{semantic[position]:8.3f}{alike} {prior:6.3f} {'#' * round(100 * prior)}"
         )
     figure, _ = prior_figure(row, sample_medium(example.medium, arguments).frames)
-    figure.savefig(arguments.output)
+    with writing(arguments.output):
+        figure.savefig(arguments.output)
     print(
         "* begins a scene, or is among the frames most like the question. "
         f"Drawn in {arguments.output}"

@@ -324,7 +324,8 @@ class ShardedLines:
         self.file = None
         # An earlier run may have left shards.
         if rank == 0:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with writing(self.path):
+                self.path.parent.mkdir(parents=True, exist_ok=True)
             join_shards(self.path)
         self.barrier()
 

@@ -1147,6 +1147,10 @@ def test_main_refuses(clip_folder, media, tmp_path, monkeypatch, capsys):
     assert "invalid int value: 'many'" in fails(monkeypatch, capsys, *known, "--frames", "many")
     assert "cannot be loaded" in fails(monkeypatch, capsys, *known, "--clip", "ViT-Nothing")
     assert "is the input itself" in fails(monkeypatch, capsys, *known, "--output", dataset)
+    assert "is a folder; name a file" in fails(monkeypatch, capsys, *known, "--output", tmp_path)
+    below = f"{dataset}/priors.jsonl"
+    message = fails(monkeypatch, capsys, *known, "--prior", "no_semantic", "--output", below)
+    assert f"{below} cannot be written: File exists" in message
     assert not output.exists()
     assert "none of the 2 examples can be used" in fails(
         monkeypatch, capsys, *known, "--clip", f"local-dir:{clip_folder}", "--workers", 0
