@@ -997,7 +997,7 @@ def rescored(path):
 
 def run_compare(first, second, output, seed):
     """Print what changed between two files of predictions or reports, and write it to `output`."""
-    if output in (first, second):
+    if output and os.path.realpath(output) in map(os.path.realpath, (first, second)):
         raise DataError(f"--output {output} is one of the files that are compared")
     a, a_settings = rescored(first)
     b, b_settings = rescored(second)

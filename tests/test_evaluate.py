@@ -597,7 +597,9 @@ def test_compare(tmp_path, monkeypatch, capsys):
     assert "10 gains and 3 losses" in out and "p = 0.09229" in out
 
     before = Path(paths[0]).read_text()
-    status, _, err = command(monkeypatch, capsys, "compare", *paths, "--output", paths[0])
+    # Under another name, too.
+    same = f"{tmp_path}/../{tmp_path.name}/a.json"
+    status, _, err = command(monkeypatch, capsys, "compare", *paths, "--output", same)
     assert status == 2 and "is one of the files" in err and Path(paths[0]).read_text() == before
     assert command(monkeypatch, capsys, "compare", *paths)[1] == out  # seeded
 
