@@ -27,12 +27,14 @@ from dataclasses import dataclass, fields
 from fractions import Fraction
 from functools import lru_cache
 from pathlib import Path
+from pickle import UnpicklingError
 
 import cv2
 import numpy as np
 import scenedetect
 import torch
 from PIL import Image
+from safetensors import SafetensorError
 from scenedetect.common import FrameTimecode, Timecode
 from scenedetect.scene_manager import compute_downscale_factor
 from tqdm import tqdm
@@ -326,6 +328,18 @@ class Clip:
     device: str
 
 
+# Of open_clip, torch, safetensors and the Hub.
+CLIP_ERRORS = (
+    KeyError,
+    OSError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+    SafetensorError,
+    UnpicklingError,
+)
+
+
 def load_clip(name, pretrained=None, device="cpu"):
     """Loads an open_clip model; one without weights is refused.
 
@@ -349,7 +363,7 @@ def load_clip(name, pretrained=None, device="cpu"):
             name, pretrained=pretrained, device=device, require_pretrained=True
         )
         tokenizer = open_clip.get_tokenizer(name)
-    except Exception as error:  # of torch, safetensors, tokenizers, the Hub
+    except CLIP_ERRORS as error:
         raise DataError(
             f"CLIP model {name} ({pretrained}) cannot be loaded, give --clip local-dir:FOLDER or "
             f"--prior no_semantic: {first_words(error)}"
@@ -681,6 +695,10 @@ def check_row(row):
     prior = numbers[2]
     if prior.min() < 0 or abs(prior.sum() - 1) > 1e-3:
         return f"has a prior whose least value is {prior.min():.4g}, the sum {prior.sum():.4g}"
+    for name in ("scene", "semantic"):
+        chosen = row.get(name) or []
+        if not are_indices(chosen) or max(chosen, default=0) >= len(frames):
+            return f"has a {name} set that is not of positions among its frames"
     return ""
 
 

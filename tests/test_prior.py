@@ -1036,6 +1036,8 @@ def test_examples_without_a_row_have_no_prior(priors_file, media):
         ({"times": None}, "not equally long lists of numbers"),
         ({"frames": [], "times": [], "prior": []}, "not ascending"),
         ({"frames": [0.5, 1, 2, 3, 4, 5, 6, 7]}, "not ascending"),
+        ({"scene": [1, 8]}, "has a scene set that is not of positions"),
+        ({"semantic": ["3"]}, "has a semantic set that is not of positions"),
     ],
 )
 def test_load_priors_of_a_malformed_row(priors_file, change, words):
