@@ -291,7 +291,7 @@ def test_the_page_has_the_numbers_and_a_gap_where_one_is_owed(tmp_path, monkeypa
     assert f"| trl {'|  ' * 4}| 3.00 s, 4.0 GB |" in text
 
 
-@pytest.mark.parametrize("part", ["capture", "kernels"])
+@pytest.mark.parametrize("part", ["capture", "kernels", "lengths"])
 def test_parts_run_on_a_cpu_in_small_shapes(part, tmp_path, monkeypatch):
     # In this process.
     monkeypatch.setattr(bench, "run_apart", lambda function, *words: function(*words))
@@ -305,6 +305,9 @@ def test_parts_run_on_a_cpu_in_small_shapes(part, tmp_path, monkeypatch):
             assert first == "all" and calls > len(others) == 11
             times = [milliseconds for _, milliseconds in kernels.values()]
             assert times == sorted(times, reverse=True) and times[0] > 0
+    if part == "lengths":
+        seen = [f"{tokens} tokens, turn {turn}" for turn in (1, 2) for tokens in (32, 4, 16, 8, 24)]
+        assert list(result) == seen and all(seconds > 0 for seconds in result.values())
 
 
 @pytest.mark.parametrize(
