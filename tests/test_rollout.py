@@ -12,6 +12,7 @@ from conftest import banned_ids, hf_inputs
 from torch.utils.flop_counter import FlopCounterMode
 
 import grpo
+from common import policy
 from common.engine import hookless_twin, sampling
 from common.policy import Policy, attend_apart, collate
 from common.rollout import (
@@ -223,6 +224,29 @@ def test_fixed_shapes_sample_the_same(items, talker, steps):
     assert steps == 1 or len(set(plain.mask.sum(1).tolist())) > 3
     assert torch.equal(fixed.tokens, plain.tokens) and torch.equal(fixed.mask, plain.mask)
     torch.testing.assert_close(fixed.logp, plain.logp, atol=1e-4, rtol=0)
+
+
+def test_what_a_step_attends_to(items, talker, monkeypatch):
+    """Fixed columns in multiples of 8, a growing cache by the token; no mask without padding."""
+    shapes = []
+
+    def record(query, keys, values, seen, scaling):
+        shapes.append((keys[0].shape[2], keys[1].shape[3], seen.shape[-1]))
+        return attend_apart(query, keys, values, seen, scaling)
+
+    monkeypatch.setattr(policy, "attend_apart", record)
+    for rows, graph in ((items, True), (items, False), (items[:1], False)):
+        prompts = collate(rows, talker)
+        length = prompts.input_ids.shape[1]
+        shapes.clear()
+        settings = Sampling(6, graph=graph, banned_ids=banned_ids(talker))
+        rollout(talker, prompts, [2] * len(rows), range(2 * len(rows)), settings)
+        if graph:
+            assert set(shapes) == {(length + -length % 8, 8, length + -length % 8 + 8)}
+        else:
+            steps = range(1, 6)
+            padded = len(rows) > 1
+            assert set(shapes) == {(length, t, length + t if padded else 1) for t in steps}
 
 
 def test_other_families_sample_what_their_plain_forward_likes_best(other_family):
