@@ -1,15 +1,15 @@
 """The ablation table: what each part of the method does on the toy, over seeds, with intervals.
 
-    python ablation.py run --seeds 0 1 2                  # every arm, as many at a time as cores
-    python ablation.py run --seeds 3 4 --arms full lambda_0 hidden uniform_prior shuffled_prior
-    python ablation.py table                              # from what is stored alone
-    python ablation.py run --settings tiny --seeds 0 --arms full     # minutes, to try it
+    python ablation.py table                   # from the stored runs, docs/ablation.jsonl
+    python ablation.py run --runs mine.jsonl   # every arm again, as many at a time as cores
+    python ablation.py run --runs mine.jsonl --settings tiny --seeds 0 --arms full    # minutes
 
 `run`, in the folder of train.py: for every setting and seed one toy, one SFT checkpoint and one
 file of priors, which all arms share; for every arm GRPO from that checkpoint, and evaluations of
 the held-out questions as they are, with the frames shuffled and without the video. Each is a
-command that is printed; its log lies in OUTPUT_DIR/SETTING/seedN/NAME.log. The same call goes on
-where it was interrupted and tries again what failed; exit code 1: something did.
+command that is printed; its log lies in OUTPUT_DIR/SETTING/seedN/NAME.log. The numbers of every
+arm that ends become a line of RUNS; what has a line is not run again. The same call goes on where
+it was interrupted and tries again what failed; exit code 1: something did.
 
 `table` prints Markdown and writes ablation.json, .png and .svg into OUTPUT_DIR: means, and paired
 differences to `full` with 95 % t-intervals, over the seeds that both have. Runs that are missing
@@ -23,17 +23,17 @@ import subprocess
 import sys
 from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
-from itertools import compress
+from itertools import compress, repeat
 from pathlib import Path
 from statistics import mean, stdev
 
-from common.data import DataError, read_document
+from common.data import read_document
 from common.flags import Parser, exit_codes
 from common.plots import COLOURS, DOTTED, new_figure
 from common.run_page import read_run
-from common.workers import write_lines
+from common.workers import append_lines, write_lines, writing
 from prior import PriorSettings, read_priors, weigh
 
 
@@ -46,11 +46,16 @@ class Setting:
     model: str = "--max_pixels 784 --max_completion_length 64"  # of train.py and evaluate.py
     sft: str = ""  # of train.py
     grpo: str = ""
+    # Arms that are another one under a second name: listed, not run again.
+    same: dict = field(default_factory=lambda: SAME)
 
 
+# Defaults of `full` under another name.
+SAME = {"gate_soft": "full", "lambda_3": "full"}
 SETTINGS = {
     # Some traces list everything, some look at once: arms can differ in where a model looks.
-    "easy": Setting("--dense_share 0.6"),
+    # Its slots have one token, of which the mean is the maximum.
+    "easy": Setting("--dense_share 0.6", same={**SAME, "mean_pool": "hidden"}),
     # Longer videos, more options, rarer right looks, and four tokens a slot, which can be pooled.
     "hard": Setting(
         "--dense_share 0.6 --scenes 6 --options 4 --biased_share 0.8",
@@ -92,8 +97,6 @@ ARMS = {
     "tw": "--recipe tw",
     "video_r2": "--recipe video_r2",
 }
-# Defaults of `full` under another name: listed, not run again.
-SAME = {"gate_soft": "full", "lambda_3": "full"}
 # Arms whose training questions have a prior of other cues; None: another question's prior. The
 # held-out questions keep theirs, so that the consensus of all arms is with the same prior.
 PRIORS = {
@@ -211,6 +214,71 @@ def change_priors(rows, kind, seed):
     return changed
 
 
+# --------------------------------------------------------------------------------- stored runs
+
+
+@dataclass(frozen=True)
+class World:
+    """A toy and its SFT checkpoint, from which all arms of a setting and seed start."""
+
+    setting: str
+    seed: int
+    folder: Path
+
+    @property
+    def flags(self):
+        return SETTINGS[self.setting]
+
+
+def steps_to(accuracies):
+    """Steps until the mean accuracy of five of them is 0.8; all of them if it never is."""
+    for step in range(5, len(accuracies) + 1):
+        if mean(accuracies[step - 5 : step]) >= 0.8:
+            return step
+    return len(accuracies)
+
+
+def read_arm(folder, name):
+    """Read the numbers of an arm, or of "sft" -> {column: number or None}.
+
+    Raises:
+        DataError: result.json or an evaluation is not there, or no JSON.
+    """
+    documents = {"result": read_document(folder / name / "result.json")}
+    for kind in EVALUATIONS:
+        documents[kind] = read_document(folder / f"{name}-{kind}.json")
+    numbers = {}
+    for column, words in COLUMNS.items():
+        numbers[column] = documents
+        for word in words.split():
+            numbers[column] = numbers[column].get(word)
+    records, _ = read_run(folder / name)
+    curve = [one["reward/accuracy"] for one in records.values() if "reward/accuracy" in one]
+    numbers[STEPS] = steps_to(curve) if curve else None
+    return numbers
+
+
+def store(runs, world, arm, numbers):
+    """Add the numbers of an arm, of "sft" or of its "check" to the file of runs."""
+    made = read_document(world.folder / ("sft" if arm == "check" else arm) / "run.json")
+    row = {
+        "setting": world.setting,
+        "seed": world.seed,
+        "arm": arm,
+        "revision": made["revision"],
+        "versions": made["versions"],
+        "numbers": numbers,
+    }
+    with open(runs, "ab", 0) as file:
+        append_lines(file, [row])
+
+
+def read_runs(runs):
+    """Lines of the file of runs, {(setting, seed, arm): line}."""
+    rows = read_document(runs, "--runs")
+    return {(row["setting"], row["seed"], row["arm"]): row for row in rows}
+
+
 # --------------------------------------------------------------------------------------- run
 
 
@@ -247,75 +315,61 @@ def run_steps(folder, steps):
     return True
 
 
-def run_task(task):
-    """Run what all arms share, or an arm: (folder, Setting, seed) or (..., arm)."""
-    folder, setting, seed, *arm = task
-    for name in PRIORS.keys() & set(arm):
-        rows = list(read_priors(folder / "full.jsonl"))
-        write_lines(folder / f"{name}.jsonl", change_priors(rows, PRIORS[name], seed))
-    return run_steps(folder, arm_steps(*task) if arm else shared_steps(*task))
+def run_shared(world, runs):
+    """Run what the arms of a world share, and store its numbers -> whether arms can follow."""
+    if not run_steps(world.folder, shared_steps(world.folder, world.flags, world.seed)):
+        return False
+    stored = read_runs(runs)
+    numbers = read_arm(world.folder, "sft")
+    before = stored.get((world.setting, world.seed, "sft"))
+    if before is None:
+        store(runs, world, "check", read_document(world.folder / "check.json")["frame_use"])
+        store(runs, world, "sft", numbers)
+    elif before["numbers"] != numbers:
+        # Arms of two checkpoints are no pairs.
+        print(f"SFT of {world.folder} is not that of {runs}; give another --runs", file=sys.stderr)
+        return False
+    return True
+
+
+def run_arm(world, arm, runs):
+    """Run an arm and store its numbers -> whether it has ended."""
+    if arm in PRIORS:
+        rows = list(read_priors(world.folder / "full.jsonl"))
+        write_lines(world.folder / f"{arm}.jsonl", change_priors(rows, PRIORS[arm], world.seed))
+    if not run_steps(world.folder, arm_steps(world.folder, world.flags, world.seed, arm)):
+        return False
+    store(runs, world, arm, read_arm(world.folder, arm))
+    return True
 
 
 def run(arguments):
-    """Run everything -> exit code."""
-    worlds = []
+    """Run what is not stored yet -> exit code."""
+    with writing(arguments.runs):
+        Path(arguments.runs).touch()
+    stored = read_runs(arguments.runs)
+    worlds = {}  # and their arms
     for seed in arguments.seeds:
         for name in arguments.settings:
-            worlds.append((Path(arguments.output_dir, name, f"seed{seed}"), SETTINGS[name], seed))
+            arms = []
+            for arm in arguments.arms:
+                if (name, seed, arm) in stored:
+                    print(f"{name}, seed {seed}, {arm}: in {arguments.runs}")
+                elif arm not in SETTINGS[name].same:
+                    arms.append(arm)
+            if arms:
+                folder = Path(arguments.output_dir, name, f"seed{seed}")
+                worlds[World(name, seed, folder)] = arms
     with ThreadPoolExecutor(arguments.jobs) as pool:
-        ready = list(pool.map(run_task, worlds))
+        ready = list(pool.map(run_shared, worlds, repeat(arguments.runs)))
         tasks = []
-        for world in compress(worlds, ready):
-            tasks += [(*world, arm) for arm in arguments.arms if arm not in SAME]
-        done = list(pool.map(run_task, tasks))
+        for world, arms in compress(worlds.items(), ready):
+            tasks += [pool.submit(run_arm, world, arm, arguments.runs) for arm in arms]
+        done = [task.result() for task in tasks]
     return 0 if all(ready + done) else 1
 
 
 # ------------------------------------------------------------------------------------- table
-
-
-def steps_to(accuracies):
-    """Steps until the mean accuracy of five of them is 0.8; all of them if it never is."""
-    for step in range(5, len(accuracies) + 1):
-        if mean(accuracies[step - 5 : step]) >= 0.8:
-            return step
-    return len(accuracies)
-
-
-def read_arm(folder, name):
-    """Read the numbers of an arm, or of "sft" -> {column: number or None}.
-
-    Raises:
-        DataError: result.json or an evaluation is not there, or no JSON.
-    """
-    documents = {"result": read_document(folder / name / "result.json")}
-    for kind in EVALUATIONS:
-        documents[kind] = read_document(folder / f"{name}-{kind}.json")
-    numbers = {}
-    for column, words in COLUMNS.items():
-        numbers[column] = documents
-        for word in words.split():
-            numbers[column] = numbers[column].get(word)
-    records, _ = read_run(folder / name)
-    curve = [one["reward/accuracy"] for one in records.values() if "reward/accuracy" in one]
-    numbers[STEPS] = steps_to(curve) if curve else None
-    return numbers
-
-
-def read_world(folder):
-    """Yield (row, column, number) of all arms and of the frame-use check; name what is missing."""
-    for arm in ["sft", *ARMS]:
-        try:
-            for column, number in read_arm(folder, SAME.get(arm, arm)).items():
-                yield arm, column, number
-        except DataError as error:
-            print(f"missing: {arm}, {error}")
-    try:
-        for name, numbers in read_document(folder / "check.json")["frame_use"].items():
-            for column, number in zip(CHECKS, numbers, strict=True):
-                yield name, column, number
-    except DataError as error:
-        print(f"missing: {error}")
 
 
 def summarize(numbers):
@@ -386,14 +440,24 @@ def draw(summaries):
 
 def table(arguments):
     """Make the table from the stored runs -> exit code."""
+    stored = read_runs(arguments.runs)
     summaries = {}
     for setting in arguments.settings:
-        numbers = defaultdict(lambda: defaultdict(dict))
+        same = SETTINGS[setting].same
+        numbers = defaultdict(lambda: defaultdict(dict))  # {column: {row: {seed: number}}}
         for seed in arguments.seeds:
-            folder = Path(arguments.output_dir, setting, f"seed{seed}")
-            for row, column, number in read_world(folder):
-                if number is not None:
-                    numbers[column][row][seed] = number
+            for arm in ["sft", *ARMS]:
+                line = stored.get((setting, seed, same.get(arm, arm)))
+                if line is None:
+                    print(f"missing: {setting}, seed {seed}, {arm}")
+                    continue
+                for column, number in line["numbers"].items():
+                    if number is not None:
+                        numbers[column][arm][seed] = number
+            check = stored.get((setting, seed, "check"), {"numbers": {}})
+            for row, values in check["numbers"].items():
+                for column, value in zip(CHECKS, values, strict=True):
+                    numbers[column][row][seed] = value
         summaries[setting] = summarize(numbers)
     for setting, summary in summaries.items():
         print_table(setting, summary, [*COLUMNS, STEPS])
@@ -414,6 +478,7 @@ def main():
     several("--seeds", type=int, default=[0, 1, 2, 3, 4], help="of toy, SFT and GRPO")
     several("--arms", default=list(ARMS), choices=list(ARMS), help="of run")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs at a time")
+    parser.add_argument("--runs", default="docs/ablation.jsonl", help="file of finished runs")
     parser.add_argument(
         "--output_dir", default="ablation", help="folder of the runs, without spaces"
     )

@@ -1,5 +1,5 @@
-"""ablation.py: its commands are read by the commands they call, and its table is what the stored
-runs say. All runs here are made by hand."""
+"""ablation.py: its commands are read by the commands they call, the numbers of what they write are
+stored, and the table is what is stored. All runs here are made by hand."""
 
 import json
 import math
@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import ablation
-from common.data import Example, Medium, Prior
+from common.data import DataError, Example, Medium, Prior
 from common.flags import Parser
 from prior import PriorArguments, PriorSettings, load_priors
 
@@ -208,12 +208,38 @@ def test_train_accepts_changed_priors(tmp_path):
 # --------------------------------------------------------------------------------------- run
 
 
+def write_run(folder, greedy=0.5, accuracies=()):
+    """Make what train.py writes."""
+    folder.mkdir(parents=True, exist_ok=True)
+    after = {"greedy": greedy, "greedy/conflict": greedy / 2, "sampled": 0.5, "length": 40.0}
+    after |= {"paper_consensus": 0.12, "paper_evidence_use": 0.28}
+    (folder / "result.json").write_text(json.dumps({"before": {}, "after": after}))
+    (folder / "run.json").write_text(json.dumps({"revision": "1a2b3c", "versions": {"torch": "2"}}))
+    lines = [{"stage": "sft", "step": 0, "loss/sft": 1.0}]
+    for step, accuracy in enumerate(accuracies):
+        lines.append({"stage": "grpo", "step": step, "reward/accuracy": accuracy})
+    text = "".join(json.dumps(line) + "\n" for line in lines)
+    (folder / "metrics.jsonl").write_text(text)
+
+
+def write_report(file, evidence=0.3):
+    """Make what evaluate.py writes."""
+    reports = {
+        "looks": {"frame_use": {"all": {"consensus": 0.14, "evidence": evidence}}},
+        "shuffled": {"accuracy": 0.4},
+        "blind": {"accuracy": 0.25},
+        "check": {"frame_use": {"attention, layer 1": [0.5, 1.25], "chance": [0.3, 1.0]}},
+    }
+    file.write_text(json.dumps(reports[file.stem.split("-")[-1]]))
+
+
 class Commands:
     """In place of subprocess.run: keeps the commands; those with a word of `broken` fail."""
 
     def __init__(self):
         self.ran = []
         self.broken = []
+        self.greedy = 0.5
 
     def __call__(self, words, stdout, stderr, env):
         assert env["OMP_NUM_THREADS"] == "1" and stderr == subprocess.STDOUT
@@ -221,11 +247,15 @@ class Commands:
         self.ran.append(command)
         stdout.write("some output")
         stdout.flush()
-        if "--output" in words and words[1] == "prior.py":
-            file = Path(words[words.index("--output") + 1])
-            ablation.write_lines(file, rows_of(4, 4, 4))
-        code = 3 if any(word in command for word in self.broken) else 0
-        return subprocess.CompletedProcess(words, code)
+        if any(word in command for word in self.broken):
+            return subprocess.CompletedProcess(words, 3)
+        if words[1] == "train.py":
+            write_run(Path(words[words.index("--output_dir") + 1]), self.greedy)
+        elif words[1] == "prior.py":
+            ablation.write_lines(words[words.index("--output") + 1], rows_of(4, 4, 4))
+        elif words[1] == "evaluate.py":
+            write_report(Path(words[words.index("--output") + 1]))
+        return subprocess.CompletedProcess(words, 0)
 
 
 @pytest.fixture
@@ -242,11 +272,17 @@ def main(monkeypatch, *words):
     return end.value.code
 
 
-def test_what_is_finished_is_not_run_again(tmp_path, monkeypatch, capsys, commands):
-    words = ["run", "--settings", "easy", "--seeds", 0, "--jobs", 2, "--output_dir", tmp_path]
-    arms = ["--arms", "full", "gate_soft", "shuffled_prior"]
-    assert main(monkeypatch, *words, *arms) == 0
-    # The shared steps come first; gate_soft is full.
+def words_of(tmp_path, *more):
+    """A call of run in a folder."""
+    runs = ["--runs", tmp_path / "runs.jsonl", "--output_dir", tmp_path]
+    return ["run", "--settings", "easy", *runs, *more]
+
+
+def test_what_is_stored_is_not_run_again(tmp_path, monkeypatch, capsys, commands):
+    arms = ["full", "gate_soft", "mean_pool", "shuffled_prior"]
+    words = words_of(tmp_path, "--seeds", 0, "--jobs", 2, "--arms", *arms)
+    assert main(monkeypatch, *words) == 0
+    # The shared steps come first; gate_soft is full, and in `easy` mean_pool is hidden.
     assert [command.split()[0] for command in commands.ran[:8]] == [
         "toy.py",
         "prior.py",
@@ -261,18 +297,51 @@ def test_what_is_finished_is_not_run_again(tmp_path, monkeypatch, capsys, comman
     folder = tmp_path / "easy/seed0"
     assert len((folder / "shuffled_prior.jsonl").read_text().splitlines()) == 3
 
-    # Nothing is left; an interrupted run, whose log does not end, is the only one that goes on.
+    # One line for each, with its numbers and the code that made it.
+    runs = tmp_path / "runs.jsonl"
+    lines = [json.loads(line) for line in runs.read_text().splitlines()]
+    assert [line["arm"] for line in lines[:2]] == ["check", "sft"]
+    assert sorted(line["arm"] for line in lines[2:]) == ["full", "shuffled_prior"]
+    assert {(line["setting"], line["seed"], line["revision"]) for line in lines} == {
+        ("easy", 0, "1a2b3c")
+    }
+    assert lines[0]["numbers"]["chance"] == [0.3, 1.0]
+    assert lines[2]["numbers"]["greedy"] == 0.5 and lines[2]["numbers"]["no video"] == 0.25
+
+    # Nothing is left to run, in this folder or in another one.
     commands.ran.clear()
-    assert main(monkeypatch, *words, *arms) == 0 and commands.ran == []
+    assert main(monkeypatch, *words) == 0
+    assert main(monkeypatch, *words, "--output_dir", tmp_path / "other") == 0
+    assert commands.ran == []
+    assert f"easy, seed 0, full: in {runs}" in capsys.readouterr().out
+
+    # An arm that is not stored: an interrupted command, whose log does not end, runs again.
+    runs.write_text("".join(json.dumps(line) + "\n" for line in lines if line["arm"] != "full"))
     (folder / "full.log").write_text("half of the out")
-    assert main(monkeypatch, *words, *arms) == 0
+    assert main(monkeypatch, *words) == 0
     (again,) = commands.ran
     assert again in trained and "--resume_from_checkpoint auto" in again
+    assert len(runs.read_text().splitlines()) == 4
+
+
+def test_arms_of_another_sft_checkpoint_are_not_stored_beside(
+    tmp_path, monkeypatch, capsys, commands
+):
+    words = words_of(tmp_path, "--seeds", 0, "--arms")
+    assert main(monkeypatch, *words, "full") == 0
+    stored = (tmp_path / "runs.jsonl").read_text()
+    commands.greedy = 0.625
+    commands.ran.clear()
+    other = ["lambda_0", "--output_dir", tmp_path / "other"]
+    assert main(monkeypatch, *words, *other) == 1
+    assert not any("--stage grpo" in command for command in commands.ran)
+    assert (tmp_path / "runs.jsonl").read_text() == stored
+    error = f"SFT of {tmp_path}/other/easy/seed0 is not that of {tmp_path}/runs.jsonl"
+    assert error in capsys.readouterr().err
 
 
 def test_a_run_that_fails_is_named_and_the_others_go_on(tmp_path, monkeypatch, capsys, commands):
-    words = ["run", "--settings", "easy", "--seeds", 0, 1, "--jobs", 1, "--output_dir", tmp_path]
-    words += ["--arms", "full", "lambda_0"]
+    words = words_of(tmp_path, "--seeds", 0, 1, "--jobs", 1, "--arms", "full", "lambda_0")
     # One arm of a seed, and what all arms of the other seed need.
     commands.broken = ["seed0/lambda_0 ", "seed1/sft "]
     assert main(monkeypatch, *words) == 1
@@ -293,8 +362,9 @@ def test_a_run_that_fails_is_named_and_the_others_go_on(tmp_path, monkeypatch, c
 
 
 def test_a_run_of_another_command_is_refused(tmp_path, monkeypatch, capsys, commands):
-    words = ["run", "--settings", "easy", "--seeds", 0, "--arms", "full", "--output_dir", tmp_path]
+    words = words_of(tmp_path, "--seeds", 0, "--arms", "full")
     assert main(monkeypatch, *words) == 0
+    (tmp_path / "runs.jsonl").unlink()
     monkeypatch.setitem(ablation.ARMS, "full", "--tau 0.2")
     commands.ran.clear()
     assert main(monkeypatch, *words) == 1
@@ -324,40 +394,41 @@ def test_steps_to_80_percent():
     assert ablation.steps_to([0.1] * 7) == 7
 
 
-def store(folder, name, greedy, evidence=0.3, accuracies=()):
-    """Make the files of an arm that ended."""
-    (folder / name).mkdir(parents=True)
-    after = {"greedy": greedy, "greedy/conflict": greedy / 2, "sampled": 0.5, "length": 40.0}
-    after |= {"paper_consensus": 0.12, "paper_evidence_use": 0.28}
-    (folder / name / "result.json").write_text(json.dumps({"before": {}, "after": after}))
-    lines = [{"stage": "sft", "step": 0, "loss/sft": 1.0}]
-    for step, accuracy in enumerate(accuracies):
-        lines.append({"stage": "grpo", "step": step, "reward/accuracy": accuracy})
-    text = "".join(json.dumps(line) + "\n" for line in lines)
-    (folder / name / "metrics.jsonl").write_text(text)
-    looks = {"frame_use": {"all": {"consensus": 0.14, "evidence": evidence}}}
-    reports = {"looks": looks, "shuffled": {"accuracy": 0.4}, "blind": {"accuracy": 0.25}}
-    for kind, report in reports.items():
-        (folder / f"{name}-{kind}.json").write_text(json.dumps(report))
+def store(folder, seed, name, greedy, evidence=0.3, accuracies=()):
+    """Store the numbers of an arm that ended."""
+    world = ablation.World("easy", seed, folder / f"easy/seed{seed}")
+    write_run(world.folder / name, greedy, accuracies)
+    for kind in ablation.EVALUATIONS:
+        write_report(world.folder / f"{name}-{kind}.json", evidence)
+    ablation.store(folder / "runs.jsonl", world, name, ablation.read_arm(world.folder, name))
 
 
 @pytest.fixture
 def stored(tmp_path):
     """full on three seeds, lambda_0 on two and a third of another seed, SFT on one; checks."""
+    store(tmp_path, 0, "sft", 0.6)
     for seed, greedy in enumerate([0.9, 0.8, 0.7]):
-        folder = tmp_path / f"easy/seed{seed}"
-        store(folder, "full", greedy, 0.4 + 0.1 * seed, [0.5] * 4 + [0.9] * 8)
+        store(tmp_path, seed, "full", greedy, 0.4 + 0.1 * seed, [0.5] * 4 + [0.9] * 8)
         check = {"attention, layer 1": [0.5 + seed / 10, 1.25], "chance": [0.3, 1.0]}
-        (folder / "check.json").write_text(json.dumps({"frame_use": check}))
-    store(tmp_path / "easy/seed0", "lambda_0", 0.8, 0.3, [0.5] * 12)
-    store(tmp_path / "easy/seed1", "lambda_0", 0.9, 0.3, [0.9] * 12)
-    store(tmp_path / "easy/seed7", "lambda_0", 0.1)
-    store(tmp_path / "easy/seed0", "sft", 0.6)
+        world = ablation.World("easy", seed, tmp_path / "easy/seed0")
+        ablation.store(tmp_path / "runs.jsonl", world, "check", check)
+    store(tmp_path, 0, "lambda_0", 0.8, 0.3, [0.5] * 12)
+    store(tmp_path, 1, "lambda_0", 0.9, 0.3, [0.9] * 12)
+    store(tmp_path, 7, "lambda_0", 0.1)
     return tmp_path
+
+
+def test_an_arm_without_one_of_its_evaluations_is_not_stored(tmp_path):
+    store(tmp_path, 0, "full", 0.9)
+    folder = tmp_path / "easy/seed0"
+    (folder / "full-blind.json").unlink()
+    with pytest.raises(DataError, match="full-blind.json not found"):
+        ablation.read_arm(folder, "full")
 
 
 def test_the_table_of_stored_runs(stored, monkeypatch, capsys):
     words = ["table", "--settings", "easy", "--output_dir", stored, "--seeds", 0, 1, 2]
+    words += ["--runs", stored / "runs.jsonl"]
     assert main(monkeypatch, *words) == 0
     printed = capsys.readouterr().out
     summary = json.loads((stored / "ablation.json").read_text())["easy"]
@@ -391,10 +462,7 @@ def test_the_table_of_stored_runs(stored, monkeypatch, capsys):
     assert line == "| attention, layer 1 | 3 | 0.600 (+0.300 ± 0.248) | 1.250 (+0.250 ± 0.000) |"
     # Every arm that is not there is named, once a seed.
     missing = [line for line in lines if line.startswith("missing: ")]
-    for arm, seed in (("lambda_0", 2), ("tw", 1)):
-        file = f"{stored}/easy/seed{seed}/{arm}/result.json"
-        (line,) = [line for line in missing if file in line]
-        assert line.startswith(f"missing: {arm}, file {file} not found")
+    assert {"missing: easy, seed 2, lambda_0", "missing: easy, seed 1, tw"} < set(missing)
     names = len(ablation.ARMS) + 1
     assert len(missing) == 3 * names - 3 * 3 - 2 - 1
 
@@ -404,14 +472,3 @@ def test_the_table_of_stored_runs(stored, monkeypatch, capsys):
     assert main(monkeypatch, *words) == 0
     assert [file.read_bytes() for file in files] == before
     assert capsys.readouterr().out == printed
-
-
-def test_a_run_without_one_of_its_evaluations_is_missing(stored, monkeypatch, capsys):
-    (stored / "easy/seed1/lambda_0-blind.json").unlink()
-    (stored / "easy/seed2/check.json").unlink()
-    main(monkeypatch, "table", "--settings", "easy", "--output_dir", stored, "--seeds", 0, 1, 2)
-    printed = capsys.readouterr().out
-    assert f"missing: lambda_0, file {stored}/easy/seed1/lambda_0-blind.json not found" in printed
-    assert f"missing: file {stored}/easy/seed2/check.json not found" in printed
-    summary = json.loads((stored / "ablation.json").read_text())["easy"]
-    assert summary["greedy"]["lambda_0"]["values"] == {"0": 0.8}
