@@ -25,7 +25,6 @@ from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import partial
-from itertools import compress, repeat
 from pathlib import Path
 from statistics import mean, stdev
 
@@ -140,10 +139,14 @@ T95 = [12.7062, 4.3027, 3.1824, 2.7764, 2.5706, 2.4469, 2.3646, 2.3060, 2.2622]
 # ---------------------------------------------------------------------------------- commands
 
 
+# A run has one core: no second process decodes for it.
+ONE_CORE = "--decode_workers 0"
+
+
 def train_flags(folder, setting, seed, name):
     """Flags of train.py that SFT and all arms share."""
     return (
-        f"--toy_dir {folder}/toy --seed {seed} {setting.frames} {setting.model} "
+        f"--toy_dir {folder}/toy --seed {seed} {setting.frames} {setting.model} {ONE_CORE} "
         f"--eval_priors {folder}/heldout.jsonl --output_dir {folder}/{name} "
         "--save_steps 25 --save_total_limit 1 --resume_from_checkpoint auto"
     )
@@ -153,7 +156,8 @@ def evaluations(folder, setting, seed, name, stage):
     """Commands that evaluate the model of a run, {name: command}."""
     asked = (
         f"evaluate.py --model_name_or_path {folder}/{name}/{stage} "
-        f"--bench {folder}/toy/heldout.json --seed {seed} {setting.frames} {setting.model}"
+        f"--bench {folder}/toy/heldout.json --seed {seed} {setting.frames} {setting.model} "
+        f"{ONE_CORE}"
     )
     steps = {}
     for kind, flags in EVALUATIONS.items():
@@ -361,12 +365,12 @@ def run(arguments):
                 folder = Path(arguments.output_dir, name, f"seed{seed}")
                 worlds[World(name, seed, folder)] = arms
     with ThreadPoolExecutor(arguments.jobs) as pool:
-        ready = list(pool.map(run_shared, worlds, repeat(arguments.runs)))
+        shared = [pool.submit(run_shared, world, arguments.runs) for world in worlds]
         tasks = []
-        for world, arms in compress(worlds.items(), ready):
-            tasks += [pool.submit(run_arm, world, arm, arguments.runs) for arm in arms]
-        done = [task.result() for task in tasks]
-    return 0 if all(ready + done) else 1
+        for ready, (world, arms) in zip(shared, worlds.items(), strict=True):
+            if ready.result():
+                tasks += [pool.submit(run_arm, world, arm, arguments.runs) for arm in arms]
+    return 0 if all(task.result() for task in shared + tasks) else 1
 
 
 # ------------------------------------------------------------------------------------- table
