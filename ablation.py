@@ -128,6 +128,7 @@ COLUMNS = {
 }
 # Of the training rollouts: held-out questions are scored before and after alone.
 STEPS = "steps to 80 %"
+COUNTS = ["tokens", STEPS]  # the other columns are shares
 # Of --frame_use_check; its rows are compared with its row "chance".
 CHECKS = ["argmax inside", "mass over chance"]
 DRAWN = ["greedy", "greedy, conflict", "evidence, attention", "tokens", STEPS]
@@ -414,11 +415,13 @@ def print_table(title, summary, columns):
         cells = [row, str(len(summary[columns[0]][row]["values"]))]
         for column in columns:
             number = summary[column].get(row)
+            digits = 1 if column in COUNTS else 3
             text = "–"
             if number:
-                text = f"{number['mean']:.3f}"
-                if number["half"] is not None:
-                    text += f" ({number['difference']:+.3f} ± {number['half']:.3f})"
+                text = f"{number['mean']:.{digits}f}"
+            # The row that the others are compared with has no difference.
+            if number and number["half"] is not None and row not in ("full", "chance"):
+                text += f" ({number['difference']:+.{digits}f} ± {number['half']:.{digits}f})"
             cells.append(text)
         print(f"| {' | '.join(cells)} |")
 
@@ -464,7 +467,9 @@ def table(arguments):
                     numbers[column][row][seed] = value
         summaries[setting] = summarize(numbers)
     for setting, summary in summaries.items():
-        print_table(setting, summary, [*COLUMNS, STEPS])
+        columns = list(COLUMNS)
+        print_table(f"{setting}: answers", summary, [*columns[:6], STEPS])
+        print_table(f"{setting}: where the model looks", summary, columns[6:])
         print_table(f"{setting}: frame use of the SFT checkpoints, and chance", summary, CHECKS)
     output = Path(arguments.output_dir, "ablation.json")
     output.write_text(json.dumps(summaries, indent=1))

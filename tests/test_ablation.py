@@ -456,8 +456,14 @@ def test_the_table_of_stored_runs(stored, monkeypatch, capsys):
     assert check["half"] == pytest.approx(4.3027 * 0.1 / 3**0.5)
 
     lines = printed.splitlines()
-    (line,) = [line for line in lines if line.startswith("| lambda_0 |")]
-    assert line.startswith("| lambda_0 | 2 | 0.850 (+0.000 ± 1.271) | 0.425 (")
+    answers, looks = [line for line in lines if line.startswith("| lambda_0 |")]
+    assert answers.startswith("| lambda_0 | 2 | 0.850 (+0.000 ± 1.271) | 0.425 (")
+    assert answers.endswith("| 8.5 (+0.5 ± 44.5) |")
+    assert looks.split(" | ")[4] == "0.300 (-0.150 ± 0.635)" and looks.endswith(
+        "| 40.0 (+0.0 ± 0.0) |"
+    )
+    (line, _) = [line for line in lines if line.startswith("| full |")]
+    assert line.startswith("| full | 3 | 0.800 | 0.400 |")
     (line,) = [line for line in lines if line.startswith("| attention, layer 1 |")]
     assert line == "| attention, layer 1 | 3 | 0.600 (+0.300 ± 0.248) | 1.250 (+0.250 ± 0.000) |"
     # Every arm that is not there is named, once a seed.
