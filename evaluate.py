@@ -40,10 +40,10 @@ import re
 import sys
 import time
 from collections import ChainMap, Counter, defaultdict
-from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, fields, replace
 from functools import partial
 from itertools import chain
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
 import numpy as np
@@ -58,11 +58,13 @@ import reward
 from common import scores
 from common.data import (
     DataError,
+    Example,
     MediaError,
     build_prompt,
     differences,
     load_examples,
     read_choice,
+    read_document,
     read_template,
     solution_letters,
     split_options,
@@ -251,12 +253,10 @@ def fingerprint(model):
     # Hashing all of a large checkpoint would take minutes.
     digest = hashlib.sha1()
     for file in sorted(Path(model).glob("*.safetensors")):
-        size = file.stat().st_size
-        with open(file, "rb") as weights:
-            for place in (0, max(0, size - (1 << 20))):
-                weights.seek(place)
-                digest.update(weights.read(1 << 20))
-        digest.update(f"{file.name} {size}".encode())
+        content = np.memmap(file, mode="r")  # (bytes,) uint8
+        digest.update(content[: 1 << 20])
+        digest.update(content[-(1 << 20) :])
+        digest.update(f"{file.name} {len(content)}".encode())
     return digest.hexdigest()[:16]
 
 
@@ -272,9 +272,8 @@ def score_settings(arguments):
     prompt = [one.name for one in fields(PromptFlags)]
     settings = {name: getattr(arguments, name) for name in [*prompt, *names.split()]}
     settings["prompt_template"] = read_template(arguments.prompt_template)
-    settings["engine"] = "api" if arguments.api_base else "local"
     if arguments.api_base:
-        return settings
+        return settings | {"engine": "api"}
     path = arguments.model_name_or_path
     asked = {"needs_attention": arguments.frame_use == "attention" or arguments.frame_use_check}
     if arguments.frame_use_layer is not None:
@@ -283,6 +282,7 @@ def score_settings(arguments):
 
     config = read_config(path, **asked)
     return settings | {
+        "engine": "local",
         "model_revision": getattr(config, "_commit_hash", None),
         "weights": fingerprint(path),
         "dtype": "bfloat16" if torch.cuda.is_available() else "float32",
@@ -310,10 +310,8 @@ def question_fields(example):
 
 
 def stored_rows(path):
-    """Rows of a predictions or judgements file, [] if it does not exist or is empty."""
-    if not path.exists() or not path.stat().st_size:
-        return []
-    return scores.read_json(path)[0]
+    """Rows of a predictions or judgements file, [] if it does not exist."""
+    return read_document(path) if path.exists() else []
 
 
 def check_row(path, row, questions, settings):
@@ -368,9 +366,8 @@ def run_benchmark(arguments):
     examples, unusable, repeated = load_questions(arguments)
     settings = score_settings(arguments)
     questions = {}
-    for name in unusable:
-        questions[name] = {"problem_id": name, "problem": "", "problem_type": "", "solution": ""}
-    for example in examples:
+    blank = [Example(name, "", [], "", "") for name in unusable]
+    for example in [*blank, *examples]:
         questions[example.id] = question_fields(example)
 
     # Continue an earlier run. Only server errors can end otherwise the next time.
@@ -422,12 +419,13 @@ def frame_order(arguments, position, count):
     return order
 
 
-def encode(arguments, encoder, one):
+def encode(encoder, one):
     """Encode a Ready under --control, which changes neither times nor number of tokens.
 
     Returns:
         ModelInputs, None, as Inputs expects.
     """
+    arguments = encoder.flags
     # Only the frames change places: their times stay in order.
     shuffle = None
     if arguments.control == "shuffled" and one.example.media:
@@ -440,33 +438,22 @@ def encode(arguments, encoder, one):
 def make_inputs(arguments, processor):
     """Inputs with the command line's encoder, workers and control."""
     encoder = Encoder(processor, arguments)
-    function = partial(encode, arguments)
-    return Inputs(encoder, arguments.decode_workers, arguments.decode_timeout, function)
-
-
-@dataclass
-class FrameUse:
-    """Where one answer looks, over the t temporal slots of its video."""
-
-    slots: torch.Tensor  # (t,) frame use, sums to 1
-    tokens: torch.Tensor  # (L, t) each token's cosine with a slot's states, or attention to it
+    return Inputs(encoder, arguments.decode_workers, arguments.decode_timeout, encode)
 
 
 def frame_uses(answers, layer):
-    """Read where a batch of rollout.Answers looks.
+    """Read where a batch of rollout.Answers looks, over the t temporal slots of each video.
 
     Returns:
-        B FrameUse, None where a row has no video of two slots, or no layer was asked for.
+        {row: (slots, tokens)}, without rows that have no video of two slots; slots: (t,) frame use,
+        sums to 1; tokens: (L, t) each token's cosine with a slot's states, or attention to it.
     """
-    uses = [None] * len(answers.places)
-    if answers.scored is None:
-        return uses
     mask = answers.samples.mask[:, None]  # (B, 1, T)
     looked = (answers.scored.hidden.get(layer), answers.scored.attention)
+    uses = {}
     for row, (slots,) in enumerate(rollout_frame_use(answers.prompts, mask, *looked)):
         if slots is not None:
-            per_token = token_frame_use(answers.prompts, row, mask[row, 0].bool(), *looked)
-            uses[row] = FrameUse(slots, per_token)
+            uses[row] = (slots, token_frame_use(answers.prompts, row, mask[row, 0], *looked))
     return uses
 
 
@@ -483,13 +470,13 @@ def strongest_events(tokens, share=0.05):
     return sorted(tokens.flatten().topk(count).indices.tolist())
 
 
-def use_row(example, times, use, prior):
+def use_row(example, times, prior, use, tokens):
     """Make the `frame_use` of a prediction.
 
     Args:
         times: seconds of the frames.
-        use: FrameUse.
         prior: the question's Prior, or None.
+        use, tokens: (t,) and (L, t), see frame_uses.
     Returns:
         dict: `slots`, (t,) shares of the temporal slots that sum to 1; `times`; `evidence`, the
         share on the slots that the answer rests on, and `chance`, that of even use; `consensus`,
@@ -500,12 +487,12 @@ def use_row(example, times, use, prior):
     Raises:
         DataError: the prior was made for other frames.
     """
-    count = len(use.slots)
-    row = {"slots": use.slots.tolist(), "times": times}
+    count = len(use)
+    row = {"slots": use.tolist(), "times": times}
     row |= dict.fromkeys(("evidence", "chance", "consensus", "enrichment"))
     if example.evidence:
         evidence = slot_shares(times, example.evidence, count)  # (t,)
-        row["evidence"] = float(use.slots.cpu() @ evidence)
+        row["evidence"] = float(use.cpu() @ evidence)
         row["chance"] = float(evidence.mean())
     if prior is None:
         return row
@@ -518,11 +505,15 @@ def use_row(example, times, use, prior):
     merged = reward.merge_prior(torch.tensor(prior.prior), count)  # (t,)
     chosen = (merged * count > 1 + 1e-6).nonzero().flatten().tolist()
     # Figure 9 of the paper: are these events about the slots of the prior?
-    events = strongest_events(use.tokens.cpu())
-    row["consensus"] = reward.consensus_frame_reward(merged, use.slots)
-    row["enrichment"] = scores.event_enrichment(events, count, chosen)
-    row |= {"prior": merged.tolist(), "consensus_slots": chosen}
-    return row | {"events": events, "tokens": len(use.tokens)}
+    events = strongest_events(tokens.cpu())
+    return row | {
+        "consensus": reward.consensus_frame_reward(merged, use),
+        "enrichment": scores.event_enrichment(events, count, chosen),
+        "prior": merged.tolist(),
+        "consensus_slots": chosen,
+        "events": events,
+        "tokens": len(tokens),
+    }
 
 
 def window_size(arguments, count):
@@ -588,15 +579,14 @@ def answer_here(arguments, examples, done, rank, world):
         made = [one.inputs for one in ready]
         seeds = [run_seed(arguments, one.place) for one in ready]
         for batch in answer_inputs(model, processor, made, seeds, settings, budget, **layers):
-            answers = {}
-            uses = frame_uses(batch, layer)
-            for place, text, use in zip(batch.places, batch.samples.texts, uses, strict=True):
+            uses = frame_uses(batch, layer) if layers else {}
+            for row, place in enumerate(batch.places):
                 one = ready[place]
-                answers[one.example.id] = {"output": text}
-                if use:
-                    row = use_row(one.example, one.inputs.times, use, one.prior)
-                    answers[one.example.id]["frame_use"] = row
-            yield answers
+                answer = {"output": batch.samples.texts[row]}
+                if row in uses:
+                    seen = (one.example, one.inputs.times, one.prior)
+                    answer["frame_use"] = use_row(*seen, *uses[row])
+                yield {one.example.id: answer}
 
 
 # --------------------------------------------------------------------------- answers of a server
@@ -659,14 +649,13 @@ def media_parts(arguments, example, medium, position):
         MediaError: the medium cannot be read.
     """
     # Of a span or a folder the server gets frames: it would see all of a file.
-    whole = replace(medium, start=None, end=None) == medium and not os.path.isdir(medium.path)
+    whole = example.span == [None, None] and not os.path.isdir(medium.path)
     if medium.kind == "video" and arguments.api_media == "video" and whole:
         if not os.path.isfile(medium.path):
             raise MediaError(f"{medium.path}: no such file")
         mime = mimetypes.guess_type(medium.path)[0] or "video/mp4"
         return [media_part("video", Path(medium.path).read_bytes(), mime)]
-    encoder = Encoder(None, arguments)
-    frames = encoder.load(medium).frames  # (K, 3, h, w)
+    frames = Encoder(None, arguments).load(medium).frames  # (K, 3, h, w)
     frames = frames[frame_order(arguments, position, len(frames))]
     # As in Encoder.encode: pictures beside a video stay.
     if arguments.control == "black" and medium.kind == example.media_type:
@@ -700,20 +689,18 @@ def in_threads(arguments, function, tasks, name):
     Yields:
         (task, dict that the function returned, or {"error": cause}) as they finish.
     """
-    with ThreadPoolExecutor(arguments.api_workers) as pool:
-        futures = {pool.submit(function, *task): task for task in tasks}
+
+    def call(task):
         try:
-            for future in tqdm(as_completed(futures), name, len(futures)):
-                try:
-                    answer = future.result()
-                except MediaError as error:
-                    answer = {"error": f"unreadable media: {error}"}
-                except ServerError as error:
-                    answer = {"error": str(error)}
-                yield futures[future], answer
-        finally:
-            # On an interruption, what waits in the queue is not asked any more.
-            pool.shutdown(wait=False, cancel_futures=True)
+            return task, function(*task)
+        except MediaError as error:
+            return task, {"error": f"unreadable media: {error}"}
+        except ServerError as error:
+            return task, {"error": str(error)}
+
+    # On an interruption, what waits in the queue is not asked any more.
+    with ThreadPool(arguments.api_workers) as pool:
+        yield from tqdm(pool.imap_unordered(call, tasks), name, len(tasks))
 
 
 def ask_server(arguments, examples, done):
@@ -762,7 +749,7 @@ Options:
 {options}
 
 Final answer:
-{text}"""
+{prediction}"""
 READ_CONCLUSION = """Below are the options of a question (none when it asks for a number) and \
 somebody's reasoning about it. Say which
 option the reasoning itself concludes. The last explicit conclusion counts; the exact text of an \
@@ -774,7 +761,7 @@ Options:
 {options}
 
 Reasoning:
-{text}"""
+{reasoning}"""
 RATE_ATTENTION = """Below are a question about a video and somebody's reasoning about it. Rate \
 from 0 to 10 how far the reasoning claims
 concrete visual evidence from the video. Whether the claims or the answer are true does not matter.
@@ -827,21 +814,23 @@ def judge_prompts(record):
         {reading: prompt}: "answer" and "conclusion" for TAC, "vas", and "correct" for an open
         answer; without those that would be about nothing.
     """
-    options = "\n".join(record["options"]) or "(none)"
-    question = "\n".join([record["problem"], *record["options"]])
-    reasoning, answer = reward.split_output(record["output"])
-    compared = scores.can_compare(record)
-    prompts = {}
-    if compared and answer:
-        prompts["answer"] = READ_ANSWER.format(options=options, text=answer)
-    if compared and reasoning:
-        prompts["conclusion"] = READ_CONCLUSION.format(options=options, text=reasoning)
+    reasoning, _ = reward.split_output(record["output"])
+    fields = {
+        **record,
+        "options": "\n".join(record["options"]) or "(none)",
+        "question": "\n".join([record["problem"], *record["options"]]),
+        "reasoning": reasoning,
+    }
+    wordings = {}
+    if scores.can_compare(record) and record["prediction"]:
+        wordings["answer"] = READ_ANSWER
+    if scores.can_compare(record) and reasoning:
+        wordings["conclusion"] = READ_CONCLUSION
     if reasoning:
-        prompts["vas"] = RATE_ATTENTION.format(question=question, reasoning=reasoning)
+        wordings["vas"] = RATE_ATTENTION
     if scores.is_open(record):
-        wording = READ_CAPTION if record["mc_question"] else JUDGE_ANSWER
-        prompts["correct"] = wording.format(question=question, **record)
-    return prompts
+        wordings["correct"] = READ_CAPTION if record["mc_question"] else JUDGE_ANSWER
+    return {name: wording.format(**fields) for name, wording in wordings.items()}
 
 
 def read_reply(name, reply, record):
@@ -896,16 +885,18 @@ def judge_report(arguments, report):
     judge = {"judge_model": arguments.judge_model, "judge_base": arguments.judge_base}
     file = ShardedLines(Path(arguments.output).with_suffix(".judged.jsonl"), 0, 1)
     # What this judge read in earlier runs is not asked again.
-    readings = defaultdict(dict)  # {(problem_id, output): {reading: value}}
+    known = defaultdict(dict)  # {(problem_id, output): {reading: value}}
     for row in stored_rows(file.path):
         if judge.items() <= row.items():
-            readings[row["problem_id"], row["output"]].update(row["told"])
+            known[row["problem_id"], row["output"]].update(row["told"])
+    readings = {}  # {problem_id: {reading: value}}
     tasks = []
     tokens = 0
     for record in filter(scores.has_output, report["results"]):
-        known = readings[record["problem_id"], record["output"]]
+        told = known[record["problem_id"], record["output"]]
+        readings[record["problem_id"]] = told
         for name, prompt in judge_prompts(record).items():
-            if name not in known:
+            if name not in told:
                 tasks.append((record, name, prompt))
                 tokens += len(prompt) // 4
     # Somebody may have to pay for it.
@@ -917,12 +908,12 @@ def judge_report(arguments, report):
     ask = partial(judge_one, arguments, client)
     failed = {}
     for (record, *_), told in in_threads(arguments, ask, tasks, "judge"):
-        question = {"problem_id": record["problem_id"], "output": record["output"]}
+        name = record["problem_id"]
         if "error" in told:
-            failed[record["problem_id"]] = told["error"]
+            failed[name] = told["error"]
         else:
-            readings[tuple(question.values())].update(told)
-            file.append([{**question, **judge, "told": told}])
+            readings[name] |= told
+            file.append([{"problem_id": name, "output": record["output"], **judge, "told": told}])
     file.close()
     if failed and not any(readings.values()):
         first = next(iter(failed.values()))
@@ -930,8 +921,8 @@ def judge_report(arguments, report):
             f"{arguments.judge_base} judged none of {len(failed)} answers; the first: {first}"
         )
     # Half of the readings of an output would look like a judge that saw nothing.
-    for key in [key for key in readings if key[0] in failed]:
-        del readings[key]
+    for name in failed:
+        del readings[name]
     metrics = scores.reasoning_metrics(report["results"], readings, arguments.judge_model)
     correctness = scores.correctness(report["results"], readings, failed)
     more = {"judge_base": arguments.judge_base, "correctness": correctness, "failed": failed}
@@ -1007,10 +998,10 @@ def run_compare(first, second, output, seed):
     result = scores.compare(a["results"], b["results"], seed)
     # Another checkpoint is what people compare; another prompt or size they should see.
     differ = {}
-    for name in {**a_settings, **b_settings}:
+    expected = ("rescored", "format", "weights", "model_name_or_path")
+    for name in a_settings | b_settings:
         pair = [a_settings.get(name), b_settings.get(name)]
-        expected = name in ("rescored", "format", "weights", "model_name_or_path")
-        if pair[0] != pair[1] and not expected:
+        if pair[0] != pair[1] and name not in expected:
             differ[name] = pair
     result["settings_that_differ"] = differ
     low, high = result["interval_95"]
@@ -1173,26 +1164,25 @@ def run_check(arguments):
     for batch in tqdm(inputs.each(requests), "frame use", len(examples), unit="question"):
         ready, causes = inputs.take(batch)
         broken |= causes
-        if not ready:
-            continue
-        (one,) = ready
-        ids, intervals = cited_tokens(one.example, processor, opening)
-        prompts = collate([one.inputs], model).to(model.device)
-        slots = prompts.slots[0]
-        # In a video of one slot there is nothing to choose.
-        if not intervals or slots < 2:
-            continue
-        layers = score_layers(Policy(model), prompts, ids)
-        # Each token is scored by itself: sentences describe different scenes.
-        for index, span in intervals.items():
-            inside = slot_shares(one.inputs.times, [span], slots)  # (t,)
-            token = torch.arange(len(ids))[None, None] == index  # (1, 1, T)
-            for name, layer in layers.items():
-                use = rollout_frame_use(prompts, token, **layer)[0][0].cpu()  # (t,)
-                hits[name] += float(inside[use.argmax()] > 0.5)
-                mass[name] += float(use @ inside)
-            hits["chance"] += float(inside.mean())
-        count += len(intervals)
+        # One question, or none if its medium is unreadable.
+        for one in ready:
+            ids, intervals = cited_tokens(one.example, processor, opening)
+            prompts = collate([one.inputs], model).to(model.device)
+            slots = prompts.slots[0]
+            # In a video of one slot there is nothing to choose.
+            if not intervals or slots < 2:
+                continue
+            layers = score_layers(Policy(model), prompts, ids)
+            # Each token is scored by itself: sentences describe different scenes.
+            for index, span in intervals.items():
+                inside = slot_shares(one.inputs.times, [span], slots)  # (t,)
+                token = torch.arange(len(ids))[None, None] == index  # (1, 1, T)
+                for name, layer in layers.items():
+                    use = rollout_frame_use(prompts, token, **layer)[0][0].cpu()  # (t,)
+                    hits[name] += float(inside[use.argmax()] > 0.5)
+                    mass[name] += float(use @ inside)
+                hits["chance"] += float(inside.mean())
+            count += len(intervals)
     if not count:
         raise DataError(
             "--frame_use_check found no reasoning sentence that cites a time inside a grounding "

@@ -179,6 +179,9 @@ def item_of(row):
         frame_use=row.get("frame_use"),
         error=error,
     )
+    # The predictions file keeps the events; they would be most of the report.
+    if item.frame_use:
+        item.frame_use.pop("events", None)
     for start, end in row.get("evidence") or row.get("glue") or []:
         item.evidence.append((float(start), float(end)))
     for name in BREAKDOWNS:
@@ -225,14 +228,14 @@ def from_lmms_eval(row):
     # Responses are nested: requests, then samples.
     while isinstance(output, list):
         output = output[0] if output else ""
-    options = doc.get("options") or doc.get("candidates") or doc.get("choices") or []
+    options = doc.get("options") or doc.get("candidates") or doc.get("choices")
+    options = options or numbered_options(doc)
     target = str(row["target"])
     # LongVideoBench, MINERVA and SciVideoBench (options by letter) may count from 0 instead.
     index = doc.get("correct_choice", doc.get("answer_id"))
     if isinstance(options, dict):
         index = target
         options = options.values()
-    options = options or numbered_options(doc)
     # Some tasks have their options in the prompt or the question alone.
     if isinstance(options, str) or not any(options):
         options = split_options(row.get("input") or str(doc.get("question")))[1]
@@ -248,14 +251,13 @@ def from_lmms_eval(row):
     elif exact_number(target) is not None:
         kind = "numerical"
     # MVBench's target is the right option's text, which may be another option's letter.
-    letters = [letter for letter, text in option_texts(options).items() if text == target]
+    letters = (letter for letter, text in option_texts(options).items() if text == target)
     fields = {
         **doc,
         # MVBench's twenty files each count doc_id from 0.
         "problem_id": f"{row['doc_id']}-{short_hash(doc)}",
-        "problem": doc.get("question"),
         "problem_type": kind,
-        "solution": letters[0] if letters else target,
+        "solution": next(letters, target),
         "options": options,
         "output": output,
         "reward": lmms_eval_score(row),
@@ -263,15 +265,19 @@ def from_lmms_eval(row):
     return item_of(fields)
 
 
-def read_json(path):
-    """Read stored predictions as they are.
+def read_predictions(path):
+    """Read stored predictions of any known format; of a repeated problem_id the first row counts.
+
+    Formats, recognised by their fields: eval_results of Video-R1, VideoCFR and GRPO-CARE; reports
+    and prediction lines of evaluate.py; TW-GRPO's log; lmms-eval's samples.
 
     Args:
         path: a JSON document, or JSON lines whatever the file's name.
     Returns:
-        (list of rows, the settings that a report, or every line of a run, has, else {}).
+        (list of Item, list of repeated problem_ids, the settings that a report, or every line of a
+        run, has, and the `format`).
     Raises:
-        DataError: there are no rows of predictions.
+        DataError: there are no rows of predictions, or one is malformed, with its number.
     """
     rows = read_document(path)
     settings = None
@@ -286,21 +292,6 @@ def read_json(path):
     first = rows[0].get("settings")
     if all(row.get("settings") == first for row in rows):
         settings = settings or first
-    return rows, settings or {}
-
-
-def read_predictions(path):
-    """Read stored predictions of any known format; of a repeated problem_id the first row counts.
-
-    Formats, recognised by their fields: eval_results of Video-R1, VideoCFR and GRPO-CARE; reports
-    and prediction lines of evaluate.py; TW-GRPO's log; lmms-eval's samples.
-
-    Returns:
-        (list of Item, list of repeated problem_ids, settings of read_json with the `format`).
-    Raises:
-        DataError: with the number of the malformed row.
-    """
-    rows, settings = read_json(path)
     items = {}
     repeated = []
     for index, row in enumerate(rows):
@@ -321,7 +312,7 @@ def read_predictions(path):
             raise DataError(f"{path}: row {index} is no {source} prediction ({cause})") from error
         if items.setdefault(item.problem_id, item) is not item:
             repeated.append(item.problem_id)
-    return list(items.values()), repeated, {**settings, "format": source}
+    return list(items.values()), repeated, {**(settings or {}), "format": source}
 
 
 def benchmark_of(path, items=()):
@@ -503,9 +494,12 @@ def score_item(item):
         A report's record of the item, dict for JSON.
     """
     item.format = reward.format_reward(item.output)
-    _, item.prediction = reward.split_output(item.output)
+    if not item.error:
+        _, item.prediction = reward.split_output(item.output)
     if item.problem_type in PROBLEM_TYPES and not item.error:
-        score = official_score(item.prediction, item) if item.prediction else None
+        score = None
+        if item.prediction:
+            score = official_score(item.prediction, item)
         item.reward = score or 0.0
         if score is None:
             item.unread = unread_kind(item)
@@ -516,9 +510,6 @@ def score_item(item):
     record = vars(item) | item.groups
     for name in ("groups", "stored"):
         del record[name]
-    if item.frame_use:
-        # The predictions file keeps the events; they would be most of the report.
-        record["frame_use"] = {k: v for k, v in item.frame_use.items() if k != "events"}
     return record
 
 
@@ -554,9 +545,7 @@ def can_compare(record):
 
 def is_open(record):
     """Whether words are the solution, and an answer is there to be compared with it by a judge."""
-    return (
-        record["problem_type"] == "free-form" and has_output(record) and record["prediction"] != ""
-    )
+    return record["problem_type"] == "free-form" and record["prediction"] != ""
 
 
 def ratio(part, whole):
@@ -575,52 +564,44 @@ def reasoning_metrics(records, replies, judge):
 
     Args:
         records: make_report's results.
-        replies: {(problem_id, output): dict of evaluate.judge_one}; none where the judge failed,
-            no reading where there was nothing to read.
+        replies: {problem_id: {reading: value of evaluate.judge_one}} of the questions that have an
+            output, but those on which the judge failed; no reading where there was nothing to read.
         judge: name of the judge.
     Returns:
         dict of counts and the metrics.
     """
-    counts = Counter()
-    ratings = []
-    for record in records:
-        # Without an output there is nothing to read.
-        reply = {"vas": None}
-        if has_output(record):
-            reply = replies.get((record["problem_id"], record["output"]))
-        # The judge has failed on this one.
-        if reply is None:
-            continue
-        # Without reasoning there is no attention: 0 of 10.
-        rating = reply.get("vas", 0.0)
-        if rating is not None:
-            ratings.append(rating)
-        if not can_compare(record):
-            continue
-        answer = reply.get("answer", "")
-        conclusion = reply.get("conclusion", "")
-        counts["n"] += 1
-        counts["consistent"] += agrees(conclusion, answer, record)
-        if has_output(record):
+    counts = dict.fromkeys(("n", "outputs", "no_conclusion", "TP", "TN", "FP", "FN"), 0)
+    consistent = 0
+    for record in filter(can_compare, records):
+        reply = replies.get(record["problem_id"])
+        if not has_output(record):
+            counts["n"] += 1
+        elif reply is not None:
+            answer = reply.get("answer", "")
+            conclusion = reply.get("conclusion", "")
+            counts["n"] += 1
             counts["outputs"] += 1
             counts["no_conclusion"] += conclusion == ""
+            consistent += agrees(conclusion, answer, record)
             # Against the solution, and not against each other. A reply that names no option is
             # a conclusion, and wrong.
             a = agrees(answer, record["solution"], record)
             t = agrees(conclusion, record["solution"], record)
             counts[("TN", "FP", "FN", "TP")[2 * a + t]] += 1
-    names = ("n", "outputs", "no_conclusion", "TP", "TN", "FP", "FN")
+    # Without reasoning there is no attention: 0 of 10. None: the judge's reply was no rating.
+    ratings = [reply.get("vas", 0.0) for reply in replies.values()]
+    ratings = [10 * rating for rating in ratings if rating is not None]
     return {
         "judge": judge,
-        **{name: counts[name] for name in names},
+        **counts,
         "not_read": len(records) - counts["n"],
         "TAC": {
             "answer_to_thinking_correlation": ratio(counts["TP"] + counts["TN"], counts["outputs"]),
             "consistency_accuracy": ratio(counts["TP"], counts["TP"] + counts["FN"]),
         },
-        "consistency_rate": ratio(counts["consistent"], counts["n"]),
+        "consistency_rate": ratio(consistent, counts["n"]),
         "VAS": {
-            "value": mean(10 * rating for rating in ratings),
+            "value": mean(ratings),
             "n": len(ratings),
             "not_rated": sum(map(has_output, records)) - len(ratings),
         },
@@ -638,25 +619,21 @@ def correctness(records, replies, failed):
         verdict, and accuracy over them. accuracy_of_all: over all questions of the file, with the
         verdicts in place of word overlap. None where the reason says why.
     """
-    verdicts = {}  # {problem_id: verdict or None}
-    for record in records:
-        if record["problem_type"] != "free-form":
-            continue
-        reply = {"correct": False}
+    opened = [record for record in records if record["problem_type"] == "free-form"]
+    for record in opened:
+        record["judged_correct"] = False
         if is_open(record):
-            reply = replies.get((record["problem_id"], record["output"]), {})
-        record["judged_correct"] = reply.get("correct")
-        verdicts[record["problem_id"]] = reply.get("correct")
-    unjudged = [name for name, verdict in verdicts.items() if verdict is None]
-    reason = None if verdicts else "no open questions"
+            record["judged_correct"] = replies.get(record["problem_id"], {}).get("correct")
+    unjudged = [record["problem_id"] for record in opened if record["judged_correct"] is None]
+    reason = None if opened else "no open questions"
     if unjudged:
         cause = failed.get(unjudged[0], "the judge's reply was no verdict")
         reason = f"{len(unjudged)} are unjudged; the first is {unjudged[0]}: {cause}"
     rewards = [record.get("judged_correct", record["reward"]) for record in records]
     return {
-        "n": len(verdicts),
-        "judged": len(verdicts) - len(unjudged),
-        "accuracy": mean(verdicts.values()),
+        "n": len(opened),
+        "judged": len(opened) - len(unjudged),
+        "accuracy": mean_of(opened, "judged_correct"),
         "accuracy_of_all": None if reason else mean(rewards),
         "reason": reason,
     }
@@ -729,8 +706,6 @@ def vsi_numbers(records, reward_name):
 
 def partial_credit(record):
     """TW-GRPO's share of the right letters, 0 with a wrong letter."""
-    if record["error"]:
-        return 0.0
     letters = read_choices(record["prediction"], record["options"])
     return reward.multi_choice_reward(",".join(letters), record["solution"].upper())
 
@@ -762,24 +737,25 @@ def grounding_numbers(records):
     The prediction is the hull of all times that the reasoning cites; without one it scores 0.
     acc_gqa is the share of questions answered right with IoP >= 0.5.
     """
-    rows = []
+    predicted = 0
+    right = 0
+    overlaps = {"IoP": [], "IoU": []}
     for record in records:
+        inside = 0.0
+        union = 0.0
         claims = reward.parse_claims(reward.split_output(record["output"])[0])
-        row = {"predicted": bool(claims) and not record["error"], "IoP": 0.0, "IoU": 0.0}
-        if row["predicted"]:
+        if claims and not record["error"]:
+            predicted += 1
             hull = (min(claim[0] for claim in claims), max(claim[1] for claim in claims))
-            row["IoP"], row["IoU"] = overlap(hull, record["evidence"])
-        row["right"] = record["correct"] and row["IoP"] >= 0.5
-        rows.append(row)
-    numbers = {
-        "n": len(rows),
-        "predicted": sum(row["predicted"] for row in rows),
-        "acc_gqa": mean_of(rows, "right"),
-    }
-    for name in ("IoP", "IoU"):
-        numbers[f"m{name}"] = mean_of(rows, name)
+            inside, union = overlap(hull, record["evidence"])
+        right += record["correct"] and inside >= 0.5
+        overlaps["IoP"].append(inside)
+        overlaps["IoU"].append(union)
+    numbers = {"n": len(records), "predicted": predicted, "acc_gqa": right / len(records)}
+    for name, values in overlaps.items():
+        numbers[f"m{name}"] = mean(values)
         for bound in (0.3, 0.5):
-            numbers[f"{name}@{bound}"] = mean(row[name] >= bound for row in rows)
+            numbers[f"{name}@{bound}"] = mean(value >= bound for value in values)
     return numbers
 
 
@@ -945,7 +921,7 @@ def mcnemar(gains, losses):
     return min(1.0, 2 * tail / 2**total)
 
 
-def paired_bootstrap(differences, samples=10_000, seed=0):
+def paired_bootstrap(differences, seed=0):
     """95 % percentile interval of the mean of paired differences over resampled questions.
 
     Returns:
@@ -955,7 +931,7 @@ def paired_bootstrap(differences, samples=10_000, seed=0):
     values, counts = np.unique(np.asarray(differences, dtype=float), return_counts=True)
     rng = np.random.default_rng(seed)
     count = len(differences)
-    drawn = rng.multinomial(count, counts / counts.sum(), size=samples)  # (samples, values)
+    drawn = rng.multinomial(count, counts / count, size=10_000)  # (10,000, values)
     low, high = np.quantile(drawn @ values / count, [0.025, 0.975])
     return float(low), float(high)
 

@@ -479,7 +479,7 @@ def replies(records, readings):
     told = {}
     for record, (answer, conclusion) in zip(records, readings, strict=False):
         reply = {"answer": answer, "conclusion": conclusion, "vas": None}
-        told[record["problem_id"], record["output"]] = reply
+        told[record["problem_id"]] = reply
     return told
 
 
@@ -1425,22 +1425,21 @@ def test_controls_change_what_the_model_sees(
     flags, undisturbed, toy_processor, tmp_path, monkeypatch, capsys
 ):
     from common.data import load_examples
-    from common.media import Encoder, PromptFlags
+    from common.media import Encoder
 
     example = next(
         e
         for e in load_examples(flags[3], errors=[])
         if e.media_type == "video" and Path(e.path).name not in ("missing.mp4", "damaged.mp4")
     )
-    encoder = Encoder(toy_processor, PromptFlags(min_pixels=3136, max_pixels=3136, frames=4))
     seen = {}
     for control in ("none", "shuffled", "black"):
         arguments = evaluate.EvaluateArguments(
-            model_name_or_path="m", dataset_name="d", control=control
+            "m", "d", control=control, min_pixels=3136, max_pixels=3136, frames=4
         )
+        encoder = Encoder(toy_processor, arguments)
         seen[control] = [
-            evaluate.encode(arguments, encoder, Ready(position, example, None))[0]
-            for position in range(4)
+            evaluate.encode(encoder, Ready(position, example, None))[0] for position in range(4)
         ]
         assert all(len(item.times) == 4 for item in seen[control])
         same = [item.input_ids == seen["none"][0].input_ids for item in seen[control]]
@@ -1796,9 +1795,8 @@ def test_what_a_prediction_keeps_of_its_events():
     example = types.SimpleNamespace(id="a", evidence=[])
     values = [0.05, 0.05, 0.4, 0.05, 0.05, 0.05, 0.05, 0.3]
     prior = types.SimpleNamespace(times=times, prior=values)
-    use = torch.full((4,), 0.25)
-    looked = evaluate.FrameUse(use, each)
-    row = evaluate.use_row(example, times, looked, prior)
+    looked = (torch.full((4,), 0.25), each)
+    row = evaluate.use_row(example, times, prior, *looked)
     assert (row["events"], row["tokens"], row["consensus_slots"]) == (
         [2 * 4 + 0, 7 * 4 + 3],
         10,
@@ -1806,10 +1804,10 @@ def test_what_a_prediction_keeps_of_its_events():
     )
     assert row["enrichment"] == pytest.approx(0.5 / 0.5) and row["consensus"] == pytest.approx(0.25)
     even = evaluate.use_row(
-        example, times, looked, types.SimpleNamespace(times=times, prior=[0.125] * 8)
+        example, times, types.SimpleNamespace(times=times, prior=[0.125] * 8), *looked
     )
     assert even["consensus_slots"] == [] and even["enrichment"] is None and len(even["events"]) == 2
-    assert "events" not in evaluate.use_row(example, times, looked, None)
+    assert "events" not in evaluate.use_row(example, times, None, *looked)
 
 
 def test_frame_use_of_the_answers(flags, bench, undisturbed, tmp_path, monkeypatch, capsys):
