@@ -39,7 +39,7 @@ import random
 import re
 import sys
 import time
-from collections import ChainMap, Counter, defaultdict
+from collections import Counter, defaultdict
 from dataclasses import dataclass, fields, replace
 from functools import partial
 from itertools import chain
@@ -184,8 +184,9 @@ class EvaluateArguments(RunFlags):
             self.frame_use = "attention"
         rescore = self.rescore
         sources = [source for source in (rescore, self.dataset_name, self.question) if source]
-        measures = self.frame_use != "none"
-        addresses = (self.api_base or "http:", self.judge_base or "http:")
+        servers = [base for base in (self.api_base, self.judge_base) if base]
+        controlled = self.control != "none"
+        measures = self.frame_use != "none" or self.frame_use_check
         try:
             api_extra = json.loads(self.api_extra)
         except ValueError:
@@ -200,7 +201,7 @@ class EvaluateArguments(RunFlags):
             ),
             "--options, --video and --image go with --question, --frame_use_check, --control and a "
             "judge with a data set": (
-                self.frame_use_check or self.control != "none" or self.judge_base
+                self.frame_use_check or controlled or self.judge_base
                 if self.question
                 else self.options or self.video or self.image
             ),
@@ -210,7 +211,7 @@ class EvaluateArguments(RunFlags):
             ),
             f"--output {self.output} is a folder; give a file": os.path.isdir(self.output),
             "--api_base and --judge_base are addresses of servers, http://host:port/v1": (
-                not all(address.startswith("http") for address in addresses)
+                not all(base.startswith("http") for base in servers)
             ),
             f"--api_extra {self.api_extra} is no JSON object": not isinstance(api_extra, dict),
             "--judge_base and --judge_model go together": (
@@ -222,11 +223,8 @@ class EvaluateArguments(RunFlags):
                 self.frame_times != "none" and (self.api_base or self.control == "black")
             ),
             "--frame_use and --frame_use_check need a model on this machine: no --api_base, "
-            "--rescore or --control": (
-                (measures or self.frame_use_check)
-                and (self.api_base or rescore or self.control != "none")
-            ),
-            "--priors goes with --frame_use": self.priors and not measures,
+            "--rescore or --control": measures and (self.api_base or rescore or controlled),
+            "--priors goes with --frame_use": self.priors and self.frame_use == "none",
             f"--control {self.control} changes frames; --api_media video sends the file as it is": (
                 self.api_media == "video" and self.control in ("shuffled", "black")
             ),
@@ -294,7 +292,7 @@ def score_settings(arguments):
 
 def question_fields(example):
     """Make the part of a line of the predictions that describes the question, as Video-R1 does."""
-    fields = {
+    values = {
         "problem_id": example.id,
         "problem": example.question,
         "problem_type": example.problem_type,
@@ -305,8 +303,8 @@ def question_fields(example):
     # What reports break scores down by.
     for name in (*scores.TASK_FIELDS, *scores.BREAKDOWNS, *scores.CAPTION_FIELDS, "path"):
         if name in example.extra:
-            fields[name] = example.extra[name]
-    return fields
+            values[name] = example.extra[name]
+    return values
 
 
 def stored_rows(path):
@@ -381,17 +379,16 @@ def run_benchmark(arguments):
     file.replace(final)
     done = {row["problem_id"] for row in final}
 
-    # Batches {problem_id: {"output" or "error", "frame_use"}}, appended as they are made.
+    # problem_id, {"output" or "error", "frame_use"}, appended as they are made.
     if arguments.api_base:
-        batches = ask_server(arguments, examples, done)
+        answers = ask_server(arguments, examples, done)
     else:
-        batches = answer_here(arguments, examples, done, rank, world)
+        answers = answer_here(arguments, examples, done, rank, world)
     # What every rank writes alike stands in the joined file once.
-    for batch in chain([unusable], batches):
-        for name, answer in batch.items():
-            row = {**questions[name], "output": "", "error": None, **answer, "settings": settings}
-            if name not in done:
-                file.append([row])
+    for name, answer in chain(unusable.items(), answers):
+        row = {**questions[name], "output": "", "error": None, **answer, "settings": settings}
+        if name not in done:
+            file.append([row])
     file.close()
     if rank > 0:
         return
@@ -412,10 +409,9 @@ def run_benchmark(arguments):
 
 
 def frame_order(arguments, position, count):
-    """Order in which a question's frames are shown: shuffled by --control shuffled alone."""
+    """Order in which --control shuffled shows the frames of the question at a position."""
     order = list(range(count))
-    if arguments.control == "shuffled":
-        random.Random(run_seed(arguments, position)).shuffle(order)
+    random.Random(run_seed(arguments, position)).shuffle(order)
     return order
 
 
@@ -529,16 +525,14 @@ def window_size(arguments, count):
 
 
 def answer_here(arguments, examples, done, rank, world):
-    """Yield this rank's batches as {problem_id: answer}.
+    """Yield (problem_id, answer) of this rank's questions.
 
     A window has the same questions, and so the same batches, however many ranks there are and
     whatever is done, since padding changes the last bits of a greedy choice. If any answer of a
     window is missing, all are made again.
     """
     size = window_size(arguments, len(examples))
-    priors = {}
-    if arguments.priors:
-        priors = load_priors(arguments.priors, examples, arguments)
+    priors = load_priors(arguments.priors, examples, arguments) if arguments.priors else {}
     starts = []  # of windows in the data set
     for start in range(rank * size, len(examples), world * size):
         if not done.issuperset(example.id for example in examples[start : start + size]):
@@ -560,11 +554,8 @@ def answer_here(arguments, examples, done, rank, world):
     )
     budget = arguments.batch_tokens
     layer = arguments.frame_use_layer
-    layers = {}
-    if arguments.frame_use == "attention":
-        layers = {"attention_layer": layer}
-    elif arguments.frame_use == "hidden":
-        layers = {"hidden_layers": (layer,)}
+    ways = {"attention": {"attention_layer": layer}, "hidden": {"hidden_layers": (layer,)}}
+    layers = ways.get(arguments.frame_use, {})  # of a second forward; {}: none
 
     def window(start):
         asked = enumerate(examples[start : start + size], start)
@@ -575,7 +566,8 @@ def answer_here(arguments, examples, done, rank, world):
     for requests in tqdm(decoded, "answer", len(starts), unit="window", disable=rank > 0):
         # An unreadable medium costs its own question alone.
         ready, broken = inputs.take(requests)
-        yield {name: {"error": f"unreadable media: {cause}"} for name, cause in broken.items()}
+        for name, cause in broken.items():
+            yield name, {"error": f"unreadable media: {cause}"}
         made = [one.inputs for one in ready]
         seeds = [run_seed(arguments, one.place) for one in ready]
         for batch in answer_inputs(model, processor, made, seeds, settings, budget, **layers):
@@ -586,7 +578,7 @@ def answer_here(arguments, examples, done, rank, world):
                 if row in uses:
                     seen = (one.example, one.inputs.times, one.prior)
                     answer["frame_use"] = use_row(*seen, *uses[row])
-                yield {one.example.id: answer}
+                yield one.example.id, answer
 
 
 # --------------------------------------------------------------------------- answers of a server
@@ -596,24 +588,25 @@ class ServerError(Exception):
     """A server gave no answer, however often it was asked."""
 
 
-def connect(arguments, base, key_name):
-    # Without a key the client would send the one of huggingface.co that it finds on this machine.
-    key = os.environ.get(key_name, "none")
-    return InferenceClient(base_url=base, api_key=key, timeout=arguments.api_timeout)
-
-
-def chat(client, retries, messages, **settings):
+def chat(arguments, base, key_name, messages, **settings):
     """Ask a server once, and again after 1, 2, 4... seconds where another try may help.
 
     A server that cuts off the think block (`transformers serve`, vLLM's reasoning parsers) sends it
     apart; it is put back.
 
+    Args:
+        base: the server's address.
+        key_name: the environment's variable that holds the key.
+        messages, settings: of a chat completion.
     Returns:
         Text of the answer.
     Raises:
         ServerError: with the cause.
     """
-    for attempt in range(retries + 1):
+    # Without a key the client would send the one of huggingface.co that it finds on this machine.
+    key = os.environ.get(key_name, "none")
+    client = InferenceClient(base_url=base, api_key=key, timeout=arguments.api_timeout)
+    for attempt in range(arguments.api_retries + 1):
         if attempt:
             time.sleep(2 ** (attempt - 1))
         try:
@@ -656,7 +649,8 @@ def media_parts(arguments, example, medium, position):
         mime = mimetypes.guess_type(medium.path)[0] or "video/mp4"
         return [media_part("video", Path(medium.path).read_bytes(), mime)]
     frames = Encoder(None, arguments).load(medium).frames  # (K, 3, h, w)
-    frames = frames[frame_order(arguments, position, len(frames))]
+    if arguments.control == "shuffled":
+        frames = frames[frame_order(arguments, position, len(frames))]
     # As in Encoder.encode: pictures beside a video stay.
     if arguments.control == "black" and medium.kind == example.media_type:
         frames = torch.zeros_like(frames)
@@ -704,8 +698,7 @@ def in_threads(arguments, function, tasks, name):
 
 
 def ask_server(arguments, examples, done):
-    """Yield answers of an OpenAI-compatible server as they come, each as {problem_id: answer}."""
-    client = connect(arguments, arguments.api_base, "OPENAI_API_KEY")
+    """Yield (problem_id, answer) of an OpenAI-compatible server as the answers come."""
     # The user's fields win over ours.
     extra = json.loads(arguments.api_extra)
     if arguments.top_k and arguments.temperature:
@@ -726,12 +719,13 @@ def ask_server(arguments, examples, done):
         task = pool.submit(make_messages, arguments, example, position)
         messages = pool.result(task, example.path)
         seed = run_seed(arguments, position)
-        return {"output": chat(client, arguments.api_retries, messages, seed=seed, **settings)}
+        server = (arguments, arguments.api_base, "OPENAI_API_KEY")
+        return {"output": chat(*server, messages, seed=seed, **settings)}
 
     tasks = [task for task in enumerate(examples) if task[1].id not in done]
     try:
         for (_, example), answer in in_threads(arguments, ask, tasks, "ask"):
-            yield {example.id: answer}
+            yield example.id, answer
     finally:
         pool.stop()
 
@@ -815,7 +809,7 @@ def judge_prompts(record):
         answer; without those that would be about nothing.
     """
     reasoning, _ = reward.split_output(record["output"])
-    fields = {
+    values = {
         **record,
         "options": "\n".join(record["options"]) or "(none)",
         "question": "\n".join([record["problem"], *record["options"]]),
@@ -830,7 +824,7 @@ def judge_prompts(record):
         wordings["vas"] = RATE_ATTENTION
     if scores.is_open(record):
         wordings["correct"] = READ_CAPTION if record["mc_question"] else JUDGE_ANSWER
-    return {name: wording.format(**fields) for name, wording in wordings.items()}
+    return {name: wording.format(**values) for name, wording in wordings.items()}
 
 
 def read_reply(name, reply, record):
@@ -854,13 +848,14 @@ def read_reply(name, reply, record):
     return verdict and verdict[1].lower() == "correct"
 
 
-def judge_one(arguments, client, record, name, prompt):
+def judge_one(arguments, record, name, prompt):
     """Ask the judge for one reading of an output -> {reading: value of read_reply}."""
     # A judge that gave no rating or verdict is asked once more.
     for reminder in ("", "\n\nJSON only." if name == "vas" else "\n\nOne word only."):
         text = chat(
-            client,
-            arguments.api_retries,
+            arguments,
+            arguments.judge_base,
+            "JUDGE_API_KEY",
             [{"role": "user", "content": prompt + reminder}],
             model=arguments.judge_model,
             max_tokens=JUDGE_TOKENS,
@@ -904,8 +899,7 @@ def judge_report(arguments, report):
         f"{arguments.judge_model} at {arguments.judge_base} is asked {len(tasks)} times: about "
         f"{tokens} tokens to read, at most {JUDGE_TOKENS * len(tasks)} to write"
     )
-    client = connect(arguments, arguments.judge_base, "JUDGE_API_KEY")
-    ask = partial(judge_one, arguments, client)
+    ask = partial(judge_one, arguments)
     failed = {}
     for (record, *_), told in in_threads(arguments, ask, tasks, "judge"):
         name = record["problem_id"]
@@ -924,9 +918,11 @@ def judge_report(arguments, report):
     for name in failed:
         del readings[name]
     metrics = scores.reasoning_metrics(report["results"], readings, arguments.judge_model)
-    correctness = scores.correctness(report["results"], readings, failed)
-    more = {"judge_base": arguments.judge_base, "correctness": correctness, "failed": failed}
-    return {**metrics, **more}
+    return metrics | {
+        "judge_base": arguments.judge_base,
+        "correctness": scores.correctness(report["results"], readings, failed),
+        "failed": failed,
+    }
 
 
 # ------------------------------------------------------------------------ reports, comparisons
@@ -983,7 +979,7 @@ def rescored(path):
     items, repeated, settings = scores.read_predictions(path)
     source = settings.get("dataset_name", "")
     benchmark = scores.benchmark_of(path, items) or scores.benchmark_of(source)
-    return scores.make_report(items, benchmark, repeated), {**settings, "rescored": str(path)}
+    return scores.make_report(items, benchmark, repeated), settings | {"rescored": str(path)}
 
 
 def run_compare(first, second, output, seed):
@@ -1052,8 +1048,8 @@ def print_bars(use):
         part = slice(begin, begin + 10)
         for name, shares in rows.items():
             # A full bar is the largest share.
-            heights = [round(8 * share / max(shares)) for share in shares[part]]
-            print(f"{name:8s}", *(" ▁▂▃▄▅▆▇█"[height] * 6 for height in heights))
+            bars = [6 * " ▁▂▃▄▅▆▇█"[round(8 * share / max(shares))] for share in shares[part]]
+            print(f"{name:8s}", *bars)
         print("seconds ", *(f"{time:6.1f}" for time in times[part]))
 
 
@@ -1075,13 +1071,13 @@ def run_question(arguments):
     answers = answer_here(arguments, [example], set(), 0, 1)
     if arguments.api_base:
         answers = ask_server(arguments, [example], set())
-    answer = ChainMap(*answers)[example.id]
+    [(_, answer)] = answers
     if "error" in answer:
         raise DataError(answer["error"])
     reasoning, text = reward.split_output(answer["output"])
     print("\n".join([example.question, *example.options]))
     print(f"\nreasoning: {reasoning or '(none)'}\nanswer: {text or '(none)'}")
-    if answer.get("frame_use"):
+    if "frame_use" in answer:
         print_bars(answer["frame_use"])
     elif arguments.frame_use != "none":
         print("looked: there is no choice of frames")

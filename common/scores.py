@@ -109,9 +109,7 @@ class Item:
     unread: str | None = None  # why the official rules found no answer in the output
     reward_video_r1: float = 0.0  # eval_bench.py's score
     format: float = 0.0  # 1 for well-formed tags
-    # What a report does not list.
-    groups: dict = field(default_factory=dict)  # {name in BREAKDOWNS: value}
-    stored: float | None = None  # score in the file
+    stored: float | None = None  # score in the file, which a report does not list
 
 
 # ---------------------------------------------------------------------------------- stored files
@@ -184,9 +182,10 @@ def item_of(row):
         item.frame_use.pop("events", None)
     for start, end in row.get("evidence") or row.get("glue") or []:
         item.evidence.append((float(start), float(end)))
+    # Only a question that has one of these has the field.
     for name in BREAKDOWNS:
         if isinstance(row.get(name), str):
-            item.groups[name] = row[name]
+            setattr(item, name, row[name])
     if isinstance(row.get("reward"), int | float):
         item.stored = row["reward"]
     # Solutions are written as "(A)", "A. red" or "red", too.
@@ -507,9 +506,8 @@ def score_item(item):
         whole = reward.extract_answer(item.output) or item.output.strip()
         item.reward_video_r1 = video_r1_score(whole, item)
     item.correct = item.reward == 1.0
-    record = vars(item) | item.groups
-    for name in ("groups", "stored"):
-        del record[name]
+    record = dict(vars(item))
+    del record["stored"]
     return record
 
 
