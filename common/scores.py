@@ -785,7 +785,7 @@ def use_means(records):
 
 
 def other_scores(items):
-    """Say which scores in the file are others than the official ones -> sentence, "" for none."""
+    """Yield a sentence about the scores in the file that are others than the official ones."""
     other = []
     by_video_r1 = 0
     for item in items:
@@ -795,46 +795,40 @@ def other_scores(items):
                 f"{item.stored:g} there, {item.reward:g} here)"
             )
             by_video_r1 += abs(item.stored - item.reward_video_r1) < 1e-6
-    if not other:
-        return ""
-    return (
-        f"{len(other)} of {len(items)} answers have another score in the file, {by_video_r1} of "
-        f"them that of accuracy_video_r1; the first: {', '.join(other[:3])}"
-    )
+    if other:
+        yield (
+            f"{len(other)} of {len(items)} answers have another score in the file, {by_video_r1} "
+            f"of them that of accuracy_video_r1; the first: {', '.join(other[:3])}"
+        )
 
 
 def find_warnings(items, benchmark, repeated, unread):
-    """What makes a report's numbers incomparable or incomplete -> list of sentences."""
-    warnings = []
+    """Yield sentences about what makes a report's numbers incomparable or incomplete."""
     count = sum(map(len, unread.values()))
     if count > 0.02 * len(items):
         causes = []
         for kind, texts in unread.items():
             name, text = next(iter(texts.items()))
             causes.append(f"{len(texts)} {kind}, such as {name}: {text!r}")
-        warnings.append(
+        yield (
             f"{count} of {len(items)} answers could not be read and count as wrong: "
             f"{'; '.join(causes)}"
         )
-    differing = other_scores(items)
-    if differing:
-        warnings.append(differing)
+    yield from other_scores(items)
     sizes = SIZES.get(benchmark, [len(items)])
     if len(items) not in sizes:
-        warnings.append(
+        yield (
             f"{benchmark} has {' or '.join(map(str, sizes))} questions, this file {len(items)}: "
             "not comparable with published numbers"
         )
     # No rule would score these, and 0 would look like a wrong answer.
-    kinds = [item.problem_type for item in items if not item.error]
-    unknown = Counter(kind for kind in kinds if kind not in PROBLEM_TYPES)
+    unknown = Counter(item.problem_type for item in items if not item.error)
+    for kind in PROBLEM_TYPES:
+        del unknown[kind]
     if unknown:
-        warnings.append(f"problem types that no rule scores count as wrong: {dict(unknown)}")
+        yield f"problem types that no rule scores count as wrong: {dict(unknown)}"
     if repeated:
-        warnings.append(
-            f"{len(repeated)} rows repeat the problem_id of an earlier one and were left out"
-        )
-    return warnings
+        yield f"{len(repeated)} rows repeat the problem_id of an earlier one and were left out"
 
 
 def make_report(items, benchmark="", repeated=()):
@@ -900,7 +894,7 @@ def make_report(items, benchmark="", repeated=()):
             **dict.fromkeys(("judge", "TAC", "consistency_rate", "VAS", "correctness")),
             "reason": "no judge was asked (--judge_base, --judge_model)",
         },
-        "warnings": find_warnings(items, benchmark, repeated, unread),
+        "warnings": list(find_warnings(items, benchmark, repeated, unread)),
         "results": records,
     }
 
