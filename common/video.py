@@ -7,6 +7,7 @@ for frame in video.read(indices):            # each (H, W, 3) uint8 RGB, as a vi
 video.times[indices]                         # seconds since the first frame shown
 """
 
+import glob
 import os
 import re
 from contextlib import contextmanager
@@ -16,7 +17,6 @@ import av
 import cv2
 import numpy as np
 from av.stream import Disposition
-from av.video.reformatter import VideoReformatter
 from PIL import Image, ImageOps
 
 from common.data import DataError, MediaError, first_words
@@ -27,11 +27,11 @@ av.logging.set_level(None)
 DECODERS = ("pyav", "decord")
 
 # Containers with a presentation time for every frame. Others order frames by decoding times.
-TIMED_CONTAINERS = {"mov", "matroska", "mpegts", "flv"}
+TIMED_CONTAINERS = re.compile(r"\b(mov|matroska|mpegts|flv)\b")
 
 # Codecs of which a packet is one frame shown; VP8 has packets of hidden frames, for one.
-PACKET_IS_FRAME = {"h264", "hevc", "vp9", "libdav1d", "av1", "mpeg4", "mpeg1video", "mpeg2video"}
-PACKET_IS_FRAME |= {"mjpeg", "prores", "wmv1", "wmv2", "flv", "h263", "msmpeg4v2", "msmpeg4v3"}
+PACKET_IS_FRAME = """h264 hevc vp9 libdav1d av1 mpeg4 mpeg1video mpeg2video mjpeg prores wmv1 wmv2
+    flv h263 msmpeg4v2 msmpeg4v3""".split()
 
 PICTURES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")  # of a folder
 
@@ -176,7 +176,6 @@ def video_stream(container, strict=False):
         raise MediaError(f"{container.name}: not a readable video (nothing in it can be decoded)")
     if strict:
         stream.codec_context.options = {"err_detect": "explode"}
-    stream.thread_type = "NONE"
     stream.thread_count = 1
     return stream
 
@@ -203,10 +202,9 @@ def open_pyav(path):
                     raise MediaError(f"{path}: not a readable video (a part of it is missing)")
                 found.append((packet.pts, packet.is_keyframe, packet.is_discard))
                 end = max(end, (packet.pts or 0) + (packet.duration or 0))
-            names = container.format.name.split(",")
-            timed = not TIMED_CONTAINERS.isdisjoint(names)
-            timed = timed or not stream.codec_context.has_b_frames
-            timed = timed and stream.codec_context.name in PACKET_IS_FRAME
+            codec = stream.codec_context
+            timed = TIMED_CONTAINERS.search(container.format.name) or not codec.has_b_frames
+            timed = timed and codec.name in PACKET_IS_FRAME
             base = float(stream.time_base)
             promised = promised_seconds(container, stream)
             own = stream.duration is not None
@@ -237,16 +235,18 @@ def open_pyav(path):
 
 def promised_seconds(container, stream):
     """Length of a file in its header, of the containers that have it there; else 0."""
-    names = {*container.format.name.split(",")}
-    if "avi" in names:
+    name = container.format.name
+    if "avi" in name:
         return float(stream.frames / (stream.average_rate or 1))
     # After its edit list.
-    if "mov" in names:
+    if "mov" in name:
         return float((stream.duration or 0) * stream.time_base)
     # FFmpeg passes the length of a Windows Media file on where the file has the promised size.
-    if "asf" in names and stream.duration is None:
+    if "asf" in name and stream.duration is None:
         raise MediaError(f"{container.name}: damaged video (cut short, or recorded without an end)")
-    return (container.duration or 0) / av.time_base if {"matroska", "flv"} & names else 0.0
+    if "matroska" in name or "flv" in name:
+        return (container.duration or 0) / av.time_base
+    return 0.0
 
 
 def last_second(path):
@@ -288,7 +288,7 @@ def read_file(path, timed, points, starts, shown, indices):
         shown: (N,) of the frames.
     """
     wanted = shown[indices]
-    show = Viewer()
+    size = None
     done = 0
     cause = ""
     # Some key frames only begin to refresh the picture; then everything before is decoded as well.
@@ -298,7 +298,9 @@ def read_file(path, timed, points, starts, shown, indices):
         places = begin[places.clip(0)].tolist()  # packet to begin with, for each frame
         try:
             for frame in decode(path, timed, places, wanted[done:]):
-                yield show(frame)
+                # A video whose frames change their size has that of the first.
+                size = size or (frame.width, frame.height)
+                yield to_rgb(frame, *size)
                 done += 1
         except av.FFmpegError as error:
             cause = f": {first_words(error)}"
@@ -329,34 +331,19 @@ def decode(path, timed, places, wanted):
                         return
 
 
-class Viewer:
-    """Converts decoded frames to RGB, turned and mirrored as the file asks, alpha on white."""
-
-    def __init__(self):
-        self.reformatter = VideoReformatter()
-        self.size = None
-
-    def __call__(self, frame):
-        """av.VideoFrame -> (H, W, 3) uint8."""
-        # A video whose frames change their size has that of the first.
-        self.size = self.size or (frame.width, frame.height)
-        clear = any(component.is_alpha for component in frame.format.components)
-        # One thread, as the decoder's.
-        frame_rgb = self.reformatter.reformat(
-            frame, *self.size, format="rgba" if clear else "rgb24", threads=1
-        )
-        pixels = frame_rgb.to_ndarray()
-        if clear:
-            pixels = on_white(Image.fromarray(pixels))
-        matrix = frame.side_data.get("DISPLAYMATRIX")
-        if matrix is not None:
-            pixels = turn(pixels, np.frombuffer(matrix, np.int32).reshape(3, 3))
+def to_rgb(frame, width, height):
+    """av.VideoFrame -> (H, W, 3) uint8, turned and mirrored as the file asks, alpha on white."""
+    clear = any(component.is_alpha for component in frame.format.components)
+    mode = "rgba" if clear else "rgb24"
+    # One thread, as the decoder's.
+    pixels = frame.to_ndarray(format=mode, width=width, height=height, threads=1)
+    if clear:
+        pixels = on_white(Image.fromarray(pixels))
+    matrix = frame.side_data.get("DISPLAYMATRIX")
+    if matrix is None:
         return pixels
-
-
-def turn(pixels, matrix):
-    """Apply the nearest turn by right angles, and mirroring, of a file's display matrix (3, 3)."""
-    (a, b), (c, d) = matrix[:2, :2].astype(float)  # a point (x, y) goes to (ax + cy, bx + dy)
+    # A point (x, y) goes to (ax + cy, bx + dy): the nearest turn by right angles, and mirroring.
+    a, b, _, c, d, *_ = np.frombuffer(matrix, np.int32).tolist()
     if abs(b) + abs(c) > abs(a) + abs(d):
         pixels = pixels.transpose(1, 0, 2)
         a, d = c, b
@@ -409,13 +396,13 @@ def as_shown(image):
     image = ImageOps.exif_transpose(image)
     if image.has_transparency_data:
         return on_white(image)
-    # Numbers of more than 8 bits, which Pillow would cut off at 255.
-    if image.mode in ("F", "I") or image.mode.startswith("I;"):
+    # Numbers of more than 8 bits (modes F, I, I;16 and its kin), which Pillow would cut off at 255.
+    if image.mode[0] in "FI":
         grey = np.nan_to_num(np.asarray(image).astype(np.float64))
         # Floats are from 0 to 1, integers from 0 to 65535; what goes beyond is white at its most.
         usual = 1.0 if image.mode == "F" else 65535.0
         grey = (grey * 255 / max(usual, grey.max())).clip(0, 255).round().astype(np.uint8)
-        return np.repeat(grey[:, :, None], 3, 2)
+        return np.dstack([grey] * 3)
     return np.asarray(image.convert("RGB"))
 
 
@@ -453,21 +440,21 @@ def open_animation(path):
             durations.append(duration if duration > 10 else 100)
     if len(durations) == 1:
         raise MediaError(f"{path}: an image where a video was promised")
-    return Video(path, np.cumsum([0, *durations[:-1]]) / 1000, partial(read_animation, path))
 
+    def frames(indices):
+        with open_image(path, "video") as image:
+            for index in indices:
+                image.seek(index)
+                yield as_shown(image)
 
-def read_animation(path, indices):
-    with open_image(path, "video") as image:
-        for index in indices:
-            image.seek(index)
-            yield as_shown(image)
+    return Video(path, np.cumsum([0, *durations[:-1]]) / 1000, frames)
 
 
 def open_folder(path, fps):
     """Open a folder of pictures, the frames of a video in the natural order of their names."""
-    names = [name for name in os.listdir(path) if name.lower().endswith(PICTURES)]
-    # Hidden files are none, as macOS's "._a.png" beside "a.png".
-    names = [name for name in names if not name.startswith(".")]
+    # Without hidden files, as macOS's "._a.png" beside "a.png".
+    names = glob.glob("*", root_dir=path)
+    names = [name for name in names if name.lower().endswith(PICTURES)]
     if not names:
         raise MediaError(f"{path}: a folder without pictures")
     # frame_2 stands before frame_10.
@@ -476,15 +463,15 @@ def open_folder(path, fps):
             int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)
         ]
     )
-    times = np.arange(len(names)) / (fps or 1.0)
-    return Video(path, times, partial(read_folder, path, names))
 
+    def frames(indices):
+        size = None
+        for index in indices:
+            [frame] = load_image(os.path.join(path, names[index]))
+            size = size or frame.shape
+            if frame.shape != size:
+                first = names[indices[0]]
+                raise MediaError(f"{path}: {names[index]} has another size than {first}")
+            yield frame
 
-def read_folder(path, names, indices):
-    size = None
-    for index in indices:
-        [frame] = load_image(os.path.join(path, names[index]))
-        size = size or frame.shape
-        if frame.shape != size:
-            raise MediaError(f"{path}: {names[index]} has another size than {names[indices[0]]}")
-        yield frame
+    return Video(path, np.arange(len(names)) / (fps or 1.0), frames)
