@@ -205,7 +205,7 @@ def split_options(text):
     for line in text.strip().split("\n"):
         # Only the next letter starts an option; other lines continue the last one.
         match = re.match(r"\(?([A-Z])[.)]\s*(.*)", line.strip())
-        if match and match[1] == chr(ord("A") + len(options)):
+        if match and ascii_uppercase.index(match[1]) == len(options):
             options.append(f"{match[1]}. {match[2]}")
         elif options:
             options[-1] += f"\n{line}"
@@ -220,8 +220,7 @@ def option_texts(options):
     An option without a letter gets that of its position.
     """
     texts = {}
-    for index, option in enumerate(options):
-        letter = chr(ord("A") + index)
+    for letter, option in zip(ascii_uppercase, options, strict=False):
         match = LETTERED.fullmatch(option.strip())
         if match:
             letter, option = match.groups()
@@ -554,12 +553,17 @@ def is_empty(value):
 
 
 def read_number(part, name):
-    """A field as float; None if it is empty."""
+    """A field as finite float; None if it is empty. Commas group its digits: "1,200"."""
     value = part.get(name)
+    if is_empty(value):
+        return None
     try:
-        return None if is_empty(value) else float(value)
-    except (TypeError, ValueError) as error:
-        raise DataError(f"has {name} {value!r}, which is not a number") from error
+        number = float(str(value).replace(",", ""))
+    except ValueError:
+        number = math.nan
+    if not math.isfinite(number):
+        raise DataError(f"has {name} {value!r}, which is not a number")
+    return number
 
 
 def read_medium(part, media_root):
@@ -613,12 +617,7 @@ def read_solution(row, options):
     if is_empty(answer):
         raise DataError(f"has an empty solution {answer}")
     if row["problem_type"] in ("numerical", "regression"):
-        try:
-            finite = math.isfinite(float(answer.replace(",", "")))
-        except ValueError:
-            finite = False
-        if not finite:
-            raise DataError(f"has the solution {answer[:60]!r}, which is not a number")
+        read_number({"the solution": answer}, "the solution")
     if row["problem_type"] != "multiple choice":
         return answer
     if len(options) > len(ascii_uppercase):
@@ -691,9 +690,8 @@ def read_example(row, index, media_root):
             raise DataError(f"has no valid Unicode in {name} (a lone surrogate)")
 
     options = row.get("options") or []
-    process = row.get("process") or ""
-    if not isinstance(options, list) or not isinstance(process, str):
-        raise DataError("options must be a list and process a text")
+    if not isinstance(options, list):
+        raise DataError("has options that are not a list")
     if any(map(is_empty, [row["problem"], *options])):
         raise DataError("has an empty problem or option")
     options = [str(option) for option in options]
@@ -708,7 +706,7 @@ def read_example(row, index, media_root):
         problem_type=kind,
         answer=answer,
         media=media,
-        reasoning=strip_tag(process, "think"),
+        reasoning=strip_tag(row.get("process") or "", "think"),
         grounding=grounding,
         evidence=evidence,
         extra={name: value for name, value in row.items() if name not in FIELDS},
@@ -763,7 +761,7 @@ def read_document(path, kind="file"):
         if Path(path).suffix == ".jsonl" or re.match(r"\s*{.*}\s*\n\s*{", text):
             # An array of all lines, so that an error names the line. str.splitlines would also
             # split at U+2028, which a JSON string may hold.
-            lines = [line for line in text.split("\n") if line.strip()]
+            lines = filter(str.strip, text.split("\n"))
             text = "[" + ",\n".join(lines) + "]"
         return json.loads(text)
     except ValueError as error:  # not JSON, or not UTF-8
@@ -791,8 +789,9 @@ def load_examples(dataset_name, media_root=None, errors=None):
     """
     rows = read_document(dataset_name, "data set")
     if not isinstance(rows, list) or not rows:
-        words = "holds no examples (a non-empty JSON array is expected)"
-        raise DataError(f"data set {dataset_name} {words}")
+        raise DataError(
+            f"data set {dataset_name} holds no examples (a non-empty JSON array is expected)"
+        )
     examples = []
     first_rows = {}  # id -> index of the row that has it
     for index, row in enumerate(rows):
@@ -931,10 +930,10 @@ def invert_question(example, rng):
     if not all(map(LETTERED.fullmatch, example.options)):
         return None
     texts = option_texts(example.options)
-    if any(ABOUT_OPTIONS.search(text) for text in texts.values()):
+    if any(map(ABOUT_OPTIONS.search, texts.values())):
         return None
     # One right option, at least one wrong one, no two alike.
-    distinct = {text.lower() for text in texts.values()}
+    distinct = set(map(str.lower, texts.values()))
     if example.answer not in texts or not 2 <= len(example.options) == len(distinct):
         return None
     # Draws: how many right options, which, and their order with the wrong one.
@@ -1007,26 +1006,21 @@ def build_prompt(example, template=PROMPT_TEMPLATE):
 MARK = "\ue000"  # stands for the user's text while the chat template is rendered
 
 
-def chat_parts(processor, example, template=PROMPT_TEMPLATE, system_prompt=None):
-    """Render the chat template and cut it around the user's text.
+@lru_cache(maxsize=64)
+def around_text(processor, kinds, system_prompt=None):
+    """What the chat template puts before and behind the user's text.
 
     The text stands apart because its special tokens are tokenized as plain text: a question about
     "<|im_end|>" must not end the turn.
 
+    Args:
+        kinds: tuple of the media's, "video" or "image", in the prompt's order.
     Returns:
-        (before, text, after): `before` ends with the placeholder of the last medium, `after` where
-        the assistant's turn begins.
+        [before, after]: `before` ends with the placeholder of the last medium, `after` where the
+        assistant's turn begins.
     Raises:
         DataError: the template does not show the user's text exactly once.
     """
-    kinds = tuple(medium.kind for medium in example.media)
-    before, after = around_text(processor, kinds, system_prompt)
-    return before, build_prompt(example, template), after
-
-
-@lru_cache(maxsize=64)
-def around_text(processor, kinds, system_prompt):
-    """What the chat template puts before and behind the user's text; kinds of the media."""
     content = [{"type": kind} for kind in kinds]
     content.append({"type": "text", "text": MARK})
     messages = [{"role": "user", "content": content}]

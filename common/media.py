@@ -13,7 +13,15 @@ import cv2
 import numpy as np
 import torch
 
-from common.data import DataError, MediaError, Medium, chat_parts, plain_ids, read_template
+from common.data import (
+    DataError,
+    MediaError,
+    Medium,
+    around_text,
+    build_prompt,
+    plain_ids,
+    read_template,
+)
 from common.flags import check_least, flag
 from common.video import DECODERS, load_image, open_medium
 
@@ -132,11 +140,10 @@ def sample_video(path, count, fps=None, start=None, end=None, **more):
     Raises:
         MediaError: what open_video, Video.pick and Video.read raise.
     """
-    rate = None
+    medium = Medium("video", path, fps, start, end)
     if os.path.isdir(path):
-        rate, fps = fps, None
-    flags = FrameFlags(frames=count, fps=fps, **more)
-    return sample_medium(Medium("video", path, rate, start, end), flags)
+        fps = None
+    return sample_medium(medium, FrameFlags(frames=count, fps=fps, **more))
 
 
 def sample_medium(medium, flags, indices=None):
@@ -242,7 +249,6 @@ class CachedMedium:
     kind: str  # "video" or "image"
     frames: torch.Tensor  # (K, 3, h, w) uint8, resized
     times: list[float]  # (K,) seconds
-    fps: float  # mean frame rate of the K frames
     inputs: ModelInputs | None = None  # prompt of this medium alone up to its end, once encoded
 
     @property
@@ -288,20 +294,14 @@ class Encoder:
             # The prior is the video's, or the first picture's.
             loaded = self.load(medium, row if medium == example.medium else None)
             # A control leaves the pictures beside a video as they are.
-            if medium.kind == example.media_type and black:
+            changes = medium.kind == example.media_type
+            if changes and black:
                 loaded = replace(loaded, frames=torch.zeros_like(loaded.frames), inputs=None)
-            elif medium.kind == example.media_type and shuffle is not None:
+            elif changes and shuffle is not None:
                 loaded = replace(loaded, frames=loaded.frames[list(shuffle)], inputs=None)
             media.append(loaded)
-        # Times as text stand in the user's turn, before the question.
-        if self.flags.frame_times == "text" and example.video:
-            shown = media[example.media.index(example.video)]
-            times = ", ".join(map(clock, shown.times))
-            question = f"The frames were taken at {times}.\n{example.question}"
-            example = replace(example, question=question)
-        before, text, after = chat_parts(
-            self.processor, example, self.template, self.flags.system_prompt
-        )
+        kinds = tuple(medium.kind for medium in example.media)
+        before, after = around_text(self.processor, kinds, self.flags.system_prompt)
 
         tokenizer = self.processor.tokenizer
         if not media:
@@ -313,6 +313,12 @@ class Encoder:
             # All questions about a medium share the prompt up to its end.
             media[0].inputs = media[0].inputs or self.process(before, media)
             inputs = media[0].inputs
+        # Times as text stand in the user's turn, before the question.
+        if self.flags.frame_times == "text" and example.video:
+            times = ", ".join(map(clock, inputs.times))
+            question = f"The frames were taken at {times}.\n{example.question}"
+            example = replace(example, question=question)
+        text = build_prompt(example, self.template)
         # Tokenized apart from the rest, since its special tokens are ordinary text.
         ids = plain_ids(tokenizer, text) + tokenizer(after, add_special_tokens=False).input_ids
         shared = inputs.input_ids
@@ -357,11 +363,7 @@ class Encoder:
             frames = resize_frames(frames, min(least, most), most, self.factor)
         except ValueError as error:  # one side is over 200 times the other
             raise MediaError(f"{medium.path}: cannot be resized ({error})") from error
-        fps = 1.0
-        # A single frame has no rate.
-        if len(times) > 1:
-            fps = float((len(times) - 1) / (times[-1] - times[0]))
-        return CachedMedium(medium.kind, frames, times.tolist(), fps)
+        return CachedMedium(medium.kind, frames, times.tolist())
 
     @property
     def factor(self):
@@ -381,24 +383,26 @@ class Encoder:
         Returns:
             ModelInputs.
         """
-        given = {}
+        images = [one.frames[0] for one in media if one.kind == "image"]
+        given = {"images": images or None}
         seconds = 1.0
         times = media[0].times
-        images = [one.frames[0] for one in media if one.kind == "image"]
-        if images:
-            given["images"] = images
         for video in media:
             if video.kind == "image":
                 continue
             frames = video.frames
             times = video.times
+            # Mean frames a second; a single frame has no rate.
+            fps = 1.0
+            if len(times) > 1:
+                fps = (len(times) - 1) / (times[-1] - times[0])
             # Drawn after a control has shuffled the frames: the times stay in order.
             if self.flags.frame_times == "drawn":
                 frames = draw_times(frames, times)
-            seconds = self.processor.video_processor.temporal_patch_size / video.fps
+            seconds = self.processor.video_processor.temporal_patch_size / fps
             # The frames are sampled already; their rate gives the seconds per slot.
             metadata = {
-                "fps": video.fps,
+                "fps": fps,
                 "total_num_frames": len(frames),
                 "frames_indices": list(range(len(frames))),
             }

@@ -186,6 +186,15 @@ def checkpoint(talker, toy_processor, tmp_path_factory):
     return folder
 
 
+def chat_parts(processor, example, template="{question}\n{instruction}", system_prompt=None):
+    """(before, text, after): the whole prompt of an example, around the user's text."""
+    from common.data import around_text, build_prompt
+
+    kinds = tuple(medium.kind for medium in example.media)
+    before, after = around_text(processor, kinds, system_prompt)
+    return before, build_prompt(example, template), after
+
+
 def banned_ids(model):
     config = model.config
     return [

@@ -5,6 +5,7 @@ import random
 from dataclasses import replace
 
 import pytest
+from conftest import chat_parts
 
 import reward
 from common.data import (
@@ -16,7 +17,6 @@ from common.data import (
     Medium,
     answer_type,
     build_prompt,
-    chat_parts,
     differences,
     invert_question,
     load_examples,

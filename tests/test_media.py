@@ -5,13 +5,14 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from conftest import chat_parts
 from PIL import Image
 from transformers import Qwen2VLImageProcessor
 
 import prior
 import toy
 from common import media, video
-from common.data import DataError, Example, MediaError, Medium, Prior, chat_parts
+from common.data import DataError, Example, MediaError, Medium, Prior
 from common.media import (
     Encoder,
     PromptFlags,

@@ -9,12 +9,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from conftest import SMALL_GRPO, banned_ids, hf_inputs, launch, metrics, video_row
+from conftest import SMALL_GRPO, banned_ids, chat_parts, hf_inputs, launch, metrics, video_row
 from PIL import Image
 
 import evaluate
 import reward
-from common.data import Medium, chat_parts, load_examples
+from common.data import Medium, load_examples
 from common.media import Encoder, PromptFlags, read_frames
 from common.policy import Policy, collate
 from common.rollout import Sampling, rollout

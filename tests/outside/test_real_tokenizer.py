@@ -4,12 +4,13 @@ from dataclasses import replace
 
 import pytest
 import torch
+from conftest import chat_parts
 from dashscope import get_tokenizer
 from outside.qwen import TEMPLATE, THINKING_TEMPLATE, qwen_processor, qwen_tokenizer
 from PIL import Image
 from transformers import GenerationConfig
 
-from common.data import Example, Medium, chat_parts, plain_ids
+from common.data import Example, Medium, plain_ids
 from common.media import Encoder, PromptFlags
 from common.rollout import read_turn, stop_tokens
 from grpo import answer_likelihoods
