@@ -7,8 +7,8 @@ for batch in inputs.each(batches):                 # lists of Ready, decoded a b
 
 import math
 import pickle
-from collections import deque
 from dataclasses import dataclass, replace
+from functools import partial
 
 from common.data import Example, MediaError, Prior
 from common.media import ModelInputs
@@ -65,21 +65,20 @@ class Inputs:
         if workers > 0:
             # A copy without the media that this process has decoded.
             encoder = replace(encoder)
-        self.pool = Pool(workers, timeout, initializer=keep_encoder, initargs=(encoder,))
+        self.pool = Pool(workers, timeout, initializer=partial(keep_encoder, encoder))
         self.encode = encode
         self.tasks = {}
 
     def each(self, batches):
         """Yields lists of Ready in their order; the next one is encoded meanwhile."""
-        begun = deque()
+        waiting = []
         try:
             for batch in batches:
                 for one in batch:
                     self.tasks[one.place] = self.pool.submit(in_worker, self.encode, one)
-                begun.append(batch)
-                if len(begun) > 1:
-                    yield begun.popleft()
-            yield from begun
+                yield from waiting
+                waiting = [batch]
+            yield from waiting
         finally:
             self.pool.stop()
 
@@ -100,8 +99,10 @@ class Inputs:
                 one.inputs, one.control = pickle.loads(made)
                 length = len(one.inputs.input_ids)
                 if length > limit:
-                    words = f"the prompt has {length} tokens (--max_prompt_length {limit})"
-                    raise MediaError(f"{one.example.path}: {words}")
+                    raise MediaError(
+                        f"{one.example.path}: the prompt has {length} tokens "
+                        f"(--max_prompt_length {limit})"
+                    )
                 found.append(one)
             except MediaError as error:
                 broken[one.example.id] = str(error)

@@ -60,7 +60,7 @@ def exit_with_parent():
     os._exit(1)
 
 
-def start_worker(initializer, initargs):
+def start_worker(initializer):
     """Prepares a worker process: one thread per library; it exits with its parent."""
     torch.set_num_threads(1)
     cv2.setNumThreads(1)
@@ -68,7 +68,7 @@ def start_worker(initializer, initargs):
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=exit_with_parent, daemon=True).start()
     if initializer is not None:
-        initializer(*initargs)
+        initializer()
 
 
 @dataclass(eq=False)
@@ -87,19 +87,19 @@ class Pool:
     Args:
         workers: number of processes; 0: calls run in this process, without a timeout.
         timeout: seconds that a call may take.
-        initializer, initargs: called once in every worker.
+        initializer: function that is called once in every worker.
     """
 
-    def __init__(self, workers, timeout, initializer=None, initargs=()):
+    def __init__(self, workers, timeout, initializer=None):
         self.workers = workers
         self.timeout = timeout
+        self.initializer = initializer
         self.processes = None
         self.lock = threading.Lock()
-        self.start_arguments = (initializer, initargs)
         if workers > 0:
             self.start()
         elif initializer is not None:
-            initializer(*initargs)
+            initializer()
 
     def start(self):
         start_server()
@@ -107,7 +107,7 @@ class Pool:
             self.workers,
             max_tasks=TASKS_PER_WORKER,
             initializer=start_worker,
-            initargs=self.start_arguments,
+            initargs=[self.initializer],
             context=multiprocessing.get_context("forkserver"),
         )
 
@@ -128,11 +128,18 @@ class Pool:
         task.future = self.processes.schedule(task.function, task.args, timeout=self.timeout)
 
     def wait(self, tasks):
-        """Waits until one of the tasks ends; those that a lost pool never took begin again."""
+        """Waits until one of the tasks ends; returns those that have, all without workers.
+
+        Tasks that a lost pool never took begin again.
+        """
+        if self.processes is None:
+            return tasks
         while True:
             futures = [task.future for task in tasks]
-            if wait(futures, timeout=1.0, return_when=FIRST_COMPLETED).done:
-                return
+            wait(futures, timeout=1.0, return_when=FIRST_COMPLETED)
+            done = [task for task in tasks if task.future.done()]
+            if done:
+                return done
             for task in tasks:
                 if not task.processes.active:
                     self.begin(task)
@@ -153,14 +160,16 @@ class Pool:
             try:
                 return task.future.result()
             except TimeoutError as error:
-                message = f"{medium}: not decoded within {self.timeout:g} s (--decode_timeout)"
-                raise MediaError(message) from error
+                raise MediaError(
+                    f"{medium}: not decoded within {self.timeout:g} s (--decode_timeout)"
+                ) from error
             except ProcessExpired as error:
                 # Killed by the medium, or by a signal to the whole job: try once more.
                 deaths += 1
                 if deaths == 2:
-                    message = f"{medium}: the decoder died of it (exit code {error.exitcode})"
-                    raise MediaError(message) from error
+                    raise MediaError(
+                        f"{medium}: the decoder died of it (exit code {error.exitcode})"
+                    ) from error
             except BrokenProcessPool:
                 losses += 1
                 if losses == 3:
@@ -182,11 +191,7 @@ class Pool:
                     running[self.submit(function, medium, *args)] = medium
                 if not running:
                     return
-                done = list(running)
-                if self.processes is not None:
-                    self.wait(done)
-                    done = [task for task in running if task.future.done()]
-                for task in done:
+                for task in self.wait(list(running)):
                     medium = running.pop(task)
                     try:
                         value = self.result(task, medium.path)
@@ -240,13 +245,6 @@ def write_lines(path, rows):
     write_whole(path, (f"{to_json(row)}\n".encode() for row in rows))
 
 
-def append_lines(file, rows):
-    """Writes rows (dicts or dataclasses) as JSON lines at the end of an unbuffered binary file."""
-    lines = "".join(f"{to_json(row)}\n" for row in rows).encode()
-    while lines:
-        lines = lines[file.write(lines) :]
-
-
 def join_shards(path):
     """Moves the lines of a file's shards into it, drops repeated lines and a torn last one.
 
@@ -295,8 +293,10 @@ def join_ranks():
     world = int(os.environ.get("WORLD_SIZE", 1))
     if world > 1:
         if "MASTER_ADDR" not in os.environ:
-            variables = "RANK and WORLD_SIZE are set without MASTER_ADDR"
-            raise DataError(f"{variables}; start ranks by torchrun or deepspeed")
+            raise DataError(
+                "RANK and WORLD_SIZE are set without MASTER_ADDR; start ranks by torchrun or "
+                "deepspeed"
+            )
         # Ranks finish at different times.
         dist.init_process_group("gloo", timeout=timedelta(days=30))
         atexit.register(dist.destroy_process_group)
@@ -346,7 +346,10 @@ class ShardedLines:
             # Kept open, so that a rank whose launcher was killed does not make a shard anew.
             if self.file is None:
                 self.file = open(self.shard, "ab", buffering=0)
-            append_lines(self.file, rows)
+            lines = "".join(f"{to_json(row)}\n" for row in rows).encode()
+            # An unbuffered file may take a part.
+            while lines:
+                lines = lines[self.file.write(lines) :]
 
     def close(self):
         """Waits for the other ranks; then rank 0 joins the shards."""
@@ -357,12 +360,12 @@ class ShardedLines:
             join_shards(self.path)
 
 
-def check_settings(path, made_with, settings, remedy="choose another --output"):
+def check_settings(path, made_with, settings, remedy):
     """Compares a row's recorded settings with this run's.
 
     Errors: DataError with the first of `settings` that differs, and the remedy.
     """
     for name, value in settings.items():
-        if made_with.get(name) != value:
-            other = f"was made with --{name} {made_with.get(name)}, this run has {value}"
-            raise DataError(f"{path} {other}; {remedy}")
+        made = made_with.get(name)
+        if made != value:
+            raise DataError(f"{path} was made with --{name} {made}, this run has {value}; {remedy}")
