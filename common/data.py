@@ -28,7 +28,6 @@ from typing import NamedTuple
 logger = logging.getLogger(__name__)
 
 PROBLEM_TYPES = ("multiple choice", "numerical", "regression", "free-form", "OCR")
-DATA_TYPES = ("video", "image", "text")
 
 # A video that is missing under its name is looked for with these; SSv2 has .webm for .mp4.
 VIDEO_SUFFIXES = ".mp4 .webm .mkv .avi .mov .m4v".split()
@@ -148,7 +147,7 @@ class Example:
 
     @property
     def media_type(self):
-        """One of DATA_TYPES: that of the medium."""
+        """Kind of the medium, "video" or "image"; "text" without one."""
         return self.medium.kind if self.media else "text"
 
     @property
@@ -576,7 +575,7 @@ def read_medium(part, media_root):
         kind = "video"
         fps = fps or MVBENCH_FPS
     if kind not in ("video", "image"):
-        raise DataError(f"has data_type {kind!r}; known are {', '.join(DATA_TYPES)}")
+        raise DataError(f"has data_type {kind!r}; known are video, image, text")
     if not path:
         raise DataError(f"has no {kind}: its path is empty")
     if not isinstance(path, str) or "\0" in path:
@@ -610,8 +609,8 @@ def read_solution(row, options):
     """The solution of a row as the rewards compare it: letters for a multiple-choice question."""
     solution = row["solution"]
     # JSON can hold NaN and Infinity.
-    finite = not isinstance(solution, float) or math.isfinite(solution)
-    if not isinstance(solution, str | int | float) or not finite:
+    finite = isinstance(solution, float) and math.isfinite(solution)
+    if not finite and not isinstance(solution, str | int):
         raise DataError(f"has a solution that is neither text nor number: {solution!r}")
     answer = strip_tag(str(solution), "answer")
     if is_empty(answer):

@@ -23,7 +23,7 @@ from common.data import (
     read_template,
 )
 from common.flags import check_least, flag
-from common.video import DECODERS, load_image, open_medium
+from common.video import load_image, open_medium
 
 MIN_PIXELS = 128 * 28 * 28  # of a frame, in the releases
 
@@ -49,7 +49,7 @@ class FrameFlags:
         "pyav",
         "Reads video files. pyav: the frames that a player shows. decord: those that the releases "
         "see, which are other ones in some files (docs/priors.md).",
-        choices=DECODERS,
+        choices=["pyav", "decord"],
     )
 
     def __post_init__(self):
@@ -188,11 +188,11 @@ def resize_frames(frames, min_pixels, max_pixels, factor=28):
     from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
 
     # The size that Qwen-VL's own processor chooses.
-    height, width = smart_resize(
+    size = smart_resize(
         *frames.shape[1:3], factor=factor, min_pixels=min_pixels, max_pixels=max_pixels
     )
     pixels = torch.tensor(frames).permute(0, 3, 1, 2)  # (K, 3, H, W)
-    return resize(pixels, (height, width), InterpolationMode.BICUBIC)
+    return resize(pixels, size, InterpolationMode.BICUBIC)
 
 
 def clock(seconds):

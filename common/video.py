@@ -24,8 +24,6 @@ from common.data import DataError, MediaError, first_words
 # The exception says what is wrong with a video; FFmpeg's own messages would break the progress bar.
 av.logging.set_level(None)
 
-DECODERS = ("pyav", "decord")
-
 # Containers with a presentation time for every frame. Others order frames by decoding times.
 TIMED_CONTAINERS = re.compile(r"\b(mov|matroska|mpegts|flv)\b")
 
@@ -157,8 +155,10 @@ def open_medium(medium, settings):
         MediaError: what open_video and Video.pick raise.
     """
     video = open_video(medium.path, settings.decoder, medium.fps)
-    span = (medium.start, medium.end)
-    return video, video.pick(settings.frames, settings.fps, *span, settings.min_frames)
+    chosen = video.pick(
+        settings.frames, settings.fps, medium.start, medium.end, settings.min_frames
+    )
+    return video, chosen
 
 
 # ------------------------------------------------------------------------ files by FFmpeg
@@ -406,10 +406,6 @@ def as_shown(image):
     return np.asarray(image.convert("RGB"))
 
 
-# What Pillow raises depends on the kind of damage.
-PICTURE_ERRORS = (Image.DecompressionBombError, OSError, SyntaxError, ValueError)
-
-
 @contextmanager
 def open_image(path, kind):
     """Pillow's image of a file; MediaError if it, or a frame read inside, is no readable `kind`."""
@@ -418,7 +414,8 @@ def open_image(path, kind):
     try:
         with Image.open(path) as image:
             yield image
-    except PICTURE_ERRORS as error:
+    # What Pillow raises depends on the kind of damage.
+    except (Image.DecompressionBombError, OSError, SyntaxError, ValueError) as error:
         raise MediaError(f"{path}: not a readable {kind} ({error})") from error
 
 

@@ -235,14 +235,14 @@ def write_json(path, document):
     write_whole(path, [json.dumps(document, indent=1).encode()])
 
 
-def to_json(row):
-    """A line of JSON without its end; a dataclass becomes an object of its fields in order."""
-    return json.dumps(row, default=vars)
+def to_line(row):
+    """A line of JSON as bytes; a dataclass becomes an object of its fields in order."""
+    return f"{json.dumps(row, default=vars)}\n".encode()
 
 
 def write_lines(path, rows):
     """Writes rows (dicts or dataclasses) as JSON lines by write_whole."""
-    write_whole(path, (f"{to_json(row)}\n".encode() for row in rows))
+    write_whole(path, map(to_line, rows))
 
 
 def join_shards(path):
@@ -346,7 +346,7 @@ class ShardedLines:
             # Kept open, so that a rank whose launcher was killed does not make a shard anew.
             if self.file is None:
                 self.file = open(self.shard, "ab", buffering=0)
-            lines = "".join(f"{to_json(row)}\n" for row in rows).encode()
+            lines = b"".join(map(to_line, rows))
             # An unbuffered file may take a part.
             while lines:
                 lines = lines[self.file.write(lines) :]

@@ -597,7 +597,7 @@ def test_row_of_a_video(clip, media):
         "w_sem": 3.0,
     }
     assert torch.equal(
-        torch.tensor(json.loads(workers.to_json(row))["prior"]), torch.tensor(row.prior)
+        torch.tensor(json.loads(workers.to_line(row))["prior"]), torch.tensor(row.prior)
     )
     changed = prior.make_prior(
         example(media, "scenes.mp4"), clip, arguments(semantic_k=1, w_sem=0.0, scene_threshold=1.0)
