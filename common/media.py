@@ -342,14 +342,11 @@ class Encoder:
             )
         self.media[key] = loaded
         # The newest entry stays even if it exceeds the limit by itself.
-        while self.media_bytes > self.cache_gb * 1e9 and len(self.media) > 1:
+        held = sum(one.nbytes for one in self.media.values())
+        while held > self.cache_gb * 1e9 and len(self.media) > 1:
             oldest = next(iter(self.media))
-            del self.media[oldest]
+            held -= self.media.pop(oldest).nbytes
         return loaded
-
-    @property
-    def media_bytes(self):
-        return sum(medium.nbytes for medium in self.media.values())
 
     def decode(self, medium, indices):
         """Decode a Medium, or its frames of these indices, and resize them -> CachedMedium."""
