@@ -565,7 +565,14 @@ def read_number(part, name):
     return number
 
 
-def read_medium(part, media_root):
+def note_unused(part, medium, notes):
+    """Adds to a row's notes which fields of it, or of a part of it, no prompt shows."""
+    for name in UNUSED:
+        if not is_empty(part.get(name)) and getattr(medium, name, None) is None:
+            notes.append(f"rows have {name}, which no prompt shows")
+
+
+def read_medium(part, media_root, notes):
     """The Medium that a row is about, or an entry of its field media."""
     kind = part.get("data_type")
     path = part.get("path")
@@ -581,24 +588,35 @@ def read_medium(part, media_root):
     if not isinstance(path, str) or "\0" in path:
         raise DataError(f"has {path!r}, which is not a path")
     full = resolve_media(path, media_root, "has a path that")
-    if kind == "image":
-        return Medium(kind, full)
-    start = read_number(part, "start")
-    end = read_number(part, "end")
-    if not 0 <= (start or 0) < (math.inf if end is None else end):
-        raise DataError(f"has a video that starts at {start} s and ends at {end} s")
-    return Medium(kind, full, fps if os.path.isdir(full) else None, start, end)
+    suffix = os.path.splitext(full)[1]
+    if not path.endswith(suffix):
+        notes.append(f"videos are there as {suffix} alone, which is taken")
+    medium = Medium(kind, full)
+    if kind == "video":
+        start = read_number(part, "start")
+        end = read_number(part, "end")
+        if not 0 <= (start or 0) < (math.inf if end is None else end):
+            raise DataError(f"has a video that starts at {start} s and ends at {end} s")
+        medium = Medium(kind, full, fps if os.path.isdir(full) else None, start, end)
+    note_unused(part, medium, notes)
+    return medium
 
 
-def read_media(row, media_root):
-    """The media of a row, list of Medium in the order of the prompt."""
+def read_media(row, media_root, notes):
+    """The media of a row, list of Medium in the order of the prompt.
+
+    Args:
+        notes: list that gets what is not as the row says.
+    """
     parts = row.get("media")
     # An empty list beside a path is a column that other rows fill.
     if parts is None or (parts == [] and row.get("path")):
         parts = [] if row["data_type"] == "text" else [row]
     if not isinstance(parts, list) or not all(isinstance(part, dict) for part in parts):
         raise DataError("media must be a list of objects with data_type and path")
-    media = [read_medium(part, media_root) for part in parts]
+    media = [read_medium(part, media_root, notes) for part in parts]
+    if row not in parts:
+        note_unused(row, None, notes)
     videos = sum(medium.kind == "video" for medium in media)
     if videos > 1:
         raise DataError(f"has {videos} videos; one is supported")
@@ -644,8 +662,9 @@ def read_times(row, notes):
             if is_empty(sentence):
                 notes.append("sentences of grounding are null and left out")
                 continue
-            start, *end = re.split(r"\s*(?:[-–—]|\bto\b)\s*", span.strip(), maxsplit=1)
-            grounding.append((parse_time(start), parse_time(*end or [start]), str(sentence)))
+            ends = re.split(r"\s*(?:[-–—]|\bto\b)\s*", span.strip(), maxsplit=1)
+            # "00:04" alone is a moment.
+            grounding.append((parse_time(ends[0]), parse_time(ends[-1]), str(sentence)))
         evidence = [(float(start), float(end)) for start, end in row.get("evidence") or []]
         for start, end, *_ in grounding + evidence:
             if not start <= end < math.inf:
@@ -655,21 +674,6 @@ def read_times(row, notes):
             f'grounding must be {{"MM:SS-MM:SS": sentence}}, evidence [[start, end], ...] ({error})'
         ) from error
     return grounding, evidence
-
-
-def notes_of(row, media):
-    """What is not as a row says of itself and of its media, in words."""
-    notes = []
-    # The row is its only medium, or it stands beside its media and is none.
-    parts = [*(row.get("media") or []), row]
-    for part, medium in zip(parts, [*media, None], strict=False):
-        for name in UNUSED:
-            if not is_empty(part.get(name)) and getattr(medium, name, None) is None:
-                notes.append(f"rows have {name}, which no prompt shows")
-        suffix = os.path.splitext(medium.path)[1] if medium else ""
-        if not str(part.get("path")).endswith(suffix):
-            notes.append(f"videos are there as {suffix} alone, which is taken")
-    return notes
 
 
 def read_example(row, index, media_root):
@@ -694,9 +698,9 @@ def read_example(row, index, media_root):
     if any(map(is_empty, [row["problem"], *options])):
         raise DataError("has an empty problem or option")
     options = [str(option) for option in options]
-    media = read_media(row, media_root)
-    answer = read_solution(row, options)
     notes = []
+    media = read_media(row, media_root, notes)
+    answer = read_solution(row, options)
     grounding, evidence = read_times(row, notes)
     example = Example(
         id=row_id(row, index),
@@ -709,7 +713,7 @@ def read_example(row, index, media_root):
         grounding=grounding,
         evidence=evidence,
         extra={name: value for name, value in row.items() if name not in FIELDS},
-        notes=notes + notes_of(row, media),
+        notes=notes,
     )
     # The name of the medium in the files that we write.
     if row.get("media"):
