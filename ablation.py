@@ -32,7 +32,7 @@ from common.data import read_document
 from common.flags import Parser, exit_codes
 from common.plots import COLOURS, DOTTED, new_figure
 from common.run_page import read_run
-from common.workers import append_lines, write_lines, writing
+from common.workers import to_line, write_lines, writing
 from prior import PriorSettings, read_priors, weigh
 
 
@@ -275,7 +275,7 @@ def store(runs, world, arm, numbers):
         "numbers": numbers,
     }
     with open(runs, "ab", 0) as file:
-        append_lines(file, [row])
+        file.write(to_line(row))
 
 
 def read_runs(runs):

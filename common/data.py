@@ -552,12 +552,12 @@ def is_empty(value):
 
 
 def read_number(part, name):
-    """A field as finite float; None if it is empty. Commas group its digits: "1,200"."""
+    """A field as finite float; None if it is empty."""
     value = part.get(name)
     if is_empty(value):
         return None
     try:
-        number = float(str(value).replace(",", ""))
+        number = float(str(value))
     except ValueError:
         number = math.nan
     if not math.isfinite(number):
@@ -634,7 +634,7 @@ def read_solution(row, options):
     if is_empty(answer):
         raise DataError(f"has an empty solution {answer}")
     if row["problem_type"] in ("numerical", "regression"):
-        read_number({"the solution": answer}, "the solution")
+        read_number({"the solution": answer.replace(",", "")}, "the solution")
     if row["problem_type"] != "multiple choice":
         return answer
     if len(options) > len(ascii_uppercase):
