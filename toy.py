@@ -18,9 +18,7 @@ import math
 import random
 import re
 import shutil
-import sys
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 
 import cv2
@@ -44,7 +42,7 @@ from transformers import (
 )
 
 from common.data import DataError, add_letters, build_prompt, load_examples, target_text
-from common.flags import Parser, flag
+from common.flags import Parser, exit_codes, flag
 from common.media import clock, sample_video
 
 VERSION = 4  # of the toy; a cached toy of another version is made anew
@@ -140,8 +138,9 @@ def draw_scene(scene, rng, word=None):
         x, y = np.clip(square + square_speed * step, 4, SIZE - 14).astype(int)
         frame[y : y + 12, x : x + 12] = 30
         # The balls stay within their quarters, so that they can be counted.
-        for x, y in np.clip(balls + ball_speeds * step, centres - 7, centres + 7).astype(int):
-            cv2.circle(frame, (int(x), int(y)), 20, COLOURS[scene.colour], -1, cv2.LINE_AA)
+        places = np.clip(balls + ball_speeds * step, centres - 7, centres + 7).astype(int)
+        for place in places.tolist():
+            cv2.circle(frame, place, 20, COLOURS[scene.colour], -1, cv2.LINE_AA)
         if word:
             cv2.putText(frame, word, (6, 104), 0, 0.9, (15, 15, 15), 2, cv2.LINE_AA)
         frames.append(frame)
@@ -368,8 +367,8 @@ def make_dataset(folder, arguments):
         videos.append(Video(path, scenes, [arguments.seed, index, 1], word))
     (folder / "videos").mkdir(parents=True)
     # The pixels have their own seeds: workers may finish in any order.
-    make = partial(make_video, folder)
-    process_map(make, videos, chunksize=8, desc="toy: videos")
+    folders = [folder] * len(videos)
+    process_map(make_video, folders, videos, chunksize=8, desc="toy: videos")
 
     files = {name: [] for name in ("train_cot", "train", "heldout", "other_types")}
     for video in videos:
@@ -655,15 +654,15 @@ def make_toy(output_dir, **settings):
     folder = Path(output_dir)
     done = folder / "toy.json"  # written last: a folder without it is unfinished
     # An older toy's questions or weights would silently give other results.
-    asked = {**settings, "version": VERSION}
+    asked = settings | {"version": VERSION}
     if done.is_file():
         # One of before a setting was there has its default.
-        made = {**asdict(ToyArguments()), **json.loads(done.read_text())}
+        made = asdict(ToyArguments()) | json.loads(done.read_text())
         if made | asked == made:
             return made
         if made | settings == made:
             print(f"{folder} is a toy of version {made.pop('version')}; it is made anew")
-            settings = {**made, **settings}
+            settings = made
             for part in ("videos", "model", "clip"):
                 shutil.rmtree(folder / part, ignore_errors=True)
             for file in folder.glob("*.json"):
@@ -674,25 +673,23 @@ def make_toy(output_dir, **settings):
             "remove it or choose another folder"
         )
     # In order: the tokenizer is trained on the questions, CLIP on the videos.
-    arguments = ToyArguments(**{**settings, "output_dir": str(folder)})
+    arguments = ToyArguments(**settings | {"output_dir": str(folder)})
     videos = make_dataset(folder, arguments)
     processor = make_processor(folder)
     processor.save_pretrained(folder / "model")
     make_model(processor, arguments.seed).save_pretrained(folder / "model")
     make_clip(folder, videos, arguments)
-    recipe = {**asdict(arguments), "version": VERSION}
+    recipe = asdict(arguments) | {"version": VERSION}
     done.write_text(json.dumps(recipe))
     return recipe
 
 
 def main():
     settings = vars(Parser(ToyArguments, __doc__).parse_args())
-    recipe = make_toy(**settings)
-    print(f"a toy is in {settings['output_dir']}: {recipe}")
+    with exit_codes("toy.py", "remove the folder and begin anew"):
+        recipe = make_toy(**settings)
+        print(f"a toy is in {settings['output_dir']}: {recipe}")
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (DataError, OSError) as error:
-        sys.exit(f"toy.py: error: {error}")
+    main()
