@@ -26,6 +26,7 @@ import os
 from dataclasses import dataclass, fields
 from fractions import Fraction
 from functools import lru_cache
+from itertools import chain, pairwise
 from pathlib import Path
 from pickle import UnpicklingError
 
@@ -42,12 +43,11 @@ from tqdm import tqdm
 from common.data import (
     Cues,
     DataError,
-    Example,
     MediaError,
-    Medium,
     Prior,
     first_words,
     load_examples,
+    typed_example,
 )
 from common.flags import Parser, check_least, exit_codes, flag
 from common.media import FrameFlags, sample_medium
@@ -191,8 +191,8 @@ def uniform_frames(total, k):
 
 def settings_of(settings, kind=PriorSettings):
     """The settings that a row records, as a dict: those of PriorSettings, or fewer."""
-    names = {setting.name for setting in fields(kind)}
-    return {name: value for name, value in vars(settings).items() if name in names}
+    names = [one.name for one in fields(kind)]
+    return {name: getattr(settings, name) for name in names if hasattr(settings, name)}
 
 
 # ---------------------------------------------------------------------------- cues, sets, fusion
@@ -262,23 +262,25 @@ def scene_scores(frames):
 
 def histogram_distances(histograms):
     distances = [0.0]
-    for before, after in zip(histograms, histograms[1:], strict=False):
+    for before, after in pairwise(histograms):
         distances.append(cv2.compareHist(before, after, cv2.HISTCMP_BHATTACHARYYA))
     return np.array(distances)  # (K,)
 
 
-def detector_scores(video, indices, name, threshold=None):
+def detector_scores(video, indices, settings):
     """1 where a sampled frame is the first after a cut that a PySceneDetect detector finds, else 0.
 
     Args:
         video: video.Video.
         indices: (K,) sampled frames. The detector sees every frame from the first to the last.
-        name: key of DETECTORS.
+        settings: PriorSettings, whose scene is a key of DETECTORS.
     Returns:
         (K,) float64.
     """
-    options = {} if threshold is None else {"threshold": threshold}
-    detector = DETECTORS[name](min_scene_len=SHORTEST_SCENE, **options)
+    options = {"min_scene_len": SHORTEST_SCENE}
+    if settings.scene_threshold is not None:
+        options["threshold"] = settings.scene_threshold
+    detector = DETECTORS[settings.scene](**options)
     rate = (len(video) - 1) / video.times[-1] if len(video) > 1 else 1.0
     numbers = range(indices[0], indices[-1] + 1)
     cuts = []
@@ -461,7 +463,7 @@ def read_cues(medium, settings, preprocess=None):
     if settings.scene == "hsv":
         scores = histogram_distances(histograms)
     else:
-        scores = detector_scores(video, indices, settings.scene, settings.scene_threshold)
+        scores = detector_scores(video, indices, settings)
     return Cues(indices, times, rounded(scores), np.stack(pixels) if pixels else None)
 
 
@@ -494,7 +496,7 @@ def media_rows(examples, cues, clip, settings):
 
     Args:
         cues: Cues of the medium.
-        clip: Clip; None, or an image: no semantic scores.
+        clip: Clip; without pixels, as of an image, there are no semantic scores.
     """
     # A detector's scores are 0 or 1, and its threshold is its own.
     threshold = 0.2
@@ -502,7 +504,7 @@ def media_rows(examples, cues, clip, settings):
         threshold = settings.scene_threshold
     likeness = [[]] * len(examples)  # (N, K), or no scores
     # One batch a medium: the frames are encoded once for all its questions.
-    if clip is not None and cues.pixels is not None:
+    if cues.pixels is not None:
         texts = []
         for example in examples:
             options = example.options if settings.semantic_options else []
@@ -551,8 +553,8 @@ def error_lines(examples, cause):
     return [{"problem_id": one.id, "media": one.path, "cause": cause} for one in examples]
 
 
-def group_priors(groups, clip, settings, workers=0, timeout=300.0):
-    """Yields the Priors of each medium and the error lines, either empty, as media finish.
+def group_priors(groups, clip, settings, workers, timeout):
+    """Yields a medium, the Priors of its examples and their error lines, either empty, as it ends.
 
     Args:
         groups: examples by medium, see group_by_medium.
@@ -561,9 +563,9 @@ def group_priors(groups, clip, settings, workers=0, timeout=300.0):
     pool = Pool(workers, timeout)
     for medium, cues in pool.each(read_cues, groups, settings, clip and clip.preprocess):
         if isinstance(cues, MediaError):
-            yield [], error_lines(groups[medium], cues)
+            yield medium, [], error_lines(groups[medium], cues)
         else:
-            yield media_rows(groups[medium], cues, clip, settings), []
+            yield medium, media_rows(groups[medium], cues, clip, settings), []
 
 
 def build_priors(examples, clip, settings, workers=0, timeout=300.0):
@@ -576,15 +578,14 @@ def build_priors(examples, clip, settings, workers=0, timeout=300.0):
         examples whose medium cannot be read. Text-only examples have neither.
     """
     groups = group_by_medium(examples)
-    rows = {}
+    # In the order of the examples, whichever medium is decoded first.
+    rows = dict.fromkeys(groups)
     errors = []
     found = group_priors(groups, clip, settings, workers, timeout)
-    for new_rows, new_errors in tqdm(found, total=len(groups), desc="priors", unit="video"):
-        rows |= {row.problem_id: row for row in new_rows}
-        errors += new_errors
-    # In the order of the examples, whichever medium was decoded first.
-    ordered = [rows[one.id] for group in groups.values() for one in group if one.id in rows]
-    return ordered, errors
+    for medium, made, lines in tqdm(found, total=len(groups), desc="priors", unit="video"):
+        rows[medium] = made
+        errors += lines
+    return list(chain.from_iterable(rows.values())), errors
 
 
 # ------------------------------------------------------------------------ the release's frame_sets
@@ -761,12 +762,8 @@ def load_priors(path, examples, settings, own=False):
             )
         check_count(f"priors file {path}", row.frames, example, settings, row.settings.get("fps"))
         # Rows of other programs need not record settings; ours had no other at first.
-        made_with = dict(compared)
-        if row.settings:
-            made_with["decoder"] = "decord"
-        if "fps" in row.settings:
-            made_with["min_frames"] = 1
-        made_with |= row.settings
+        ours = {"decoder": "decord", "min_frames": 1} if "fps" in row.settings else {}
+        made_with = compared | ours | row.settings
         check_settings(f"priors file {path}", made_with, compared, remedy)
         rows[row.problem_id] = row
     return rows
@@ -781,8 +778,14 @@ def cores():
     return max(1, cv2.getNumberOfCPUs() // int(ranks))
 
 
-def load_here(arguments, workers):
-    """Loads the semantic cue's model onto this rank's device, with the cores that workers leave."""
+def load_here(arguments, workers=0):
+    """Loads the semantic cue's model onto this rank's device, with the cores that workers leave.
+
+    Returns:
+        Clip; None where --prior leaves the cue out.
+    """
+    if not arguments.has_semantic:
+        return None
     # at most as many as OMP_NUM_THREADS allows
     torch.set_num_threads(min(torch.get_num_threads(), max(1, cores() - workers)))
     # One GPU a rank.
@@ -813,7 +816,7 @@ def run_dataset(arguments):
             workers = max(1, workers // 2)
     # An image needs no cue, so that no model is loaded for images alone.
     clip = None
-    if arguments.has_semantic and any(medium.kind == "video" for medium in mine):
+    if any(medium.kind == "video" for medium in mine):
         clip = load_here(arguments, workers)
 
     # What an earlier run could not use is tried again, now that nothing can refuse this run.
@@ -822,7 +825,7 @@ def run_dataset(arguments):
     output.append([])  # the file exists even if no example needs a row
     found = group_priors(mine, clip, arguments, workers, arguments.decode_timeout)
     progress = tqdm(found, desc="priors", unit="video", total=len(mine), disable=rank > 0)
-    for rows, lines in progress:
+    for _, rows, lines in progress:
         output.append([row for row in rows if row.problem_id not in done])
         errors.append([line for line in lines if line["problem_id"] not in done])
     output.close()
@@ -832,9 +835,22 @@ def run_dataset(arguments):
 
 
 def conclude(output, errors_file, examples):
-    """Prints a summary of both files; a run of unusable examples alone is an error."""
-    with open(output, "rb") as file:
-        count = sum(1 for _ in file)
+    """Prints a summary of both files, and how well P finds the evidence that the data set knows.
+
+    Errors: DataError if no example can be used.
+    """
+    known = {example.id: example.evidence for example in examples if example.evidence}
+    count = 0
+    hits = []
+    ratios = []
+    for row in read_priors(output):
+        count += 1
+        if row.problem_id in known:
+            # 1 for a frame inside the evidence, else 0.
+            inside = slot_shares(row.times, known[row.problem_id], len(row.times)).numpy()  # (K,)
+            hits.append(inside[row.semantic].any())
+            if inside.any():
+                ratios.append(inside @ row.prior / inside.mean())
     errors = errors_file.read_text(encoding="utf-8").splitlines()
     if errors and not count:
         output.unlink()
@@ -848,21 +864,6 @@ def conclude(output, errors_file, examples):
         f"{count} priors are in {output}; {len(errors)} examples could not be used (causes in "
         f"{errors_file}); {texts} text-only examples need none"
     )
-    report_evidence(output, examples)
-
-
-def report_evidence(path, examples):
-    """Prints how well the priors find the evidence of answers, where the data set knows it."""
-    known = {example.id: example.evidence for example in examples if example.evidence}
-    hits = []
-    ratios = []
-    for row in read_priors(path) if known else []:
-        if row.problem_id in known:
-            # 1 for a frame inside the evidence, else 0.
-            inside = slot_shares(row.times, known[row.problem_id], len(row.times)).numpy()  # (K,)
-            hits.append(inside[row.semantic].any())
-            if inside.any():
-                ratios.append(inside @ row.prior / inside.mean())
     if ratios:
         print(
             f"{len(hits)} questions of known evidence, {len(hits) - len(ratios)} of them without a "
@@ -876,9 +877,8 @@ def run_video(arguments):
     # Imported here, since workers import this file and matplotlib takes a second.
     from common.plots import prior_figure
 
-    clip = load_here(arguments, 0) if arguments.has_semantic else None
-    path = os.path.abspath(arguments.video)
-    example = Example("0", arguments.question, [], "free-form", "", [Medium("video", path)])
+    clip = load_here(arguments)
+    example = typed_example(arguments.question, video=arguments.video)
     row = make_prior(example, clip, arguments)
     # nan where the cue is left out.
     print("frame    time    scene  semantic      P")

@@ -23,7 +23,7 @@ from common.rollout import Sampling, answer_inputs
 from common.run_page import read_object
 from common.video import open_medium
 from grpo import overlaps, rollout_frame_use
-from prior import load_clip, make_prior
+from prior import load_here, make_prior
 
 NOTE = (
     "Lines: frame use (Eq. 3-5), the share of each slot in what the answer looks at; dotted: even "
@@ -95,7 +95,7 @@ def answer_question(arguments, name, path, example, prior):
     """
     # 1. Frames and prompt as in training.
     model, processor = load_model(path)
-    item = Encoder(processor, arguments, cache_gb=0).encode(example, prior)
+    item = Encoder(processor, arguments).encode(example, prior)
     if item.slots < 2:
         raise DataError(f"{example.path}: its frames make one slot, with nothing to choose from")
     # 2. The answer, and one forward over it for what it looks at.
@@ -213,15 +213,11 @@ def sample_report(arguments):
     open_medium(example.medium, arguments)
     for note in notes:
         print(f"visualize.py: warning: {note}", file=sys.stderr)
-    # The prior's ablations without the semantic cue need no CLIP.
-    clip = None
-    if arguments.has_semantic:
-        clip = load_clip(arguments.clip, arguments.clip_pretrained)
-    prior = make_prior(example, clip, arguments)
+    prior = make_prior(example, load_here(arguments), arguments)
     answers = []
     for name, path in zip(names, paths, strict=True):
         answers.append(answer_question(arguments, name, path, example, prior))
-    body = [f"<p>{escape(text)}</p>" for text in [*example.options, *notes]]
+    body = [f"<p>{escape(text)}</p>" for text in example.options + notes]
     # A model that gives no attention has fewer rows.
     body.append(columns_html([reward_column(example, prior, answer) for answer in answers]))
     for answer in answers:

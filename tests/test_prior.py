@@ -1564,11 +1564,12 @@ def test_workers_end_with_the_process_they_work_for(tmp_path):
     code = (
         "import multiprocessing, os, signal, sys, time\n"
         "import prior\n"
+        "from common.data import Medium\n"
         "def hang(medium, settings, preprocess):\n"
         "    time.sleep(600 if medium.path == 'hang' else 0)\n"
         "prior.read_cues = hang\n"
         "if __name__ == '__main__':\n"
-        "    media = [prior.Medium('video', name) for name in ('a', 'hang')]\n"
+        "    media = [Medium('video', name) for name in ('a', 'hang')]\n"
         "    for medium, found in prior.Pool(1, 300).each(prior.read_cues, media, None, None):\n"
         "        print(*(child.pid for child in multiprocessing.active_children()), flush=True)\n"
         "        os.kill(os.getpid(), signal.SIGKILL)"
@@ -1668,7 +1669,7 @@ def test_the_semantic_cue_takes_the_threads_that_workers_leave(monkeypatch, allo
     before = torch.get_num_threads()
     monkeypatch.setattr(prior, "cores", lambda: 4)
     monkeypatch.setattr(prior, "load_clip", lambda *names: torch.get_num_threads())
-    settings = SimpleNamespace(clip="any", clip_pretrained=None)
+    settings = prior.PriorSettings()
     torch.set_num_threads(allowed)
     try:
         assert prior.load_here(settings, workers=1) == threads
