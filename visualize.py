@@ -18,12 +18,11 @@ where the answer looks: over frames and within them. `answers` lists the answers
 right and wrong, or gained and lost between two. `prior` draws some rows of a priors file.
 """
 
-import argparse
 from dataclasses import dataclass, field
 
 from common.answers_page import answers_report
 from common.data import DataError
-from common.flags import Help, Parser, exit_codes, flag
+from common.flags import Parser, exit_codes, flag
 from common.media import PromptFlags
 from common.prior_page import prior_report
 from common.run_page import run_report
@@ -46,10 +45,7 @@ class SampleArguments(PromptFlags, PriorSettings):
     problem_id: str | None = flag(None, "that question in the data set, taken as it stands")
     media_root: str | None = flag(None, "folder of the data set's media; default: the file's")
     compare: str | None = flag(None, "a second checkpoint, drawn beside the first")
-    options: list[str] = field(
-        default_factory=list,
-        metadata={"help": "options of a multiple-choice question: 'A. red' 'B. blue'"},
-    )
+    options: list[str] | None = flag(None, "options of a multiple choice: 'A. red' 'B. blue'")
     answer: str | None = flag(None, "the right answer (a letter, with --options), for its rewards")
     attention_layer: int = flag(
         1, "layer whose attention is drawn, 1 is the first", group="answer and page"
@@ -62,7 +58,7 @@ class SampleArguments(PromptFlags, PriorSettings):
         typed = [self.video, self.question]
         stored = [self.dataset_name, self.problem_id]
         # A row of a data set has its own options and answer.
-        more = [*self.options, self.answer]
+        more = [self.options, self.answer]
         if all(typed) == all(stored) or any(typed + more) == any(stored):
             raise DataError(
                 "give --video and --question (--options, --answer), or --dataset_name and "
@@ -84,8 +80,8 @@ def sample_report(**flags):
 
 def make_parser():
     """Parser of the four commands, whose flags have the names of the arguments of their reports."""
-    parser = argparse.ArgumentParser(allow_abbrev=False, description=__doc__, formatter_class=Help)
-    commands = parser.add_subparsers(dest="command", required=True, parser_class=Parser)
+    parser = Parser(description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
     # Only `sample` has so many settings that they are a dataclass.
     run = commands.add_parser("run", help="training dynamics of one or several runs")
     run.add_argument("output_dirs", nargs="+", help="--output_dir of a run of train.py")
@@ -96,22 +92,19 @@ def make_parser():
     )
     answers = commands.add_parser("answers", help="the answers of an evaluation, right and wrong")
     text = "reports or predictions of evaluate.py, or what its --rescore reads"
-    answers.add_argument("--predictions", nargs="+", required=True, metavar="FILE", help=text)
+    answers.add_argument("--predictions", nargs="+", required=True, help=text)
     for command in (run, answers):
         text = "once a path, in their order; default: the paths. Runs of one name become one line"
-        command.add_argument("--label", action="append", metavar="NAME", help=text)
+        command.add_argument("--label", action="append", help=text)
     prior = commands.add_parser("prior", help="some rows of a priors file")
-    prior.add_argument("--priors", required=True, metavar="FILE", help="output of prior.py")
-    prior.add_argument(
-        "--media_root", metavar="DIR", help="of the rows' media; default: the priors file's folder"
-    )
+    prior.add_argument("--priors", required=True, help="output of prior.py")
+    prior.add_argument("--media_root", help="of the rows' media; default: the priors file's folder")
     text = "rows drawn at random, with their frames"
-    prior.add_argument("--items", type=int, default=6, metavar="N", help=text)
-    prior.add_argument("--seed", type=int, default=0, help="random seed of that choice")
+    prior.add_argument("--items", type=int, default=6, help=text)
     # The page of a run stands in its folder.
     pages = {run: None, answers: "answers.html", prior: "priors.html"}
     for command, page in pages.items():
-        command.add_argument("--output", default=page, metavar="FILE.html", help="page to write")
+        command.add_argument("--output", default=page, help="page to write")
     return parser
 
 

@@ -30,12 +30,12 @@ def row_frames(row, media_root):
     return frames
 
 
-def prior_report(priors, media_root, items, seed, output):
+def prior_report(priors, media_root, items, output):
     """Write the report of a priors file.
 
     Args:
-        priors: path. media_root: None is the folder of the file. items, seed: rows drawn, and the
-            random seed of their choice. output: the page.
+        priors: path. media_root: None is the folder of the file. items: rows drawn. output: the
+            page.
     Returns:
         Path of the page; FILE-1.png, FILE-1.svg and so on show rows drawn at random.
     """
@@ -55,7 +55,7 @@ def prior_report(priors, media_root, items, seed, output):
     numbers += [[f"settings of {count} rows", text] for text, count in made.items()]
     figures = {}
     causes = []
-    chosen = random.Random(seed).sample(videos, min(items, len(videos)))
+    chosen = random.Random(0).sample(videos, min(items, len(videos)))
     for number, row in enumerate(chosen, 1):
         # Media that cannot be read are counted and named; the page is written without them.
         try:
@@ -65,12 +65,8 @@ def prior_report(priors, media_root, items, seed, output):
             continue
         figures[f"-{number}"], _ = prior_figure(row, frames)
     if causes:
-        numbers.append(
-            [
-                "videos that cannot be shown",
-                f"{len(causes)} of {len(chosen)}; the first: {causes[0]}",
-            ]
-        )
+        cause = f"{len(causes)} of {len(chosen)}; the first: {causes[0]}"
+        numbers.append(["videos that cannot be shown", cause])
         print(f"visualize.py: warning: {': '.join(numbers[-1])}", file=sys.stderr)
     heading = f"Priors of {Path(priors).name}"
     return write_page(output, heading, table_html(numbers), figures)
