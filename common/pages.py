@@ -39,7 +39,9 @@ def columns_html(columns):
     names = {}
     for column in columns:
         names |= column
-    rows = [[name, *(column.get(name, "–") for column in columns)] for name in names]
+    rows = []
+    for name in names:
+        rows.append([name, *[column.get(name, "–") for column in columns]])
     return table_html(rows) if len(rows) > 1 else ""
 
 

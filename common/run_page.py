@@ -120,9 +120,9 @@ def series(runs, name):
             if part == stage and name in record:
                 curve[step] = record[name]
         curves.append(curve)
-    # Runs can have different lengths.
+    # Runs can have different lengths; None becomes NaN.
     steps = sorted(set().union(*curves))
-    values = np.array([[curve.get(step, np.nan) for step in steps] for curve in curves])
+    values = np.array([list(map(curve.get, steps)) for curve in curves], float)  # (R, S)
     broken = sum(map(len, curves)) - int(np.isfinite(values).sum())
     values[np.isinf(values)] = np.nan
     return steps, values, broken
