@@ -170,10 +170,11 @@ class PriorArguments(PriorSettings):
         super().__post_init__()
         check_least(self, decode_timeout=1e-6, workers=0)
         # Two commands in one: a data set, or one video with its question.
-        if (self.dataset_name is None) == (self.video is None):
-            raise DataError("give one of --dataset_name and --video")
-        if (self.question is None) != (self.video is None):
-            raise DataError("--video and --question go together")
+        no_video = self.video is None
+        if no_video == (self.dataset_name is None) or no_video != (self.question is None):
+            raise DataError(
+                "give one of --dataset_name and --video; --video and --question go together"
+            )
         self.output = self.output or ("prior.png" if self.video else "priors.jsonl")
         if self.video and Path(self.output).suffix not in (".png", ".svg", ".pdf"):
             raise DataError(f"--output {self.output}: a prior is drawn as .png, .svg or .pdf")
@@ -553,15 +554,17 @@ def error_lines(examples, cause):
     return [{"problem_id": one.id, "media": one.path, "cause": cause} for one in examples]
 
 
-def group_priors(groups, clip, settings, workers, timeout):
+def group_priors(groups, clip, settings, workers, timeout, rank=0):
     """Yields a medium, the Priors of its examples and their error lines, either empty, as it ends.
 
     Args:
         groups: examples by medium, see group_by_medium.
         workers, timeout: see Pool.
+        rank: rank 0 shows its progress.
     """
-    pool = Pool(workers, timeout)
-    for medium, cues in pool.each(read_cues, groups, settings, clip and clip.preprocess):
+    found = Pool(workers, timeout).each(read_cues, groups, settings, clip and clip.preprocess)
+    progress = tqdm(found, desc="priors", unit="video", total=len(groups), disable=rank > 0)
+    for medium, cues in progress:
         if isinstance(cues, MediaError):
             yield medium, [], error_lines(groups[medium], cues)
         else:
@@ -581,8 +584,7 @@ def build_priors(examples, clip, settings, workers=0, timeout=300.0):
     # In the order of the examples, whichever medium is decoded first.
     rows = dict.fromkeys(groups)
     errors = []
-    found = group_priors(groups, clip, settings, workers, timeout)
-    for medium, made, lines in tqdm(found, total=len(groups), desc="priors", unit="video"):
+    for medium, made, lines in group_priors(groups, clip, settings, workers, timeout):
         rows[medium] = made
         errors += lines
     return list(chain.from_iterable(rows.values())), errors
@@ -823,9 +825,8 @@ def run_dataset(arguments):
     errors = ShardedLines(f"{arguments.output}.errors.jsonl", rank, world)
     errors.replace(unusable)
     output.append([])  # the file exists even if no example needs a row
-    found = group_priors(mine, clip, arguments, workers, arguments.decode_timeout)
-    progress = tqdm(found, desc="priors", unit="video", total=len(mine), disable=rank > 0)
-    for _, rows, lines in progress:
+    made = group_priors(mine, clip, arguments, workers, arguments.decode_timeout, rank)
+    for _, rows, lines in made:
         output.append([row for row in rows if row.problem_id not in done])
         errors.append([line for line in lines if line["problem_id"] not in done])
     output.close()

@@ -686,10 +686,10 @@ def make_toy(output_dir, **settings):
 
 def main():
     settings = vars(Parser(ToyArguments, __doc__).parse_args())
-    with exit_codes("toy.py", "remove the folder and begin anew"):
-        recipe = make_toy(**settings)
-        print(f"a toy is in {settings['output_dir']}: {recipe}")
+    recipe = make_toy(**settings)
+    print(f"a toy is in {settings['output_dir']}: {recipe}")
 
 
 if __name__ == "__main__":
-    main()
+    with exit_codes("toy.py", "remove the folder and begin anew"):
+        main()

@@ -74,7 +74,7 @@ def check_model(arguments, path):
     """
     read_config(path, attention_layer=arguments.attention_layer)
     # A model that was trained on other frames or prompts answers badly; the reader should know.
-    trained = read_object(Path(str(path).removesuffix("/adapter")).parent, "run.json")
+    trained = read_object(Path(path.removesuffix("/adapter")).parent, "run.json")
     notes = []
     for name in ("frames", "min_pixels", "max_pixels", "frame_times", "prompt_template"):
         here = getattr(arguments, name)
@@ -142,10 +142,10 @@ def reward_column(example, prior, answer):
         right = reward.accuracy_reward(answer.text, example.answer, example.problem_type)
         column["accuracy reward"] = f"{right:.3f}"
         column["length reward"] = reward.length_reward(answer.length, right)
-    consensus = overlaps(prior, answer.uses.values())
-    for score, value in zip(answer.uses, consensus, strict=True):
-        column[f"R_cf, {score}"] = f"{value:.3f}"
-        column["R_cf of even use"] = f"{1 / len(answer.uses[score]):.3f}"
+    for score, use in answer.uses.items():
+        [consensus] = overlaps(prior, [use])
+        column[f"R_cf, {score}"] = f"{consensus:.3f}"
+        column["R_cf of even use"] = f"{1 / len(use):.3f}"
     return column
 
 

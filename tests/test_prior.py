@@ -491,9 +491,10 @@ def test_large_frames_are_not_held_together(tmp_path):
         tmp_path / "large.mp4", [np.full((2304, 4096, 3), 10 * i, np.uint8) for i in range(24)]
     )  # 28 MB a frame, 680 MB in all
     code = (
-        "import resource, prior; usage = resource.getrusage; own = resource.RUSAGE_SELF;"
+        "import resource, prior; from common.data import Medium;"
+        "usage = resource.getrusage; own = resource.RUSAGE_SELF;"
         "peak = lambda: usage(own).ru_maxrss; before = peak();"
-        f"medium = prior.Medium('video', {str(tmp_path / 'large.mp4')!r});"
+        f"medium = Medium('video', {str(tmp_path / 'large.mp4')!r});"
         "indices = prior.read_cues(medium, prior.PriorSettings(frames=24))[0];"
         "print(len(indices), (peak() - before) // 1024)"
     )
