@@ -27,7 +27,6 @@ from dataclasses import dataclass, fields
 from fractions import Fraction
 from functools import lru_cache
 from itertools import chain, pairwise
-from pathlib import Path
 from pickle import UnpicklingError
 
 import cv2
@@ -176,7 +175,7 @@ class PriorArguments(PriorSettings):
                 "give one of --dataset_name and --video; --video and --question go together"
             )
         self.output = self.output or ("prior.png" if self.video else "priors.jsonl")
-        if self.video and Path(self.output).suffix not in (".png", ".svg", ".pdf"):
+        if self.video and not self.output.endswith((".png", ".svg", ".pdf")):
             raise DataError(f"--output {self.output}: a prior is drawn as .png, .svg or .pdf")
         # The input would be overwritten.
         if os.path.realpath(self.output) == os.path.realpath(self.dataset_name or self.video):
