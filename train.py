@@ -12,8 +12,9 @@
 grpo_step() is the algorithm: sample, score, reward, learn.
 """
 
+import fcntl
 import importlib.metadata
-import json
+import math
 import os
 import random
 import re
@@ -23,11 +24,12 @@ import subprocess
 import sys
 import time
 import uuid
+from argparse import Namespace
 from collections import Counter, defaultdict
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
 
 import deepspeed
@@ -41,7 +43,7 @@ from transformers.utils import logging as hf_logging
 import prior
 import toy
 from common.card import write_cards
-from common.checkpoints import Checkpoints, checkpoints, find_checkpoint, save_model
+from common.checkpoints import LOGS, Checkpoints, checkpoints, find_checkpoint, save_model
 from common.data import (
     DataError,
     differences,
@@ -70,7 +72,6 @@ from common.policy import Policy, Prompts, collate, load_processor, read_config
 from common.progress import Progress
 from common.ranks import (
     average,
-    check_finite,
     gather,
     is_main,
     log_main,
@@ -87,7 +88,7 @@ from common.rollout import (
     stop_tokens,
 )
 from common.run_page import run_report
-from common.workers import start_server, write_json, write_lines, writing
+from common.workers import append_lines, start_server, write_json, write_lines, writing
 from grpo import (
     Rollouts,
     accuracies,
@@ -416,7 +417,8 @@ def toy_defaults(folder, world_size):
 class Questions:
     """Examples of a stage or of the held-out set, with their priors."""
 
-    examples: list  # those that can be used; of a stage in the order of training, with repeats
+    # Those that can be used; of a stage in the order of training, with repeats.
+    examples: list = field(default_factory=list)
     source: Path | None = None  # their file
     priors: dict = field(default_factory=dict)  # {problem_id: Prior}
     skipped: dict = field(default_factory=dict)  # {problem_id: cause} of those that cannot
@@ -442,18 +444,19 @@ class Run:
     processor: object  # of the checkpoint that the run starts from
     encoder: Encoder
     heldout: Questions
-    result: dict  # beginning of result.json
+    result: dict  # result.json so far; checkpoints keep it
     progress: Progress
-    demonstrations: object = None  # Questions of SFT, if it is still to be run
-    training: object = None  # Questions of GRPO
+    demonstrations: Questions = field(default_factory=Questions)  # of SFT, if it is to be run
+    training: Questions = field(default_factory=Questions)  # of GRPO
     checkpoint: object = None  # Checkpoints
     tracker: object = None  # Tracker
-    files: dict = field(default_factory=dict)  # {name: open file} on rank 0
 
     def write(self, name, records):
+        """Appends records to a file of LOGS."""
         if is_main():
-            with writing(Path(self.args.output_dir) / name):
-                self.files[name].writelines(json.dumps(record) + "\n" for record in records)
+            path = Path(self.args.output_dir) / name
+            with writing(path), open(path, "ab", buffering=0) as file:
+                append_lines(file, records)
 
 
 @dataclass
@@ -485,17 +488,13 @@ class Schedule:
         rng = random.Random(seed)
         order = []
         while examples and len(order) < count:
-            bundles = []
-            newest = {}  # bundle of each medium
+            bundles = defaultdict(list)
+            drawn = Counter()  # of each medium; a text is one by itself
             for example in rng.sample(examples, len(examples)):
-                media = tuple(example.media)
-                bundle = newest.get(media)
-                if not media or bundle is None or len(bundle) == together:
-                    bundle = []
-                    bundles.append(bundle)
-                    newest[media] = bundle
-                bundle.append(example)
-            order += chain.from_iterable(bundles)
+                media = tuple(example.media) or id(example)
+                bundles[media, drawn[media] // together].append(example)
+                drawn[media] += 1
+            order += chain.from_iterable(bundles.values())
         return order[:count]
 
     def steps(self, questions):
@@ -571,6 +570,19 @@ LOGP_DIFFERENCE = 0.1
 
 # Metrics on the progress bar.
 SHOWN = ("loss/sft", "reward/total", "reward/accuracy", "consensus/score", "data/skipped")
+
+
+def check_finite(run, log, examples, value, what):
+    """Ends the run if a number is nan or infinite, before it reaches a checkpoint.
+
+    Errors: DataError with the step, the rank and the questions.
+    """
+    if not math.isfinite(value):
+        names = ", ".join(dict.fromkeys(example.id for example in examples))
+        raise DataError(
+            f"the {what} is {value} in step {log.step} of {log.stage} (rank {dist.get_rank()}, "
+            f"questions {names}); {run.checkpoint.newest_checkpoint_text()}"
+        )
 
 
 def step_requests(run, name, questions, step):
@@ -714,7 +726,7 @@ def pack_demonstrations(ready, processor, model, together):
     # Behind the medium: a question with the header of the answer, and the answer.
     media = []
     branches = []
-    learned = []
+    kinds = []  # 0 on a question, 1 on an answer
     for row in rows:
         inputs = row[0].inputs
         media.append(replace(inputs, input_ids=inputs.input_ids[: inputs.shared]))
@@ -722,22 +734,19 @@ def pack_demonstrations(ready, processor, model, together):
             question = one.inputs.input_ids[one.inputs.shared :]
             answer = answer_ids(one.example, processor)
             branches.append(torch.cat([question, answer]))
-            learned.append(torch.cat([torch.zeros_like(question), torch.ones_like(answer)]))
+            kinds.append(torch.cat([torch.zeros_like(question), torch.ones_like(answer)]))
         # Rows of fewer demonstrations end in empty ones.
         empty = [answer[:0]] * (group - len(row))
         branches += empty
-        learned += empty
+        kinds += empty
 
-    def stack(parts):
-        padded = pad_sequence(parts, batch_first=True)  # (R * G, T)
+    def stack(parts, padding):
+        padded = pad_sequence(parts, True, padding)  # (R * G, T)
         return padded.unflatten(0, (len(rows), group)).to(model.device)
 
-    return Demonstrations(
-        collate(media, model).to(model.device),
-        stack(branches),
-        stack([torch.ones_like(branch) for branch in branches]).bool(),
-        stack(learned).bool(),
-    )
+    kinds = stack(kinds, -1)  # (R, G, T)
+    prompts = collate(media, model).to(model.device)
+    return Demonstrations(prompts, stack(branches, 0), kinds >= 0, kinds > 0)
 
 
 def train_sft(run):
@@ -775,8 +784,7 @@ def sft_step(run, engine, forwards, log):
         logp = engine(pack.prompts, pack.completions, pack.mask).logp  # (R, G, T)
         loss = -(logp * pack.learned).sum() / tokens
         total += loss.item()
-        with run.checkpoint.stop_on_nan(log, [one.example for one in ready]):
-            check_finite(loss.item(), "loss")
+        check_finite(run, log, [one.example for one in ready], loss.item(), "loss")
         # DeepSpeed averages over ranks and forwards; the loss is their sum.
         engine.backward(loss * world * run.args.sft_gradient_accumulation_steps)
         engine.step()
@@ -838,19 +846,19 @@ def sample(run, model, forwards):
     args = run.args
     group = args.num_generations
     half = max(1, group // 2)
-    ready = [one for part in forwards for one in part]
-    controls = [b for b, one in enumerate(ready) if one.control is not None]
+    ready = list(chain.from_iterable(forwards))
+    shuffled = [one for one in ready if one.control is not None]
 
     # A row's random numbers depend on its place in the run alone, not on its neighbours or rank.
-    counts = [group] * len(ready) + [half] * len(controls)
+    counts = [group] * len(ready) + [half] * len(shuffled)
     seeds = []
-    for b, count in zip([*range(len(ready)), *controls], counts, strict=True):
-        first = run_seed(args, ready[b].place) * 1_009
+    for one, count in zip(ready + shuffled, counts, strict=True):
+        first = run_seed(args, one.place) * 1_009
         seeds += range(first, first + count)
 
     # One batch for rollouts and controls: the weights are read once for both.
     device = model.get_input_embeddings().weight.device
-    inputs = [one.inputs for one in ready] + [ready[b].control for b in controls]
+    inputs = [one.inputs for one in ready] + [one.control for one in shuffled]
     prompts = collate(inputs, model).to(device)
     if args.freeze_vision:
         # A frozen tower gives the same features in sampling, reference and policy: run it once.
@@ -860,11 +868,10 @@ def sample(run, model, forwards):
         model, run.processor, prompts, counts, seeds, sampling_settings(args, args.temperature)
     )
 
-    # Behind the questions' rows come the controls', half a group each.
-    control_texts = [None] * len(ready)
-    for number, b in enumerate(controls):
-        first = len(ready) * group + number * half
-        control_texts[b] = samples.texts[first : first + half]
+    # Behind the questions' texts come the controls', half a group each.
+    left = iter(samples.texts)
+    texts = [list(islice(left, group)) for _ in ready]
+    control_texts = {one.place: list(islice(left, half)) for one in shuffled}
     # A completion without a stop token was cut at the limit.
     stop = torch.tensor(stop_tokens(model, run.processor), device=device)
     ended = (torch.isin(samples.tokens, stop) & samples.mask).any(-1)  # (N,)
@@ -875,8 +882,7 @@ def sample(run, model, forwards):
         end = begin + len(part)
         rows = slice(begin * group, end * group)
         # Cut to the longest completion of the forward.
-        mask = samples.mask[rows]  # (B * G, T)
-        longest = int(mask.sum(-1).max())
+        longest = int(samples.mask[rows].sum(-1).max())
         shape = (len(part), group, longest)
         own_prompts = collate([one.inputs for one in part], model).to(device)
         if args.freeze_vision:
@@ -888,11 +894,11 @@ def sample(run, model, forwards):
                 priors=[one.prior for one in part],
                 prompts=own_prompts,
                 completions=samples.tokens[rows, :longest].reshape(shape),
-                mask=mask[:, :longest].reshape(shape),
+                mask=samples.mask[rows, :longest].reshape(shape),
                 truncated=~ended[rows].view(shape[:2]),
                 logp=samples.logp[rows, :longest].reshape(shape),
-                texts=[samples.texts[b * group : (b + 1) * group] for b in range(begin, end)],
-                control_texts=control_texts[begin:end],
+                texts=texts[begin:end],
+                control_texts=[control_texts.get(one.place) for one in part],
             )
         )
         begin = end
@@ -913,18 +919,18 @@ def asked_layers(args):
 
 
 def frame_uses(args, prompts, mask, scored):
-    """Frame use as the run's settings have it and, for the log, as the paper has it (Eq. 3-5).
+    """Frame use (rollout_frame_use) by the run's settings, and the paper's (Eq. 3-5) for the log.
 
-    Two results of rollout_frame_use.
+    Returns:
+        {"": the run's, "paper_": the paper's}; the keys are prefixes of metrics.
     """
-    paper = rollout_frame_use(prompts, mask, scored.hidden[-1])
-    if args.frame_use == "attention":
-        return rollout_frame_use(prompts, mask, attention=scored.attention), paper
-    states = scored.hidden[args.frame_use_layer]
-    own = rollout_frame_use(
-        prompts, mask, states, tau=args.tau, order=args.use_order, pool=args.pool
-    )
-    return own, paper
+    # Without states it is read from the attention.
+    states = scored.hidden.get(args.frame_use_layer)
+    settings = (args.tau, args.use_order, args.pool)
+    return {
+        "": rollout_frame_use(prompts, mask, states, scored.attention, *settings),
+        "paper_": rollout_frame_use(prompts, mask, scored.hidden[-1]),
+    }
 
 
 def weigh_forwards(args, step_rollouts):
@@ -940,16 +946,15 @@ def weigh_forwards(args, step_rollouts):
         rollouts.learned = rollouts.mask
         if args.mask_truncated_completions:
             rollouts.learned = rollouts.mask & ~rollouts.truncated[..., None]
-        rollouts.share = float(rollouts.truncated.numel())
+        rollouts.share = rollouts.truncated.numel()
         if args.reduction == "token":
-            rollouts.share = float(rollouts.learned.sum())
+            rollouts.share = rollouts.learned.sum().item()
     total = sum(gather(sum(rollouts.share for rollouts in step_rollouts)))
     splits = dist.get_world_size() * args.gradient_accumulation_steps
     for rollouts in step_rollouts:
-        scale = 1.0
         if args.reduction == "constant":
-            scale = rollouts.mask.shape[2] / args.max_completion_length
-        rollouts.share = rollouts.share * scale * splits / max(total, 1.0)
+            rollouts.share *= rollouts.mask.shape[2] / args.max_completion_length
+        rollouts.share = rollouts.share * splits / max(total, 1)
 
 
 def grpo_step(run, engine, reference, forwards, log):
@@ -972,11 +977,11 @@ def grpo_step(run, engine, reference, forwards, log):
     for _ in range(args.num_iterations):
         for number, rollouts in enumerate(step_rollouts, 1):
             engine.set_gradient_accumulation_boundary(number == len(step_rollouts))
-            with run.checkpoint.stop_on_nan(log, rollouts.examples):
-                learn(run, engine, reference, rollouts, log)
-                with log.seconds("update"):
-                    engine.step()
-                check_finite(log_norm(engine, log), "norm of the gradient")
+            learn(run, engine, reference, rollouts, log)
+            with log.seconds("update"):
+                engine.step()
+            norm = log_norm(engine, log)
+            check_finite(run, log, rollouts.examples, norm, "norm of the gradient")
 
 
 def learn(run, engine, reference, rollouts, log):
@@ -1000,7 +1005,7 @@ def learn(run, engine, reference, rollouts, log):
         if first_time:
             reward_rollouts(run, rollouts, scored, log)
         # 4. Learn (Eq. 10).
-        loss = rollouts_loss(args, rollouts, scored, log)
+        loss = rollouts_loss(run, rollouts, scored, log)
         engine.backward(loss * rollouts.share)
 
 
@@ -1008,10 +1013,10 @@ def reward_rollouts(run, rollouts, scored, log):
     """Rewards and advantages of one forward's rollouts, logged (Eq. 3-9)."""
     args = run.args
     logp = scored.logp.detach()  # (B, G, T)
-    check_finite(logp[rollouts.mask].sum().item(), "policy's log-probability")
-    both = frame_uses(args, rollouts.prompts, rollouts.mask, scored)
-    uses = both[0]
-    terms = rewards(rollouts, uses, run.processor.tokenizer, args)
+    mass = logp[rollouts.mask].sum().item()
+    check_finite(run, log, rollouts.examples, mass, "policy's log-probability")
+    uses = frame_uses(args, rollouts.prompts, rollouts.mask, scored)
+    terms = rewards(rollouts, uses[""], run.processor.tokenizer, args)
 
     # Eq. 9, in float32 on the device as the loss.
     total = terms["total"].float().to(logp.device)  # (B, G)
@@ -1020,24 +1025,22 @@ def reward_rollouts(run, rollouts, scored, log):
     # The policy has not moved since it sampled, so its own forward gives the old log-probabilities.
     rollouts.old_logp = logp
     degenerate = all_equal(total)  # (B,)
-    rollouts.dropped = torch.zeros_like(degenerate)  # (B,)
-    if args.degenerate == "drop":
-        rollouts.dropped = degenerate
+    rollouts.dropped = degenerate & (args.degenerate == "drop")  # (B,)
 
     # Metrics are named after the terms: a new term needs no second list.
     for name, values in terms.items():
         log.add(f"reward/{name}", values)
     names = ("consensus/{}score", "consensus/{}evidence_use")
-    log_frame_use(log, *names, rollouts.examples, rollouts.priors, both)
+    log_frame_use(log, *names, rollouts.examples, rollouts.priors, uses)
     for example, texts in zip(rollouts.examples, rollouts.control_texts, strict=True):
         if texts:
             log.add("rollout/shuffled_accuracy", accuracies(example, texts))
-    log.add("loss/zero_variance_groups", degenerate.float())
+    log.add("loss/zero_variance_groups", degenerate)
     log.add("rollout/length", rollouts.lengths)
-    log.add("rollout/truncated", rollouts.truncated.float())
+    log.add("rollout/truncated", rollouts.truncated)
     log.add("rollout/entropy", per_token(scored.entropy, rollouts))
     log.add("rollout/logp_difference", per_token((rollouts.logp - logp).abs(), rollouts))
-    run.write("rollouts.jsonl", rollout_lines(rollouts, uses, log.step))
+    run.write("rollouts.jsonl", rollout_lines(rollouts, uses[""], log.step))
 
 
 def per_token(values, rollouts):
@@ -1045,15 +1048,15 @@ def per_token(values, rollouts):
     return (values * rollouts.mask).sum(-1) / rollouts.lengths
 
 
-def log_frame_use(log, score, evidence, examples, rows, both):
+def log_frame_use(log, score, evidence, examples, rows, uses):
     """Logs the consensus (Eq. 6) and the mass on known evidence of every rollout's frame use.
 
     Args:
-        score, evidence: metrics of the two, with {} for "paper_" in those of the paper's frame use.
-        both: of frame_uses.
+        score, evidence: metrics of the two, with {} for the prefix.
+        uses: of frame_uses.
     """
-    for prefix, uses in zip(("", "paper_"), both, strict=True):
-        for example, row, use in zip(examples, rows, uses, strict=True):
+    for prefix, own in uses.items():
+        for example, row, use in zip(examples, rows, own, strict=True):
             if use[0] is None:
                 continue
             log.add(score.format(prefix), overlaps(row, use))
@@ -1062,8 +1065,9 @@ def log_frame_use(log, score, evidence, examples, rows, both):
                 log.add(evidence.format(prefix), evidence_shares(example, row, use))
 
 
-def rollouts_loss(args, rollouts, scored, log):
+def rollouts_loss(run, rollouts, scored, log):
     """Eq. 10 of one forward: a scalar, logged."""
+    args = run.args
     # --degenerate drop: groups without a signal weigh 0, their KL too.
     weights = scored.weights
     if weights is None:
@@ -1085,7 +1089,7 @@ def rollouts_loss(args, rollouts, scored, log):
         args.reduction,
         flat(weights),
     )
-    check_finite(loss.item(), "loss")
+    check_finite(run, log, rollouts.examples, loss.item(), "loss")
     # Counted once a question, so that the means over forwards of different sizes are right.
     count = len(rollouts.examples)
     for name, value in {**stats, "policy": loss.item()}.items():
@@ -1109,7 +1113,7 @@ def rollout_lines(rollouts, uses, step):
                     "answer": example.answer,
                     "truncated": rollouts.truncated[b, g].item(),
                     "rewards": {
-                        name: rollouts.rewards[name][b, g].item() for name in rollouts.rewards
+                        name: values[b, g].item() for name, values in rollouts.rewards.items()
                     },
                     "prior": None if use is None else rollouts.priors[b].prior,
                     "use": None if use is None else [round(value, 4) for value in use.tolist()],
@@ -1138,9 +1142,10 @@ def train_grpo(run, model_path):
         reference = start_engine(args, model_path)
     done, kept = run.checkpoint.load(engine, "grpo")
     averages = kept.setdefault("averages", {})  # of what is trained, with --ema_decay
-    if asked and args.ema_decay < 1 and not averages:
+    moves = asked and args.ema_decay < 1
+    if moves and not averages:
         update_averages(averages, engine, args.ema_decay)
-    if reference is not None and averages:
+    if reference is not None:
         write_shards(reference, averages)
     if asked and args.lora_rank:
         # The policy has the reference within: no second model.
@@ -1150,7 +1155,7 @@ def train_grpo(run, model_path):
         done = log.step + 1
         if forwards:
             grpo_step(run, engine, reference, forwards, log)
-        if averages and done % args.ema_steps == 0:
+        if moves and done % args.ema_steps == 0:
             update_averages(averages, engine, args.ema_decay)
             if not args.lora_rank:
                 write_shards(reference, averages)
@@ -1167,7 +1172,6 @@ def score(run, engine, when):
     """Puts score_heldout "before" or "after" GRPO into run.result; {} without questions."""
     run.progress.start(f"score {when} GRPO")
     run.result[when] = score_heldout(run, engine) if run.heldout.examples else {}
-    run.checkpoint.shared[when] = run.result[when]
 
 
 HELDOUT_BATCH = 50  # questions decoded at a time on each rank, no more than --rollout_batch_size
@@ -1190,20 +1194,18 @@ def score_heldout(run, engine):
     unusable = {}
     world = dist.get_world_size()
     count = len(heldout.examples)
-    batch = min(HELDOUT_BATCH, args.rollout_batch_size) * world
-    starts = range(0, count, batch)
-
-    def requests(start):
-        end = min(start + batch, count)
-        return [heldout.request(place) for place in range(start + dist.get_rank(), end, world)]
-
-    decoded = inputs.each(map(requests, starts))
+    places = range(dist.get_rank(), count, world)  # of this rank
+    batch = min(HELDOUT_BATCH, args.rollout_batch_size)
+    starts = range(0, math.ceil(count / world), batch)  # the same on all ranks
+    # Made at their turn, since they keep what is decoded.
+    requests = (list(map(heldout.request, places[start : start + batch])) for start in starts)
+    decoded = inputs.each(requests)
     with sampling(engine) as model:
         for mine in tqdm(decoded, "held-out", len(starts), disable=not is_main(), leave=False):
             ready = take_usable(inputs, mine, args, unusable)
             if ready:
                 score_answers(run, model, ready, log)
-    if unusable and "before" in run.checkpoint.shared:
+    if unusable and "before" in run.result:
         raise DataError(
             f"{len(unusable)} held-out question(s) scored before GRPO can no longer be; the "
             f"first: {next(iter(unusable.values()))}"
@@ -1223,8 +1225,8 @@ def score_answers(run, model, ready, log):
     inputs = [one.inputs for one in ready]
     seeds = [run_seed(args, one.place) for one in ready]
     # The same prompts answered greedily and sampled; frame use is read on the latter.
-    kinds = {"greedy": (0.0, {}), "sampled": (args.temperature, asked_layers(args))}
-    for decoding, (temperature, layers) in kinds.items():
+    kinds = (("greedy", 0.0, {}), ("sampled", args.temperature, asked_layers(args)))
+    for decoding, temperature, layers in kinds:
         settings = sampling_settings(args, temperature)
         for answers in answer_inputs(model, run.processor, inputs, seeds, settings, **layers):
             asked = [ready[place] for place in answers.places]
@@ -1245,11 +1247,11 @@ def log_looks(args, answers, asked, log):
     """Logs length and frame use of a batch of answers to the questions in `asked` (Ready)."""
     mask = answers.samples.mask
     log.add("length", mask.sum(-1))
-    both = frame_uses(args, answers.prompts, mask[:, None], answers.scored)
+    uses = frame_uses(args, answers.prompts, mask[:, None], answers.scored)
     examples = [one.example for one in asked]
     rows = [one.prior for one in asked]
-    log_frame_use(log, "{}consensus", "{}evidence_use", examples, rows, both)
-    for example, row, use in zip(examples, rows, both[0], strict=True):
+    log_frame_use(log, "{}consensus", "{}evidence_use", examples, rows, uses)
+    for example, row, use in zip(examples, rows, uses[""], strict=True):
         if example.evidence and use[0] is not None:
             shares = slot_shares(row.times, example.evidence, len(use[0]))
             log.add("evidence_chance", [float(shares.mean())])  # uniform use's mass
@@ -1388,8 +1390,7 @@ def add_priors(args, questions, name, file, resume):
             done.update(prior.load_priors(made, examples, args))
         left = [e for e in examples if e.media and e.id not in done]
         rows, errors = compute_priors(args, left, name)
-        if rows or not old:
-            write_lines(made, [*old, *rows])
+        write_lines(made, [*old, *rows])
         return errors
 
     # Rank 0 reads and writes, the others are told; then every rank reads the files.
@@ -1440,34 +1441,25 @@ def run(args):
     this = read_inputs(args, resume, progress)
     # From here on the output folder is written.
     shown = on_main_first(lambda: prepare_output(output, args, resume))
-    if is_main():
-        for name in LOGS:
-            this.files[name] = open(output / name, "a", 1, encoding="utf-8")
-    this.checkpoint = Checkpoints(args, this.processor, this.files, resume)
-    shared = this.checkpoint.shared
-    shared["heldout_skipped"] = this.heldout.skipped
-    # A resumed run leaves out the same questions, so that the others keep their places.
-    if this.training:
-        shared["without_prior"] = dict(this.training.skipped)
-    shared["wandb_run_id"] = resume.get("wandb_run_id") or uuid.uuid4().hex[:8]
-    this.tracker = Tracker(args, shared["wandb_run_id"], shown)
-
-    # SFT, the score between the two, GRPO, the score after it.
     result = this.result
-    result["skipped"] = {}
+    # A resumed run leaves out the same questions, so that the others keep their places.
+    result["heldout_skipped"] = this.heldout.skipped
+    result["without_prior"] = dict(this.training.skipped)
+    result["wandb_run_id"] = resume.get("wandb_run_id") or uuid.uuid4().hex[:8]
     if resume.get("stage") == "grpo":
         result["before"] = resume["before"]
-        shared["before"] = resume["before"]
+    this.checkpoint = Checkpoints(args, this.processor, resume, result)
+    this.tracker = Tracker(args, result["wandb_run_id"], shown)
+
+    # SFT, the score between the two, GRPO, the score after it.
     model_path = args.model_name_or_path
     if args.stage != "grpo":
         model_path = output / "sft"
-        if this.demonstrations:
-            progress.start("SFT")
-            train_sft(this)
-            result["skipped"].update(this.demonstrations.skipped)
-    if this.training:
+    if this.demonstrations.examples:
+        progress.start("SFT")
+        train_sft(this)
+    if this.training.examples:
         train_grpo(this, model_path)
-        result["skipped"].update(this.training.skipped)
     # Without GRPO both columns of the table are the same.
     result.setdefault("after", result["before"])
     finish_run(this)
@@ -1510,7 +1502,7 @@ def read_inputs(args, resume, progress):
     encoder = Encoder(processor, args)
     # result.json gets its further entries in run().
     result = {"command": sys.argv, "seed": args.seed}
-    this = Run(args, processor, encoder, Questions([]), result, progress)
+    this = Run(args, processor, encoder, Questions(), result, progress)
     # Questions of every stage, before the slow part.
     if args.eval_dataset_name:
         this.heldout = load_questions(args, args.eval_dataset_name)
@@ -1524,7 +1516,7 @@ def read_inputs(args, resume, progress):
     progress.start("priors")
     if args.eval_dataset_name:
         add_priors(args, this.heldout, "held-out", args.eval_priors, resume)
-    if this.training:
+    if this.training.examples:
         read_training_priors(this, resume)
     return this
 
@@ -1550,14 +1542,14 @@ def finish_run(run):
     """Writes result.json, model cards and the report; prints the table and what was skipped."""
     output = Path(run.args.output_dir)
     result = run.result
+    result["skipped"] = run.demonstrations.skipped | run.training.skipped
     # Equal causes are counted together, the most frequent one first.
     causes = Counter(plain_cause(cause) for cause in result["skipped"].values())
     result["skipped_by_cause"] = dict(causes.most_common())
-    result["heldout_skipped"] = run.heldout.skipped
     result["heldout_questions"] = len(run.heldout.examples)
     result["differences"] = {}
     for questions in (run.heldout, run.demonstrations, run.training):
-        if questions and questions.differences:
+        if questions.differences:
             result["differences"][str(questions.source)] = questions.differences
     for cause, count in causes.most_common():
         log_main(f"{count} skipped: {cause}")
@@ -1579,12 +1571,24 @@ def plain_cause(cause):
     return re.sub(r"^row \S+ (\(problem_id .*?\))?:? ?|^.*?: ", "", cause)
 
 
-# Logs of a run, cut to their length at the checkpoint when it goes on.
-LOGS = ("metrics.jsonl", "rollouts.jsonl")
-
-
 # Settings that say how many steps there are.
 LENGTHS = ("max_steps", "num_train_epochs", "sft_max_steps", "sft_num_train_epochs")
+
+
+def hold(output):
+    """Keeps other runs out of an output folder until this process ends.
+
+    Errors: DataError if one is in it.
+    """
+    # Never closed: the lock ends with the process, however that ends.
+    folder = os.open(output, os.O_RDONLY)
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        words = "another run is writing to it; wait for its end, or choose another folder"
+        raise DataError(f"--output_dir {output}: {words}") from error
+    except OSError:
+        log_main(f"--output_dir {output} cannot be locked; start no second run in it")
 
 
 def find_start(output, args):
@@ -1598,6 +1602,7 @@ def find_start(output, args):
     """
     with writing(f"--output_dir {output}"):
         output.mkdir(parents=True, exist_ok=True)
+    hold(output)
     # A start that was refused before its first step is no earlier run.
     log = output / "metrics.jsonl"
     if args.resume_from_checkpoint is None and log.is_file() and log.stat().st_size > 0:
@@ -1669,23 +1674,19 @@ FOREIGN_FLAGS = {
 }
 
 
-def refuse_unread_flags(stage):
-    """Errors: DataError for a flag of the command line that this stage does not read."""
-    given = []
-    for word in sys.argv:
-        flag_name = word.partition("=")[0].replace("-", "_")
-        given.append(flag_name.replace("__no_", "__"))
+def refuse_unread_flags(stage, given):
+    """Errors: DataError if one of the `given` flags of the command line is of another stage."""
     # The two stages have a flag of the same meaning under two names.
     for sft, grpo in zip(*SCHEDULES.values(), strict=True):
-        if stage == "sft" and f"__{grpo}" in given:
+        if stage == "sft" and grpo in given:
             raise DataError(f"--stage sft does not read --{grpo}; its own is --{sft}")
-        if stage == "grpo" and f"__{sft}" in given:
+        if stage == "grpo" and sft in given:
             raise DataError(f"--stage grpo does not read --{sft}; its own is --{grpo}")
     # The others stand under the heading of their stage.
     heading = ""
     for setting in fields(TrainArguments):
         heading = setting.metadata.get("group", heading)
-        if stage == "sft" and heading.startswith("GRPO") and f"__{setting.name}" in given:
+        if stage == "sft" and heading.startswith("GRPO") and setting.name in given:
             raise DataError(f"--stage sft does not read --{setting.name}: it is GRPO's")
 
 
@@ -1700,23 +1701,27 @@ def parse_arguments():
         f"{__doc__}\nThe defaults are those for a checkpoint; --recipe changes some, and so does "
         "the toy. run.json has what a run used.",
     )
-    # A first look: which defaults are right depends on the model, the data and the recipe.
-    first, unknown = parser.parse_known_args()
+    # None for what the command line does not give: which default is right depends on the rest.
+    absent = Namespace(**dict.fromkeys(vars(TrainArguments())))
+    first, unknown = parser.parse_known_args(namespace=absent)
     if unknown:
         hint = FOREIGN_FLAGS.get(unknown[0].partition("=")[0], "python train.py --help lists all")
         raise DataError(f"unknown: {' '.join(unknown)}; here: {hint}")
 
+    given = {name: value for name, value in vars(first).items() if value is not None}
+
     # Without data: the toy.
-    recipe = dict(RECIPES[first.recipe])
+    recipe = dict(RECIPES[first.recipe or "cfgrpo"])
     stage = "grpo" if first.model_name_or_path else "both"
+    settings = {"stage": stage}
     if first.dataset_name is None:
         if stage == "both" and first.stage == "grpo":
             raise DataError(
                 "--stage grpo without a model would train an untrained toy; give "
                 "--model_name_or_path or leave --stage out"
             )
-        folder = first.toy_dir or f"toy-seed{first.seed}"
-        parser.set_defaults(**toy_defaults(folder, int(os.environ.get("WORLD_SIZE", 1))))
+        folder = first.toy_dir or f"toy-seed{first.seed or 0}"
+        settings |= toy_defaults(folder, int(os.environ.get("WORLD_SIZE", 1)))
         for name in NOT_FOR_THE_TOY:
             recipe.pop(name, None)
     elif stage == "both" or first.stage == "both" or first.toy_dir:
@@ -1726,10 +1731,9 @@ def parse_arguments():
         )
     if first.priors is not None:
         recipe.pop("prior", None)  # the file's cues are there to be looked at
-    # The second look: the command line wins over what was set here.
-    parser.set_defaults(stage=stage, **recipe)
-    (args,) = parser.parse_args_into_dataclasses()
+    args = TrainArguments(**settings | recipe | given)
     check_arguments(args)
+    refuse_unread_flags(args.stage, given)
     return args
 
 
@@ -1754,7 +1758,6 @@ def check_arguments(args):
         raise DataError("--freeze_vision freezes the mergers too; give it or --train_only_merger")
     if args.lora_rank:
         check_peft("--lora_rank")
-    refuse_unread_flags(args.stage)
 
 
 def main():

@@ -1,6 +1,6 @@
 """Checkpoints of a run: whole or absent, named as their source names its weights, resumable.
 
-checkpoint = Checkpoints(arguments, processor, files, find_checkpoint(arguments))
+checkpoint = Checkpoints(arguments, processor, find_checkpoint(arguments), shared)
 done, kept = checkpoint.load(engine, "grpo")          # 0, {} at the beginning
 for step in range(done, steps):
     ...
@@ -36,6 +36,9 @@ from common.lora import save_adapter
 from common.policy import MISNAMED
 from common.ranks import gather, is_main, log_main, wait_for_all
 from common.rollout import stop_tokens
+
+# What a run appends to. A run that goes on cuts them to their length at its checkpoint.
+LOGS = ("metrics.jsonl", "rollouts.jsonl")
 
 
 def weight_shapes(path):
@@ -219,22 +222,19 @@ class Checkpoints:
     """Writes what a run needs to go on, every --save_steps and on SIGTERM or SIGINT, and reads it.
 
     Args:
-        files: {name: open file that the run appends to} on rank 0.
         resume: what find_checkpoint() returned.
-    Attributes:
-        shared: more values for state.json.
+        shared: more values for state.json, which the run may add to.
     """
 
-    def __init__(self, arguments, processor, files, resume):
+    def __init__(self, arguments, processor, resume, shared):
         self.arguments = arguments
         self.processor = processor
-        self.files = files
         self.resume = resume
-        self.shared = {}
-        self.signals = []
+        self.shared = shared
+        self.signal = 0
 
     def on_signal(self, number, _):
-        self.signals.append(number)
+        self.signal = number
         # A second Ctrl-C does not wait. Launchers send several SIGTERM.
         signal.signal(signal.SIGINT, signal.default_int_handler)
         # Not print(), which the signal may have interrupted.
@@ -244,8 +244,8 @@ class Checkpoints:
         """Lets signals end the program again; one that came after the last step ends it now."""
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         signal.signal(signal.SIGINT, signal.default_int_handler)
-        if self.signals:
-            sys.exit(128 + self.signals[0])
+        if self.signal:
+            sys.exit(128 + self.signal)
 
     def load(self, engine, stage):
         """Restores an engine and the random states; from here on signals wait for after_step().
@@ -282,7 +282,7 @@ class Checkpoints:
             kept: dict that load() returns to this rank.
         """
         # A signal may have reached one rank alone.
-        stop = max(gather(max(self.signals, default=0)))
+        stop = max(gather(self.signal))
         every = self.arguments.save_steps
         due = every > 0 and (step % every == 0 or step == last)
         if stop or due:
@@ -310,12 +310,11 @@ class Checkpoints:
                 kept["cuda_rng"] = torch.cuda.get_rng_state()
             torch.save(kept, aside / f"rank{dist.get_rank()}.pt")
             if is_main():
-                sizes = {name: os.fstat(log.fileno()).st_size for name, log in self.files.items()}
                 state = {
                     "stage": stage,
                     "step": step,
                     "ranks": dist.get_world_size(),
-                    "sizes": sizes,
+                    "sizes": {name: (output / name).stat().st_size for name in LOGS},
                     "settings": asdict(self.arguments),
                     **self.shared,
                 }
@@ -338,21 +337,6 @@ class Checkpoints:
             replace_folder(aside, folder)
             for old in checkpoints(output)[: -self.arguments.save_total_limit]:
                 replace_folder(None, old)
-
-    @contextmanager
-    def stop_on_nan(self, log, examples):
-        """Ends the run if check_finite() fails inside, before the number reaches a checkpoint.
-
-        Args:
-            log: StepLog, which has the stage and the step.
-        Errors: DataError with the step, the rank and the questions.
-        """
-        try:
-            yield
-        except FloatingPointError as error:
-            names = ", ".join(dict.fromkeys(example.id for example in examples))
-            where = f"step {log.step} of {log.stage} (rank {dist.get_rank()}, questions {names})"
-            raise DataError(f"{error} in {where}; {self.newest_checkpoint_text()}") from error
 
     def newest_checkpoint_text(self):
         """The newest whole checkpoint, in words for a message that ends a run."""

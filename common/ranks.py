@@ -5,11 +5,9 @@ log_main(f"{count} questions")                 # rank 0 alone
 metrics = average(values, device)              # over all ranks
 """
 
-import math
 import os
-import socket
-from collections import Counter
 from datetime import timedelta
+from itertools import chain
 
 import deepspeed
 import psutil
@@ -68,21 +66,15 @@ def average(values):
     Returns:
         {name: mean} of the names with at least one value, in rank 0's order, then the other ranks'.
     """
-    # Sums in the order of the ranks, so that the result is the same on all of them.
-    totals = {}
-    counts = Counter()
-    for sums in gather({name: (sum(numbers), len(numbers)) for name, numbers in values.items()}):
-        for name, (total, count) in sums.items():
-            totals[name] = totals.get(name, 0.0) + total
-            counts[name] += count
-    return {name: totals[name] / counts[name] for name in totals if counts[name] > 0}
-
-
-def free_port():
-    """A port of this machine that nobody listens on, as text."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return str(free.getsockname()[1])
+    everyone = gather(values)
+    means = {}
+    for name in dict.fromkeys(chain.from_iterable(everyone)):
+        # Sums of the ranks in their order, so that the mean is the same on all of them.
+        parts = [own.get(name, []) for own in everyone]
+        count = sum(map(len, parts))
+        if count > 0:
+            means[name] = sum(map(sum, parts)) / count
+    return means
 
 
 def own_port():
@@ -106,8 +98,9 @@ def start_ranks():
     global patient
     check_launcher()
     if "RANK" not in os.environ:
-        alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
-        os.environ.update(alone, MASTER_PORT=free_port())
+        os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
+        # 0: some port that nobody listens on.
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
     own_port()
     if torch.cuda.is_available():
         # NCCL's first collective comes before any engine.
@@ -142,9 +135,3 @@ def on_main_first(work):
     if message is not None:
         raise DataError(message)
     return value
-
-
-def check_finite(value, what):
-    """FloatingPointError if a number is nan or infinite."""
-    if not math.isfinite(value):
-        raise FloatingPointError(f"the {what} is {value}")

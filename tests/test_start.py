@@ -110,6 +110,7 @@ def place(alone, toy_folder, checkpoint, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(train, "train_grpo", train_grpo)
     monkeypatch.setattr(train, "sampling", nullcontext)
     monkeypatch.setattr(train, "Tracker", lambda *_: None)  # DeepSpeed's ranks are not started
+    monkeypatch.setattr(train, "hold", lambda folder: None)  # until the process ends
     monkeypatch.setattr(train, "score_answers", score_answers)
     monkeypatch.setattr(prior, "load_clip", load_clip)
     return here
@@ -430,6 +431,15 @@ def test_without_git_there_is_no_revision(monkeypatch, tmp_path):
     assert train.revision() is not None
     monkeypatch.setenv("PATH", str(tmp_path))
     assert train.revision() is None
+
+
+def test_a_second_run_in_one_folder_is_refused(alone, tmp_path):
+    """Before either has logged a step."""
+    args = train.TrainArguments(output_dir=str(tmp_path))
+    assert train.find_start(tmp_path, args) == {}
+    with pytest.raises(DataError, match="another run is writing to it; wait for its end"):
+        train.find_start(tmp_path, args)
+    assert list(tmp_path.iterdir()) == []
 
 
 # ------------------------------------------------------------------------------- a run made longer
