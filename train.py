@@ -386,6 +386,7 @@ def toy_defaults(folder, world_size):
     computed and logged beside it. Beta is higher because at a learning rate that a 1.0 M-parameter
     model needs to move in 50 steps, whatever no reward asks for drifts.
     """
+    batch = max(1, 16 // world_size)
     return dict(
         dataset_name=f"{folder}/train.json",
         eval_dataset_name=f"{folder}/heldout.json",
@@ -401,11 +402,11 @@ def toy_defaults(folder, world_size):
         frame_use_layer=1,
         sft_learning_rate=2e-3,
         sft_max_steps=400,
-        sft_per_device_batch_size=max(1, 16 // world_size),
+        sft_per_device_batch_size=batch,
         learning_rate=3e-4,
         beta=0.1,
         max_steps=50,
-        per_device_train_batch_size=max(1, 16 // world_size),
+        per_device_train_batch_size=batch,
         max_grad_norm=1.0,
     )
 
@@ -1098,28 +1099,22 @@ def rollouts_loss(run, rollouts, scored, log):
 
 
 def rollout_lines(rollouts, uses, step):
-    """Lines of rollouts.jsonl: one a rollout, with its text, rewards, prior and frame use."""
-    lines = []
+    """Yields the lines of rollouts.jsonl: a rollout's text, rewards, prior and frame use."""
     for b, example in enumerate(rollouts.examples):
         for g, text in enumerate(rollouts.texts[b]):
             use = uses[b][g]
-            lines.append(
-                {
-                    "step": step,
-                    "problem_id": example.id,
-                    "question": example.question,
-                    "options": example.options,
-                    "text": text,
-                    "answer": example.answer,
-                    "truncated": rollouts.truncated[b, g].item(),
-                    "rewards": {
-                        name: values[b, g].item() for name, values in rollouts.rewards.items()
-                    },
-                    "prior": None if use is None else rollouts.priors[b].prior,
-                    "use": None if use is None else [round(value, 4) for value in use.tolist()],
-                }
-            )
-    return lines
+            yield {
+                "step": step,
+                "problem_id": example.id,
+                "question": example.question,
+                "options": example.options,
+                "text": text,
+                "answer": example.answer,
+                "truncated": rollouts.truncated[b, g].item(),
+                "rewards": {name: values[b, g].item() for name, values in rollouts.rewards.items()},
+                "prior": None if use is None else rollouts.priors[b].prior,
+                "use": None if use is None else [round(value, 4) for value in use.tolist()],
+            }
 
 
 def train_grpo(run, model_path):
@@ -1239,22 +1234,19 @@ def score_answers(run, model, ready, log):
                 log.add(f"{decoding}/{kind}", accuracy)
                 if example.extra.get("salient_is_asked") is False:
                     log.add(f"{decoding}/conflict", accuracy)
-            if layers:
-                log_looks(args, answers, asked, log)
-
-
-def log_looks(args, answers, asked, log):
-    """Logs length and frame use of a batch of answers to the questions in `asked` (Ready)."""
-    mask = answers.samples.mask
-    log.add("length", mask.sum(-1))
-    uses = frame_uses(args, answers.prompts, mask[:, None], answers.scored)
-    examples = [one.example for one in asked]
-    rows = [one.prior for one in asked]
-    log_frame_use(log, "{}consensus", "{}evidence_use", examples, rows, uses)
-    for example, row, use in zip(examples, rows, uses[""], strict=True):
-        if example.evidence and use[0] is not None:
-            shares = slot_shares(row.times, example.evidence, len(use[0]))
-            log.add("evidence_chance", [float(shares.mean())])  # uniform use's mass
+            if not layers:
+                continue
+            # Length and frame use of the sampled ones.
+            mask = answers.samples.mask
+            log.add("length", mask.sum(-1))
+            uses = frame_uses(args, answers.prompts, mask[:, None], answers.scored)
+            examples = [one.example for one in asked]
+            rows = [one.prior for one in asked]
+            log_frame_use(log, "{}consensus", "{}evidence_use", examples, rows, uses)
+            for example, row, use in zip(examples, rows, uses[""], strict=True):
+                if example.evidence and use[0] is not None:
+                    shares = slot_shares(row.times, example.evidence, len(use[0]))
+                    log.add("evidence_chance", [float(shares.mean())])  # uniform use's mass
 
 
 def print_table(args, result):
@@ -1347,25 +1339,6 @@ def load_training(args):
             f"{questions.source} has the field grounding"
         )
     return questions
-
-
-def invert_share(args, stream):
-    """TW-GRPO's question-answer inversion of a share of the stream, in place.
-
-    Returns:
-        counts for result.json: inverted questions, chosen ones that cannot be inverted.
-    """
-    counts = {"inverted": 0, "not_invertible": 0}
-    for place, example in enumerate(stream):
-        rng = random.Random(f"{args.seed}-{place}")
-        if rng.random() < args.invert_questions:
-            new = invert_question(example, rng)
-            if new is None:
-                counts["not_invertible"] += 1
-            else:
-                counts["inverted"] += 1
-                stream[place] = new
-    return counts
 
 
 def add_priors(args, questions, name, file, resume):
@@ -1529,12 +1502,20 @@ def read_training_priors(run, resume):
     # What could not be read before stays out, so that the other questions keep their places.
     training.leave_out(resume.get("without_prior", {}))
     add_priors(args, training, "training", args.priors, resume)
-    run.result.update(invert_share(args, training.examples))
+    # TW-GRPO's question-answer inversion of a share of them, in place.
+    counts = {"inverted": 0, "not_invertible": 0}
+    for place, example in enumerate(training.examples):
+        rng = random.Random(f"{args.seed}-{place}")
+        if rng.random() < args.invert_questions:
+            new = invert_question(example, rng)
+            counts["inverted" if new else "not_invertible"] += 1
+            training.examples[place] = new or example
+    run.result.update(counts)
     plan = schedule(args, "grpo")
     log_main(
         f"GRPO: {plan.steps(training)} of {wanted // plan.per_step} planned step(s) of "
         f"{plan.per_step} question(s); {len(training.skipped)} unusable, "
-        f"{run.result['inverted']} inverted, {run.result['not_invertible']} not invertible"
+        f"{counts['inverted']} inverted, {counts['not_invertible']} not invertible"
     )
 
 
@@ -1547,10 +1528,10 @@ def finish_run(run):
     causes = Counter(plain_cause(cause) for cause in result["skipped"].values())
     result["skipped_by_cause"] = dict(causes.most_common())
     result["heldout_questions"] = len(run.heldout.examples)
-    result["differences"] = {}
-    for questions in (run.heldout, run.demonstrations, run.training):
-        if questions.differences:
-            result["differences"][str(questions.source)] = questions.differences
+    everything = (run.heldout, run.demonstrations, run.training)
+    result["differences"] = {
+        str(one.source): one.differences for one in everything if one.differences
+    }
     for cause, count in causes.most_common():
         log_main(f"{count} skipped: {cause}")
     if run.heldout.examples:
@@ -1674,22 +1655,6 @@ FOREIGN_FLAGS = {
 }
 
 
-def refuse_unread_flags(stage, given):
-    """Errors: DataError if one of the `given` flags of the command line is of another stage."""
-    # The two stages have a flag of the same meaning under two names.
-    for sft, grpo in zip(*SCHEDULES.values(), strict=True):
-        if stage == "sft" and grpo in given:
-            raise DataError(f"--stage sft does not read --{grpo}; its own is --{sft}")
-        if stage == "grpo" and sft in given:
-            raise DataError(f"--stage grpo does not read --{sft}; its own is --{grpo}")
-    # The others stand under the heading of their stage.
-    heading = ""
-    for setting in fields(TrainArguments):
-        heading = setting.metadata.get("group", heading)
-        if stage == "sft" and heading.startswith("GRPO") and setting.name in given:
-            raise DataError(f"--stage sft does not read --{setting.name}: it is GRPO's")
-
-
 def parse_arguments():
     """The command line over the recipe's defaults over the toy's over those of TrainArguments.
 
@@ -1732,8 +1697,7 @@ def parse_arguments():
     if first.priors is not None:
         recipe.pop("prior", None)  # the file's cues are there to be looked at
     args = TrainArguments(**settings | recipe | given)
-    check_arguments(args)
-    refuse_unread_flags(args.stage, given)
+    check_arguments(args, given)
     return args
 
 
@@ -1744,8 +1708,8 @@ COUNTS = """per_device_train_batch_size gradient_accumulation_steps sft_per_devi
 NOT_NEGATIVE = "lora_rank learning_rate sft_learning_rate weight_decay temperature".split()
 
 
-def check_arguments(args):
-    """Errors: DataError for settings that do not go together."""
+def check_arguments(args, given):
+    """Errors: DataError for settings that do not go together, or `given` ones of another stage."""
     if args.frame_use == "attention" and args.frame_use_layer < 1:
         raise DataError(
             "--frame_use attention needs --frame_use_layer 1 (the first layer) or higher"
@@ -1758,6 +1722,18 @@ def check_arguments(args):
         raise DataError("--freeze_vision freezes the mergers too; give it or --train_only_merger")
     if args.lora_rank:
         check_peft("--lora_rank")
+    # The two stages have a flag of the same meaning under two names.
+    for sft, grpo in zip(*SCHEDULES.values(), strict=True):
+        if args.stage == "sft" and grpo in given:
+            raise DataError(f"--stage sft does not read --{grpo}; its own is --{sft}")
+        if args.stage == "grpo" and sft in given:
+            raise DataError(f"--stage grpo does not read --{sft}; its own is --{grpo}")
+    # The others stand under the heading of their stage.
+    heading = ""
+    for setting in fields(TrainArguments):
+        heading = setting.metadata.get("group", heading)
+        if args.stage == "sft" and heading.startswith("GRPO") and setting.name in given:
+            raise DataError(f"--stage sft does not read --{setting.name}: it is GRPO's")
 
 
 def main():

@@ -59,17 +59,6 @@ None were given: how well this model answers is not known.
 """
 
 
-def base_card(base):
-    """Metadata of the own card of a base model, folder or hub id: ModelCardData, empty without."""
-    file = cached_file(
-        base,
-        "README.md",
-        _raise_exceptions_for_missing_entries=False,
-        _raise_exceptions_for_connection_errors=False,
-    )
-    return ModelCard.load(file, ignore_metadata_errors=True).data if file else ModelCardData()
-
-
 def write_cards(output, result):
     """Writes the card of each model that a finished run has saved. Nothing is uploaded.
 
@@ -79,7 +68,16 @@ def write_cards(output, result):
     """
     run = read_document(Path(output, "run.json"))
     base = run["model_name_or_path"]
-    theirs = base_card(base)
+    # The base model's own card, if it has one.
+    theirs = ModelCardData()
+    file = cached_file(
+        base,
+        "README.md",
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=False,
+    )
+    if file:
+        theirs = ModelCard.load(file, ignore_metadata_errors=True).data
     licence = {name: theirs.get(name) for name in ("license", "license_name", "license_link")}
     data = ModelCardData(
         library_name="transformers",

@@ -21,7 +21,7 @@ import shutil
 import signal
 import sys
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -49,15 +49,13 @@ def weight_shapes(path):
     Returns:
         {name: list of sizes}
     """
-    file = cached_file(path, SAFE_WEIGHTS_NAME, _raise_exceptions_for_missing_entries=False)
-    files = [file]
-    if file is None:
+    files = [cached_file(path, SAFE_WEIGHTS_NAME, _raise_exceptions_for_missing_entries=False)]
+    if files == [None]:
         files, _ = get_checkpoint_shard_files(path, cached_file(path, SAFE_WEIGHTS_INDEX_NAME))
     shapes = {}
     for file in files:
         with safe_open(file, "pt") as weights:
-            for name in weights.keys():
-                shapes[name] = weights.get_slice(name).get_shape()
+            shapes |= {name: weights.get_slice(name).get_shape() for name in weights.keys()}
     return shapes
 
 
@@ -218,23 +216,18 @@ def checkpoints(output):
     return [path for _, _, path in sorted(found)]
 
 
+@dataclass
 class Checkpoints:
-    """Writes what a run needs to go on, every --save_steps and on SIGTERM or SIGINT, and reads it.
+    """Writes what a run needs to go on, at --save_steps, SIGTERM and SIGINT, and reads it."""
 
-    Args:
-        resume: what find_checkpoint() returned.
-        shared: more values for state.json, which the run may add to.
-    """
-
-    def __init__(self, arguments, processor, resume, shared):
-        self.arguments = arguments
-        self.processor = processor
-        self.resume = resume
-        self.shared = shared
-        self.signal = 0
+    arguments: object  # TrainArguments
+    processor: object
+    resume: dict  # what find_checkpoint() returned
+    shared: dict  # more values for state.json; the run may add to them
+    received: int = 0  # signal
 
     def on_signal(self, number, _):
-        self.signal = number
+        self.received = number
         # A second Ctrl-C does not wait. Launchers send several SIGTERM.
         signal.signal(signal.SIGINT, signal.default_int_handler)
         # Not print(), which the signal may have interrupted.
@@ -244,8 +237,8 @@ class Checkpoints:
         """Lets signals end the program again; one that came after the last step ends it now."""
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         signal.signal(signal.SIGINT, signal.default_int_handler)
-        if self.signal:
-            sys.exit(128 + self.signal)
+        if self.received:
+            sys.exit(128 + self.received)
 
     def load(self, engine, stage):
         """Restores an engine and the random states; from here on signals wait for after_step().
@@ -282,7 +275,7 @@ class Checkpoints:
             kept: dict that load() returns to this rank.
         """
         # A signal may have reached one rank alone.
-        stop = max(gather(self.signal))
+        stop = max(gather(self.received))
         every = self.arguments.save_steps
         due = every > 0 and (step % every == 0 or step == last)
         if stop or due:

@@ -9,7 +9,9 @@ with sampling(engine) as model:                                # the weights wit
 import copy
 import difflib
 import importlib.util
+import json
 import os
+import re
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -95,7 +97,7 @@ def deepspeed_config(arguments, hidden_size, micro_batch=1, accumulation=1, lear
             config.setdefault("data_types", {}).setdefault("grad_accum_dtype", "fp32")
 
     # As in HfTrainerDeepSpeedConfig; betas and eps are the defaults of TrainingArguments.
-    autos = {
+    values = {
         "gradient_clipping": arguments.max_grad_norm,
         "fp16.enabled": False,
         "bf16.enabled": torch.cuda.is_available(),
@@ -106,14 +108,15 @@ def deepspeed_config(arguments, hidden_size, micro_batch=1, accumulation=1, lear
         "zero_optimization.stage3_prefetch_bucket_size": int(0.9 * hidden_size * hidden_size),
         "zero_optimization.stage3_param_persistence_threshold": 10 * hidden_size,
     }
-    for key, value in autos.items():
+    for key, value in values.items():
         file.fill_only(key, value)
-    keys = ", ".join(find_autos(config))
-    if keys:
+    # DeepSpeed has an "auto" of its own for keep_in_fp32_modules.
+    autos = re.findall(r'"(?!keep_in_fp32)(\w+)": "auto"', json.dumps(config))
+    if autos:
+        keys = ", ".join(autos)
         raise DataError(f'{arguments.deepspeed}: nothing fills the "auto" of {keys}; write a value')
     if file.is_true("fp16.enabled"):
-        words = "asks for fp16, whose loss scaling this program does not know; use bf16"
-        raise DataError(f"{arguments.deepspeed} {words}")
+        raise DataError(f"{arguments.deepspeed} asks for fp16, which is not supported; use bf16")
     zero = config.get("zero_optimization", {})
     if shares_nothing(zero):
         zero["stage"] = 2
@@ -129,8 +132,7 @@ def deepspeed_config(arguments, hidden_size, micro_batch=1, accumulation=1, lear
     # A moving reference, which with LoRA is in the policy's own engine.
     if arguments.ema_decay < 1 and (learning_rate is None or arguments.lora_rank):
         if (zero.get("offload_param") or {}).get("device") == "nvme":
-            words = "--ema_decay below 1 needs the parameters in memory, not offloaded to nvme"
-            raise DataError(words)
+            raise DataError("--ema_decay below 1 needs the parameters in memory, not on nvme")
         # write_shards() writes to the shards, so no parameter may stay whole.
         zero["stage3_param_persistence_threshold"] = 0
     return config
@@ -169,16 +171,6 @@ def optimizer_parameters(file):
     return parameters
 
 
-def find_autos(node, name=""):
-    """Dotted keys whose value is "auto"."""
-    if node == "auto":
-        yield name
-    if isinstance(node, dict):
-        for key, value in node.items():
-            if key != "keep_in_fp32_modules":  # DeepSpeed's own "auto"
-                yield from find_autos(value, f"{name}.{key}".lstrip("."))
-
-
 def check_deepspeed_file(arguments, checkpoint=None):
     """Checks the --deepspeed file before a model is loaded, and logs what the run overrides.
 
@@ -193,8 +185,7 @@ def check_deepspeed_file(arguments, checkpoint=None):
     # DeepSpeed would fail only when the first engine starts.
     for section, package in MONITORS.items():
         if file.is_true(f"{section}.enabled") and importlib.util.find_spec(package) is None:
-            words = f"which is not installed: pip install {package}"
-            raise DataError(f"{name} enables {section}, {words}")
+            raise DataError(f"{name} enables {section}, not installed: pip install {package}")
     try:
         training = deepspeed_config(arguments, hidden_size=1, learning_rate=arguments.learning_rate)
         get_monitor_config(file.config)
@@ -208,8 +199,8 @@ def check_deepspeed_file(arguments, checkpoint=None):
     # ZeRO-3 alone writes its part of the model for every rank, and reads no other files.
     if checkpoint:
         stage = training.get("zero_optimization", {}).get("stage", 0)
-        parts = list(Path(checkpoint, "deepspeed").glob("zero_pp_rank_*_model_states.pt"))
-        if (stage == 3) != bool(parts):
+        parts = any(Path(checkpoint, "deepspeed").glob("zero_pp_rank_*_model_states.pt"))
+        if (stage == 3) != parts:
             raise DataError(
                 f"{checkpoint} was written under ZeRO-{'3' if parts else '2 or less'}, which "
                 f"ZeRO-{stage} of this run cannot read; set the stage of then in zero_optimization "
@@ -348,15 +339,15 @@ def choose_trained(model, arguments):
             parameter.requires_grad_(".visual." in name and "merger" in name)
 
 
-def set_learning_rate(engine, step, steps, peak, warmup_ratio, decay_ratio=0.3):
+def set_learning_rate(engine, step, steps, peak, warmup_ratio):
     """Sets the learning rate of a step: a linear warm-up, the peak, a linear fall to a tenth of it.
 
     Args:
-        warmup_ratio, decay_ratio: shares of the steps.
+        warmup_ratio: share of the steps; the fall takes 30 % of them.
     """
     rise = min(1.0, (step + 1) / max(1, round(warmup_ratio * steps)))
-    # 0 until the decay begins, 1 at the end.
-    fall = max(0.0, 1 - (steps - step) / max(1, round(decay_ratio * steps)))
+    # 0 until the fall begins, 1 at the end.
+    fall = max(0.0, 1 - (steps - step) / max(1, round(0.3 * steps)))
     for group in engine.optimizer.param_groups:
         group["lr"] = peak * rise * (1 - 0.9 * fall)
 
@@ -380,11 +371,10 @@ class Tracker:
 
     def show(self, record):
         """Sends the record of a step {"stage", "step", metric: value, ...}."""
-        events = []
-        for name, value in record.items():
-            # Only metrics have a slash.
-            if "/" in name:
-                events.append((f"{record['stage']}/{name}", value, self.step))
+        stage = record["stage"]
+        # Only metrics have a slash.
+        metrics = [name for name in record if "/" in name]
+        events = [(f"{stage}/{name}", record[name], self.step) for name in metrics]
         self.monitor.write_events(events)
         self.step += 1
 
