@@ -785,7 +785,7 @@ def sft_step(run, engine, forwards, log):
         logp = engine(pack.prompts, pack.completions, pack.mask).logp  # (R, G, T)
         loss = -(logp * pack.learned).sum() / tokens
         total += loss.item()
-        check_finite(run, log, [one.example for one in ready], loss.item(), "loss")
+        check_finite(run, log, [one.example for one in ready], total, "loss")
         # DeepSpeed averages over ranks and forwards; the loss is their sum.
         engine.backward(loss * world * run.args.sft_gradient_accumulation_steps)
         engine.step()
@@ -991,11 +991,10 @@ def learn(run, engine, reference, rollouts, log):
     first_time = rollouts.advantages is None
     packed = (rollouts.prompts, rollouts.completions, rollouts.mask)
     # What the forward returns beside log-probabilities and entropy.
-    asked = {}
+    asked = asked_layers(args) if first_time else {}
     if args.token_weight_alpha != 1:
         asked["weight_alpha"] = args.token_weight_alpha
     if first_time:
-        asked.update(asked_layers(args))
         with log.seconds("reference"), torch.no_grad():
             if reference is not None:
                 rollouts.reference_logp = reference(*packed).logp
@@ -1566,8 +1565,7 @@ def hold(output):
     try:
         fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
-        words = "another run is writing to it; wait for its end, or choose another folder"
-        raise DataError(f"--output_dir {output}: {words}") from error
+        raise DataError(f"another run writes to --output_dir {output}; choose another") from error
     except OSError:
         log_main(f"--output_dir {output} cannot be locked; start no second run in it")
 

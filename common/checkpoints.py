@@ -311,8 +311,7 @@ class Checkpoints:
                     "settings": asdict(self.arguments),
                     **self.shared,
                 }
-                text = json.dumps(state, indent=1)
-                (aside / "state.json").write_text(text, encoding="utf-8")
+                (aside / "state.json").write_text(json.dumps(state, indent=1))
         except (OSError, RuntimeError, SafetensorError) as error:
             # torch's writer of files raises RuntimeError; others are no want of disk.
             if isinstance(error, RuntimeError) and "inline_container" not in str(error):
@@ -373,8 +372,7 @@ def find_checkpoint(arguments):
     if wanted == "auto":
         found = checkpoints(output)
         if not found:
-            where = f"no checkpoint in {output} yet"
-            log_main(f"--resume_from_checkpoint auto: {where}, starting from the beginning")
+            log_main(f"no checkpoint in {output} yet: starting from the beginning")
             return {}
         wanted = found[-1]
     folder = Path(wanted)
@@ -384,8 +382,7 @@ def find_checkpoint(arguments):
             "a folder checkpoint-STAGE-STEP; a saved model is for --model_name_or_path"
         )
     if folder.resolve().parent != output.resolve():
-        remedy = f"go on there (--output_dir {folder.parent})"
-        raise DataError(f"{folder} belongs to the run in {folder.parent}; {remedy}")
+        raise DataError(f"{folder} belongs to the run of --output_dir {folder.parent}; go on there")
     state = read_document(folder / "state.json")
     if state["ranks"] != dist.get_world_size():
         raise DataError(

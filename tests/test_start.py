@@ -437,7 +437,7 @@ def test_a_second_run_in_one_folder_is_refused(alone, tmp_path):
     """Before either has logged a step."""
     args = train.TrainArguments(output_dir=str(tmp_path))
     assert train.find_start(tmp_path, args) == {}
-    with pytest.raises(DataError, match="another run is writing to it; wait for its end"):
+    with pytest.raises(DataError, match="another run writes to --output_dir"):
         train.find_start(tmp_path, args)
     assert list(tmp_path.iterdir()) == []
 
