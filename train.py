@@ -1013,8 +1013,8 @@ def reward_rollouts(run, rollouts, scored, log):
     """Rewards and advantages of one forward's rollouts, logged (Eq. 3-9)."""
     args = run.args
     logp = scored.logp.detach()  # (B, G, T)
-    mass = logp[rollouts.mask].sum().item()
-    check_finite(run, log, rollouts.examples, mass, "policy's log-probability")
+    summed = logp[rollouts.mask].sum().item()
+    check_finite(run, log, rollouts.examples, summed, "policy's log-probability")
     uses = frame_uses(args, rollouts.prompts, rollouts.mask, scored)
     terms = rewards(rollouts, uses[""], run.processor.tokenizer, args)
 
