@@ -274,7 +274,7 @@ def store(runs, world, arm, numbers):
         "versions": made["versions"],
         "numbers": numbers,
     }
-    with open(runs, "ab", 0) as file:
+    with open(runs, "ab") as file:
         file.write(to_line(row))
 
 

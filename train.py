@@ -88,7 +88,7 @@ from common.rollout import (
     stop_tokens,
 )
 from common.run_page import run_report
-from common.workers import append_lines, start_server, write_json, write_lines, writing
+from common.workers import start_server, to_line, write_json, write_lines, writing
 from grpo import (
     Rollouts,
     accuracies,
@@ -456,8 +456,8 @@ class Run:
         """Appends records to a file of LOGS."""
         if is_main():
             path = Path(self.args.output_dir) / name
-            with writing(path), open(path, "ab", buffering=0) as file:
-                append_lines(file, records)
+            with writing(path), open(path, "ab") as file:
+                file.writelines(map(to_line, records))
 
 
 @dataclass
