@@ -159,12 +159,8 @@ class Prompts:
 
     def to(self, device):
         """Move all tensors but the features, which are made on their device."""
-        tensors = {name: value for name, value in vars(self).items() if torch.is_tensor(value)}
-        return replace(self, **{name: value.to(device) for name, value in tensors.items()})
-
-    def padding(self):
-        """(B,) columns of padding before each prompt."""
-        return (~self.mask).sum(1).tolist()
+        tensors = {k: value.to(device) for k, value in vars(self).items() if torch.is_tensor(value)}
+        return replace(self, **tensors)
 
     def repeat(self, times):
         """Repeat row b times[b] times, with its media, as trainers that do not pack a group do.
@@ -204,16 +200,15 @@ class Prompts:
 def collate(items, model):
     """Batch encoded examples (list of media.ModelInputs) into Prompts for the model."""
     config = model.config
-    ids = [item.input_ids for item in items]
-    pad_left = partial(pad_sequence, batch_first=True, padding_side="left")
-    input_ids = pad_left(ids, padding_value=config.text_config.pad_token_id or 0)
-    mask = pad_left([torch.ones_like(row, dtype=torch.bool) for row in ids])
+    rows = [item.input_ids for item in items]
+    ids = pad_sequence(rows, batch_first=True, padding_value=-1, padding_side="left")  # (B, P)
+    mask = ids >= 0
+    input_ids = ids.masked_fill(~mask, config.text_config.pad_token_id or 0)
     shown = [item for item in items if item.kinds]
     grids = torch.cat([torch.zeros(0, 3, dtype=torch.long), *(item.grid_thw for item in shown)])
     videos = torch.tensor([kind == "video" for item in items for kind in item.kinds]).bool()
     # (B, P) 0 text, 1 image, 2 video
-    kinds = (input_ids == config.image_token_id) + 2 * (input_ids == config.video_token_id)
-    kinds *= mask
+    kinds = (ids == config.image_token_id) + 2 * (ids == config.video_token_id)
     seconds = torch.tensor([item.second_per_grid for item in items])
     return Prompts(
         input_ids=input_ids,
@@ -235,10 +230,10 @@ class Layout:
     """Where things are in rows [padding | prompt | c_1 | ... | c_G]; read by group_attention."""
 
     padding: list[int]  # (B,) columns before each prompt
-    group: int = 0  # G, 0: prompts alone
-    length: int = 0  # T
-    layer: int | None = None  # whose attention is recorded, 1 is the first
-    checkpointed: bool = False  # whole layers are, so that nothing inside needs to be
+    group: int  # G, 0: prompts alone
+    length: int  # T
+    layer: int | None  # whose attention is recorded, 1 is the first
+    checkpointed: bool  # whole layers are, so that nothing inside needs to be
     # for each row (G, T, P) attention of completion to prompt tokens, mean over heads, no gradient
     recorded: list = field(default_factory=list)
 
@@ -433,9 +428,8 @@ class PatchEmbedding(torch.nn.Conv3d):
 def speed_up_vision(model):
     """Let the model's vision tower use the two above; its numbers stay the same."""
     visual = model.model.visual
-    embedding = visual.patch_embed.proj
-    if type(embedding) is torch.nn.Conv3d and embedding.stride == embedding.kernel_size:
-        embedding.__class__ = PatchEmbedding
+    if type(visual.patch_embed.proj) is torch.nn.Conv3d:
+        visual.patch_embed.proj.__class__ = PatchEmbedding
     if visual.config._attn_implementation == "sdpa":
         visual.config._attn_implementation = "flash_windows"  # not saved
 
@@ -506,12 +500,10 @@ class Policy(torch.nn.Module):
 
     def __init__(self, model):
         super().__init__()
-        if type(model.lm_head) is torch.nn.Linear:
-            model.lm_head.__class__ = ScoringHead
-        if not isinstance(model.lm_head, ScoringHead):
-            raise ValueError(
-                f"the head must be a plain Linear layer, not {type(model.lm_head).__name__}"
-            )
+        head = type(model.lm_head)
+        if head not in (torch.nn.Linear, ScoringHead):
+            raise ValueError(f"the head must be a plain Linear layer, not {head.__name__}")
+        model.lm_head.__class__ = ScoringHead
         family = model.config.model_type
         text = model.model.language_model.config
         kernel = text._attn_implementation
@@ -580,13 +572,12 @@ class Policy(torch.nn.Module):
         packed = packed and self.packs
         share = group if packed else 1  # completions in a row
         rows = prompts if packed else prompts.repeat([group] * batch)
-        layout = Layout(rows.padding(), share, length, attention_layer)
         # 2. the language model
         output = self.run(
             rows,
-            completions.reshape(-1, share * length),
-            completion_mask.reshape(-1, share * length),
-            layout,
+            completions.reshape(-1, share, length),
+            completion_mask.reshape(-1, share, length),
+            attention_layer,
             use_cache=False,
             output_hidden_states=any(layer != -1 for layer in hidden_layers),
         )
@@ -610,58 +601,63 @@ class Policy(torch.nn.Module):
             states[layer] = values  # (B, S, D)
         attention = None
         if attention_layer is not None:
-            if not layout.recorded:
+            if not output.attentions:
                 raise ValueError(
                     f"no attention of layer {attention_layer}: the model packs: {self.packs}, "
                     f"its layers: 1 to {len(self.model.model.language_model.layers)}"
                 )
-            attention = torch.stack(layout.recorded).view(batch, group, length, prompt_length)
+            attention = torch.stack(output.attentions).view(batch, group, length, prompt_length)
         weights = None
         if weight_alpha is not None:
             weights = weights_of_divergence(*divergence, completion_mask, weight_alpha)
         return Scored(logp, entropy, states, attention, weights)
 
-    def run(self, rows, tail, tail_mask, layout, **options):
+    def run(self, rows, tails, tails_mask, layer=None, **options):
         """The language model's output of [prompt | completions].
 
         Args:
             rows: Prompts.
-            tail, tail_mask: (rows, share*T) tokens of each row's completions.
-            layout: Layout.
+            tails, tails_mask: (rows, G, T) each row's completions; G is 0 for prompts alone.
+            layer: whose attention of completions to prompts is read, 1 is the first.
             options: more arguments of the language model's forward.
+        Returns:
+            Its output; `attentions` is a list of (G, T, P), one a row, empty if there is no such
+            layer or the model does not pack.
         """
         language = self.model.model.language_model
         embed = self.model.get_input_embeddings()
-        embeds = torch.cat([embed(rows.input_ids), embed(tail)], dim=1)  # (rows, S, D)
+        embeds = torch.cat([embed(rows.input_ids), embed(tails.flatten(1))], dim=1)  # (rows, S, D)
         # features stand in for the visual tokens; those of a blank image only join the graph
-        visual = pad(rows.visual, (0, tail.shape[1]))  # (rows, S)
+        group, length = tails.shape[1:]
+        visual = pad(rows.visual, (0, group * length))  # (rows, S)
         features = self.encode(rows) if rows.features is None else rows.features
         features = [feature.to(embeds.dtype) for feature in features]
         embeds = embeds.masked_scatter(visual[..., None], features[0])
         # every completion starts right behind the prompt
         start = rows.position_ids.amax(dim=(0, 2)) + 1  # (rows,)
-        steps = torch.arange(layout.length, device=tail.device).repeat(layout.group)  # (share*T,)
+        steps = torch.arange(length, device=tails.device).repeat(group)  # (G*T,)
         later = (start[:, None] + steps)[None].expand(3, -1, -1)
         positions = torch.cat([rows.position_ids, later], dim=2)  # (3, rows, S)
         # one completion, of which the last states are asked: plain causal attention, with the
         # padding behind the row instead of before it
-        asks_more = layout.layer is not None or options.get("output_hidden_states")
-        plain = self.packs and layout.group == 1 and not asks_more
+        padding = (~rows.mask).sum(1)  # (rows,)
+        plain = self.packs and group == 1 and not (layer or options.get("output_hidden_states"))
+        checkpointed = self.model.training and language.layers[0].gradient_checkpointing
+        layout = Layout(padding.tolist(), group, length, layer, checkpointed)
         if plain:
-            padding = (~rows.mask).sum(1)  # (rows,)
             embeds = roll_rows(embeds, padding)
             visual = roll_rows(visual, padding)
             positions = torch.stack([roll_rows(axis, padding) for axis in positions])
         elif self.packs:
-            layout.checkpointed = self.model.training and language.layers[0].gradient_checkpointing
             options["layout"] = layout
         else:
-            options["attention_mask"] = torch.cat([rows.mask, tail_mask], dim=1).long()
+            options["attention_mask"] = torch.cat([rows.mask, tails_mask.flatten(1)], 1).long()
         if len(features) > 1:
             options |= dict(visual_pos_masks=visual, deepstack_visual_embeds=features[1:])
         output = language(inputs_embeds=embeds, position_ids=positions, **options)
         if plain:
             output.last_hidden_state = roll_rows(output.last_hidden_state, -padding)
+        output.attentions = layout.recorded
         return output
 
 

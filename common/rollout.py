@@ -18,7 +18,7 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from common.inputs import BATCH_TOKENS, token_batches
-from common.policy import Layout, Policy, Prompts, Scored, cache_argument, collate, vision_tokens
+from common.policy import Policy, Prompts, Scored, cache_argument, collate, vision_tokens
 
 
 @dataclass(frozen=True)
@@ -63,6 +63,8 @@ def sample_tokens(logits, uniform, settings):
         probs, order = probs.topk(min(settings.top_k, probs.shape[-1]), dim=-1)
         probs = probs / probs.sum(dim=-1, keepdim=True)
     if settings.top_p < 1:
+        # on a GPU the sort of a whole vocabulary takes many times as long
+        least_of_nucleus = least_by_bisection if probs.is_cuda else least_by_sort
         probs = probs.masked_fill(probs < least_of_nucleus(probs, settings.top_p), 0.0)
     cumulative = probs.cumsum(dim=-1)
     # below the sum, which rounding could reach
@@ -72,7 +74,7 @@ def sample_tokens(logits, uniform, settings):
     return (chosen if order is None else order.gather(-1, chosen)).squeeze(-1)
 
 
-def least_of_nucleus(probs, top_p):
+def least_by_sort(probs, top_p):
     """Find the least probability in a nucleus: what is likelier sums to less than top_p.
 
     Args:
@@ -80,12 +82,6 @@ def least_of_nucleus(probs, top_p):
     Returns:
         (N, 1), so that the token that crosses top_p stays.
     """
-    # on a GPU the sort of a whole vocabulary takes many times as long
-    return least_by_bisection(probs, top_p) if probs.is_cuda else least_by_sort(probs, top_p)
-
-
-def least_by_sort(probs, top_p):
-    """least_of_nucleus() by a sort."""
     falling = probs.sort(dim=-1, descending=True).values
     likelier = pad(falling.cumsum(dim=-1)[:, :-1], (1, 0))
     inside = (likelier < top_p).sum(dim=-1, keepdim=True)
@@ -93,7 +89,7 @@ def least_by_sort(probs, top_p):
 
 
 def least_by_bisection(probs, top_p):
-    """least_of_nucleus() by bisection."""
+    """The same as least_by_sort() by bisection."""
     # positive floats are in the order of their bits; these are 0 and 1
     low = torch.zeros(len(probs), 1, dtype=torch.int32, device=probs.device)
     high = low + 0x3F800000
@@ -117,7 +113,7 @@ class Columns:
     """The completions' columns of a KV cache, behind their prompt's."""
 
     newest: torch.Tensor  # (1,) the one that a step writes
-    shown: int = 0  # how many are read
+    shown: int  # how many are read
 
 
 class RoomyLayer(DynamicLayer):
@@ -138,14 +134,12 @@ class RoomyLayer(DynamicLayer):
         self.values = prompt.values
         self.columns = columns
         self.apart = apart
+        self.begin = 0 if apart else prompt.keys.shape[2]
         self.rooms = []
         for states in (prompt.keys, prompt.values):
-            batch, heads, length, size = states.shape
-            self.begin = 0 if apart else length
+            own = states[:, :, None, : self.begin]
             # (B, key heads, W, columns, d)
-            room = states.new_zeros(batch, heads, width, self.begin + more, size)
-            room[:, :, 0, : self.begin] = states[:, :, : self.begin]
-            self.rooms.append(room)
+            self.rooms.append(pad(own, (0, 0, 0, more, 0, width - 1)))
 
     def update(self, key_states, value_states, *args, **kwargs):
         """Writes keys and values (B, key heads, W, d); returns all keys, all values."""
@@ -168,10 +162,19 @@ class RoomyLayer(DynamicLayer):
         self.rooms = [room.take_along_dim(order, 2) for room in self.rooms]
 
 
-class Decoder:
-    """Prompts in a KV cache, and the steps behind them."""
+# Columns of a fixed KV cache come in multiples of it: odd ones make a GPU's bfloat16 products slow.
+ALIGNED = 8
 
-    def __init__(self, policy, prompts, settings):
+
+class Decoder:
+    """Prompts in a KV cache, and the steps behind them.
+
+    Args:
+        width: completions of each prompt, W.
+        fixed: whether all columns are read from the first step on.
+    """
+
+    def __init__(self, policy, prompts, settings, width, fixed):
         self.policy = policy
         self.settings = settings
         device = prompts.input_ids.device
@@ -181,28 +184,26 @@ class Decoder:
         self.cache = DynamicCache(config=language.config)
         self.options = dict(use_cache=True, **cache_argument(language, self.cache))
         # encode and prefill: no completion yet
-        nothing = prompts.input_ids[:, :0]  # (B, 0)
-        layout = Layout(prompts.padding())
-        output = policy.run(prompts, nothing, nothing.bool(), layout, **self.options)
+        nothing = prompts.input_ids[:, :0, None]  # (B, 0, 1)
+        output = policy.run(prompts, nothing, nothing.bool(), **self.options)
         self.hidden = output.last_hidden_state[:, -1:]  # (B, 1, D)
         self.mask = prompts.mask  # (B, P)
         self.position = prompts.position_ids.amax(dim=(0, 2)) + 1  # (B,) of the first new token
-        self.columns = Columns(torch.zeros(1, dtype=torch.long, device=device))
-
-    def align(self, columns):
-        """Pads the prompt on the left to a multiple of columns; see ALIGNED."""
-        more = -self.mask.shape[1] % columns
-        self.mask = pad(self.mask, (more, 0))
-        for layer in self.cache.layers:
-            layer.keys = pad(layer.keys, (0, 0, more, 0))
-            layer.values = pad(layer.values, (0, 0, more, 0))
-
-    def make_room(self, width, more):
-        """Makes the cache's layers RoomyLayers, but for recurrent ones, which do not grow."""
-        # one by one, so that no two whole caches exist
+        # room for all tokens but the last, and fixed columns in multiples of ALIGNED
+        room = settings.max_new_tokens - 1
+        more = 0
+        if fixed:
+            room += -room % ALIGNED
+            more = -self.mask.shape[1] % ALIGNED
+            self.mask = pad(self.mask, (more, 0))
+        self.columns = Columns(torch.zeros(1, dtype=torch.long, device=device), room)
+        # one by one, so that no two whole caches exist; recurrent layers do not grow
         for index, layer in enumerate(self.cache.layers):
             if type(layer) is DynamicLayer:
-                roomy = RoomyLayer(layer, width, more, self.columns, self.policy.packs)
+                if more:
+                    layer.keys = pad(layer.keys, (0, 0, more, 0))
+                    layer.values = pad(layer.values, (0, 0, more, 0))
+                roomy = RoomyLayer(layer, width, room, self.columns, policy.packs)
                 self.cache.layers[index] = roomy
 
     def step(self, tokens, seen):
@@ -247,12 +248,13 @@ def rollout(model, prompts, counts, seeds, settings):
         prompts = prompts.repeat(counts)
         counts = [1] * sum(counts)
     device = prompts.input_ids.device
-    decoder = Decoder(policy, prompts, settings)
-    uniforms = row_uniforms(seeds, settings.max_new_tokens).to(device)
     # W places a prompt, the largest count
+    fixed = settings.graph and policy.packs
+    decoder = Decoder(policy, prompts, settings, max(counts), fixed)
     places = torch.arange(max(counts), device=device)
     there = places < torch.tensor(counts, device=device)[:, None]  # (B, W) holds a completion
-    decode = sample_fixed if settings.graph and policy.packs else sample_shrinking
+    uniforms = row_uniforms(seeds, settings.max_new_tokens).to(device)
+    decode = sample_fixed if fixed else sample_shrinking
     tokens, logp = decode(decoder, there, uniforms)
     # a completion goes up to the first token that ends it
     ends = torch.isin(tokens, decoder.eos)
@@ -277,7 +279,6 @@ def sample_shrinking(decoder, there, uniforms):
     steps = uniforms.shape[1]
     tokens = torch.zeros_like(uniforms, dtype=torch.long)
     logps = torch.zeros_like(uniforms)
-    decoder.make_room(there.shape[1], steps - 1)
     # without padding a packing model needs no mask
     hides = not (decoder.policy.packs and bool(decoder.mask.all()))
     # (B, W) the completion that a query belongs to, -1: none
@@ -320,10 +321,6 @@ def sample_shrinking(decoder, there, uniforms):
     return tokens, logps
 
 
-# Columns of a KV cache come in multiples of it: odd ones make a GPU's bfloat16 products slow.
-ALIGNED = 8
-
-
 def sample_fixed(decoder, there, uniforms):
     """Sample as sample_shrinking, in shapes that never change, so that a CUDA graph can replay it.
 
@@ -332,9 +329,7 @@ def sample_fixed(decoder, there, uniforms):
     device = uniforms.device
     batch, width = there.shape
     steps = uniforms.shape[1]
-    decoder.align(ALIGNED)
     prompt = decoder.mask.shape[1]
-    room = steps - 1 + (1 - steps) % ALIGNED  # columns of a completion
     alive = there.flatten().clone()  # (B * W,)
     rows = alive.nonzero().squeeze(1)  # (N,) places of the completions
     # what a step reads and writes, in place
@@ -342,9 +337,7 @@ def sample_fixed(decoder, there, uniforms):
     tokens = torch.zeros_like(spread, dtype=torch.long)
     logps = torch.zeros_like(spread)
     at = torch.zeros(1, dtype=torch.long, device=device)  # number of the step
-    seen = pad(decoder.mask, (0, room))  # (B, P + room)
-    decoder.columns.shown = room
-    decoder.make_room(width, room)
+    seen = pad(decoder.mask, (0, decoder.columns.shown))  # (B, P + room)
 
     def pick(hidden):
         uniform = spread.index_select(1, at).squeeze(1)
