@@ -163,15 +163,6 @@ def memory_in_use():
     return torch.cuda.memory_allocated() if GPU else psutil.Process().memory_info().rss
 
 
-def memory_peak():
-    """Return the most bytes in use since the last reset."""
-    if GPU:
-        return torch.cuda.max_memory_allocated()
-    # getrusage's maximum would begin with that of the parent.
-    status = Path("/proc/self/status").read_text()
-    return 1024 * int(re.search(r"VmHWM:\s+(\d+) kB", status)[1])
-
-
 @contextmanager
 def phase(costs, name, base):
     """Measure the block: costs[name] becomes its seconds, and MB at the peak above base (bytes)."""
@@ -184,7 +175,13 @@ def phase(costs, name, base):
     # A GPU is still at work when the call returns.
     if GPU:
         torch.cuda.synchronize()
-    costs[name] = (time.perf_counter() - begin, (memory_peak() - base) / 1e6)
+    seconds = time.perf_counter() - begin
+    # getrusage's maximum would begin with that of the parent.
+    status = Path("/proc/self/status").read_text()
+    peak = 1024 * int(re.search(r"VmHWM:\s+(\d+) kB", status)[1])
+    if GPU:
+        peak = torch.cuda.max_memory_allocated()
+    costs[name] = (seconds, (peak - base) / 1e6)
 
 
 class PlainEngine:
@@ -204,7 +201,7 @@ class PlainEngine:
     def step(self):
         torch.nn.utils.clip_grad_norm_(self.module.parameters(), 5.0)
         self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        self.optimizer.zero_grad()
 
 
 def load_encoder(arguments, folder):
@@ -378,7 +375,11 @@ def bench_step(arguments):
 
 
 def run_command(*words):
-    """Run a Python command in this folder -> its exit code and last lines."""
+    """Run a Python command in this folder -> the last line that it prints.
+
+    Raises:
+        RuntimeError: it fails; with the end of its output.
+    """
     run = subprocess.run(
         [sys.executable, *words],
         cwd=Path(__file__).parent,
@@ -387,14 +388,15 @@ def run_command(*words):
         text=True,
         errors="replace",
     )
-    # Skipped tests exit with 0, too: the last line says so.
-    last = run.stdout.strip().rpartition("\n")[2]
-    return {"exit_code": run.returncode, "end": run.stdout[-4000:], "last line": last}
+    if run.returncode:
+        raise RuntimeError(f"exit code {run.returncode}: {run.stdout[-4000:]}")
+    return run.stdout.strip().rpartition("\n")[2]
 
 
 def gpu_tests(arguments, folder):
     """Run the tests that need a real device."""
-    return run_command("-m", "pytest", "-q", "-n", "0", "tests/test_device.py")
+    # Skipped tests exit with 0, too: the last line says so.
+    return {"last line": run_command("-m", "pytest", "-q", "-n", "0", "tests/test_device.py")}
 
 
 def gpu_default(arguments, folder):
@@ -402,14 +404,14 @@ def gpu_default(arguments, folder):
     output = Path(arguments.output_dir) / "default"
     launch = ["-m", "deepspeed.launcher.runner", "train.py", "--deepspeed", "ds_zero3.json"]
     launch += ["--resume_from_checkpoint", "auto", "--output_dir", str(output.resolve())]
-    found = run_command(*launch)
-    if found["exit_code"] == 0:
-        result = read_document(output / "result.json")
-        for when in ("before", "after"):
-            found[f"greedy {when}"] = result[when]["greedy"]
-        steps = read_document(output / "metrics.jsonl")
-        found["logp_difference"] = max(one.get("rollout/logp_difference", 0) for one in steps)
-    return found
+    run_command(*launch)
+    result = read_document(output / "result.json")
+    steps = read_document(output / "metrics.jsonl")
+    return {
+        "greedy before": result["before"]["greedy"],
+        "greedy after": result["after"]["greedy"],
+        "logp_difference": max(step.get("rollout/logp_difference", 0) for step in steps),
+    }
 
 
 def gpu_capture(*asked):
@@ -439,8 +441,8 @@ def gpu_kernels(*asked):
                 kernels[event.key] = (event.count, time / 1000)
         calls, times = zip(*kernels.values(), strict=True)
         kernels["all"] = (sum(calls), sum(times))
-        longest = sorted(kernels, key=lambda kernel: -kernels[kernel][1])
-        seen[name] = {kernel: kernels[kernel] for kernel in longest[:12]}
+        longest = sorted(kernels.items(), key=lambda kernel: -kernel[1][1])
+        seen[name] = dict(longest[:12])
     return seen
 
 
@@ -499,6 +501,12 @@ GPU_STEPS = {
     "3b_picture": ("3b", 0, ["graph", "trl"]),
 }
 
+STEP_PARTS = {
+    f"{name}_{side}": partial(gpu_part, run_side, shape, frames, side)
+    for name, (shape, frames, sides) in GPU_STEPS.items()
+    for side in sides
+}
+
 # What teaches most comes first.
 GPU_PARTS = {
     "tests": gpu_tests,
@@ -508,18 +516,19 @@ GPU_PARTS = {
     "lengths": partial(gpu_part, gpu_lengths, "3b", 0, "graph"),
     "memory": partial(gpu_part, gpu_memory, "3b", 0, "deepspeed"),
     "default": gpu_default,
-    **{
-        f"{name}_{side}": partial(gpu_part, run_side, shape, frames, side)
-        for name, (shape, frames, sides) in GPU_STEPS.items()
-        for side in sides
-    },
+    **STEP_PARTS,
 }
 
 
-def is_good(file):
+def read_part(arguments, name):
+    """Read what a part has written, {} before it has run."""
+    file = Path(arguments.output_dir) / f"{name}.json"
+    return read_document(file) if file.exists() else {}
+
+
+def is_good(part):
     """Whether a part has run and not failed."""
-    result = read_document(file)["result"] if file.exists() else {"error": "not run"}
-    return "error" not in result and not result.get("exit_code")
+    return "result" in part and "error" not in part["result"]
 
 
 def bench_gpu(arguments):
@@ -529,8 +538,7 @@ def bench_gpu(arguments):
     # Checkpoints are written once for all parts.
     with tempfile.TemporaryDirectory() as folder:
         for name in arguments.only or GPU_PARTS:
-            file = output / f"{name}.json"
-            if not arguments.only and is_good(file):
+            if not arguments.only and is_good(read_part(arguments, name)):
                 print(f"{name}: is there")
                 continue
             begin = time.perf_counter()
@@ -550,14 +558,14 @@ def bench_gpu(arguments):
                 "seconds": time.perf_counter() - begin,
                 "result": result,
             }
-            write_json(file, made)
-            words = "" if is_good(file) else ", failed"
+            write_json(output / f"{name}.json", made)
+            words = "" if is_good(made) else ", failed"
             print(f"{name}: {made['seconds']:.0f} s{words}", flush=True)
 
 
 # Jinja: a row for each part, then a table for each of GPU_STEPS; what has no number is owed.
 GPU_PAGE = """<!-- gpu -->
-{% for machine in machines %}
+{% for machine in machines | unique %}
 {{ machine }}
 {% else %}
 No GPU has been measured.
@@ -567,9 +575,9 @@ No GPU has been measured.
 |---|---|---|
 {% for name, part in parts.items() if name not in of_steps %}
 | {{ name }} | {{ "%.0f" | format(part.seconds) if part else "owed" }} |
-{%- for key, value in (part.result or {}).items() if key != "end" %}
+{%- for key, value in (part.result or {}).items() %}
 {% set shown = "%.2f ms" | format(value.all[1]) if value is mapping else value %}
- {{ (key ~ " " ~ shown) | replace("|", "/") }}{{ "," if not loop.last }}
+ {{ (key ~ " " ~ shown) | truncate | replace("|", "/") }}{{ "," if not loop.last }}
 {%- endfor %} |
 {% endfor %}
 {% for step, (_, _, sides) in steps.items() %}
@@ -598,18 +606,12 @@ No GPU has been measured.
 
 def bench_page(arguments):
     """Write the parts' numbers into docs/performance.md, between its two gpu marks."""
-    parts = {}
-    machines = {}  # as a list without repetition
-    for name in GPU_PARTS:
-        file = Path(arguments.output_dir) / f"{name}.json"
-        parts[name] = read_document(file) if file.exists() else {}
-        if parts[name]:
-            words = "{device}, torch {torch}, transformers {transformers}, {date}, commit {commit}."
-            machines[words.format(**parts[name])] = None
-    of_steps = [f"{step}_{side}" for step, (_, _, sides) in GPU_STEPS.items() for side in sides]
+    parts = {name: read_part(arguments, name) for name in GPU_PARTS}
+    words = "{device}, torch {torch}, transformers {transformers}, {date}, commit {commit}."
+    machines = [words.format(**part) for part in parts.values() if part]
     template = Template(GPU_PAGE, trim_blocks=True, lstrip_blocks=True)
     text = template.render(
-        parts=parts, steps=GPU_STEPS, of_steps=of_steps, phases=PHASES, machines=machines
+        parts=parts, steps=GPU_STEPS, of_steps=STEP_PARTS, phases=PHASES, machines=machines
     )
     page = Path(__file__).parent / "docs/performance.md"
     before, _, after = re.split("<!-- /?gpu -->", page.read_text(encoding="utf-8"))
