@@ -370,16 +370,15 @@ def merge_prior(prior: torch.Tensor, slots: int) -> torch.Tensor:
     >>> merge_prior(torch.tensor([0.125, 0.125, 0.25, 0.25, 0.25]), 3)
     tensor([0.2500, 0.5000, 0.2500])
     """
-    frames = len(prior)
     # Frames in a slot.
-    patch = max(1, math.ceil(frames / max(1, slots)))
-    if math.ceil(frames / patch) != slots:
+    patch = max(1, math.ceil(len(prior) / max(1, slots)))
+    parts = prior.float().split(patch)
+    if len(parts) != slots:
         raise ValueError(
-            f"a prior over {frames} frames and a video of {slots} slots "
+            f"a prior over {len(prior)} frames and a video of {slots} slots "
             "do not describe the same frames"
         )
-    padded = F.pad(prior.float(), (0, patch * slots - frames))  # (slots * patch,)
-    return padded.view(slots, patch).sum(dim=1)  # (slots,)
+    return torch.stack([part.sum() for part in parts])  # (slots,)
 
 
 @torch.no_grad()
@@ -493,13 +492,13 @@ def consistency_bonus(
 _TIME = re.compile(
     r"""(?<![\w:.]) (?:(?:at|in|around|about|approximately|from|near|by)\s{1,3}){0,2}
     (?P<between>between\s{1,3})? (?:the\s{1,3})?
-    (?: # 1:02, 00:01:02.5; not 4:30 pm
-        (?P<clock>[0-9]{1,2}:[0-5][0-9]:[0-5][0-9](?:\.[0-9]{1,3})?
-          | [0-9]{1,3}:[0-5][0-9](?:\.[0-9]{1,3})?)
-        (?:\s?s)? (?!\w|:[0-9]|\s?[ap]\.?m\b)
-      | # 1 min 5 s
-        (?P<minutes>NUMBER)\s{0,2}(?:minutes?|mins?|m)(?:\s{1,3}and)?\s{0,3}
-        (?P<rest>NUMBER)\s{0,3}(?:seconds?|secs?|s)(?!\w)
+    (?:(?P<clock> # 1:02, 00:01:02.5; not 4:30 pm
+          (?:[0-9]{1,2}:[0-5][0-9]:[0-5][0-9](?:\.[0-9]{1,3})?
+            | [0-9]{1,3}:[0-5][0-9](?:\.[0-9]{1,3})?)
+          (?:\s?s)? (?!\w|:[0-9]|\s?[ap]\.?m\b)
+        | # 1 min 5 s
+          NUMBER\s{0,2}(?:minutes?|mins?|m)(?:\s{1,3}and)?\s{0,3}
+          NUMBER\s{0,3}(?:seconds?|secs?|s)(?!\w))
       | # 12 s, 5-9 s
         (?:(?P<first>NUMBER)(?(between)(?:TO|\s{1,3}and\s{1,3})|TO))?
         (?P<seconds>NUMBER)(?:\s{0,3}|-(?=seconds?\smark))(?:seconds?|secs?|s)(?!\w)
@@ -516,10 +515,8 @@ _TIME = re.compile(
 def _seconds(match):
     """Return the start and the end of one match of _TIME in seconds; equal for a point in time."""
     if match["clock"]:
-        parts = reversed(match["clock"].split(":"))
+        parts = reversed(re.findall("[0-9.]+", match["clock"]))
         end = sum(float(part) * 60**i for i, part in enumerate(parts))
-    elif match["minutes"]:
-        end = float(match["minutes"]) * 60 + float(match["rest"])
     else:
         end = float(match["seconds"] or match["last"] or match["nth"])
     start = float(match["first"] or match["nth"] or end)
