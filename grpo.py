@@ -394,9 +394,7 @@ def rewards(rollouts, uses, tokenizer, args):
     )
     # As it entered the sum: weighted and gated.
     terms["consensus"] = total - (terms["accuracy"] + structure + terms["temporal"])
-    for values in more.values():
-        total = total + values
-    return {**terms, **more, "total": total}
+    return {**terms, **more, "total": sum(more.values(), total)}
 
 
 def temporal_term(accuracy, answers, shuffled, args):

@@ -373,7 +373,7 @@ def prompt_weights(query, key, prompt_key, scaling):
     for queries, keys in zip(query, key, strict=True):
         keys = torch.cat([prompt_key[0], keys], 1).repeat_interleave(shared, 0)
         scores = queries.float() @ keys.float().transpose(1, 2) * scaling  # (heads, T, P + T)
-        seen = torch.ones(scores.shape[1:], dtype=torch.bool, device=scores.device).tril(prompt)
+        seen = torch.ones_like(scores[0], dtype=torch.bool).tril(prompt)
         weights = scores.masked_fill(~seen, float("-inf")).softmax(-1)
         rows.append(weights[..., :prompt].mean(0))
     return torch.stack(rows)
@@ -401,17 +401,14 @@ def window_attention(
     """
     begins = cu_seq_lens_q[:-1]
     lengths = cu_seq_lens_q.diff()
-    places = []
-    attended = []
+    rows = query.new_zeros(query.shape[2], query.shape[1], query.shape[3])  # (N, heads, d)
     for length in lengths.unique().tolist():
         window = torch.arange(length, device=begins.device)
         columns = begins[lengths == length, None] + window  # (windows, length)
         # (windows, heads, length, d) each
         batch = [states[0][:, columns].transpose(0, 1) for states in (query, key, value)]
-        attended.append(scaled_dot_product_attention(*batch, scale=scaling).transpose(1, 2))
-        places.append(columns.flatten())
-    rows = torch.cat([part.flatten(0, 1) for part in attended])  # (N, heads, d)
-    return rows[torch.cat(places).argsort()][None], None
+        rows[columns] = scaled_dot_product_attention(*batch, scale=scaling).transpose(1, 2)
+    return rows[None], None
 
 
 ALL_ATTENTION_FUNCTIONS.register("flash_windows", window_attention)
@@ -640,14 +637,15 @@ class Policy(torch.nn.Module):
         positions = torch.cat([rows.position_ids, later], dim=2)  # (3, rows, S)
         # one completion, of which the last states are asked: plain causal attention, with the
         # padding behind the row instead of before it
-        padding = (~rows.mask).sum(1)  # (rows,)
+        padding = (~rows.mask).sum(1).tolist()  # columns before each prompt
         plain = self.packs and group == 1 and not (layer or options.get("output_hidden_states"))
         checkpointed = self.model.training and language.layers[0].gradient_checkpointing
-        layout = Layout(padding.tolist(), group, length, layer, checkpointed)
+        layout = Layout(padding, group, length, layer, checkpointed)
         if plain:
-            embeds = roll_rows(embeds, padding)
-            visual = roll_rows(visual, padding)
-            positions = torch.stack([roll_rows(axis, padding) for axis in positions])
+            behind = [-columns for columns in padding]
+            embeds = roll_rows(embeds, behind)
+            visual = roll_rows(visual, behind)
+            positions = torch.stack([roll_rows(axis, behind) for axis in positions])
         elif self.packs:
             options["layout"] = layout
         else:
@@ -656,15 +654,15 @@ class Policy(torch.nn.Module):
             options |= dict(visual_pos_masks=visual, deepstack_visual_embeds=features[1:])
         output = language(inputs_embeds=embeds, position_ids=positions, **options)
         if plain:
-            output.last_hidden_state = roll_rows(output.last_hidden_state, -padding)
+            output.last_hidden_state = roll_rows(output.last_hidden_state, padding)
         output.attentions = layout.recorded
         return output
 
 
 def roll_rows(values, shifts):
-    """Roll row b of values (B, S, ...) by shifts[b] columns to the left."""
-    rows, columns = (torch.arange(size, device=values.device) for size in values.shape[:2])
-    return values[rows[:, None], (columns + shifts[:, None]) % len(columns)]
+    """Roll row b of values (B, S, ...) by shifts[b] columns to the right."""
+    pairs = zip(values, shifts, strict=True)
+    return torch.stack([row.roll(shift, 0) for row, shift in pairs])
 
 
 # ------------------------------------------------------------------------------------- loading

@@ -91,7 +91,7 @@ def least_by_sort(probs, top_p):
 def least_by_bisection(probs, top_p):
     """The same as least_by_sort() by bisection."""
     # positive floats are in the order of their bits; these are 0 and 1
-    low = torch.zeros(len(probs), 1, dtype=torch.int32, device=probs.device)
+    low = torch.zeros_like(probs[:, :1], dtype=torch.int32)
     high = low + 0x3F800000
     for _ in range(30):
         middle = (low + high) // 2
@@ -196,7 +196,7 @@ class Decoder:
             room += -room % ALIGNED
             more = -self.mask.shape[1] % ALIGNED
             self.mask = pad(self.mask, (more, 0))
-        self.columns = Columns(torch.zeros(1, dtype=torch.long, device=device), room)
+        self.columns = Columns(torch.tensor([-1], device=device), room)
         # one by one, so that no two whole caches exist; recurrent layers do not grow
         for index, layer in enumerate(self.cache.layers):
             if type(layer) is DynamicLayer:
@@ -294,8 +294,6 @@ def sample_shrinking(decoder, there, uniforms):
         rows = rows.masked_fill(torch.isin(token, decoder.eos), -1)
         if step + 1 == steps or bool((rows < 0).all()):
             break
-        inputs = torch.zeros_like(active)
-        inputs[alive] = token
         active[alive] = rows
         # ended completions go to the end of their row and are cut off
         ended = active < 0
@@ -303,7 +301,6 @@ def sample_shrinking(decoder, there, uniforms):
         if width < active.shape[1]:
             order = ended.int().argsort(dim=1, stable=True)[:, :width]
             active = active.gather(1, order)
-            inputs = inputs.gather(1, order)
             for layer in decoder.cache.layers:
                 layer.narrow(order)
         # prompts whose completions have all ended leave the batch, once they are half of it
@@ -313,11 +310,11 @@ def sample_shrinking(decoder, there, uniforms):
             decoder.position = decoder.position[keep]
             decoder.mask = decoder.mask[keep]
             active = active[keep]
-            inputs = inputs[keep]
         decoder.columns.newest.fill_(step)
         decoder.columns.shown = step + 1
         seen = pad(decoder.mask, (0, step + 1), value=True) if hides else decoder.mask[:, :1]
-        hidden = decoder.step(inputs, seen)
+        # what an ended completion is given is not read
+        hidden = decoder.step(tokens[active, step], seen)
     return tokens, logps
 
 
@@ -326,20 +323,20 @@ def sample_fixed(decoder, there, uniforms):
 
     A completion that has ended goes on until all have; what it writes then is not read.
     """
-    device = uniforms.device
     batch, width = there.shape
     steps = uniforms.shape[1]
     prompt = decoder.mask.shape[1]
-    alive = there.flatten().clone()  # (B * W,)
-    rows = alive.nonzero().squeeze(1)  # (N,) places of the completions
+    there = there.flatten()  # (B * W,)
     # what a step reads and writes, in place
-    spread = uniforms.new_zeros(batch * width, steps).index_copy_(0, rows, uniforms)
+    alive = there.clone()
+    spread = uniforms[there.cumsum(0) - 1]  # (B * W, steps) the numbers of each place
     tokens = torch.zeros_like(spread, dtype=torch.long)
     logps = torch.zeros_like(spread)
-    at = torch.zeros(1, dtype=torch.long, device=device)  # number of the step
+    newest = decoder.columns.newest  # (1,) column of the step, -1 before the first
     seen = pad(decoder.mask, (0, decoder.columns.shown))  # (B, P + room)
 
     def pick(hidden):
+        at = newest + 1
         uniform = spread.index_select(1, at).squeeze(1)
         token, logp = decoder.choose(hidden.flatten(0, 1), uniform)
         tokens.index_copy_(1, at, token[:, None])
@@ -348,15 +345,13 @@ def sample_fixed(decoder, there, uniforms):
         alive.logical_and_((token[:, None] != decoder.eos).all(1))
 
     def step():
-        decoder.columns.newest.copy_(at)
-        seen.index_fill_(1, prompt + at, True)
-        hidden = decoder.step(tokens.index_select(1, at).view(batch, width), seen)
-        at.add_(1)
-        pick(hidden)
+        newest.add_(1)
+        seen.index_fill_(1, prompt + newest, True)
+        pick(decoder.step(tokens.index_select(1, newest).view(batch, width), seen))
 
     pick(decoder.hidden.expand(-1, width, -1))
-    replay(step, steps - 1, lambda: bool(alive.any()), device)
-    return tokens[rows], logps[rows]
+    replay(step, steps - 1, lambda: bool(alive.any()), alive.device)
+    return tokens[there], logps[there]
 
 
 def replay(step, steps, going, device):
