@@ -26,7 +26,6 @@ What to cite for which function:
 import math
 import re
 from collections import Counter
-from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -42,12 +41,12 @@ def _block(text, tag):
     return content.strip() if close_tag else None
 
 
-def extract_answer(text: str) -> str:
+def extract_answer(text):
     """Return the stripped content of the first answer block; "" without one (Video-R1)."""
     return _block(text, "answer") or ""
 
 
-def extract_think(text: str) -> str:
+def extract_think(text):
     """Return the stripped content of the first think block; "" without one."""
     return _block(text, "think") or ""
 
@@ -55,7 +54,7 @@ def extract_think(text: str) -> str:
 _TAG = re.compile(r"<\s?(/?)\s?(think|answer)(?:ing)?\s?>", re.IGNORECASE)
 
 
-def split_output(text: str) -> tuple[str, str]:
+def split_output(text):
     """Split an output into its reasoning and its answer, as evaluation does; training is stricter.
 
     Tags may be missing, unclosed, nested or in capitals, and the opening one may have stood in the
@@ -84,7 +83,7 @@ def split_output(text: str) -> tuple[str, str]:
     return _TAG.sub("", reasoning).strip(), _TAG.sub("", answer).strip()
 
 
-def solution_answer(solution: str) -> str:
+def solution_answer(solution):
     """Return a solution without tags: "<answer>A,C</answer>" and " A,C " both give "A,C"."""
     tagged = _block(solution, "answer")
     return solution.strip() if tagged is None else tagged
@@ -99,7 +98,7 @@ def _number(text):
     return value if math.isfinite(value) else math.nan
 
 
-def numerical_reward(answer: str, truth: str) -> float:
+def numerical_reward(answer, truth):
     """Return 1.0 when both numbers are equal after rounding to 2 decimals, else 0.0 (Video-R1).
 
     Both or neither must contain "." or ",": "5" does not equal "5.0".
@@ -113,7 +112,7 @@ def numerical_reward(answer: str, truth: str) -> float:
     return float(round(_number(answer), 2) == round(_number(truth), 2))
 
 
-def regression_reward(answer: str, truth: str) -> float:
+def regression_reward(answer, truth):
     """Return 1 - min(1, (|y_hat - y| + 1e-9) / (|y| + 1e-9)), in [0, 1] (Video-R1).
 
     Anything but a finite number scores 0; "nan" scores 1.0 in the releases of Video-R1 and
@@ -153,7 +152,7 @@ def _edit_distance(reference, hypothesis):
     return len(hypothesis) + rises.bit_count() - falls.bit_count()
 
 
-def ocr_reward(answer: str, truth: str) -> float:
+def ocr_reward(answer, truth):
     """Return 1 - word error rate, clipped to [0, 1] (Video-R1).
 
     Words are separated by white space and compared with case.
@@ -166,7 +165,7 @@ def ocr_reward(answer: str, truth: str) -> float:
     return max(0.0, 1.0 - _edit_distance(reference, hypothesis) / len(reference))
 
 
-def rouge_reward(answer: str, truth: str) -> float:
+def rouge_reward(answer, truth):
     """Return the mean F1 of ROUGE-1, ROUGE-2 and ROUGE-L with stemmer, in [0, 1] (Video-R1).
 
     Needs rouge-score, which reads a-z and 0-9 only: other scripts score 0. A one-word truth has no
@@ -180,7 +179,7 @@ def rouge_reward(answer: str, truth: str) -> float:
     return sum(score.fmeasure for score in scores.values()) / 3
 
 
-def multi_choice_reward(answer: str, solution: str) -> float:
+def multi_choice_reward(answer, solution):
     """Return |answer| / |truth| when the answer's letters are a subset of the truth's, else 0.
 
     TW-GRPO's soft reward for several right letters, separated by commas. Order, spaces and repeats
@@ -213,7 +212,7 @@ _ACCURACY = {
 }
 
 
-def accuracy_reward(completion: str, solution: str, problem_type: str) -> float:
+def accuracy_reward(completion, solution, problem_type):
     """Score the answer block of a completion by the rules of Video-R1, VideoCFR and GRPO-CARE.
 
     Args:
@@ -234,7 +233,7 @@ def accuracy_reward(completion: str, solution: str, problem_type: str) -> float:
     return _ACCURACY[problem_type](answer, solution_answer(solution)) if answer else 0.0
 
 
-def format_reward(completion: str) -> float:
+def format_reward(completion):
     """Return 1.0 when a completion is one think block and then one answer block, else 0.0.
 
     White space may stand around the blocks, but no other text.
@@ -252,9 +251,7 @@ def format_reward(completion: str) -> float:
     return float(blocks is not None)
 
 
-def length_reward(
-    num_tokens: int, accuracy: float, low: int = 320, high: int = 512, bonus: float = 0.2
-) -> float:
+def length_reward(num_tokens, accuracy, low=320, high=512, bonus=0.2):
     """Return `bonus` for a correct completion of `low` to `high` tokens, else 0 (Video-R1).
 
     Correct means accuracy > 0.1. Both `low` and `high` are included.
@@ -262,13 +259,7 @@ def length_reward(
     return bonus if accuracy > 0.1 and low <= num_tokens <= high else 0.0
 
 
-def temporal_reward(
-    accuracy: float,
-    ordered_accuracy: float,
-    shuffled_accuracy: float,
-    gamma: float = 0.3,
-    ratio: float = 1.0,
-) -> float:
+def temporal_reward(accuracy, ordered_accuracy, shuffled_accuracy, gamma=0.3, ratio=1.0):
     """Return `gamma` for a correct completion when the order of the frames helps, else 0 (T-GRPO).
 
     Args:
@@ -285,7 +276,7 @@ def temporal_reward(
 
 
 @torch.no_grad()
-def pool_frames(visual_states: torch.Tensor, how: str = "max") -> torch.Tensor:
+def pool_frames(visual_states, how="max"):
     """Pool the states of each frame's visual tokens into one vector (Eq. 3).
 
     Args:
@@ -303,12 +294,7 @@ def pool_frames(visual_states: torch.Tensor, how: str = "max") -> torch.Tensor:
 
 
 @torch.no_grad()
-def frame_use(
-    response_states: torch.Tensor,
-    frame_states: torch.Tensor,
-    tau: float = 0.1,
-    order: str = "mean_softmax",
-) -> torch.Tensor:
+def frame_use(response_states, frame_states, tau=0.1, order="mean_softmax"):
     """Compute how much the response uses each frame (Eq. 4-5).
 
     Args:
@@ -333,7 +319,7 @@ def frame_use(
 
 
 @torch.no_grad()
-def attention_use(weights: torch.Tensor) -> torch.Tensor:
+def attention_use(weights):
     """Compute how much the response uses each frame from its attention to them (not in the paper).
 
     Summed over heads, response and visual tokens, then normalised once, so that a response token
@@ -355,7 +341,7 @@ def attention_use(weights: torch.Tensor) -> torch.Tensor:
 
 
 @torch.no_grad()
-def merge_prior(prior: torch.Tensor, slots: int) -> torch.Tensor:
+def merge_prior(prior, slots):
     """Sum a prior over sampled frames into one over the model's temporal slots.
 
     Qwen2.5-VL merges temporal_patch_size = 2 frames into one slot and repeats the last frame to
@@ -382,7 +368,7 @@ def merge_prior(prior: torch.Tensor, slots: int) -> torch.Tensor:
 
 
 @torch.no_grad()
-def consensus_frame_reward(prior: torch.Tensor, use: torch.Tensor) -> float:
+def consensus_frame_reward(prior, use):
     """Compute R_cf = sum_i P(i) use(i), in [0, 1] (Eq. 6).
 
     Args:
@@ -407,7 +393,7 @@ def consensus_frame_reward(prior: torch.Tensor, use: torch.Tensor) -> float:
     return min(1.0, float(prior @ use))
 
 
-def gate(accuracy: float, how: str = "soft") -> float:
+def gate(accuracy, how="soft"):
     """Weight the consensus reward by accuracy: a wrong answer earns nothing for where it looked.
 
     Args:
@@ -428,14 +414,7 @@ def gate(accuracy: float, how: str = "soft") -> float:
     return min(max(float(accuracy), 0.0), 1.0)
 
 
-def total_reward(
-    accuracy: float,
-    structure: float,
-    consensus: float,
-    temporal: float,
-    weight: float = 3.0,
-    how: str = "soft",
-) -> float:
+def total_reward(accuracy, structure, consensus, temporal, weight=3.0, how="soft"):
     """Compute R = R_acc + R_struct + weight * gate * R_cf + R_temp (Eq. 7).
 
     Args:
@@ -451,14 +430,7 @@ def total_reward(
 
 
 @torch.no_grad()
-def consistency_bonus(
-    accuracy: torch.Tensor,
-    likelihood: torch.Tensor,
-    coef: float = 0.5,
-    cap: float = 0.95,
-    margin: float = 0.01,
-    floor: float = 0.1,
-) -> torch.Tensor:
+def consistency_bonus(accuracy, likelihood, coef=0.5, cap=0.95, margin=0.01, floor=0.1):
     """Compute the bonus for answers that follow from their own reasoning, one question's group.
 
     Selected are the completions whose accuracy reaches max(group mean, floor). Those of them whose
@@ -534,7 +506,7 @@ def _tidy(text):
     return claim.lstrip(" ,;:.!?-–—)]").rstrip(" ,;:.!?-–—([")
 
 
-def parse_claims(text: str) -> list[tuple[float, float, str]]:
+def parse_claims(text):
     """Find what a text claims to happen at which time.
 
     Reads MM:SS, HH:MM:SS, "12 s", "12.5 seconds", "second 12", "1 min 5 s" and ranges of them
@@ -579,7 +551,7 @@ def parse_claims(text: str) -> list[tuple[float, float, str]]:
     return claims
 
 
-def lexical_similarity(a: str, b: str) -> float:
+def lexical_similarity(a, b):
     """Return the F1 of two sentences' lower-cased words, in [0, 1]; a paraphrase scores low."""
     words_a = Counter(re.findall(r"\w+", a.lower()))
     words_b = Counter(re.findall(r"\w+", b.lower()))
@@ -588,12 +560,8 @@ def lexical_similarity(a: str, b: str) -> float:
 
 
 def temporal_alignment_reward(
-    predicted: list[tuple[float, float, str]],
-    reference: list[tuple[float, float, str]],
-    similarity: Callable[[str, str], float] = lexical_similarity,
-    buffer: float = 2.0,
-    threshold: float = 0.75,
-) -> float:
+    predicted, reference, similarity=lexical_similarity, buffer=2.0, threshold=0.75
+):
     """Return the share of predicted claims that match a reference claim (TAR of Video-R2).
 
     Predictions choose in time order, each the most similar reference that is still free. Words are
@@ -637,9 +605,7 @@ def _texts(completions):
     return [text if isinstance(text, str) else text[-1]["content"] for text in completions]
 
 
-def trl_accuracy(
-    completions: list, solution: list[str], problem_type: list[str], **columns
-) -> list[float]:
+def trl_accuracy(completions, solution, problem_type, **columns):
     """accuracy_reward for TRL's GRPOTrainer(reward_funcs=[trl_accuracy, trl_format]).
 
     TRL passes the columns `solution` and `problem_type` of the data set.
@@ -648,14 +614,12 @@ def trl_accuracy(
     return [accuracy_reward(*row) for row in rows]
 
 
-def trl_format(completions: list, **columns) -> list[float]:
+def trl_format(completions, **columns):
     """format_reward for TRL's GRPOTrainer."""
     return [format_reward(text) for text in _texts(completions)]
 
 
-def compute_score(
-    data_source: str, solution_str: str, ground_truth: str, extra_info: dict, **_
-) -> float:
+def compute_score(data_source, solution_str, ground_truth, extra_info, **_):
     """Return accuracy + format for verl's reward.custom_reward_function.path.
 
     extra_info["problem_type"] is the question's. Further arguments of verl are ignored
@@ -679,7 +643,7 @@ def cfr_from_forward(
     tau=0.1,
     order="mean_softmax",
     attentions=None,
-) -> torch.Tensor:
+):
     """Compute R_cf (Eq. 6) of every row of a batch.
 
     Args:
@@ -723,7 +687,7 @@ def cfr_from_forward(
     return rewards
 
 
-def cfr_from_attentions(attentions, *inputs, layer=0, **named) -> torch.Tensor:
+def cfr_from_attentions(attentions, *inputs, layer=0, **named):
     """Compute R_cf of every row as cfr_from_forward does, with attention_use.
 
     Args:
