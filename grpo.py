@@ -119,6 +119,19 @@ def policy_loss(
     return loss, {"kl": token_mean(kl), "ratio": token_mean(ratio), "clip_fraction": fraction}
 
 
+def token_weights(logits, mask, alpha=1.7):
+    """TW-GRPO's weight of each position (arXiv 2505.24718): larger where the group disagrees.
+
+    Args:
+        logits: (G, T, V) of one group.
+        mask: (G, T).
+    Returns:
+        (G, T) in [1, alpha], the same row for every rollout.
+    """
+    logp = torch.log_softmax(logits.float(), dim=-1)
+    return weights_of_divergence(group_divergence(logp, mask), mask, alpha)
+
+
 @torch.no_grad()
 def group_divergence(logp, mask):
     """How much the next-token distributions of a group differ at each position.

@@ -303,14 +303,6 @@ def other_family(request, items, toy_model):
     return model, [video, image, words]
 
 
-def token_weights(logits, mask, alpha=1.7):
-    """Of a group's logits (G, T, V); the policy's head computes them in chunks of T."""
-    from grpo import group_divergence, weights_of_divergence
-
-    divergence = group_divergence(logits.log_softmax(-1), mask)
-    return weights_of_divergence(divergence, mask, alpha)
-
-
 # ---------------------------------------------------------------------------------------- train.py
 
 SMALL_GRPO = [

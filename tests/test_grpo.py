@@ -4,7 +4,6 @@ import math
 
 import pytest
 import torch
-from conftest import token_weights
 
 from common.policy import Prompts
 from grpo import (
@@ -13,6 +12,7 @@ from grpo import (
     policy_loss,
     rollout_frame_use,
     slot_shares,
+    token_weights,
 )
 
 NAN, INF = float("nan"), float("inf")

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import banned_ids, hf_inputs, token_weights
+from conftest import banned_ids, hf_inputs
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig
 from warm import run_script
@@ -30,7 +30,7 @@ from common.policy import (
     speed_up_vision,
 )
 from common.rollout import Sampling, rollout
-from grpo import group_advantages, policy_loss, rollout_frame_use
+from grpo import group_advantages, policy_loss, rollout_frame_use, token_weights
 
 NAN, INF = float("nan"), float("inf")
 
