@@ -13,7 +13,7 @@ it was interrupted and tries again what failed; exit code 1: something did.
 
 `table` prints Markdown and writes ablation.json, .png and .svg into OUTPUT_DIR: means, and paired
 differences to `full` with 95 % t-intervals, over the seeds that both have. Runs that are missing
-are named.
+are named on stderr.
 """
 
 import json
@@ -57,7 +57,7 @@ SETTINGS = {
     "easy": Setting("--dense_share 0.6", same={**SAME, "mean_pool": "hidden"}),
     # Longer videos, more options, rarer right looks, and four tokens a slot, which can be pooled.
     "hard": Setting(
-        "--dense_share 0.6 --scenes 6 --options 4 --biased_share 0.8",
+        "--dense_share 0.6 --scenes 6 --options 4 --biased_share 0.95",
         "--frames 24",
         "--max_pixels 3136 --max_completion_length 96",
         "--sft_max_steps 800",
@@ -452,11 +452,12 @@ def table(arguments):
     for setting in arguments.settings:
         same = SETTINGS[setting].same
         numbers = defaultdict(lambda: defaultdict(dict))  # {column: {row: {seed: number}}}
+        missing = defaultdict(list)
         for seed in arguments.seeds:
             for arm in ["sft", *ARMS]:
                 line = stored.get((setting, seed, same.get(arm, arm)))
                 if line is None:
-                    print(f"missing: {setting}, seed {seed}, {arm}")
+                    missing[arm].append(seed)
                     continue
                 for column, number in line["numbers"].items():
                     if number is not None:
@@ -465,6 +466,8 @@ def table(arguments):
             for row, values in check["numbers"].items():
                 for column, value in zip(CHECKS, values, strict=True):
                     numbers[column][row][seed] = value
+        for arm, seeds in missing.items():
+            print(f"missing: {setting}, {arm}, seeds", *seeds, file=sys.stderr)
         summaries[setting] = summarize(numbers)
     for setting, summary in summaries.items():
         columns = list(COLUMNS)

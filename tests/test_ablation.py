@@ -430,7 +430,7 @@ def test_the_table_of_stored_runs(stored, monkeypatch, capsys):
     words = ["table", "--settings", "easy", "--output_dir", stored, "--seeds", 0, 1, 2]
     words += ["--runs", stored / "runs.jsonl"]
     assert main(monkeypatch, *words) == 0
-    printed = capsys.readouterr().out
+    printed, errors = capsys.readouterr()
     summary = json.loads((stored / "ablation.json").read_text())["easy"]
     assert summary["greedy"]["full"]["mean"] == pytest.approx(0.8)
     assert summary["greedy"]["full"]["half"] == 0
@@ -466,11 +466,12 @@ def test_the_table_of_stored_runs(stored, monkeypatch, capsys):
     assert line.startswith("| full | 3 | 0.800 | 0.400 |")
     (line,) = [line for line in lines if line.startswith("| attention, layer 1 |")]
     assert line == "| attention, layer 1 | 3 | 0.600 (+0.300 ± 0.248) | 1.250 (+0.250 ± 0.000) |"
-    # Every arm that is not there is named, once a seed.
-    missing = [line for line in lines if line.startswith("missing: ")]
-    assert {"missing: easy, seed 2, lambda_0", "missing: easy, seed 1, tw"} < set(missing)
-    names = len(ablation.ARMS) + 1
-    assert len(missing) == 3 * names - 3 * 3 - 2 - 1
+    # Every arm that is not there is named with its seeds.
+    missing = errors.splitlines()
+    assert {"missing: easy, lambda_0, seeds 2", "missing: easy, sft, seeds 1 2"} < set(missing)
+    assert "missing: easy, tw, seeds 0 1 2" in missing
+    # All arms but full and its two names, and SFT.
+    assert len(missing) == len(ablation.ARMS) - 3 + 1
 
     # Again to the digit.
     files = [stored / f"ablation.{suffix}" for suffix in ("json", "svg", "png")]
