@@ -567,8 +567,6 @@ def bench_gpu(arguments):
 GPU_PAGE = """<!-- gpu -->
 {% for machine in machines | unique %}
 {{ machine }}
-{% else %}
-No GPU has been measured.
 {% endfor %}
 
 | part | seconds | result |
@@ -609,6 +607,8 @@ def bench_page(arguments):
     parts = {name: read_part(arguments, name) for name in GPU_PARTS}
     words = "{device}, torch {torch}, transformers {transformers}, {date}, commit {commit}."
     machines = [words.format(**part) for part in parts.values() if part]
+    if not machines:
+        raise DataError(f"{arguments.output_dir} has no part that `bench.py gpu` measured")
     template = Template(GPU_PAGE, trim_blocks=True, lstrip_blocks=True)
     text = template.render(
         parts=parts, steps=GPU_STEPS, of_steps=STEP_PARTS, phases=PHASES, machines=machines

@@ -626,6 +626,7 @@ def stage_steps(run, name, engine, questions, done, kept):
         done, kept: of Checkpoints.load.
     Yields:
         StepLog; the step's forwards on this rank, a list of Ready each.
+    Errors: DataError if no question could be used.
     """
     args = run.args
     plan = schedule(args, name)
@@ -667,6 +668,11 @@ def stage_steps(run, name, engine, questions, done, kept):
         shown = {metric: record[metric] for metric in SHOWN if metric in record}
         bar.set_postfix(shown, refresh=False)
         run.checkpoint.after_step(engine, name, step + 1, steps, kept)
+    # Otherwise the starting model would be saved as trained.
+    asked = {example.id for example in questions.examples[: steps * plan.per_step]}
+    if asked <= questions.skipped.keys():
+        cause = next(iter(questions.skipped.values()))
+        raise DataError(f"no question of {questions.source} can be used; the first: {cause}")
 
 
 def finish_stage(run, name, engine, when=None):

@@ -263,6 +263,10 @@ def test_the_page_has_the_numbers_and_a_gap_where_one_is_owed(tmp_path, monkeypa
     page.parent.mkdir()
     page.write_text("before <!-- gpu --> old <!-- /gpu --> after")
     monkeypatch.setattr(bench, "__file__", str(tmp_path / "bench.py"))
+    # A folder without measurements, such as a wrong one, does not empty the page.
+    with pytest.raises(bench.DataError, match="has no part"):
+        bench.bench_page(small(output_dir=str(tmp_path)))
+    assert " old " in page.read_text()
     costs = {name: [0.5, 2000.0] for name in PHASES}
     results = {
         "3b_16_packed": costs,

@@ -274,11 +274,11 @@ def test_a_log_on_a_full_disk_is_named(alone, tmp_path):
         run.write("metrics.jsonl", [{"stage": "sft", "step": 0}])
 
 
-@pytest.mark.parametrize(("difference", "alarms"), [(0.09, 0), (0.3, 1)])
-def test_sampling_that_differs_from_scoring_is_said(difference, alarms, alone, monkeypatch):
-    said = []
-    monkeypatch.setattr(train, "log_main", said.append)
+@pytest.fixture
+def nothing_happens(alone, monkeypatch):
+    """A Run whose steps have no questions and write nothing."""
     monkeypatch.setattr(train, "step_requests", lambda *_: [])
+    monkeypatch.setattr(train, "set_learning_rate", lambda *_: None)
     nothing = SimpleNamespace(
         each=lambda batches: batches,
         show=lambda record: None,
@@ -286,17 +286,38 @@ def test_sampling_that_differs_from_scoring_is_said(difference, alarms, alone, m
         get_lr=lambda: [0.1],
     )
     monkeypatch.setattr(train, "Inputs", lambda *_: nothing)
-    monkeypatch.setattr(train, "set_learning_rate", lambda *_: None)
-    run = SimpleNamespace(
+    return SimpleNamespace(
         args=train.TrainArguments(),
         encoder=None,
         write=lambda *_: None,
         tracker=nothing,
         checkpoint=nothing,
     )
-    for log, _ in train.stage_steps(run, "grpo", nothing, train.Questions([1]), 0, {}):
+
+
+@pytest.mark.parametrize(("difference", "alarms"), [(0.09, 0), (0.3, 1)])
+def test_sampling_that_differs_from_scoring_is_said(
+    difference, alarms, nothing_happens, monkeypatch
+):
+    said = []
+    monkeypatch.setattr(train, "log_main", said.append)
+    run = nothing_happens
+    questions = train.Questions([SimpleNamespace(id="q")])
+    for log, _ in train.stage_steps(run, "grpo", run.tracker, questions, 0, {}):
         log.add("rollout/logp_difference", [difference, difference])
     assert len(said) == alarms and all("logp_difference is 0.30" in line for line in said)
+
+
+def test_a_stage_without_a_usable_question_is_no_success(nothing_happens):
+    run = nothing_happens
+    examples = [SimpleNamespace(id=name) for name in "abab"]
+    questions = train.Questions(examples, "rows.json", skipped={"a": "has no frames"})
+    # b could be used.
+    assert len(list(train.stage_steps(run, "grpo", run.tracker, questions, 0, {}))) == 4
+    questions.skipped["b"] = "is too long"
+    words = "no question of rows.json can be used; the first: has no frames"
+    with pytest.raises(DataError, match=words):
+        list(train.stage_steps(run, "grpo", run.tracker, questions, 0, {}))
 
 
 if __name__ == "__main__":
