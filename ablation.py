@@ -28,7 +28,7 @@ from functools import partial
 from pathlib import Path
 from statistics import mean, stdev
 
-from common.data import read_document
+from common.data import DataError, read_document
 from common.flags import Parser, exit_codes
 from common.plots import COLOURS, DOTTED, new_figure
 from common.run_page import read_run
@@ -235,6 +235,13 @@ class World:
         return SETTINGS[self.setting]
 
 
+def flags_of(setting, arm):
+    """Text of the flags that an arm is made with, whatever the seed and the folders."""
+    flags = SETTINGS[setting]
+    parts = (flags.toy, flags.frames, flags.model, flags.sft, flags.grpo, ARMS.get(arm, ""))
+    return " ".join(" ".join(parts).split())
+
+
 def steps_to(accuracies):
     """Steps until the mean accuracy of five of them is 0.8; all of them if it never is."""
     for step in range(5, len(accuracies) + 1):
@@ -270,6 +277,7 @@ def store(runs, world, arm, numbers):
         "setting": world.setting,
         "seed": world.seed,
         "arm": arm,
+        "flags": flags_of(world.setting, arm),
         "revision": made["revision"],
         "versions": made["versions"],
         "numbers": numbers,
@@ -279,9 +287,17 @@ def store(runs, world, arm, numbers):
 
 
 def read_runs(runs):
-    """Lines of the file of runs, {(setting, seed, arm): line}."""
-    rows = read_document(runs, "--runs")
-    return {(row["setting"], row["seed"], row["arm"]): row for row in rows}
+    """Lines of the file of runs, {(setting, seed, arm): line}.
+
+    Raises:
+        DataError: a line is not of the flags that its arm has now.
+    """
+    lines = {}
+    for line in read_document(runs, "--runs"):
+        if line["flags"] != flags_of(line["setting"], line["arm"]):
+            raise DataError(f"{runs} has {line['arm']} with {line['flags']}; give another --runs")
+        lines[line["setting"], line["seed"], line["arm"]] = line
+    return lines
 
 
 # --------------------------------------------------------------------------------------- run
@@ -350,6 +366,8 @@ def run_arm(world, arm, runs):
 
 def run(arguments):
     """Run what is not stored yet -> exit code."""
+    if not arguments.runs.endswith(".jsonl"):
+        raise DataError(f"--runs {arguments.runs} must end in .jsonl")
     with writing(arguments.runs):
         Path(arguments.runs).touch()
     stored = read_runs(arguments.runs)
@@ -475,6 +493,7 @@ def table(arguments):
         print_table(f"{setting}: where the model looks", summary, columns[6:])
         print_table(f"{setting}: frame use of the SFT checkpoints, and chance", summary, CHECKS)
     output = Path(arguments.output_dir, "ablation.json")
+    output.parent.mkdir(parents=True, exist_ok=True)
     output.write_text(json.dumps(summaries, indent=1))
     figure = draw(summaries)
     figure.savefig(output.with_suffix(".png"))

@@ -202,7 +202,7 @@ class TrainArguments(RunFlags, prior.PriorSettings):
     cuda_graph: bool = flag(
         torch.cuda.is_available(),
         "Sample in fixed shapes by one CUDA graph, captured once a rollout and replayed every "
-        "token. Default: on with a GPU (not run on one yet).",
+        "token. Default: on with a GPU.",
     )
     frame_use: str = flag(
         "hidden",
@@ -650,6 +650,7 @@ def stage_steps(run, name, engine, questions, done, kept):
             # Collectives must match: a forward that one rank cannot fill is left out on all.
             if min(gather(len(usable))) > 0:
                 forwards.append(usable)
+                kept["trained"] = True
         set_learning_rate(engine, step, steps, plan.learning_rate, args.warmup_ratio)
         yield log, forwards
         # The caller has trained: a line of metrics.jsonl, the bar, a checkpoint if it is time to.
@@ -669,8 +670,7 @@ def stage_steps(run, name, engine, questions, done, kept):
         bar.set_postfix(shown, refresh=False)
         run.checkpoint.after_step(engine, name, step + 1, steps, kept)
     # Otherwise the starting model would be saved as trained.
-    asked = {example.id for example in questions.examples[: steps * plan.per_step]}
-    if asked <= questions.skipped.keys():
+    if not kept.get("trained", done > 0):
         cause = next(iter(questions.skipped.values()))
         raise DataError(f"no question of {questions.source} can be used; the first: {cause}")
 
@@ -1368,7 +1368,8 @@ def add_priors(args, questions, name, file, resume):
             done.update(prior.load_priors(made, examples, args))
         left = [e for e in examples if e.media and e.id not in done]
         rows, errors = compute_priors(args, left, name)
-        write_lines(made, [*old, *rows])
+        if rows or not old:
+            write_lines(made, [*old, *rows])
         return errors
 
     # Rank 0 reads and writes, the others are told; then every rank reads the files.
@@ -1566,8 +1567,9 @@ def hold(output):
 
     Errors: DataError if one is in it.
     """
-    # Never closed: the lock ends with the process, however that ends.
+    # Never closed here: the lock ends with the process, which a worker that it forks may outlive.
     folder = os.open(output, os.O_RDONLY)
+    os.register_at_fork(after_in_child=partial(os.close, folder))
     try:
         fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:

@@ -219,7 +219,8 @@ def option_texts(options):
     An option without a letter gets that of its position.
     """
     texts = {}
-    for letter, option in zip(ascii_uppercase, options, strict=False):
+    for index, option in enumerate(options):
+        letter = chr(ord("A") + index)
         match = LETTERED.fullmatch(option.strip())
         if match:
             letter, option = match.groups()
@@ -552,17 +553,12 @@ def is_empty(value):
 
 
 def read_number(part, name):
-    """A field as finite float; None if it is empty."""
+    """A field as float; None if it is empty."""
     value = part.get(name)
-    if is_empty(value):
-        return None
     try:
-        number = float(str(value))
-    except ValueError:
-        number = math.nan
-    if not math.isfinite(number):
-        raise DataError(f"has {name} {value!r}, which is not a number")
-    return number
+        return None if is_empty(value) else float(value)
+    except (TypeError, ValueError) as error:
+        raise DataError(f"has {name} {value!r}, which is not a number") from error
 
 
 def note_unused(part, medium, notes):
@@ -627,14 +623,19 @@ def read_solution(row, options):
     """The solution of a row as the rewards compare it: letters for a multiple-choice question."""
     solution = row["solution"]
     # JSON can hold NaN and Infinity.
-    finite = isinstance(solution, float) and math.isfinite(solution)
-    if not finite and not isinstance(solution, str | int):
+    finite = not isinstance(solution, float) or math.isfinite(solution)
+    if not isinstance(solution, str | int | float) or not finite:
         raise DataError(f"has a solution that is neither text nor number: {solution!r}")
     answer = strip_tag(str(solution), "answer")
     if is_empty(answer):
         raise DataError(f"has an empty solution {answer}")
     if row["problem_type"] in ("numerical", "regression"):
-        read_number({"the solution": answer.replace(",", "")}, "the solution")
+        try:
+            finite = math.isfinite(float(answer.replace(",", "")))
+        except ValueError:
+            finite = False
+        if not finite:
+            raise DataError(f"has the solution {answer[:60]!r}, which is not a number")
     if row["problem_type"] != "multiple choice":
         return answer
     if len(options) > len(ascii_uppercase):
@@ -693,8 +694,9 @@ def read_example(row, index, media_root):
             raise DataError(f"has no valid Unicode in {name} (a lone surrogate)")
 
     options = row.get("options") or []
-    if not isinstance(options, list):
-        raise DataError("has options that are not a list")
+    process = row.get("process") or ""
+    if not isinstance(options, list) or not isinstance(process, str):
+        raise DataError("options must be a list and process a text")
     if any(map(is_empty, [row["problem"], *options])):
         raise DataError("has an empty problem or option")
     options = [str(option) for option in options]
@@ -709,7 +711,7 @@ def read_example(row, index, media_root):
         problem_type=kind,
         answer=answer,
         media=media,
-        reasoning=strip_tag(row.get("process") or "", "think"),
+        reasoning=strip_tag(process, "think"),
         grounding=grounding,
         evidence=evidence,
         extra={name: value for name, value in row.items() if name not in FIELDS},

@@ -9,9 +9,7 @@ with sampling(engine) as model:                                # the weights wit
 import copy
 import difflib
 import importlib.util
-import json
 import os
-import re
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -110,10 +108,8 @@ def deepspeed_config(arguments, hidden_size, micro_batch=1, accumulation=1, lear
     }
     for key, value in values.items():
         file.fill_only(key, value)
-    # DeepSpeed has an "auto" of its own for keep_in_fp32_modules.
-    autos = re.findall(r'"(?!keep_in_fp32)(\w+)": "auto"', json.dumps(config))
-    if autos:
-        keys = ", ".join(autos)
+    keys = ", ".join(find_autos(config))
+    if keys:
         raise DataError(f'{arguments.deepspeed}: nothing fills the "auto" of {keys}; write a value')
     if file.is_true("fp16.enabled"):
         raise DataError(f"{arguments.deepspeed} asks for fp16, which is not supported; use bf16")
@@ -169,6 +165,16 @@ def optimizer_parameters(file):
     if parameters.get("torch_adam"):
         parameters.setdefault("fused", True)
     return parameters
+
+
+def find_autos(node, name=""):
+    """Dotted keys whose value is "auto"."""
+    if node == "auto":
+        yield name
+    if isinstance(node, dict):
+        for key, value in node.items():
+            if key != "keep_in_fp32_modules":  # DeepSpeed's own "auto"
+                yield from find_autos(value, f"{name}.{key}".lstrip("."))
 
 
 def check_deepspeed_file(arguments, checkpoint=None):

@@ -425,8 +425,9 @@ class PatchEmbedding(torch.nn.Conv3d):
 def speed_up_vision(model):
     """Let the model's vision tower use the two above; its numbers stay the same."""
     visual = model.model.visual
-    if type(visual.patch_embed.proj) is torch.nn.Conv3d:
-        visual.patch_embed.proj.__class__ = PatchEmbedding
+    embedding = visual.patch_embed.proj
+    if type(embedding) is torch.nn.Conv3d and embedding.stride == embedding.kernel_size:
+        embedding.__class__ = PatchEmbedding
     if visual.config._attn_implementation == "sdpa":
         visual.config._attn_implementation = "flash_windows"  # not saved
 

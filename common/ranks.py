@@ -2,7 +2,7 @@
 
 start_ranks()
 log_main(f"{count} questions")                 # rank 0 alone
-metrics = average(values, device)              # over all ranks
+metrics = average(values)                      # over all ranks
 """
 
 import os

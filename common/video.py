@@ -7,7 +7,6 @@ for frame in video.read(indices):            # each (H, W, 3) uint8 RGB, as a vi
 video.times[indices]                         # seconds since the first frame shown
 """
 
-import glob
 import os
 import re
 from contextlib import contextmanager
@@ -449,9 +448,9 @@ def open_animation(path):
 
 def open_folder(path, fps):
     """Open a folder of pictures, the frames of a video in the natural order of their names."""
-    # Without hidden files, as macOS's "._a.png" beside "a.png".
-    names = glob.glob("*", root_dir=path)
-    names = [name for name in names if name.lower().endswith(PICTURES)]
+    names = [name for name in os.listdir(path) if name.lower().endswith(PICTURES)]
+    # Hidden files are none, as macOS's "._a.png" beside "a.png".
+    names = [name for name in names if not name.startswith(".")]
     if not names:
         raise MediaError(f"{path}: a folder without pictures")
     # frame_2 stands before frame_10.

@@ -186,13 +186,13 @@ def checkpoint(talker, toy_processor, tmp_path_factory):
     return folder
 
 
-def chat_parts(processor, example, template="{question}\n{instruction}", system_prompt=None):
+def chat_parts(processor, example, template=None, system_prompt=None):
     """(before, text, after): the whole prompt of an example, around the user's text."""
-    from common.data import around_text, build_prompt
+    from common.data import PROMPT_TEMPLATE, around_text, build_prompt
 
     kinds = tuple(medium.kind for medium in example.media)
     before, after = around_text(processor, kinds, system_prompt)
-    return before, build_prompt(example, template), after
+    return before, build_prompt(example, template or PROMPT_TEMPLATE), after
 
 
 def banned_ids(model):

@@ -372,6 +372,26 @@ def test_a_run_of_another_command_is_refused(tmp_path, monkeypatch, capsys, comm
     assert "full.log is of another command" in capsys.readouterr().err
 
 
+def test_stored_runs_of_other_flags_are_refused(tmp_path, monkeypatch, capsys, commands):
+    words = words_of(tmp_path, "--seeds", 0, "--arms", "full")
+    assert main(monkeypatch, *words) == 0
+    commands.ran.clear()
+    runs = tmp_path / "runs.jsonl"
+    with monkeypatch.context() as patch:
+        patch.setitem(ablation.ARMS, "full", "--tau 0.2")
+        assert main(patch, *words) == 2
+        assert main(patch, "table", "--runs", runs) == 2
+    # The toy of a setting, too.
+    monkeypatch.setitem(ablation.SETTINGS, "easy", ablation.Setting("--dense_share 0.5"))
+    assert main(monkeypatch, *words, "--output_dir", tmp_path / "other") == 2
+    assert commands.ran == []
+    errors = capsys.readouterr().err
+    assert errors.count(f"{runs} has full with --dense_share 0.6 --frames 16") == 2
+    assert f"{runs} has check with" in errors
+    assert main(monkeypatch, *words, "--runs", tmp_path / "runs.json") == 2
+    assert "must end in .jsonl" in capsys.readouterr().err and not (tmp_path / "runs.json").exists()
+
+
 # ------------------------------------------------------------------------------------- table
 
 
@@ -427,11 +447,11 @@ def test_an_arm_without_one_of_its_evaluations_is_not_stored(tmp_path):
 
 
 def test_the_table_of_stored_runs(stored, monkeypatch, capsys):
-    words = ["table", "--settings", "easy", "--output_dir", stored, "--seeds", 0, 1, 2]
+    words = ["table", "--settings", "easy", "--output_dir", stored / "new", "--seeds", 0, 1, 2]
     words += ["--runs", stored / "runs.jsonl"]
     assert main(monkeypatch, *words) == 0
     printed, errors = capsys.readouterr()
-    summary = json.loads((stored / "ablation.json").read_text())["easy"]
+    summary = json.loads((stored / "new/ablation.json").read_text())["easy"]
     assert summary["greedy"]["full"]["mean"] == pytest.approx(0.8)
     assert summary["greedy"]["full"]["half"] == 0
     # Differences -0.1 and 0.1: sd 0.141, over the root of two 0.1, times t of 1 degree of freedom.
@@ -474,7 +494,7 @@ def test_the_table_of_stored_runs(stored, monkeypatch, capsys):
     assert len(missing) == len(ablation.ARMS) - 3 + 1
 
     # Again to the digit.
-    files = [stored / f"ablation.{suffix}" for suffix in ("json", "svg", "png")]
+    files = [stored / f"new/ablation.{suffix}" for suffix in ("json", "svg", "png")]
     before = [file.read_bytes() for file in files]
     assert main(monkeypatch, *words) == 0
     assert [file.read_bytes() for file in files] == before

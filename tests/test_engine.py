@@ -302,22 +302,26 @@ def test_sampling_that_differs_from_scoring_is_said(
     said = []
     monkeypatch.setattr(train, "log_main", said.append)
     run = nothing_happens
-    questions = train.Questions([SimpleNamespace(id="q")])
-    for log, _ in train.stage_steps(run, "grpo", run.tracker, questions, 0, {}):
+    kept = {"trained": True}
+    for log, _ in train.stage_steps(run, "grpo", run.tracker, train.Questions([1]), 0, kept):
         log.add("rollout/logp_difference", [difference, difference])
     assert len(said) == alarms and all("logp_difference is 0.30" in line for line in said)
 
 
-def test_a_stage_without_a_usable_question_is_no_success(nothing_happens):
+def test_a_stage_without_a_usable_question_is_no_success(nothing_happens, monkeypatch):
     run = nothing_happens
-    examples = [SimpleNamespace(id=name) for name in "abab"]
-    questions = train.Questions(examples, "rows.json", skipped={"a": "has no frames"})
-    # b could be used.
-    assert len(list(train.stage_steps(run, "grpo", run.tracker, questions, 0, {}))) == 4
-    questions.skipped["b"] = "is too long"
-    words = "no question of rows.json can be used; the first: has no frames"
+    questions = train.Questions([SimpleNamespace(id="a")] * 3, "rows.json", skipped={"a": "late"})
+    words = "no question of rows.json can be used; the first: late"
     with pytest.raises(DataError, match=words):
         list(train.stage_steps(run, "grpo", run.tracker, questions, 0, {}))
+    # Once it was there, and once it came too late: that is training. So is what went before.
+    monkeypatch.setattr(train, "step_requests", lambda *_: ["a"])
+    found = iter([["a"], [], []])
+    monkeypatch.setattr(train, "take_usable", lambda *_: next(found))
+    kept = {}
+    assert len(list(train.stage_steps(run, "grpo", run.tracker, questions, 0, kept))) == 3
+    monkeypatch.setattr(train, "take_usable", lambda *_: [])
+    assert len(list(train.stage_steps(run, "grpo", run.tracker, questions, 2, kept))) == 1
 
 
 if __name__ == "__main__":

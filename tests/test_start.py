@@ -433,13 +433,18 @@ def test_without_git_there_is_no_revision(monkeypatch, tmp_path):
     assert train.revision() is None
 
 
-def test_a_second_run_in_one_folder_is_refused(alone, tmp_path):
+def test_a_second_run_in_one_folder_is_refused(alone, tmp_path, monkeypatch):
     """Before either has logged a step."""
+    in_child = []
+    monkeypatch.setattr(os, "register_at_fork", lambda **calls: in_child.append(calls))
     args = train.TrainArguments(output_dir=str(tmp_path))
     assert train.find_start(tmp_path, args) == {}
     with pytest.raises(DataError, match="another run writes to --output_dir"):
         train.find_start(tmp_path, args)
     assert list(tmp_path.iterdir()) == []
+    # A worker that is forked gives the lock back, so that it does not outlive the run.
+    in_child[0]["after_in_child"]()
+    assert train.find_start(tmp_path, args) == {}
 
 
 # ------------------------------------------------------------------------------- a run made longer

@@ -215,7 +215,7 @@ BAD = {
     "fp16": (changed("fp16.enabled", True), "fp16"),
     "an auto of nobody": (
         changed("zero_optimization.sub_group_size", "auto"),
-        " sub_group_size;",
+        " zero_optimization.sub_group_size;",
     ),
     "no type": (changed("optimizer.type", None), "no type"),
     "a monitor's typo": (changed("wandb.projects", "x"), "does not take"),
