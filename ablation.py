@@ -290,13 +290,18 @@ def read_runs(runs):
     """Lines of the file of runs, {(setting, seed, arm): line}.
 
     Raises:
-        DataError: a line is not of the flags that its arm has now.
+        DataError: it is no file of runs, or a line is not of the flags that its arm has now.
     """
     lines = {}
     for line in read_document(runs, "--runs"):
-        if line["flags"] != flags_of(line["setting"], line["arm"]):
+        try:
+            key = (line["setting"], line["seed"], line["arm"])
+            same = line["flags"] == flags_of(line["setting"], line["arm"])
+        except (KeyError, TypeError) as error:
+            raise DataError(f"{runs} is no file of runs, it lacks {error}") from error
+        if not same:
             raise DataError(f"{runs} has {line['arm']} with {line['flags']}; give another --runs")
-        lines[line["setting"], line["seed"], line["arm"]] = line
+        lines[key] = line
     return lines
 
 

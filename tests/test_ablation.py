@@ -392,6 +392,13 @@ def test_stored_runs_of_other_flags_are_refused(tmp_path, monkeypatch, capsys, c
     assert "must end in .jsonl" in capsys.readouterr().err and not (tmp_path / "runs.json").exists()
 
 
+@pytest.mark.parametrize("line", ['{"problem_id": "0"}', '["a"]', '{"setting": "x", "seed": 0}'])
+def test_a_file_of_something_else_is_no_file_of_runs(line, tmp_path, monkeypatch, capsys):
+    (tmp_path / "priors.jsonl").write_text(f"{line}\n")
+    assert main(monkeypatch, "table", "--runs", tmp_path / "priors.jsonl") == 2
+    assert "priors.jsonl is no file of runs" in capsys.readouterr().err
+
+
 # ------------------------------------------------------------------------------------- table
 
 

@@ -433,18 +433,24 @@ def test_without_git_there_is_no_revision(monkeypatch, tmp_path):
     assert train.revision() is None
 
 
-def test_a_second_run_in_one_folder_is_refused(alone, tmp_path, monkeypatch):
+def test_a_second_run_in_one_folder_is_refused(alone, tmp_path):
     """Before either has logged a step."""
-    in_child = []
-    monkeypatch.setattr(os, "register_at_fork", lambda **calls: in_child.append(calls))
     args = train.TrainArguments(output_dir=str(tmp_path))
     assert train.find_start(tmp_path, args) == {}
     with pytest.raises(DataError, match="another run writes to --output_dir"):
         train.find_start(tmp_path, args)
     assert list(tmp_path.iterdir()) == []
-    # A worker that is forked gives the lock back, so that it does not outlive the run.
-    in_child[0]["after_in_child"]()
-    assert train.find_start(tmp_path, args) == {}
+
+    # A worker that is forked does not keep the lock, so that it ends with the run.
+    def holds():
+        opened = [os.path.realpath(f"/proc/self/fd/{name}") for name in os.listdir("/proc/self/fd")]
+        return os.path.realpath(tmp_path) in opened
+
+    assert holds()
+    worker = os.fork()
+    if worker == 0:
+        os._exit(int(holds()))
+    assert os.waitpid(worker, 0)[1] == 0
 
 
 # ------------------------------------------------------------------------------- a run made longer
