@@ -764,6 +764,14 @@ def test_whatever_goes_wrong_counts_as_wrong(undisturbed, bench, checkpoint):
     )
 
 
+def test_a_fingerprint_of_weights_that_a_full_disk_left_empty(tmp_path):
+    """The loader says what is wrong with them."""
+    (tmp_path / "model.safetensors").touch()
+    empty = evaluate.fingerprint(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(b"x")
+    assert len(empty) == 16 and empty != evaluate.fingerprint(tmp_path)
+
+
 @pytest.mark.parametrize("seed", range(4))
 def test_a_killed_run_is_continued(seed, flags, undisturbed, tmp_path, monkeypatch, capsys):
     """Whatever byte the file ends at, the same command brings the report of the undisturbed run."""
