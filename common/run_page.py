@@ -72,7 +72,10 @@ if name not in ("command", "output_dir") %}
 
 def read_log(folder, name):
     """Yield the records of a log of train.py; each has a step."""
-    with open(Path(folder, name), encoding="utf-8") as file:
+    path = Path(folder, name)
+    if not path.is_file():
+        raise DataError(f"{folder} is no --output_dir of train.py, it has no {name}")
+    with open(path, encoding="utf-8") as file:
         for number, line in enumerate(file, 1):
             # train.py is still writing a last line without its line break.
             if not line.endswith("\n"):

@@ -453,6 +453,12 @@ def test_an_arm_without_one_of_its_evaluations_is_not_stored(tmp_path):
         ablation.read_arm(folder, "full")
 
 
+def test_a_setting_without_runs_has_no_table(stored, monkeypatch, capsys):
+    words = ["table", "--settings", "hard", "--runs", stored / "runs.jsonl"]
+    assert main(monkeypatch, *words) == 2
+    assert "runs.jsonl has no run of hard" in capsys.readouterr().err
+
+
 def test_the_table_of_stored_runs(stored, monkeypatch, capsys):
     words = ["table", "--settings", "easy", "--output_dir", stored / "new", "--seeds", 0, 1, 2]
     words += ["--runs", stored / "runs.jsonl"]

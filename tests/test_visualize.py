@@ -279,8 +279,8 @@ def test_runs_that_cannot_be_drawn(tmp_path, capsys, monkeypatch):
         (tmp_path / name / "metrics.jsonl").write_text(text)
     (tmp_path / "none").mkdir()
     for flags, words in (
-        (["nowhere"], "No such file or directory: 'nowhere/metrics.jsonl'"),
-        (["none"], "No such file or directory: 'none/metrics.jsonl'"),
+        (["nowhere"], "nowhere is no --output_dir of train.py, it has no metrics.jsonl"),
+        (["none"], "none is no --output_dir of train.py, it has no metrics.jsonl"),
         (["empty"], "none of the metrics to be drawn yet"),
         (["broken"], "metrics.jsonl line 2 is not a JSON record"),
         (["other"], "none of the metrics to be drawn yet"),
