@@ -556,8 +556,9 @@ def read_number(part, name):
     """A field as float; None if it is empty."""
     value = part.get(name)
     try:
-        return None if is_empty(value) else float(value)
-    except (TypeError, ValueError) as error:
+        # As text, since float(True) would be a second.
+        return None if is_empty(value) else float(str(value))
+    except ValueError as error:
         raise DataError(f"has {name} {value!r}, which is not a number") from error
 
 

@@ -561,6 +561,7 @@ def test_rows_of_mvbench(tmp_path):
         ({"start": 5, "end": 5}, "a video that starts at 5.0 s and ends at 5.0 s"),
         ({"start": -1}, "starts at -1.0 s and ends at None s"),
         ({"end": "soon"}, "has end 'soon', which is not a number"),
+        ({"start": True}, "has start True, which is not a number"),
         ({"media": ["a.mp4"]}, "media must be a list of objects"),
         (
             {"media": [{"data_type": "video", "path": "a.mp4"}] * 2},
