@@ -1568,10 +1568,11 @@ def hold(output):
     Errors: DataError if one is in it.
     """
     # Never closed here: the lock ends with the process, which a worker that it forks may outlive.
-    folder = os.open(output, os.O_RDONLY)
-    os.register_at_fork(after_in_child=partial(os.close, folder))
+    held = [os.open(output, os.O_RDONLY)]
+    # Closed once: to the worker's own children the number may be another file.
+    os.register_at_fork(after_in_child=lambda: held and os.close(held.pop()))
     try:
-        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(held[0], fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
         raise DataError(f"another run writes to --output_dir {output}; choose another") from error
     except OSError:

@@ -447,9 +447,16 @@ def test_a_second_run_in_one_folder_is_refused(alone, tmp_path):
         return os.path.realpath(tmp_path) in opened
 
     assert holds()
+    before = set(os.listdir("/proc/self/fd"))
     worker = os.fork()
     if worker == 0:
-        os._exit(int(holds()))
+        kept = holds()
+        # The numbers that became free are those of other files now; a child of it keeps them.
+        files = [os.open("/dev/null", os.O_RDONLY) for _ in before]
+        child = os.fork()
+        if child == 0:
+            os._exit(int(not all(os.path.exists(f"/proc/self/fd/{file}") for file in files)))
+        os._exit(int(kept or os.waitpid(child, 0)[1] != 0))
     assert os.waitpid(worker, 0)[1] == 0
 
 
