@@ -30,7 +30,7 @@ from statistics import mean, stdev
 
 from common.data import DataError, read_document
 from common.flags import Parser, exit_codes
-from common.plots import COLOURS, DOTTED, new_figure
+from common.plots import COLOURS, DOTTED, STYLES, new_figure
 from common.run_page import read_run
 from common.workers import to_line, write_lines, writing
 from prior import PriorSettings, read_priors, weigh
@@ -454,7 +454,10 @@ def print_table(title, summary, columns):
 
 def draw(summaries):
     """Figure of the differences to `full`, a colour a setting."""
-    note = "Dot: mean of the paired differences to full; line: its 95 % t-interval over seeds."
+    note = (
+        "Dot: mean of the paired differences to full; line: its 95 % t-interval over seeds. "
+        "A run that never comes to 80 % counts with all its steps."
+    )
     figure = new_figure(14, 7, "Differences to the full method", list(summaries), note)
     panels = figure.subplots(1, len(DRAWN), sharey=True)
     for axes, column in zip(panels, DRAWN, strict=True):
@@ -465,7 +468,9 @@ def draw(summaries):
                 if arm in summary[column]:
                     number = summary[column][arm]
                     point = (number["difference"], place + 0.25 * index)
-                    axes.errorbar(*point, xerr=number["half"], fmt="o", color=COLOURS[index])
+                    look = {"fmt": "o", "color": COLOURS[index], "capsize": 2}
+                    bars = axes.errorbar(*point, xerr=number["half"], **look)
+                    bars.lines[2][0].set_linestyle(STYLES[index])  # as in the legend
     panels[0].set_yticks(range(len(ARMS)), ARMS)
     panels[0].invert_yaxis()
     return figure
