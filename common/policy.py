@@ -746,9 +746,12 @@ def load_processor(path):
         DataError: it has none.
     """
     try:
-        return AutoProcessor.from_pretrained(path)
+        processor = AutoProcessor.from_pretrained(path)
     except (OSError, ValueError) as error:
         raise DataError(f"{path} has no processor: {str(error).splitlines()[0]}") from error
+    # Frames come in settled sizes; unset, transformers warns that it will cap them.
+    processor.video_processor.cap_pixels_per_frame = False
+    return processor
 
 
 def load_model(path):

@@ -5,8 +5,11 @@ import warnings
 from types import SimpleNamespace
 
 import pytest
+from transformers.models.qwen2_vl import video_processing_qwen2_vl
 
-from common.policy import Policy, cache_argument, checkpoint_activations, collate
+from common.data import load_examples
+from common.media import Encoder, PromptFlags
+from common.policy import Policy, cache_argument, checkpoint_activations, collate, load_processor
 from common.rollout import Sampling, rollout
 
 
@@ -29,6 +32,19 @@ def test_checkpointing_calls_nothing_that_is_deprecated(talker):
         assert layer.gradient_checkpointing
         checkpoint_activations(model, on=False)
     assert not layer.gradient_checkpointing
+
+
+def test_a_video_is_encoded_without_a_warning_that_it_may_be_resized(
+    checkpoint, toy_folder, monkeypatch
+):
+    warned = []
+    monkeypatch.setattr(video_processing_qwen2_vl.logger, "warning_once", warned.append)
+    flags = PromptFlags(min_pixels=56 * 56, max_pixels=56 * 56)
+    examples = load_examples(toy_folder / "train_cot.json")
+    video = next(example for example in examples if example.media_type == "video")
+    encoded = Encoder(load_processor(checkpoint), flags).encode(video)
+    assert encoded.grid_thw.tolist() == [[8, 4, 4]]
+    assert warned == []
 
 
 def test_older_transformers_are_called_by_their_names():
