@@ -26,13 +26,22 @@ av.logging.set_level(None)
 # Containers with a presentation time for every frame. Others order frames by decoding times.
 TIMED_CONTAINERS = re.compile(r"\b(mov|matroska|mpegts|flv)\b")
 
+# Files that FFmpeg reads as a video, too: single pictures, and text that it draws.
+NO_VIDEO = re.compile(r"_pipe\b|\b(image2|ico|tty)\b")
+
 # Codecs of which a packet is one frame shown; VP8 has packets of hidden frames, for one.
 PACKET_IS_FRAME = """h264 hevc vp9 libdav1d av1 mpeg4 mpeg1video mpeg2video mjpeg prores wmv1 wmv2
     flv h263 msmpeg4v2 msmpeg4v3""".split()
 
-PICTURES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")  # of a folder
+# Decoders that begin at any frame, be it no key frame, and show what they do not know as grey.
+CARELESS = "mpeg4 wmv1 wmv2 flv h263 msmpeg4v2 msmpeg4v3".split()
+
+# Of a folder.
+PICTURES = tuple(".avif .bmp .gif .jfif .jpe .jpeg .jpg .png .tif .tiff .webp".split())
 
 TOLERANCE = 1e-3  # seconds: containers round times to milliseconds
+
+TIE = 1e-5  # seconds between frames to which a file gives the same time
 
 
 class Video:
@@ -162,6 +171,9 @@ def open_medium(medium, settings):
 
 # ------------------------------------------------------------------------ files by FFmpeg
 
+# Titles and tags come in any encoding.
+open_file = partial(av.open, metadata_errors="ignore")
+
 
 def video_stream(container, strict=False):
     """The video of a container, not the picture of its cover; decoded by one thread.
@@ -173,6 +185,8 @@ def video_stream(container, strict=False):
     cover = stream and stream.disposition & Disposition.attached_pic
     if stream is None or cover or stream.codec_context is None:
         raise MediaError(f"{container.name}: not a readable video (nothing in it can be decoded)")
+    if NO_VIDEO.search(container.format.name):
+        raise MediaError(f"{container.name}: a picture or a text where a video was promised")
     if strict:
         stream.codec_context.options = {"err_detect": "explode"}
     stream.thread_count = 1
@@ -194,7 +208,7 @@ def open_pyav(path):
     found = []
     end = 0.0
     try:
-        with av.open(path) as container:
+        with open_file(path) as container:
             stream = video_stream(container)
             for packet in filter(None, packets(container, stream)):
                 if packet.is_corrupt:
@@ -223,6 +237,9 @@ def open_pyav(path):
             shown = np.sort(points[~discarded])
             times = shown * base
             starts = np.flatnonzero(keys)
+            # A file without an index calls every frame a key frame.
+            if keys.all() and codec.name in CARELESS:
+                starts = starts[:1]
         else:
             times = decoded_times(path)
             shown = np.arange(len(times))
@@ -236,7 +253,8 @@ def promised_seconds(container, stream):
     """Length of a file in its header, of the containers that have it there; else 0."""
     name = container.format.name
     if "avi" in name:
-        return float(stream.frames / (stream.average_rate or 1))
+        # FFmpeg writes 2^30 where it cannot come back to write the number.
+        return float(stream.frames % (1 << 30) / (stream.average_rate or 1))
     # After its edit list.
     if "mov" in name:
         return float((stream.duration or 0) * stream.time_base)
@@ -250,7 +268,7 @@ def promised_seconds(container, stream):
 
 def last_second(path):
     """Seconds at which a file's last packet begins, whatever it is of."""
-    with av.open(path) as container:
+    with open_file(path) as container:
         times = [packet.pts * packet.time_base for packet in container.demux() if packet.pts]
     return float(max(times, default=0))
 
@@ -264,17 +282,27 @@ def is_ordered(points, keys, discarded):
 
 def decoded_times(path):
     """Seconds of all frames, found by decoding them: (N,)."""
-    points = []
-    with av.open(path) as container:
+    presented = []
+    decoded = []
+    with open_file(path) as container:
         stream = video_stream(container, strict=True)
         for packet in packets(container, stream):
-            points += [frame.pts for frame in stream.decode(packet)]
-        rate = float(stream.average_rate or 1)
+            for frame in stream.decode(packet):
+                presented.append(frame.pts)
+                decoded.append(frame.dts)
+        rate = float(stream.guessed_rate or 1)
         base = float(stream.time_base)
-    # AVI stores no times of presentation: its frames follow one another at the file's rate.
-    if None in points or (np.diff(points) <= 0).any():
-        return np.arange(len(points)) / rate
-    return np.array(points) * base
+    order = np.arange(len(presented))
+    # AVI stores no times of presentation for B frames, only those of decoding.
+    for points in (presented, decoded):
+        times = np.array(points, float) * base  # None is NaN
+        # The last frames come out of the decoder without one.
+        known = int(np.isfinite(times).sum())
+        times[known:] = times[:known].max(initial=0) + (order[known:] - known + 1) / rate
+        # Equal times are of frames that follow one another at once.
+        if (np.diff(times) >= 0).all():
+            return np.maximum.accumulate(times - TIE * order) + TIE * order
+    return order / rate
 
 
 def read_file(path, timed, points, starts, shown, indices):
@@ -312,7 +340,7 @@ def decode(path, timed, places, wanted):
     """Yield the frames of read_file up to one that cannot be decoded, and nothing needless."""
     done = 0
     count = 0
-    with av.open(path) as container:
+    with open_file(path) as container:
         stream = video_stream(container, strict=not timed)
         for number, packet in enumerate(packets(container, stream)):
             if number < places[done]:
@@ -338,7 +366,11 @@ def to_rgb(frame, width, height):
     pixels = frame.to_ndarray(format=mode, width=width, height=height, threads=1)
     if clear:
         pixels = on_white(Image.fromarray(pixels))
-    matrix = frame.side_data.get("DISPLAYMATRIX")
+    try:
+        matrix = frame.side_data.get("DISPLAYMATRIX")
+    except ValueError:
+        # PyAV does not know every kind of what may be beside it; turns it has apart, not mirrors.
+        return np.ascontiguousarray(np.rot90(pixels, round(frame.rotation / 90)))
     if matrix is None:
         return pixels
     # A point (x, y) goes to (ax + cy, bx + dy): the nearest turn by right angles, and mirroring.
@@ -413,8 +445,8 @@ def open_image(path, kind):
     try:
         with Image.open(path) as image:
             yield image
-    # What Pillow raises depends on the kind of damage.
-    except (Image.DecompressionBombError, OSError, SyntaxError, ValueError) as error:
+    # What Pillow raises depends on the kind of damage; nothing but Pillow runs here.
+    except Exception as error:
         raise MediaError(f"{path}: not a readable {kind} ({error})") from error
 
 
@@ -428,7 +460,13 @@ def open_animation(path):
     """Open an animated picture; each frame lasts as long as it says."""
     durations = []
     with open_image(path, "video") as image:
-        for index in range(getattr(image, "n_frames", 1)):
+        # The picture for viewers that cannot play it may be none of the frames of a PNG.
+        first = int(image.info.get("default_image", False))
+        count = getattr(image, "n_frames", 1)
+        # Further pictures of a photo are previews, or what the other eye sees.
+        if image.format == "MPO":
+            count = 1
+        for index in range(first, count):
             image.seek(index)
             image.load()  # some formats know the duration of a frame once it is decoded
             duration = image.info.get("duration", 0)  # ms
@@ -440,7 +478,7 @@ def open_animation(path):
     def frames(indices):
         with open_image(path, "video") as image:
             for index in indices:
-                image.seek(index)
+                image.seek(first + index)
                 yield as_shown(image)
 
     return Video(path, np.cumsum([0, *durations[:-1]]) / 1000, frames)
@@ -453,10 +491,11 @@ def open_folder(path, fps):
     names = [name for name in names if not name.startswith(".")]
     if not names:
         raise MediaError(f"{path}: a folder without pictures")
+    names.sort()
     # frame_2 stands before frame_10.
     names.sort(
         key=lambda name: [
-            int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)
+            int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", name)
         ]
     )
 

@@ -1,7 +1,9 @@
 """common/video.py against files that ffmpeg has written: every frame shows its own number."""
 
+import io
 import subprocess
 import tempfile
+from fractions import Fraction
 from pathlib import Path
 
 import av
@@ -87,9 +89,12 @@ ENCODED = {
     "mpeg2.ts": MPEG2,
     "mpeg2.mkv": MPEG2,
     "windows.wmv": "-c:v wmv2 -q:v 4 -g 24",
+    "windows.avi": "-c:v wmv2 -q:v 4 -g 24",
     "flash.flv": "-c:v flv -q:v 4 -g 24",
     "theora.ogv": "-c:v libtheora -q:v 9 -g 24",
     "mjpeg.avi": "-c:v mjpeg -q:v 4",
+    "raw.h264": B_FRAMES,
+    "latin.mkv": f"{B_FRAMES} -metadata title=Caf?",
     "prores.mov": "-c:v prores_ks -profile:v 0 -pix_fmt yuv422p10le",
     "picture.gif": "-pix_fmt rgb8",
     "picture.webp": "-c:v libwebp_anim -lossless 1 -loop 0",
@@ -107,6 +112,13 @@ COPIED = {
     "from_ts.mp4": ("b_frames.ts", ""),
     "from_mp4.ts": ("hevc.mp4", ""),
 }
+# {file: what is done to its bytes}
+CHANGED = {
+    # A title in Latin-1, which is no UTF-8.
+    "latin.mkv": lambda data: data.replace(b"Caf?", b"Caf\xe9"),
+    # Without its index every frame counts as a key frame, and its length was never written.
+    "windows.avi": lambda data: data[: data.rfind(b"idx1")],
+}
 
 
 @pytest.fixture(scope="session")
@@ -121,6 +133,9 @@ def folder():
         for name, (whole, words) in COPIED.items():
             before = words.split()
             ffmpeg(*before[:2], "-i", folder / whole, *before[2:], "-c", "copy", folder / name)
+        for name, change in CHANGED.items():
+            path = folder / name
+            path.write_bytes(change(path.read_bytes()))
         yield folder
 
 
@@ -161,6 +176,106 @@ def test_variable_rate_is_even_in_time(folder, suffix):
         assert len(wanted) == (8 if fps is None else 6)
         # The nearest frame is at most half a second away, or the next where that one is taken.
         assert np.abs(found.times - wanted).max() <= 0.5 + 2e-3
+
+
+def remux(source, path, change):
+    """Copy the packets of a video; change(number, packet) may move them."""
+    with av.open(str(source)) as old, av.open(str(path), "w") as new:
+        stream = new.add_stream_from_template(old.streams.video[0])
+        for number, packet in enumerate(old.demux(video=0)):
+            if packet.size:
+                packet.stream = stream
+                change(number, packet)
+                new.mux(packet)
+
+
+@pytest.mark.parametrize("name", ["tie.webm", "tie.mkv"])
+def test_two_frames_of_one_time_leave_the_other_times_as_they_are(tmp_path, name):
+    codec = "-c:v libvpx-vp9 -cpu-used 8 -lag-in-frames 0" if "webm" in name else H264
+    source = f"-f rawvideo -pix_fmt rgb24 -s {WIDTH}x{HEIGHT} -r {FPS} -i -".split()
+    ffmpeg(*source, "-pix_fmt", "yuv420p", *codec.split(), tmp_path / f"c{name}", data=RAW)
+
+    def tie(number, packet):
+        if number == 40:
+            packet.pts = packet.dts = round(39 / FPS * 1000)
+
+    remux(tmp_path / f"c{name}", tmp_path / name, tie)
+    found = sample_video(str(tmp_path / name), 100)
+    assert [read_number(frame) for frame in found.frames] == list(range(FRAMES))
+    truth = np.arange(FRAMES) / FPS
+    truth[40] = truth[39]
+    np.testing.assert_allclose(found.times, truth, atol=1.1e-3)
+    assert (np.diff(found.times) > 0).all()
+
+
+def test_avi_with_b_frames_and_frames_left_out(folder, tmp_path):
+    """36 frames in 1.5 s, then four a second: 10.25 s; AVI has decoding times alone."""
+    late = "setpts='if(lt(N,36),N/(24*TB),(36/24+(N-36)/4)/TB)'"
+    words = f"-vf {late} -fps_mode vfr -enc_time_base 1/24 -c:v libx264 -preset veryfast -bf 2"
+    ffmpeg("-i", folder / "plain.mp4", *words.split(), tmp_path / "late.mp4")
+    ffmpeg("-i", tmp_path / "late.mp4", "-c", "copy", tmp_path / "late.avi")
+    found = sample_video(str(tmp_path / "late.avi"), 100)
+    assert [read_number(frame) for frame in found.frames] == list(range(FRAMES))
+    truth = [n / 24 if n < 36 else 1.5 + (n - 36) / 4 for n in range(FRAMES)]
+    # A frame's decoding time is that of a frame or two later.
+    np.testing.assert_allclose(found.times, truth, atol=0.55)
+
+
+def test_what_ffmpeg_writes_into_a_pipe(folder, tmp_path):
+    path = tmp_path / "pipe.avi"
+    words = "-c:v mpeg4 -q:v 4 -g 24 -f avi pipe:1".split()
+    path.write_bytes(ffmpeg("-i", folder / "plain.mp4", *words).stdout)
+    found = sample_video(str(path), 100)
+    assert [read_number(frame) for frame in found.frames] == list(range(FRAMES))
+
+
+@pytest.mark.parametrize("suffix", ["avi", "mov"])
+def test_frames_of_motion_jpeg_may_carry_exif(tmp_path, suffix):
+    """As cameras write them: the turn that a frame's EXIF asks for is FFmpeg's, too."""
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    with av.open(str(tmp_path / f"camera.{suffix}"), "w") as container:
+        stream = container.add_stream("mjpeg", rate=FPS)
+        stream.width, stream.height, stream.pix_fmt = WIDTH, HEIGHT, "yuvj420p"
+        for number in range(5):
+            buffer = io.BytesIO()
+            Image.fromarray(draw(number)).save(buffer, "JPEG", quality=95, exif=turned)
+            packet = av.Packet(buffer.getvalue())
+            packet.stream, packet.pts, packet.dts = stream, number, number
+            packet.time_base = Fraction(1, FPS)
+            container.mux(packet)
+    path = tmp_path / f"camera.{suffix}"
+    found = sample_video(str(path), 5)
+    pixels = ffmpeg("-i", path, "-f", "rawvideo", "-pix_fmt", "rgb24", "-").stdout
+    shown = np.frombuffer(pixels, np.uint8).reshape(found.frames.shape)
+    np.testing.assert_allclose(found.frames, shown, atol=3)
+
+
+@pytest.mark.parametrize("name", ["photo.tga", "photo.pcx", "photo.ico", "notes.nfo", "two.mpo"])
+def test_pictures_and_texts_are_no_videos(tmp_path, name):
+    path = tmp_path / name
+    picture = Image.fromarray(draw(5)).crop((0, 0, 64, 64))
+    if name == "notes.nfo":
+        path.write_text("A film about a cat.\n" * 50)
+    elif name == "two.mpo":
+        picture.save(path, save_all=True, append_images=[picture])
+    else:
+        picture.save(path)
+    with pytest.raises(MediaError, match="where a video was promised"):
+        sample_video(str(path), 8)
+
+
+def test_a_png_may_show_another_picture_where_it_cannot_be_played(tmp_path):
+    colours = [Image.new("RGB", (8, 8), name) for name in ("red", "lime", "blue")]
+    path = tmp_path / "default.png"
+    more = {"append_images": colours[1:], "duration": [500, 700]}
+    colours[0].save(path, save_all=True, default_image=True, **more)
+    words = "-fps_mode passthrough -f rawvideo -pix_fmt rgb24 -"
+    pixels = ffmpeg("-f", "apng", "-i", path, *words.split()).stdout
+    shown = np.frombuffer(pixels, np.uint8).reshape(-1, 8, 8, 3)
+    found = sample_video(str(path), 8)
+    assert (found.frames == shown).all()
+    np.testing.assert_allclose(found.times, [0, 0.5])
 
 
 @pytest.mark.parametrize("suffix", ["mp4", "mkv"])
