@@ -717,7 +717,7 @@ def read_priors(path):
             try:
                 row = json.loads(line)
                 fault = check_row(row)
-            except ValueError as error:  # not JSON, or not UTF-8
+            except (RecursionError, ValueError) as error:  # too deep, not JSON, or not UTF-8
                 fault = f"is not valid JSON ({error})"
             if fault:
                 raise DataError(f"priors file {path}, line {number} {fault}; build it again")
@@ -766,7 +766,10 @@ def load_priors(path, examples, settings, own=False):
         ours = {"decoder": "decord", "min_frames": 1} if "fps" in row.settings else {}
         made_with = compared | ours | row.settings
         check_settings(f"priors file {path}", made_with, compared, remedy)
-        rows[row.problem_id] = row
+        if rows.setdefault(row.problem_id, row) != row:
+            raise DataError(
+                f"priors file {path} has two priors of {row.problem_id}; build it again"
+            )
     return rows
 
 

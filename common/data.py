@@ -39,9 +39,12 @@ MVBENCH_FPS = 3.0
 FIELDS = """problem_id problem options problem_type solution data_type media process grounding
     evidence""".split()
 
-# Fields that no prompt shows, the last three but for a video (a rate: for a folder of frames); a
+# Fields that no prompt shows, the last four but for a medium (a rate: for a folder of frames); a
 # data set that has them is told so.
-UNUSED = "subtitle key_frame temporal_captions start end fps".split()
+UNUSED = "subtitle key_frame temporal_captions path start end fps".split()
+
+# What a demonstration or solution cut short, or without its first tag, leaves of them.
+BROKEN_TAG = re.compile(r"</?(?:think|answer)>")
 
 # Half of a character: JSON can hold it, but no tokenizer and no file accepts it.
 SURROGATE = re.compile(r"[\ud800-\udfff]")
@@ -394,6 +397,13 @@ def cut_options(question, options):
 # -------------------------------------------------------------------- rows of other projects
 
 
+def list_of(row, name):
+    """A field that must be a list: the letters of a text would be taken for its entries."""
+    if not isinstance(row[name], list):
+        raise DataError(f"has {name} that is not a list")
+    return row[name]
+
+
 def from_tw_grpo(row):
     """TW-GRPO: option lines in the problem, letters joined by commas, `glue` for the evidence.
 
@@ -405,7 +415,7 @@ def from_tw_grpo(row):
     solution = row.get("answer")
     kind = "video"
     if "candidates" in row:
-        texts = row["candidates"]
+        texts = list_of(row, "candidates")
         # By the text alone: a candidate may be a single letter.
         count = texts.count(solution)
         if count != 1:
@@ -440,9 +450,15 @@ def from_seed_bench(row):
     else:
         # Seeded with the row's id: the same options in every run and on every rank.
         rng = random.Random(str(row["sample_id"]))
-        texts = [row["answer"], *rng.sample(row["negative_answers"], 3)]
+        wrong = list_of(row, "negative_answers")
+        if row["answer"] in wrong:
+            raise DataError("has its answer among its negative_answers")
+        texts = [row["answer"], *rng.sample(wrong, 3)]
         rng.shuffle(texts)
         letter = ascii_uppercase[texts.index(row["answer"])]
+    # With a letter before it, null would be a text.
+    if any(map(is_empty, texts)):
+        raise DataError("has an empty problem or option")
     # The question is asked in the middle of a task, seen in a video so far.
     source = row["video_source"]
     video = {"data_type": "video", "path": f"videos/{source}/{row['video_basename']}"}
@@ -482,8 +498,8 @@ def from_video_r2(row):
             paths = [paths]
         media += [{"data_type": kind, "path": path} for path in paths]
     order = re.findall("<(video|image)>", user)
-    if order and not media:
-        raise DataError(f"has no {order[0]}: its path is empty")
+    if len(order) > len(media):
+        raise DataError(f"shows {len(order)} media in its text, and has paths of {len(media)}")
     # The placeholders tell where the one video stands, if every medium has one.
     if "video" in order and sorted(order) == sorted(part["data_type"] for part in media):
         media.insert(order.index("video"), media.pop(0))
@@ -577,7 +593,7 @@ def read_medium(part, media_root, notes):
     # MVBench's word for a folder of frames.
     if kind == "frame":
         kind = "video"
-        fps = fps or MVBENCH_FPS
+        fps = MVBENCH_FPS if fps is None else fps
     if kind not in ("video", "image"):
         raise DataError(f"has data_type {kind!r}; known are video, image, text")
     if not path:
@@ -594,7 +610,11 @@ def read_medium(part, media_root, notes):
         end = read_number(part, "end")
         if not 0 <= (start or 0) < (math.inf if end is None else end):
             raise DataError(f"has a video that starts at {start} s and ends at {end} s")
-        medium = Medium(kind, full, fps if os.path.isdir(full) else None, start, end)
+        if not os.path.isdir(full):
+            fps = None
+        elif fps is not None and not 0 < fps < math.inf:
+            raise DataError(f"has {fps} frames a second")
+        medium = Medium(kind, full, fps, start, end)
     note_unused(part, medium, notes)
     return medium
 
@@ -630,6 +650,8 @@ def read_solution(row, options):
     answer = strip_tag(str(solution), "answer")
     if is_empty(answer):
         raise DataError(f"has an empty solution {answer}")
+    if BROKEN_TAG.search(answer):
+        raise DataError(f"has a solution with half of a tag: {answer[:60]!r}")
     if row["problem_type"] in ("numerical", "regression"):
         try:
             finite = math.isfinite(float(answer.replace(",", "")))
@@ -641,6 +663,8 @@ def read_solution(row, options):
         return answer
     if len(options) > len(ascii_uppercase):
         raise DataError(f"has {len(options)} options, more than there are letters")
+    if len(option_texts(options)) < len(options):
+        raise DataError(f"has two options of one letter: {options}")
     letters = solution_letters(answer, options)
     if letters is None:
         known = ", ".join(option_texts(options) or ascii_uppercase)
@@ -667,7 +691,12 @@ def read_times(row, notes):
             ends = re.split(r"\s*(?:[-–—]|\bto\b)\s*", span.strip(), maxsplit=1)
             # "00:04" alone is a moment.
             grounding.append((parse_time(ends[0]), parse_time(ends[-1]), str(sentence)))
-        evidence = [(float(start), float(end)) for start, end in row.get("evidence") or []]
+        evidence = []
+        for interval in row.get("evidence") or []:
+            if not isinstance(interval, list):
+                raise TypeError(f"{interval!r} is no list")
+            start, end = map(float, interval)
+            evidence.append((start, end))
         for start, end, *_ in grounding + evidence:
             if not start <= end < math.inf:
                 raise ValueError(f"an interval ends before it starts, {start} to {end} s")
@@ -698,10 +727,17 @@ def read_example(row, index, media_root):
     process = row.get("process") or ""
     if not isinstance(options, list) or not isinstance(process, str):
         raise DataError("options must be a list and process a text")
-    if any(map(is_empty, [row["problem"], *options])):
-        raise DataError("has an empty problem or option")
+    for text in (row["problem"], *options):
+        if not isinstance(text, str | int | float):
+            raise DataError(f"has a problem or option that is no text: {text!r}")
     options = [str(option) for option in options]
+    if any(map(is_empty, [row["problem"], *options, *option_texts(options).values()])):
+        raise DataError("has an empty problem or option")
     notes = []
+    reasoning = strip_tag(process, "think")
+    if BROKEN_TAG.search(reasoning):
+        notes.append("rows have a process with half of a tag, which is left out")
+        reasoning = ""
     media = read_media(row, media_root, notes)
     answer = read_solution(row, options)
     grounding, evidence = read_times(row, notes)
@@ -712,7 +748,7 @@ def read_example(row, index, media_root):
         problem_type=kind,
         answer=answer,
         media=media,
-        reasoning=strip_tag(process, "think"),
+        reasoning=reasoning,
         grounding=grounding,
         evidence=evidence,
         extra={name: value for name, value in row.items() if name not in FIELDS},
@@ -770,7 +806,7 @@ def read_document(path, kind="file"):
             lines = filter(str.strip, text.split("\n"))
             text = "[" + ",\n".join(lines) + "]"
         return json.loads(text)
-    except ValueError as error:  # not JSON, or not UTF-8
+    except (RecursionError, ValueError) as error:  # too deep, not JSON, or not UTF-8
         raise DataError(f"{kind} {path} is not valid JSON: {error}") from error
 
 
@@ -971,13 +1007,15 @@ def read_template(path):
         return PROMPT_TEMPLATE
     if not Path(path).is_file():
         raise DataError(f"prompt template {path} not found")
-    template = Path(path).read_text(encoding="utf-8")
-    texts = dict.fromkeys(INSTRUCTIONS, template)
-    if Path(path).suffix == ".json":
-        try:
+    try:
+        template = Path(path).read_text(encoding="utf-8-sig")
+        texts = dict.fromkeys(INSTRUCTIONS, template)
+        if Path(path).suffix == ".json":
             template = texts = dict(json.loads(template))
-        except (TypeError, ValueError) as error:
-            raise DataError(f"prompt template {path} is not a JSON object: {error}") from error
+    except (TypeError, ValueError) as error:
+        raise DataError(
+            f"prompt template {path} is not UTF-8, or not a JSON object: {error}"
+        ) from error
     for kind in INSTRUCTIONS:
         if kind not in texts:
             raise DataError(f"prompt template {path} lacks the problem type {kind}")

@@ -294,6 +294,14 @@ def test_rows_without_optional_fields(tmp_path):
         ({"problem": "What \udc80?"}, r"has no valid Unicode in problem \(a lone surrogate\)"),
         ({"options": ["A. x", "B. \ud83d"]}, "has no valid Unicode in options"),
         ({"process": "\ud83d", "solution": "\ud83d"}, "has no valid Unicode in process"),
+        ({"options": ["red", "C. elegans", "blue"], "solution": "blue"}, "two options of one le"),
+        ({"options": ["J. Smith", "J. Brown"], "solution": "J. Smith"}, "two options of one let"),
+        ({"options": ["A. x", "B. "]}, "has an empty problem or option"),
+        ({"options": [["A", "red"], ["B", "blue"]]}, r"no text: \['A', 'red'\]"),
+        ({"problem": {"text": "Who?"}}, "no text: {'text': 'Who\\?'}"),
+        ({"problem_type": "OCR", "solution": "<answer>NO ENTRY"}, "with half of a tag"),
+        ({"evidence": ["15", "27"]}, "'15' is no list"),
+        ({"data_type": "frame", "path": "", "fps": "x"}, "fps 'x', which is not a number"),
     ],
 )
 def test_a_bad_row_is_named(tmp_path, change, message):
@@ -313,6 +321,30 @@ def test_a_bad_row_is_named(tmp_path, change, message):
 def test_a_malformed_optional_field_is_named(tmp_path, change):
     with pytest.raises(DataError, match="row 1"):
         load_examples(write_dataset(tmp_path, [ROW, {**ROW, "problem_id": 8, **change}]))
+
+
+@pytest.mark.parametrize("process", ["abc</think><answer>B</answer>", "<think>abc", "abc</think>"])
+def test_a_demonstration_with_half_of_a_tag_is_left_out_and_counted(tmp_path, process):
+    example = parse_example({**ROW, "process": process}, 0, tmp_path)
+    assert example.reasoning == ""
+    left_out = {"rows have a process with half of a tag, which is left out": 1}
+    assert differences([example]) == left_out
+    whole = "<think>abc</think><answer>B</answer>"
+    assert parse_example({**ROW, "process": whole}, 0, tmp_path).reasoning == "abc"
+
+
+def test_a_file_nested_too_deep_is_refused(tmp_path):
+    (tmp_path / "deep.json").write_text("[" * 100_000)
+    with pytest.raises(DataError, match="deep.json is not valid JSON: maximum recursion depth"):
+        load_examples(tmp_path / "deep.json")
+
+
+def test_a_template_may_begin_with_a_byte_order_mark(tmp_path):
+    (tmp_path / "mark.txt").write_text("{question}!", encoding="utf-8-sig")
+    assert read_template(tmp_path / "mark.txt") == "{question}!"
+    (tmp_path / "latin.txt").write_bytes("{question}, s'il vous plaît".encode("latin-1"))
+    with pytest.raises(DataError, match="latin.txt is not UTF-8"):
+        read_template(tmp_path / "latin.txt")
 
 
 @pytest.mark.parametrize("row", [3, "text", None, ["a"]])
@@ -550,6 +582,10 @@ def test_rows_of_mvbench(tmp_path):
     del copy["path"]
     copy = {**copy, "video": "/castle_clip_00", "fps": 2}
     assert one(tmp_path, copy)[0].media == [Medium("video", f"{tmp_path}/{path}", 2.0, 1.0)]
+    with pytest.raises(DataError, match="has candidates that is not a list"):
+        one(tmp_path, {**row, "candidates": "abc", "answer": "a"})
+    with pytest.raises(DataError, match="has 0.0 frames a second"):
+        one(tmp_path, {**row, "fps": 0})
     for count, change in ((0, {"answer": "C"}), (2, {"candidates": ["x", "x"], "answer": "x"})):
         with pytest.raises(DataError, match=f"its answer '.' {count} times among its candidates"):
             one(tmp_path, {**row, **change})
@@ -643,6 +679,11 @@ def test_rows_of_seed_bench(tmp_path):
         set(texts) - {"pour"} < {"stir", "cut", "wash", "peel"}
         and one(tmp_path, train)[0] == example
     )  # shuffled once and for all
+    with pytest.raises(DataError, match="its answer among its negative_answers"):
+        one(tmp_path, {**train, "answer": "stir"})
+    empty = {f"choice_{name}": None for name in "abcd"}
+    with pytest.raises(DataError, match="has an empty problem or option"):
+        one(tmp_path, {**row, **empty, "golden_choice_idx": "B"})
     orders = {one(tmp_path, {**train, "sample_id": number})[0].answer for number in range(12)}
     assert len(orders) > 1
     image, path = one(tmp_path, {**train, "task_progress_metadata": []})
@@ -698,6 +739,8 @@ def test_rows_of_video_r2(tmp_path):
         {"video": ["a.mp4", "b.mp4"]},
         {"conversations": row["conversations"][:1]},
         {"conversations": 3},
+        {"conversations": [{"value": "<video><image>Who?"}, row["conversations"][1]]},
+        {"conversations": [turns[0], {"value": "<think>He walks; <answer>A"}]},
     ):
         with pytest.raises(DataError, match="row 0"):
             one(tmp_path, {**row, **change})
@@ -747,10 +790,10 @@ def test_fields_that_no_prompt_shows_are_named_once(tmp_path, caplog, monkeypatc
         {**ROW, "problem_id": 4, "start": None, "end": float("nan"), "fps": ""},
     ]
     examples = load_examples(write_dataset(tmp_path, rows))
-    counts = {"start": 3, "end": 2, "fps": 3}
+    counts = {"path": 2, "start": 3, "end": 2, "fps": 3}  # of a text, and beside media
     told = {f"rows have {name}, which no prompt shows": n for name, n in counts.items()}
     assert differences(examples) == told
-    assert len(caplog.records) == 3
+    assert len(caplog.records) == 4
     # One of the ranks tells.
     caplog.clear()
     monkeypatch.setenv("RANK", "1")
@@ -847,7 +890,7 @@ def test_a_template_places_options_and_has_a_text_for_each_type(tmp_path):
     del texts["OCR"]
     for name, text, message in (
         ("a.json", json.dumps(texts), "a.json lacks the problem type OCR"),
-        ("b.json", "[3", "b.json is not a JSON object"),
+        ("b.json", "[3", "b.json is not UTF-8, or not a JSON object"),
         ("c.txt", "{question} {solution}", "no other braces"),
     ):
         (tmp_path / name).write_text(text)

@@ -992,6 +992,19 @@ def test_load_priors_of_another_question(priors_file, media):
             prior.load_priors(priors_file.path, [other], arguments())
 
 
+def test_two_priors_of_one_question_are_refused(priors_file, tmp_path):
+    lines = priors_file.path.read_text().splitlines(keepends=True)
+    twice = tmp_path / "twice.jsonl"
+    twice.write_text("".join([*lines, lines[0]]))
+    expected = prior.load_priors(priors_file.path, priors_file.examples, arguments())
+    assert prior.load_priors(twice, priors_file.examples, arguments()) == expected
+    row = json.loads(lines[0])
+    row["prior"] = [1 / len(row["frames"])] * len(row["frames"])
+    twice.write_text("".join([*lines, json.dumps(row)]))
+    with pytest.raises(DataError, match=f"has two priors of {row['problem_id']}"):
+        prior.load_priors(twice, priors_file.examples, arguments())
+
+
 def test_priors_of_a_span_are_read_again_and_no_others(media, tmp_path):
     """Scenes of 2 s at 8 fps: from 2 to 2.5 s there are 5 frames, fewer than the 8 asked for."""
     whole = example(media, "scenes.mp4", id="0")
