@@ -367,7 +367,7 @@ class TrainArguments(RunFlags, prior.PriorSettings):
 
     output_dir: str = flag("output", "Folder for everything the run writes.", group="Run")
     save_steps: int = flag(100, "Steps between two checkpoints; 0: write the final model alone.")
-    save_total_limit: int = flag(2, "Checkpoints to keep; older ones are deleted.")
+    save_total_limit: int = flag(2, "Checkpoints to keep, 0: all; older ones are deleted.")
     resume_from_checkpoint: str | None = flag(
         None, "Folder of a checkpoint, or auto: the newest one in the output folder, if any."
     )
@@ -647,8 +647,12 @@ def stage_steps(run, name, engine, questions, done, kept):
             part = requests[first : first + plan.batch]
             with log.seconds("media"):
                 usable = take_usable(inputs, part, args, questions.skipped)
-            # Collectives must match: a forward that one rank cannot fill is left out on all.
-            if min(gather(len(usable))) > 0:
+            # Collectives must match: a rank without a question borrows one.
+            counts = gather(len(usable))
+            if 0 in counts and any(counts):
+                lent = chain.from_iterable(gather(usable[:1]))
+                usable = usable or [replace(next(lent), spare=True)]
+            if usable:
                 forwards.append(usable)
                 kept["trained"] = True
         set_learning_rate(engine, step, steps, plan.learning_rate, args.warmup_ratio)
@@ -753,7 +757,8 @@ def pack_demonstrations(ready, processor, model, together):
 
     kinds = stack(kinds, -1)  # (R, G, T)
     prompts = collate(media, model).to(model.device)
-    return Demonstrations(prompts, stack(branches, 0), kinds >= 0, kinds > 0)
+    learned = (kinds > 0) & (not ready[0].spare)
+    return Demonstrations(prompts, stack(branches, 0), kinds >= 0, learned)
 
 
 def train_sft(run):
@@ -791,20 +796,25 @@ def sft_step(run, engine, forwards, log):
         logp = engine(pack.prompts, pack.completions, pack.mask).logp  # (R, G, T)
         loss = -(logp * pack.learned).sum() / tokens
         total += loss.item()
-        check_finite(run, log, [one.example for one in ready], total, "loss")
+        examples = [one.example for one in ready]
+        check_finite(run, log, examples, total, "loss")
         # DeepSpeed averages over ranks and forwards; the loss is their sum.
         engine.backward(loss * world * run.args.sft_gradient_accumulation_steps)
         engine.step()
     log.add("loss/sft", [total * world])
-    log_norm(engine, log)
+    check_norm(run, engine, log, examples)
 
 
-def log_norm(engine, log):
-    """Logs and returns the norm of the step's gradient before clipping; 0 under ZeRO stage 0."""
-    norm = float(engine.get_global_grad_norm() or 0)
-    if norm:
-        log.values["loss/grad_norm"] = [norm]
-    return norm
+def check_norm(run, engine, log, examples):
+    """Logs the norm of the step's gradient before clipping; ends the run if it is not finite."""
+    norm = engine.get_global_grad_norm()
+    # ZeRO stage 0 knows none in float32: the weights that it has updated tell.
+    if norm is None:
+        trained = filter(lambda weight: weight.requires_grad, engine.parameters())
+        norm = sum(weight.detach().abs().max() for weight in trained)
+    else:
+        log.values["loss/grad_norm"] = [float(norm)]
+    check_finite(run, log, examples, float(norm), "norm of the gradient")
 
 
 # ------------------------------------------------------------------------------------------ GRPO
@@ -906,6 +916,7 @@ def sample(run, model, forwards):
                 logp=samples.logp[rows, :longest].reshape(shape),
                 texts=texts[begin:end],
                 control_texts=[control_texts.get(one.place) for one in part],
+                spare=part[0].spare,
             )
         )
         begin = end
@@ -956,6 +967,8 @@ def weigh_forwards(args, step_rollouts):
         rollouts.share = rollouts.truncated.numel()
         if args.reduction == "token":
             rollouts.share = rollouts.learned.sum().item()
+        if rollouts.spare:
+            rollouts.share = 0
     total = sum(gather(sum(rollouts.share for rollouts in step_rollouts)))
     splits = dist.get_world_size() * args.gradient_accumulation_steps
     for rollouts in step_rollouts:
@@ -987,8 +1000,7 @@ def grpo_step(run, engine, reference, forwards, log):
             learn(run, engine, reference, rollouts, log)
             with log.seconds("update"):
                 engine.step()
-            norm = log_norm(engine, log)
-            check_finite(run, log, rollouts.examples, norm, "norm of the gradient")
+        check_norm(run, engine, log, rollouts.examples)
 
 
 def learn(run, engine, reference, rollouts, log):
@@ -1032,6 +1044,8 @@ def reward_rollouts(run, rollouts, scored, log):
     rollouts.old_logp = logp
     degenerate = all_equal(total)  # (B,)
     rollouts.dropped = degenerate & (args.degenerate == "drop")  # (B,)
+    if rollouts.spare:
+        return
 
     # Metrics are named after the terms: a new term needs no second list.
     for name, values in terms.items():
@@ -1097,7 +1111,7 @@ def rollouts_loss(run, rollouts, scored, log):
     )
     check_finite(run, log, rollouts.examples, loss.item(), "loss")
     # Counted once a question, so that the means over forwards of different sizes are right.
-    count = len(rollouts.examples)
+    count = 0 if rollouts.spare else len(rollouts.examples)
     for name, value in {**stats, "policy": loss.item()}.items():
         log.add(f"loss/{name}", [value] * count)
     return loss
@@ -1711,8 +1725,10 @@ def parse_arguments():
 # Flags of at least 1, and of at least 0.
 COUNTS = """per_device_train_batch_size gradient_accumulation_steps sft_per_device_batch_size
     sft_gradient_accumulation_steps sft_questions_per_medium max_completion_length
-    rollout_batch_size num_iterations ema_steps""".split()
-NOT_NEGATIVE = "lora_rank learning_rate sft_learning_rate weight_decay temperature".split()
+    max_prompt_length rollout_batch_size num_iterations ema_steps""".split()
+NOT_NEGATIVE = """lora_rank learning_rate sft_learning_rate weight_decay temperature beta
+    max_grad_norm clip_low clip_high save_total_limit""".split()
+SHARES = "ema_decay invert_questions warmup_ratio".split()  # at most 1
 
 
 def check_arguments(args, given):
@@ -1725,6 +1741,9 @@ def check_arguments(args, given):
         raise DataError("--cuda_graph needs a GPU")
     check_least(args, **dict.fromkeys(COUNTS, 1), num_generations=2)
     check_least(args, **dict.fromkeys(NOT_NEGATIVE, 0), tau=1e-6, top_p=1e-6)
+    for name in SHARES:
+        if not 0 <= getattr(args, name) <= 1:
+            raise DataError(f"--{name} is a share, from 0 to 1")
     if args.freeze_vision and args.train_only_merger:
         raise DataError("--freeze_vision freezes the mergers too; give it or --train_only_merger")
     if args.lora_rank:

@@ -40,6 +40,20 @@ from common.rollout import stop_tokens
 # What a run appends to. A run that goes on cuts them to their length at its checkpoint.
 LOGS = ("metrics.jsonl", "rollouts.jsonl")
 
+# Settings of a group of the optimizer's parameters that a resumed run may change.
+OF_THE_RUN = ("betas", "eps", "weight_decay")
+
+# What DeepSpeed raises at files that are torn, of another model or of another ZeRO stage.
+LOAD_ERRORS = (
+    AssertionError,
+    AttributeError,
+    KeyError,
+    OSError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
+
 
 def weight_shapes(path):
     """Reads the shapes of a checkpoint's weights from the heads of its files.
@@ -252,11 +266,19 @@ class Checkpoints:
         if self.resume.get("stage") != stage:
             return 0, {}
         folder = self.resume["folder"]
+        # The state of an optimizer has its settings, too: those of this run stay.
+        own = []
+        for group in engine.optimizer.param_groups:
+            own.append({name: group[name] for name in OF_THE_RUN if name in group})
         try:
             # What is frozen is not in it.
             engine.load_checkpoint(folder, tag="deepspeed", load_module_strict=False)
-            kept = torch.load(Path(folder) / f"rank{dist.get_rank()}.pt", weights_only=True)
-        except (AssertionError, KeyError, OSError, RuntimeError, ValueError) as error:
+            for group, settings in zip(engine.optimizer.param_groups, own, strict=True):
+                group.update(settings)
+            # Ranks may sit on other devices now.
+            file = Path(folder) / f"rank{dist.get_rank()}.pt"
+            kept = torch.load(file, map_location="cpu", weights_only=True)
+        except LOAD_ERRORS as error:
             raise DataError(
                 f"{folder} cannot be loaded ({first_words(error)}): it must be whole, and of this "
                 "run's model and --deepspeed file"

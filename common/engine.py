@@ -82,8 +82,9 @@ def deepspeed_config(arguments, hidden_size, micro_batch=1, accumulation=1, lear
         config.pop(name, None)
     config["train_micro_batch_size_per_gpu"] = micro_batch
     config["gradient_accumulation_steps"] = accumulation
-    # A file without these takes the flags, too.
+    # A file without these takes the flags, too, and bfloat16 on a GPU.
     config.setdefault("gradient_clipping", "auto")
+    config.setdefault("bf16", {}).setdefault("enabled", "auto")
     if learning_rate is None:
         config.pop("optimizer", None)
     else:
@@ -397,7 +398,9 @@ def update_averages(averages, engine, decay):
     for name, parameter in engine.module.named_parameters():
         if parameter.requires_grad:
             own = shard(parameter).float()
-            averages.setdefault(name, own.clone()).lerp_(own, 1 - decay)
+            average = averages[name] if name in averages else own.clone()
+            # Those of a checkpoint come on the CPU.
+            averages[name] = average.to(own.device).lerp_(own, 1 - decay)
 
 
 def shard(parameter):

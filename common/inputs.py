@@ -25,6 +25,7 @@ class Ready:
     order: list | None = None  # of the control's frames; None without a control
     inputs: ModelInputs | None = None
     control: ModelInputs | None = None  # the same with shuffled frames
+    spare: bool = False  # another rank's: this one takes part in a forward, and learns nothing
 
 
 def keep_encoder(encoder):

@@ -4,6 +4,7 @@ the optimizer's kind; and train.py's use of engines, clocks and its alarm.
 
 import gc
 import json
+import math
 import sys
 from functools import partial
 from pathlib import Path
@@ -64,11 +65,22 @@ def main(folder, checkpoint):
         traces.append(coordinator.is_complete_trace())
     found["traces"] = traces
     found["left"] = sum(parameter.numel() for parameter in trained.twin.parameters())
+    # What a checkpoint keeps of the optimizer, and what the run that goes on says.
+    kept = folder / "kept"
+    trained.save_checkpoint(str(kept), "deepspeed", save_latest=False)
+    torch.save({"rng": torch.get_rng_state()}, kept / "rank0.pt")
+    for group in trained.optimizer.param_groups:
+        group["weight_decay"] = 50.0
+    resume = {"stage": "sft", "step": 4, "folder": str(kept)}
+    saver = checkpoints.Checkpoints(settings, None, resume, {})
+    found["goes on"] = saver.load(trained, "sft")
+    saver.release()
+    found["decays"] = [group["weight_decay"] for group in trained.optimizer.param_groups]
     optimizer = trained.optimizer.optimizer
     found["optimizer"] = [type(optimizer).__name__, optimizer.defaults["fused"]]
 
     engine.end_engine(trained)
-    del coordinator, optimizer, scored, before, weight
+    del coordinator, optimizer, scored, before, weight, group, saver
     weights = sum(parameter.numel() for parameter in bare.parameters())
     found["kept"] = (living_numbers() - living) / weights
 
@@ -191,6 +203,63 @@ def test_gradients_are_summed_in_float32(found):
         assert found[f"ratio {stage}"] == pytest.approx([1 + 32 * 2**-10] * 2, abs=1e-3)
 
 
+def test_a_run_that_goes_on_has_its_own_weight_decay(found):
+    assert found["goes on"] == [4, {}] and found["decays"] == [50.0]
+
+
+@pytest.mark.parametrize("file, expected", [({}, True), ({"bf16": {"enabled": False}}, False)])
+def test_weights_are_bfloat16_on_a_gpu_unless_the_file_says_otherwise(
+    file, expected, alone, monkeypatch, tmp_path
+):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    path = tmp_path / "file.json"
+    path.write_text(json.dumps(file | {"zero_optimization": {"stage": 2}}))
+    settings = train.TrainArguments(deepspeed=str(path), output_dir=str(tmp_path))
+    for rate in (1e-6, None):
+        config = engine.deepspeed_config(settings, hidden_size=8, learning_rate=rate)
+        assert config["bf16"] == {"enabled": expected}
+
+
+@pytest.mark.parametrize(
+    "norm, weight, words",
+    [
+        (2.0, math.nan, None),
+        (math.inf, 1.0, "the norm of the gradient is inf in step 3 of sft"),
+        # ZeRO stage 0 tells no norm.
+        (None, 1.0, None),
+        (None, math.nan, "the norm of the gradient is nan in step 3 of sft"),
+    ],
+)
+def test_a_gradient_that_is_not_finite_ends_sft(norm, weight, words, alone, monkeypatch):
+    logp = torch.full((1, 1, 2), -1.0)
+
+    class Engine:
+        module = SimpleNamespace(model=None)
+        backward = step = set_gradient_accumulation_boundary = lambda *_: None
+
+        def __call__(self, *_):
+            return SimpleNamespace(logp=logp)
+
+        def get_global_grad_norm(self):
+            return norm
+
+        def parameters(self):
+            return [torch.full((2,), weight, requires_grad=True), torch.tensor(math.nan)]
+
+    pack = train.Demonstrations(None, None, None, torch.ones(1, 1, 2, dtype=torch.bool))
+    monkeypatch.setattr(train, "pack_demonstrations", lambda *_: pack)
+    checkpoint = SimpleNamespace(newest_checkpoint_text=lambda: "")
+    run = SimpleNamespace(args=train.TrainArguments(), processor=None, checkpoint=checkpoint)
+    log = train.StepLog("sft", 3)
+    ready = [SimpleNamespace(example=SimpleNamespace(id="q"))]
+    if words is None:
+        train.sft_step(run, Engine(), [ready], log)
+        assert log.values["loss/sft"] == [1.0] and ("loss/grad_norm" in log.values) == bool(norm)
+    else:
+        with pytest.raises(DataError, match=words):
+            train.sft_step(run, Engine(), [ready], log)
+
+
 def test_torch_s_adam_is_fused(found):
     assert found["optimizer"] == ["AdamW", True]
 
@@ -260,7 +329,9 @@ def test_a_checkpoint_that_does_not_load_is_named(error, words, alone, tmp_path)
     resume = {"stage": "grpo", "step": 1, "folder": str(tmp_path)}
     saver = checkpoints.Checkpoints(train.TrainArguments(), None, resume, {})
     with pytest.raises(DataError) as told:
-        saver.load(SimpleNamespace(load_checkpoint=load_checkpoint), "grpo")
+        optimizer = SimpleNamespace(param_groups=[])
+        engine = SimpleNamespace(load_checkpoint=load_checkpoint, optimizer=optimizer)
+        saver.load(engine, "grpo")
     saver.release()
     assert str(told.value).startswith(f"{tmp_path} cannot be loaded (")
     assert words in str(told.value) and "it must be whole" in str(told.value)

@@ -127,6 +127,42 @@ def test_two_ranks_equal_one(small_toy, first_run, tmp_path):
         assert one[name] == pytest.approx(two[name], abs=1e-4), name
 
 
+@pytest.mark.parametrize("stage", ["sft", "grpo"])
+def test_a_rank_without_a_question_leaves_those_of_the_others(
+    stage, small_toy, first_run, tmp_path
+):
+    """Four questions, one of them too long: two ranks of one a forward train three, as one does."""
+    file = {"sft": "train_cot.json", "grpo": "train.json"}[stage]
+    rows = json.loads((small_toy / file).read_text())
+    rows = [row for row in rows if row["data_type"] == "video"][:4]
+    rows[2]["problem"] = "Why " * 400
+    data = tmp_path / "data.json"
+    data.write_text(json.dumps(rows))
+    flags = ["--dataset_name", data, "--model_name_or_path", first_run[0] / "sft"]
+    flags += ["--stage", stage, "--decode_workers", 0, "--save_steps", 0]
+    flags += ["--media_root", small_toy, "--min_pixels", 784, "--max_pixels", 784]
+    flags += ["--max_prompt_length", 400]
+    names = ["loss/sft", "loss/grad_norm"]
+    batch = "--sft_per_device_batch_size"
+    accumulation = "--sft_gradient_accumulation_steps"
+    if stage == "grpo":
+        flags += [*SMALL_GRPO, "--prior", "no_semantic", "--max_steps", 1]
+        names = ["loss/policy", "loss/grad_norm", "reward/total", "rollout/length"]
+        batch = "--per_device_train_batch_size"
+        accumulation = "--gradient_accumulation_steps"
+    launch(*flags, "--output_dir", tmp_path / "one", batch, 4)
+    launch(*flags, "--output_dir", tmp_path / "two", batch, 1, accumulation, 2, ranks=2)
+    (one,) = metrics(tmp_path / "one", stage)
+    (two,) = metrics(tmp_path / "two", stage)
+    assert one["loss/grad_norm"] > 1e-3 and one["data/skipped"] == two["data/skipped"] == 1
+    for name in names:
+        assert one[name] == pytest.approx(two[name], abs=1e-4), name
+    if stage == "grpo":
+        written = (tmp_path / "two" / "rollouts.jsonl").read_text().splitlines()
+        questions = [json.loads(line)["problem_id"] for line in written]
+        assert sorted(set(questions)) == sorted(set(questions[::4])), "a group once"
+
+
 def rows_of(small_toy, count=12):
     return [
         row
