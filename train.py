@@ -1465,12 +1465,12 @@ def stages_ahead(args, resume):
     learns = args.stage != "sft"
     # The toy's seconds on 2 CPU cores (2026-11-27), and whether the stage is still to be run.
     stages = {
-        "toy": (40, args.toy_dir and not toy.is_made(args.toy_dir)),
-        "priors": (31, True),
-        "SFT": (133, args.stage != "grpo" and begins),
-        "score before GRPO": (10, scored and begins),
-        "GRPO": (131, learns),
-        "score after GRPO": (10, scored and learns),
+        "toy": (21, args.toy_dir and not toy.is_made(args.toy_dir)),
+        "priors": (16, True),
+        "SFT": (70, args.stage != "grpo" and begins),
+        "score before GRPO": (5, scored and begins),
+        "GRPO": (68, learns),
+        "score after GRPO": (5, scored and learns),
     }
     # Other data take their own time; their progress bars tell it.
     known = bool(args.toy_dir)
