@@ -272,8 +272,8 @@ def plain_text(text):
 
 # Words before an answer: "So the final answer is: ...", "I choose option ...", "x = ...".
 LEAD = re.compile(
-    r"""\A(?:(?:so|thus|hence|therefore|then|the|my|final|best|correct|right|most|likely|answer
-    |solution|result|option|choice|letter|number|value|is|it|it's|that|would|be|i|choose|pick
+    r"""\A(?:(?:so|thus|hence|therefore|then|the|my|final|best|correct|right|most|likely|answer|ans
+    |solution|result|option|choice|letter|number|value|is|it's|it|that|would|be|i|choose|pick
     |select|think|believe|about|approximately|approx|around|roughly|nearly|almost|[a-z](?=\s*=))\b
     |答案[是为]?|[\s:=,~≈]|\.\s)+""",
     re.VERBOSE | re.IGNORECASE,

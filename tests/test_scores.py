@@ -106,6 +106,9 @@ BALLS = ["A. left", "B. right", "C. a dark-blue ball", "D. 5", "E. cannot tell"]
         ("Cannot tell", "E"),
         # Lead-ins, and the line where the answer stands.
         ("Answer: B", "B"),
+        ("Ans: B", "B"),
+        ("I think it's B", "B"),
+        ("I think it’s B.", "B"),
         ("**Answer:** (B)", "B"),
         ("The answer is B.", "B"),
         ("So the final answer is **B**.", "B"),
