@@ -576,7 +576,8 @@ def answer_here(arguments, examples, done, rank, world):
             uses = frame_uses(batch, layer) if layers else {}
             for row, place in enumerate(batch.places):
                 one = ready[place]
-                answer = {"output": batch.samples.texts[row]}
+                ended = bool(batch.samples.ended[row])
+                answer = {"output": batch.samples.texts[row], "truncated": not ended}
                 if row in uses:
                     seen = (one.example, one.inputs.times, one.prior)
                     answer["frame_use"] = use_row(*seen, *uses[row])
@@ -601,7 +602,7 @@ def chat(arguments, base, key_name, messages, **settings):
         key_name: the environment's variable that holds the key.
         messages, settings: of a chat completion.
     Returns:
-        Text of the answer.
+        {"output": text, "truncated": whether it was cut at max_tokens}.
     Raises:
         ServerError: with the cause.
     """
@@ -612,11 +613,16 @@ def chat(arguments, base, key_name, messages, **settings):
         if attempt:
             time.sleep(2 ** (attempt - 1))
         try:
-            message = client.chat_completion(messages, **settings).choices[0].message
+            choice = client.chat_completion(messages, **settings).choices[0]
+            message = choice.message
             text = message.content or ""
+            if not isinstance(text, str):
+                raise TypeError("its content is no text")
             # The field has two names among servers.
             thought = message.reasoning or getattr(message, "reasoning_content", None)
-            return f"<think>{thought}</think>{text}" if thought else text
+            if thought:
+                text = f"<think>{thought}</think>{text}"
+            return {"output": text, "truncated": choice.finish_reason == "length"}
         except HfHubHTTPError as error:
             status = error.response.status_code
             cause = f"status {status}, {error}"
@@ -722,7 +728,7 @@ def ask_server(arguments, examples, done):
         messages = pool.result(task, example.path)
         seed = run_seed(arguments, position)
         server = (arguments, arguments.api_base, "OPENAI_API_KEY")
-        return {"output": chat(*server, messages, seed=seed, **settings)}
+        return chat(*server, messages, seed=seed, **settings)
 
     tasks = [task for task in enumerate(examples) if task[1].id not in done]
     try:
@@ -854,7 +860,7 @@ def judge_one(arguments, record, name, prompt):
     """Ask the judge for one reading of an output -> {reading: value of read_reply}."""
     # A judge that gave no rating or verdict is asked once more.
     for reminder in ("", "\n\nJSON only." if name == "vas" else "\n\nOne word only."):
-        text = chat(
+        reply = chat(
             arguments,
             arguments.judge_base,
             "JUDGE_API_KEY",
@@ -865,7 +871,7 @@ def judge_one(arguments, record, name, prompt):
             top_p=1.0,
         )
         # A judge may think, too.
-        value = read_reply(name, reward.split_output(text)[1], record)
+        value = read_reply(name, reward.split_output(reply["output"])[1], record)
         if value is not None:
             break
     return {name: value}

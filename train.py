@@ -85,7 +85,6 @@ from common.rollout import (
     answer_inputs,
     read_turn,
     sample_texts,
-    stop_tokens,
 )
 from common.run_page import run_report
 from common.workers import start_server, to_line, write_json, write_lines, writing
@@ -889,9 +888,6 @@ def sample(run, model, forwards):
     left = iter(samples.texts)
     texts = [list(islice(left, group)) for _ in ready]
     control_texts = {one.place: list(islice(left, half)) for one in shuffled}
-    # A completion without a stop token was cut at the limit.
-    stop = torch.tensor(stop_tokens(model, run.processor), device=device)
-    ended = (torch.isin(samples.tokens, stop) & samples.mask).any(-1)  # (N,)
     visual = [0, *prompts.visual.sum(1).cumsum(0).tolist()]  # visual tokens before each question
     rollouts = []
     begin = 0
@@ -912,7 +908,7 @@ def sample(run, model, forwards):
                 prompts=own_prompts,
                 completions=samples.tokens[rows, :longest].reshape(shape),
                 mask=samples.mask[rows, :longest].reshape(shape),
-                truncated=~ended[rows].view(shape[:2]),
+                truncated=~samples.ended[rows].view(shape[:2]),
                 logp=samples.logp[rows, :longest].reshape(shape),
                 texts=texts[begin:end],
                 control_texts=[control_texts.get(one.place) for one in part],

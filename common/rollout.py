@@ -42,6 +42,7 @@ class Samples(NamedTuple):
     # (N, T) the model's log-probabilities of the tokens, before temperature, top-k, top-p and bans;
     # 0 where masked
     logp: torch.Tensor
+    ended: torch.Tensor  # (N,) bool, by one of eos_ids; otherwise cut at max_new_tokens
     texts: list | None = None  # N decoded completions, by sample_texts alone
 
 
@@ -263,7 +264,8 @@ def rollout(model, prompts, counts, seeds, settings):
     mask = mask[:, :longest]
     padding = settings.eos_ids[0] if settings.eos_ids else 0
     tokens = tokens[:, :longest].masked_fill(~mask, padding)
-    return Samples(tokens, mask, logp[:, :longest].masked_fill(~mask, 0.0))
+    logp = logp[:, :longest].masked_fill(~mask, 0.0)
+    return Samples(tokens, mask, logp, ends.any(1))
 
 
 def sample_shrinking(decoder, there, uniforms):

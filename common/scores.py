@@ -101,6 +101,7 @@ class Item:
     mc_answer: str = ""
     evidence: list[tuple[float, float]] = field(default_factory=list)  # (start s, end s), if known
     frame_use: dict | None = None  # where the answer looked: see evaluate.use_row
+    truncated: bool | None = None  # cut at the most tokens of an answer; None: not known
     error: str | None = None  # why there is no output
     # Set by score_item.
     prediction: str = ""  # the text that is scored
@@ -175,6 +176,7 @@ def item_of(row):
         first_field(row, "mc_question"),
         first_field(row, "mc_answer"),
         frame_use=row.get("frame_use"),
+        truncated=row.get("truncated"),
         error=error,
     )
     # The predictions file keeps the events; they would be most of the report.
@@ -814,6 +816,9 @@ def find_warnings(items, benchmark, repeated, unread):
             f"{count} of {len(items)} answers could not be read and count as wrong: "
             f"{'; '.join(causes)}"
         )
+    cut = sum(item.truncated is True for item in items)
+    if cut > 0.02 * len(items):
+        yield f"{cut} of {len(items)} answers were cut (--max_completion_length)"
     yield from other_scores(items)
     sizes = SIZES.get(benchmark, [len(items)])
     if len(items) not in sizes:
@@ -877,7 +882,8 @@ def make_report(items, benchmark="", repeated=()):
     if None not in stored:
         report["accuracy_as_stored"] = mean(stored)
 
-    # What went wrong, and every question.
+    # What went wrong, and every question. Answers of others do not say whether they were cut.
+    cut = [item.truncated for item in items if item.truncated is not None]
     errors = defaultdict(dict)
     unread = defaultdict(dict)
     for item in items:
@@ -887,6 +893,7 @@ def make_report(items, benchmark="", repeated=()):
             errors[item.error.partition(":")[0]][item.problem_id] = item.error
     return report | {
         "empty_outputs": sum(not item.output.strip() for item in items),
+        "truncated": sum(cut) if cut else None,
         "unread": unread,
         "errors": errors,
         "duplicates": list(repeated),

@@ -2,6 +2,7 @@
 
 import base64
 import io
+import itertools
 import json
 import random
 import shutil
@@ -353,6 +354,7 @@ def test_lmms_eval_samples(tmp_path, monkeypatch, capsys):
     )
     assert [record["reward"] for record in report["results"]] == [1, 1, pytest.approx(0.6), 0, 1]
     assert report["n"] == 5 and report["empty_outputs"] == 1 and report["duplicates"] == []
+    assert report["truncated"] is None
     assert (
         report["by_task"]["object_counting"]["n"] == 1
         and report["results"][2]["problem_type"] == "regression"
@@ -738,6 +740,8 @@ def undisturbed(flags, tmp_path_factory):
 def test_whatever_goes_wrong_counts_as_wrong(undisturbed, bench, checkpoint):
     report, lines = undisturbed
     assert report["differences"] == {"rows have key_frame, which no prompt shows": 1}
+    cut = [record["truncated"] for record in report["results"] if not record["error"]]
+    assert report["truncated"] == sum(cut) > 0
     assert report["n"] == len(report["results"]) == lines.count("\n") == 11 and report[
         "duplicates"
     ] == ["1"]
@@ -1165,6 +1169,27 @@ def test_a_server_answers(serve, flags, bench, tmp_path, monkeypatch, capsys):
         or "?" in text["text"]
     )
     assert report["settings"]["engine"] == "api" and report["settings"]["api_base"] == server.base
+
+
+def test_answers_that_a_server_cuts_are_counted(serve, flags, tmp_path, monkeypatch, capsys):
+    """What else may stand in the place of a text costs its question alone."""
+    turns = itertools.count()
+
+    def reply(request, times):
+        choice = {"index": 0, "finish_reason": "length", "message": {"role": "assistant"}}
+        choice["message"]["content"] = ["A"] if next(turns) % 2 else "<answer>A</answer>"
+        return {"choices": [choice], "created": 0, "id": "1", "model": "toy", "usage": {}}
+
+    server = serve(reply)
+    words = ["--api_base", server.base, "--model_name_or_path", "toy", "--api_retries", 0]
+    report = local(flags, tmp_path / "report.json", monkeypatch, capsys, *words)
+    answered = [record for record in report["results"] if not record["error"]]
+    assert 0 < len(answered) < 8 and all(record["truncated"] for record in answered)
+    assert report["truncated"] == len(answered)
+    assert f"{len(answered)} of 11 answers were cut (--max_comp" in " ".join(report["warnings"])
+    causes = report["errors"]["server error"].values()
+    assert len(causes) == 8 - len(answered)
+    assert all("TypeError: its content is no text" in cause for cause in causes)
 
 
 def test_a_servers_errors_are_listed_and_tried_again(

@@ -204,8 +204,13 @@ def test_rollout_gives_the_log_probs_of_a_forward(items, talker):
     prompts = collate(items, talker)
     ends = every(5, talker)
     settings = Sampling(8, 0.7, 0.9, 50, eos_ids=ends, banned_ids=banned_ids(talker))
-    tokens, mask, logp, _ = rollout(talker, prompts, [2] * 4, range(8), settings)
+    tokens, mask, logp, ended, _ = rollout(talker, prompts, [2] * 4, range(8), settings)
     assert len(set(mask.sum(1).tolist())) > 2
+    # Whether the last token of a completion is one that ends it.
+    last = tokens.gather(1, mask.sum(1, keepdim=True) - 1).squeeze(1)
+    assert (
+        torch.equal(ended, torch.isin(last, torch.tensor(ends))) and len(set(ended.tolist())) == 2
+    )
     with torch.no_grad():
         scored = Policy(talker)(prompts, tokens.view(4, 2, -1), mask.view(4, 2, -1))
     expected = scored.logp.flatten(0, 1)  # at temperature 1, over the whole vocabulary
@@ -223,6 +228,7 @@ def test_fixed_shapes_sample_the_same(items, talker, steps):
     fixed = rollout(*rows, Sampling(steps, 0.7, 0.9, 50, graph=True, **options))
     assert steps == 1 or len(set(plain.mask.sum(1).tolist())) > 3
     assert torch.equal(fixed.tokens, plain.tokens) and torch.equal(fixed.mask, plain.mask)
+    assert torch.equal(fixed.ended, plain.ended)
     torch.testing.assert_close(fixed.logp, plain.logp, atol=1e-4, rtol=0)
 
 
