@@ -731,7 +731,7 @@ def read_example(row, index, media_root):
         if not isinstance(text, str | int | float):
             raise DataError(f"has a problem or option that is no text: {text!r}")
     options = [str(option) for option in options]
-    if any(map(is_empty, [row["problem"], *options, *option_texts(options).values()])):
+    if any(map(is_empty, [row["problem"], *options])):
         raise DataError("has an empty problem or option")
     notes = []
     reasoning = strip_tag(process, "think")

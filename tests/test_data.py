@@ -296,7 +296,6 @@ def test_rows_without_optional_fields(tmp_path):
         ({"process": "\ud83d", "solution": "\ud83d"}, "has no valid Unicode in process"),
         ({"options": ["red", "C. elegans", "blue"], "solution": "blue"}, "two options of one le"),
         ({"options": ["J. Smith", "J. Brown"], "solution": "J. Smith"}, "two options of one let"),
-        ({"options": ["A. x", "B. "]}, "has an empty problem or option"),
         ({"options": [["A", "red"], ["B", "blue"]]}, r"no text: \['A', 'red'\]"),
         ({"problem": {"text": "Who?"}}, "no text: {'text': 'Who\\?'}"),
         ({"problem_type": "OCR", "solution": "<answer>NO ENTRY"}, "with half of a tag"),
@@ -321,6 +320,11 @@ def test_a_bad_row_is_named(tmp_path, change, message):
 def test_a_malformed_optional_field_is_named(tmp_path, change):
     with pytest.raises(DataError, match="row 1"):
         load_examples(write_dataset(tmp_path, [ROW, {**ROW, "problem_id": 8, **change}]))
+
+
+def test_letters_alone_are_options_that_a_picture_shows(tmp_path):
+    example = parse_example({**ROW, "options": ["A.", "B."], "solution": "B"}, 0, tmp_path)
+    assert example.options == ["A.", "B."] and example.answer == "B"
 
 
 @pytest.mark.parametrize("process", ["abc</think><answer>B</answer>", "<think>abc", "abc</think>"])
