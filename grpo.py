@@ -188,7 +188,7 @@ class Rollouts:
     logp: torch.Tensor  # (B, G, T) log-probabilities of the tokens when they were sampled
     texts: list  # B lists of G
     control_texts: list  # B lists of G/2 texts from shuffled frames; None without the control
-    spare: bool = False  # of another rank, which learns from it
+    spare: bool = False  # another rank's: this one takes part in a forward, and learns nothing
     learned: torch.Tensor | None = None  # (B, G, T) bool, tokens that count in the loss
     share: float = 1.0  # weight of this forward's loss in the step's
     old_logp: torch.Tensor | None = None  # (B, G, T) of Eq. 10

@@ -74,6 +74,7 @@ from common.ranks import (
     average,
     gather,
     is_main,
+    lend,
     log_main,
     name_skipped,
     on_main_first,
@@ -649,8 +650,8 @@ def stage_steps(run, name, engine, questions, done, kept):
             # Collectives must match: a rank without a question borrows one.
             counts = gather(len(usable))
             if 0 in counts and any(counts):
-                lent = chain.from_iterable(gather(usable[:1]))
-                usable = usable or [replace(next(lent), spare=True)]
+                lent = lend(usable[:1], counts.index(max(counts)))
+                usable = usable or [replace(lent[0], spare=True)]
             if usable:
                 forwards.append(usable)
                 kept["trained"] = True
@@ -795,13 +796,12 @@ def sft_step(run, engine, forwards, log):
         logp = engine(pack.prompts, pack.completions, pack.mask).logp  # (R, G, T)
         loss = -(logp * pack.learned).sum() / tokens
         total += loss.item()
-        examples = [one.example for one in ready]
-        check_finite(run, log, examples, total, "loss")
+        check_finite(run, log, [one.example for one in ready], total, "loss")
         # DeepSpeed averages over ranks and forwards; the loss is their sum.
         engine.backward(loss * world * run.args.sft_gradient_accumulation_steps)
         engine.step()
     log.add("loss/sft", [total * world])
-    check_norm(run, engine, log, examples)
+    check_norm(run, engine, log, [one.example for one in chain.from_iterable(forwards)])
 
 
 def check_norm(run, engine, log, examples):
@@ -996,7 +996,8 @@ def grpo_step(run, engine, reference, forwards, log):
             learn(run, engine, reference, rollouts, log)
             with log.seconds("update"):
                 engine.step()
-        check_norm(run, engine, log, rollouts.examples)
+        examples = chain.from_iterable(rollouts.examples for rollouts in step_rollouts)
+        check_norm(run, engine, log, examples)
 
 
 def learn(run, engine, reference, rollouts, log):
@@ -1723,8 +1724,16 @@ COUNTS = """per_device_train_batch_size gradient_accumulation_steps sft_per_devi
     sft_gradient_accumulation_steps sft_questions_per_medium max_completion_length
     max_prompt_length rollout_batch_size num_iterations ema_steps""".split()
 NOT_NEGATIVE = """lora_rank learning_rate sft_learning_rate weight_decay temperature beta
-    max_grad_norm clip_low clip_high save_total_limit""".split()
-SHARES = "ema_decay invert_questions warmup_ratio".split()  # at most 1
+    save_total_limit""".split()
+# Flags from 0 to this.
+AT_MOST = {
+    "ema_decay": 1,
+    "invert_questions": 1,
+    "warmup_ratio": 1,
+    "clip_low": math.inf,
+    "clip_high": math.inf,
+    "max_grad_norm": math.inf,
+}
 
 
 def check_arguments(args, given):
@@ -1737,9 +1746,9 @@ def check_arguments(args, given):
         raise DataError("--cuda_graph needs a GPU")
     check_least(args, **dict.fromkeys(COUNTS, 1), num_generations=2)
     check_least(args, **dict.fromkeys(NOT_NEGATIVE, 0), tau=1e-6, top_p=1e-6)
-    for name in SHARES:
-        if not 0 <= getattr(args, name) <= 1:
-            raise DataError(f"--{name} is a share, from 0 to 1")
+    for name, most in AT_MOST.items():
+        if not 0 <= getattr(args, name) <= most:
+            raise DataError(f"--{name} must be from 0 to {most}")
     if args.freeze_vision and args.train_only_merger:
         raise DataError("--freeze_vision freezes the mergers too; give it or --train_only_merger")
     if args.lora_rank:

@@ -43,10 +43,11 @@ LOGS = ("metrics.jsonl", "rollouts.jsonl")
 # Settings of a group of the optimizer's parameters that a resumed run may change.
 OF_THE_RUN = ("betas", "eps", "weight_decay")
 
-# What DeepSpeed raises at files that are torn, of another model or of another ZeRO stage.
+# What DeepSpeed and torch raise at files that are torn, of another model or ZeRO stage.
 LOAD_ERRORS = (
     AssertionError,
     AttributeError,
+    EOFError,
     KeyError,
     OSError,
     RuntimeError,
@@ -281,7 +282,7 @@ class Checkpoints:
         except LOAD_ERRORS as error:
             raise DataError(
                 f"{folder} cannot be loaded ({first_words(error)}): it must be whole, and of this "
-                "run's model and --deepspeed file"
+                "run's model, and of the ZeRO stage and bf16 of its --deepspeed file"
             ) from error
         torch.set_rng_state(kept.pop("rng"))
         if torch.cuda.is_available():

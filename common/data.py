@@ -43,8 +43,8 @@ FIELDS = """problem_id problem options problem_type solution data_type media pro
 # data set that has them is told so.
 UNUSED = "subtitle key_frame temporal_captions path start end fps".split()
 
-# What a demonstration or solution cut short, or without its first tag, leaves of them.
-BROKEN_TAG = re.compile(r"</?(?:think|answer)>")
+# What a demonstration or solution cut short, or without its first tag, leaves inside.
+TAG = re.compile(r"</?(?:think|answer)>")
 
 # Half of a character: JSON can hold it, but no tokenizer and no file accepts it.
 SURROGATE = re.compile(r"[\ud800-\udfff]")
@@ -450,10 +450,9 @@ def from_seed_bench(row):
     else:
         # Seeded with the row's id: the same options in every run and on every rank.
         rng = random.Random(str(row["sample_id"]))
-        wrong = list_of(row, "negative_answers")
-        if row["answer"] in wrong:
+        texts = [row["answer"], *rng.sample(list_of(row, "negative_answers"), 3)]
+        if row["answer"] in texts[1:]:
             raise DataError("has its answer among its negative_answers")
-        texts = [row["answer"], *rng.sample(wrong, 3)]
         rng.shuffle(texts)
         letter = ascii_uppercase[texts.index(row["answer"])]
     # With a letter before it, null would be a text.
@@ -650,8 +649,8 @@ def read_solution(row, options):
     answer = strip_tag(str(solution), "answer")
     if is_empty(answer):
         raise DataError(f"has an empty solution {answer}")
-    if BROKEN_TAG.search(answer):
-        raise DataError(f"has a solution with half of a tag: {answer[:60]!r}")
+    if TAG.search(answer):
+        raise DataError(f"has a think or answer tag inside its solution: {answer[:60]!r}")
     if row["problem_type"] in ("numerical", "regression"):
         try:
             finite = math.isfinite(float(answer.replace(",", "")))
@@ -735,8 +734,8 @@ def read_example(row, index, media_root):
         raise DataError("has an empty problem or option")
     notes = []
     reasoning = strip_tag(process, "think")
-    if BROKEN_TAG.search(reasoning):
-        notes.append("rows have a process with half of a tag, which is left out")
+    if TAG.search(reasoning):
+        notes.append("rows have a think or answer tag inside their process, which is left out")
         reasoning = ""
     media = read_media(row, media_root, notes)
     answer = read_solution(row, options)

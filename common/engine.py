@@ -82,9 +82,10 @@ def deepspeed_config(arguments, hidden_size, micro_batch=1, accumulation=1, lear
         config.pop(name, None)
     config["train_micro_batch_size_per_gpu"] = micro_batch
     config["gradient_accumulation_steps"] = accumulation
-    # A file without these takes the flags, too, and bfloat16 on a GPU.
+    # A file without these takes the flags, too, and bfloat16 on a GPU if it names no type.
     config.setdefault("gradient_clipping", "auto")
-    config.setdefault("bf16", {}).setdefault("enabled", "auto")
+    if not {"bfloat16", "torch_autocast"} & config.keys():
+        config.setdefault("bf16", {}).setdefault("enabled", "auto")
     if learning_rate is None:
         config.pop("optimizer", None)
     else:

@@ -165,6 +165,7 @@ def item_of(row):
     problem = first_field(row, "problem", "question")
     medium = row.get("video") or row.get("path")
     options = [str(option) for option in options]
+    cut = row.get("truncated")
     item = Item(
         first_field(row, "problem_id", "sample_id") or short_hash([problem, medium, options]),
         first_field(row, "problem_type"),
@@ -176,7 +177,7 @@ def item_of(row):
         first_field(row, "mc_question"),
         first_field(row, "mc_answer"),
         frame_use=row.get("frame_use"),
-        truncated=row.get("truncated"),
+        truncated=cut if isinstance(cut, bool) else None,
         error=error,
     )
     # The predictions file keeps the events; they would be most of the report.
@@ -883,7 +884,7 @@ def make_report(items, benchmark="", repeated=()):
         report["accuracy_as_stored"] = mean(stored)
 
     # What went wrong, and every question. Answers of others do not say whether they were cut.
-    cut = [item.truncated for item in items if item.truncated is not None]
+    cut = [item.truncated for item in items if not item.error]
     errors = defaultdict(dict)
     unread = defaultdict(dict)
     for item in items:
@@ -893,7 +894,7 @@ def make_report(items, benchmark="", repeated=()):
             errors[item.error.partition(":")[0]][item.problem_id] = item.error
     return report | {
         "empty_outputs": sum(not item.output.strip() for item in items),
-        "truncated": sum(cut) if cut else None,
+        "truncated": None if None in cut else sum(cut),
         "unread": unread,
         "errors": errors,
         "duplicates": list(repeated),

@@ -9,6 +9,7 @@ video.times[indices]                         # seconds since the first frame sho
 
 import os
 import re
+import struct
 from contextlib import contextmanager
 from functools import partial
 
@@ -415,6 +416,18 @@ def open_decord(path):
 
 # ------------------------------------------------------------------------ pictures
 
+# What Pillow raises depends on the kind of damage.
+PILLOW_ERRORS = (
+    Image.DecompressionBombError,
+    IndexError,
+    OSError,
+    RuntimeError,
+    SyntaxError,
+    TypeError,
+    ValueError,
+    struct.error,
+)
+
 
 def on_white(image):
     """A Pillow image with transparency -> (H, W, 3) uint8 of what is seen on a white page."""
@@ -445,8 +458,7 @@ def open_image(path, kind):
     try:
         with Image.open(path) as image:
             yield image
-    # What Pillow raises depends on the kind of damage; nothing but Pillow runs here.
-    except Exception as error:
+    except PILLOW_ERRORS as error:
         raise MediaError(f"{path}: not a readable {kind} ({error})") from error
 
 

@@ -551,3 +551,18 @@ def test_a_log_of_4000_rows_is_scored_in_seconds(tmp_path):
     report, _ = stored(tmp_path, rows)
     assert time.process_time() - start < 10
     assert report["n"] == 4000 and report["by_type"]["multiple choice"]["accuracy"] == 1
+
+
+@pytest.mark.parametrize(
+    "told, expected",
+    [([True, False], 1), ([False, None], None), ([True, "length"], None), ([None, None], None)],
+)
+def test_cut_answers_are_counted_where_all_rows_tell(told, expected, tmp_path):
+    rows = []
+    for index, cut in enumerate(told):
+        row = {"problem_id": index, "problem_type": "numerical", "solution": "1", "output": "1"}
+        rows.append(row if cut is None else row | {"truncated": cut})
+    rows.append({"problem_id": "x", "error": "unreadable media: x"})
+    file = tmp_path / "rows.json"
+    file.write_text(json.dumps(rows))
+    assert scores.make_report(scores.read_predictions(file)[0])["truncated"] == expected

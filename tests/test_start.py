@@ -340,11 +340,11 @@ def test_a_refused_start_leaves_nothing_behind(place, monkeypatch, tmp_path):
         ("--per_device_train_batch_size", 0): "--per_device_train_batch_size must be at least 1",
         ("--learning_rate", -1): "--learning_rate must be at least 0",
         ("--save_total_limit", -1): "--save_total_limit must be at least 0",
-        ("--max_grad_norm", "nan"): "--max_grad_norm must be at least 0 and finite",
+        ("--max_grad_norm", "nan"): "--max_grad_norm must be from 0 to inf",
         ("--max_prompt_length", 0): "--max_prompt_length must be at least 1",
-        ("--clip_low", -1): "--clip_low must be at least 0",
-        ("--ema_decay", 2): "--ema_decay is a share, from 0 to 1",
-        ("--warmup_ratio", 3): "--warmup_ratio is a share, from 0 to 1",
+        ("--clip_low", -1): "--clip_low must be from 0 to inf",
+        ("--ema_decay", 2): "--ema_decay must be from 0 to 1",
+        ("--warmup_ratio", 3): "--warmup_ratio must be from 0 to 1",
         ("--frame_use_layer", 99): "has layers 1 to 3, and hidden states 0 to 3",
     }
     for flags, words in bad.items():

@@ -135,7 +135,7 @@ def test_a_rank_without_a_question_leaves_those_of_the_others(
     file = {"sft": "train_cot.json", "grpo": "train.json"}[stage]
     rows = json.loads((small_toy / file).read_text())
     rows = [row for row in rows if row["data_type"] == "video"][:4]
-    rows[2]["problem"] = "Why " * 400
+    rows[0]["problem"] = "Why " * 400
     data = tmp_path / "data.json"
     data.write_text(json.dumps(rows))
     flags = ["--dataset_name", data, "--model_name_or_path", first_run[0] / "sft"]
@@ -158,9 +158,8 @@ def test_a_rank_without_a_question_leaves_those_of_the_others(
     for name in names:
         assert one[name] == pytest.approx(two[name], abs=1e-4), name
     if stage == "grpo":
-        written = (tmp_path / "two" / "rollouts.jsonl").read_text().splitlines()
-        questions = [json.loads(line)["problem_id"] for line in written]
-        assert sorted(set(questions)) == sorted(set(questions[::4])), "a group once"
+        # Rank 0 writes its own group, and not the one that it has borrowed.
+        assert (tmp_path / "two" / "rollouts.jsonl").read_text().count("\n") == 4
 
 
 def rows_of(small_toy, count=12):
