@@ -1024,6 +1024,9 @@ def run_compare(first, second, output, seed):
     )
     for name, (one, other) in differ.items():
         print(f"made with another {name}: {one!r} and {other!r}")
+    worded = result["worded_otherwise"]
+    if worded:
+        print(f"{len(worded)} questions are worded otherwise in the second, such as {worded[0]}")
     if output:
         write_json(output, result)
 

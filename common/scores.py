@@ -970,6 +970,7 @@ def compare(first, second, seed=0):
     gains = []
     losses = []
     differences = []
+    worded = []
     for a, b in pairs:
         same = all(a[name] == b[name] for name in ("solution", "problem_type"))
         if not (same or a["error"] or b["error"]):
@@ -977,6 +978,8 @@ def compare(first, second, seed=0):
                 f"problem_id {a['problem_id']} is another question in each file: {a['solution']!r} "
                 f"is right in the first, {b['solution']!r} in the second"
             )
+        if a["problem"].split() != b["problem"].split():
+            worded.append(a["problem_id"])
         differences.append(b["reward"] - a["reward"])
         if b["correct"] > a["correct"]:
             gains.append(b["problem_id"])
@@ -995,4 +998,5 @@ def compare(first, second, seed=0):
         "mcnemar_p": mcnemar(len(gains), len(losses)),
         "gains": gains,
         "losses": losses,
+        "worded_otherwise": worded,
     }

@@ -616,6 +616,13 @@ def test_compare_refuses_other_questions(tmp_path, monkeypatch, capsys):
     ):
         status, _, err = command(monkeypatch, capsys, "compare", one, path)
         assert status == 2 and said in err
+    # Other spaces are no other words.
+    for words, count in (("Question  1?\n", 0), ("Which car wins?", 1)):
+        rows = [row(1, "<answer>B</answer>", "B", problem=words)]
+        worded = write(tmp_path / "d.json", {"results": rows})
+        status, out, _ = command(monkeypatch, capsys, "compare", one, worded)
+        assert status == 0
+        assert ("1 questions are worded otherwise in the second, such as 1" in out) == bool(count)
 
 
 def test_compare_says_first_what_is_unread(tmp_path, monkeypatch, capsys):
