@@ -1793,6 +1793,7 @@ def test_the_normalised_gain_is_delta_knowledge():
     def record(name, right):
         return {
             "problem_id": name,
+            "problem": "Which?",
             "solution": "A",
             "problem_type": "multiple choice",
             "error": None,
