@@ -16,6 +16,7 @@ import evaluate
 import prior
 from common.data import Example, MediaError, Medium
 from common.media import Encoder, PromptFlags, sample_video
+from common.video import load_image
 
 WIDTH, HEIGHT, FRAMES, FPS = 192, 64, 72, 24
 
@@ -263,6 +264,39 @@ def test_pictures_and_texts_are_no_videos(tmp_path, name):
         picture.save(path)
     with pytest.raises(MediaError, match="where a video was promised"):
         sample_video(str(path), 8)
+
+
+@pytest.mark.parametrize("name", ["cut.gif", "cut.mpo", "cut.webp", "cut.png"])
+def test_an_animation_that_is_cut_anywhere_is_refused_or_shorter(tmp_path, name):
+    """What Pillow raises there depends on the place."""
+    rng = np.random.default_rng(0)
+    pictures = [Image.fromarray(rng.integers(0, 255, (12, 16, 3), np.uint8)) for _ in range(3)]
+    path = tmp_path / name
+    pictures[0].save(path, save_all=True, append_images=pictures[1:])
+    whole = path.read_bytes()
+    refused = 0
+    for size in range(1, len(whole), max(1, len(whole) // 200)):
+        path.write_bytes(whole[:size])
+        try:
+            assert len(sample_video(str(path), 8).frames) <= 3
+        except MediaError:
+            refused += 1
+        try:
+            load_image(str(path))
+        except MediaError:
+            refused += 1
+    assert refused > 50
+
+
+def test_a_picture_with_a_wrong_entry_beside_its_turn_is_refused(tmp_path):
+    exif = b"Exif\0\0MM\0*\0\0\0\x08\0\x02"
+    exif += b"\x01\x12\0\x03\0\0\0\x01\0\x06\0\0"  # orientation 6
+    exif += b"\x01\x28\0\x02\0\0\0\x02x\0\0\0"  # the unit of resolution as a text
+    exif += bytes(4)
+    path = tmp_path / "a.jpg"
+    Image.fromarray(draw(5)).save(path, exif=exif)
+    with pytest.raises(MediaError, match="a.jpg: not a readable image"):
+        load_image(str(path))
 
 
 def test_a_png_may_show_another_picture_where_it_cannot_be_played(tmp_path):
