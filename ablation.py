@@ -4,8 +4,8 @@
     python ablation.py run --runs mine.jsonl   # every arm again, as many at a time as cores
     python ablation.py run --runs mine.jsonl --settings tiny --seeds 0 --arms full    # minutes
 
-`run`, in the folder of train.py: for every setting and seed one toy, one SFT checkpoint and one
-file of priors, which all arms share; for every arm GRPO from that checkpoint, and evaluations of
+`run`, in the folder of train.py: for every setting and seed one toy, one SFT checkpoint and the
+priors of its questions, which all arms start from; for every arm GRPO from it, and evaluations of
 the held-out questions as they are, with the frames shuffled and without the video. Each is a
 command that is printed; its log lies in OUTPUT_DIR/SETTING/seedN/NAME.log. The numbers of every
 arm that ends become a line of RUNS; what has a line is not run again. The same call goes on where

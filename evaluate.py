@@ -16,7 +16,7 @@ Whether the difference between two runs is more than noise:
     python evaluate.py compare first.json second.json
 Whether frame use finds known evidence, layer by layer:
     python evaluate.py --model_name_or_path output/sft --bench toy-seed0/heldout.json \\
-        --max_pixels 3136 --frame_use_check
+        --max_pixels 784 --frame_use_check
 
 Answers go to REPORT.predictions.jsonl as they are made, and the report is made from that file.
 A question without an answer, because its row or medium is unusable or the server failed, counts as

@@ -56,8 +56,8 @@ COLOURS = {
     "cyan": (30, 220, 230),
     "pink": (245, 90, 200),
 }
-# The bright pixels of each texture. A period of 28 px becomes a patch of 14 px once a frame is
-# resized to 56x56.
+# The bright pixels of each texture. A period of 28 px becomes a patch of 14 px in CLIP, which sees
+# 56x56, and half a patch in the model's 28x28.
 Y, X = np.mgrid[:SIZE, :SIZE]
 TEXTURES = {
     "plain": X < 0,

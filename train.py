@@ -102,7 +102,7 @@ from grpo import (
     slot_shares,
 )
 
-# Accuracy and format alone; no prior is needed.
+# Accuracy and format alone; the prior only says which frames are shown.
 PLAIN = dict(cfr_weight=0.0, temporal=False, length_bonus=0.0, prior="uniform")
 # What the code of all releases sets.
 RELEASED = dict(learning_rate=1e-6, top_k=50)
@@ -380,11 +380,11 @@ NOT_FOR_THE_TOY = "learning_rate max_grad_norm frames fps max_completion_length 
 def toy_defaults(folder, world_size):
     """Defaults of the toy; any flag on the command line wins over them.
 
-    Global batches do not depend on the number of ranks. Frame use comes from the attention of the
-    first layer: on the toy's known evidence it was above chance on every checkpoint that was
-    checked (evaluate.py --frame_use_check), while the paper's lies at chance; the paper's is
-    computed and logged beside it. Beta is higher because at a learning rate that a 1.0 M-parameter
-    model needs to move in 50 steps, whatever no reward asks for drifts.
+    Global batches are 16 with any number of ranks that divides it. Frame use comes from the
+    attention of the first layer: on the toy's known evidence it was above chance on every
+    checkpoint that was checked (evaluate.py --frame_use_check), while the paper's lies at chance;
+    the paper's is computed and logged beside it. Beta is higher because at a learning rate that a
+    1.0 M-parameter model needs to move in 50 steps, whatever no reward asks for drifts.
     """
     batch = max(1, 16 // world_size)
     return dict(
@@ -395,7 +395,6 @@ def toy_defaults(folder, world_size):
         clip=f"local-dir:{folder}/clip",
         max_pixels=28 * 28,
         image_max_pixels=28 * 28,
-        decode_workers=2,
         max_completion_length=64,
         length_bonus=0.0,
         frame_use="attention",
@@ -565,7 +564,7 @@ def now():
 
 
 # Mean over a step's completions from which on sampling and scoring seem to be different models.
-# bfloat16 logits between 16 and 32 are 0.125 apart, so that rounding alone explains 0.04.
+# bfloat16 logits between 16 and 32 are 0.125 apart, so that rounding alone gives up to 0.05.
 LOGP_DIFFERENCE = 0.1
 
 
@@ -667,8 +666,8 @@ def stage_steps(run, name, engine, questions, done, kept):
         difference = record.get("rollout/logp_difference", 0)
         if difference > LOGP_DIFFERENCE:
             log_main(
-                f"step {step}: rollout/logp_difference is {difference:.2f}, rounding explains "
-                f"{LOGP_DIFFERENCE} at most: sampling and scoring compute different models"
+                f"step {step}: rollout/logp_difference is {difference:.2f}, rounding gives less "
+                f"than {LOGP_DIFFERENCE}: sampling and scoring compute different models"
             )
         shown = {metric: record[metric] for metric in SHOWN if metric in record}
         bar.set_postfix(shown, refresh=False)
@@ -1192,7 +1191,7 @@ def score_heldout(run, engine):
     """Scores answers to questions that are never trained on, every rank its share.
 
     The first scoring leaves out questions with a broken medium or too long a prompt, so that all
-    scorings but it are of the same questions.
+    scorings are of the same questions.
 
     Returns:
         {name: mean over all ranks}.
@@ -1765,6 +1764,8 @@ def check_arguments(args, given):
         heading = setting.metadata.get("group", heading)
         if args.stage == "sft" and heading.startswith("GRPO") and setting.name in given:
             raise DataError(f"--stage sft does not read --{setting.name}: it is GRPO's")
+        if args.stage == "grpo" and heading == "SFT" and setting.name in given:
+            raise DataError(f"--stage grpo does not read --{setting.name}: it is SFT's")
 
 
 def main():

@@ -11,10 +11,10 @@
     python visualize.py prior --priors priors.jsonl --media_root DATA
 
 Each command writes one HTML page that opens from disk, without network, on a phone, light or dark,
-and its figures as PNG and SVG beside it. `run` draws the metrics.jsonl and result.json of train.py;
-runs with the same label (seeds of one arm) become one line, their mean, in a band from the lowest
-to the highest run; its page shows what the runs wrote, too. `sample` answers one question and draws
-where the answer looks: over frames and within them. `answers` lists the answers of an evaluation,
+and its figures, if any, as PNG and SVG beside it. `run` draws metrics.jsonl and result.json of
+train.py; runs with the same label (seeds of one arm) become one line, their mean, in a band from
+the lowest to the highest run; its page shows what the runs wrote, too. `sample` answers one
+question and draws where the answer looks: over frames and within them. `answers` lists the answers of an evaluation,
 right and wrong, or gained and lost between two. `prior` draws some rows of a priors file.
 """
 
@@ -93,9 +93,9 @@ def make_parser():
     answers = commands.add_parser("answers", help="the answers of an evaluation, right and wrong")
     text = "reports or predictions of evaluate.py, or what its --rescore reads"
     answers.add_argument("--predictions", nargs="+", required=True, help=text)
-    for command in (run, answers):
-        text = "once a path, in their order; default: the paths. Runs of one name become one line"
-        command.add_argument("--label", action="append", help=text)
+    text = "once a path, in their order; default: the paths"
+    answers.add_argument("--label", action="append", help=text)
+    run.add_argument("--label", action="append", help=f"{text}. Runs of one name become one line")
     prior = commands.add_parser("prior", help="some rows of a priors file")
     prior.add_argument("--priors", required=True, help="output of prior.py")
     prior.add_argument("--media_root", help="of the rows' media; default: the priors file's folder")

@@ -163,7 +163,7 @@ class Example:
 
 
 def first_words(error):
-    """First sentence of a decord error, without its times, source paths and C++ stack trace."""
+    """First line of an error, at most 160 characters, without decord's times and source paths."""
     line = (str(error).strip() or type(error).__name__).splitlines()[0]
     return re.sub(r"^(\[[^]]*\]\s*|\S*\.(cc|h):\d+:\s*)*", "", line)[:160]
 

@@ -76,8 +76,8 @@ class PromptFlags(FrameFlags):
     )
     prompt_template: str | None = flag(
         None,
-        "Text file with {question}, {options} and {instruction}, or a .json file with such a text "
-        "for each problem type; replaces our wording. Scores depend on it.",
+        "Text file with {question}, and {options} and {instruction} if wanted, or a .json file "
+        "with such a text for each problem type; replaces our wording. Scores depend on it.",
     )
     system_prompt: str | None = flag(
         None,
@@ -104,8 +104,7 @@ class RunFlags(PromptFlags):
     )
     decode_workers: int = flag(
         2,
-        "Processes per rank that decode the next step's or batch's media; 0: none, and no timeout. "
-        "Of the toy: 1.",
+        "Processes per rank that decode the next step's or batch's media; 0: none, and no timeout.",
     )
     decode_timeout: float = flag(300.0, "Seconds that a worker may take for a question's media.")
     top_k: int = flag(0, "Likeliest tokens to choose from, when sampled; 0: all.")

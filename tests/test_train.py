@@ -669,6 +669,10 @@ def test_an_sft_step_does_not_depend_on_how_it_is_split(cold_start, small_toy, t
         (["--stage", "sft", "--max_steps", "3"], "--sft_max_steps"),
         (["--stage", "sft", "--beta", "0"], "does not read --beta: it is GRPO's"),
         (["--stage", "sft", "--no_temporal"], "does not read --temporal"),
+        (
+            ["--stage", "grpo", "--sft_questions_per_medium", "4"],
+            "--stage grpo does not read --sft_questions_per_medium: it is SFT's",
+        ),
         (["--stage", "grpo", "--sft_learning_rate", "1e-6"], "its own is --learning_rate"),
     ],
 )
