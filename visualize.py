@@ -14,8 +14,9 @@ Each command writes one HTML page that opens from disk, without network, on a ph
 and its figures, if any, as PNG and SVG beside it. `run` draws metrics.jsonl and result.json of
 train.py; runs with the same label (seeds of one arm) become one line, their mean, in a band from
 the lowest to the highest run; its page shows what the runs wrote, too. `sample` answers one
-question and draws where the answer looks: over frames and within them. `answers` lists the answers of an evaluation,
-right and wrong, or gained and lost between two. `prior` draws some rows of a priors file.
+question and draws where the answer looks: over frames and within them. `answers` lists the answers
+of an evaluation, right and wrong, or gained and lost between two. `prior` draws some rows of a
+priors file.
 """
 
 from dataclasses import dataclass, field
