@@ -840,9 +840,11 @@ def read_reply(name, reply, record):
 
     Returns:
         "answer", "conclusion": text, "" for UNKNOWN; "vas": 0 to 10; "correct": bool. None for a
-        rating or verdict that is none.
+        rating or verdict that is none, and for an empty reply.
     """
     if name in ("answer", "conclusion"):
+        if not reply.strip():
+            return None
         return "" if reply.upper().startswith("UNKNOWN") else reply.strip("()*. ")
     if name == "vas":
         rating = re.search(r'"score"\s*:\s*(-?\d+(?:\.\d+)?)', reply)
@@ -874,6 +876,9 @@ def judge_one(arguments, record, name, prompt):
         value = read_reply(name, reward.split_output(reply["output"])[1], record)
         if value is not None:
             break
+    # No reading is no conclusion that agrees with another one.
+    if value is None and name in ("answer", "conclusion"):
+        raise ServerError("server error: the judge's reply was empty")
     return {name: value}
 
 
@@ -997,7 +1002,9 @@ def run_compare(first, second, output, seed):
     a, a_settings = rescored(first)
     b, b_settings = rescored(second)
     for path, report in ((first, a), (second, b)):
-        for warning in report["warnings"]:
+        failed = sum(map(len, report["errors"].values()))
+        told = [f"{failed} questions failed and count as wrong"] if failed else []
+        for warning in report["warnings"] + told:
             print(f"evaluate.py: warning: {path}: {warning}", file=sys.stderr)
     result = scores.compare(a["results"], b["results"], seed)
     # Another checkpoint is what people compare; another prompt or size they should see.

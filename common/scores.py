@@ -223,6 +223,10 @@ def lmms_eval_score(row):
     return next((score[name] for name in names if name in score), None)
 
 
+# Fields of a document that lmms-eval's VSI-Bench adds to it.
+WRITTEN = re.compile(r"(prediction|accuracy|MRA:.*)\Z")
+
+
 def from_lmms_eval(row):
     """Read a line of lmms-eval's samples: the data set's row under `doc`, its output."""
     doc = row["doc"]
@@ -252,12 +256,14 @@ def from_lmms_eval(row):
         kind = "multiple choice"
     elif exact_number(target) is not None:
         kind = "numerical"
+    # VSI-Bench's task writes the answer and its scores into the question, whose name they would be.
+    question = {name: value for name, value in doc.items() if not WRITTEN.match(name)}
     # MVBench's target is the right option's text, which may be another option's letter.
     letters = (letter for letter, text in option_texts(options).items() if text == target)
     fields = {
         **doc,
         # MVBench's twenty files each count doc_id from 0.
-        "problem_id": f"{row['doc_id']}-{short_hash(doc)}",
+        "problem_id": f"{row['doc_id']}-{short_hash(question)}",
         "problem_type": kind,
         "solution": next(letters, target),
         "options": options,
@@ -348,7 +354,7 @@ def exact_number(text):
 
 NUMBER = re.compile(
     r"[(\[$€£¥]*([-+]?(?:\d{1,3}(?:,\d{3})+(?:\.\d+)?|\d*\.?\d+|\d+\.)(?:e[-+]?\d+)?)"
-    r"(?:\s?[/\u2044]\s?(\d+))?(.*)",
+    r"(?:\s?[/\u2044]\s?(\d{1,300}))?(.*)",
     re.DOTALL | re.IGNORECASE,
 )
 # A word of a unit: "m2", "km/h", "%", "°C".

@@ -616,6 +616,10 @@ def test_compare_refuses_other_questions(tmp_path, monkeypatch, capsys):
     ):
         status, _, err = command(monkeypatch, capsys, "compare", one, path)
         assert status == 2 and said in err
+    failed = [row(1, "", "B", error="server error: status 500")]
+    path = write(tmp_path / "failed.json", {"results": failed})
+    status, _, err = command(monkeypatch, capsys, "compare", one, path)
+    assert status == 0 and f"{path}: 1 questions failed and count as wrong" in err
     # Other spaces are no other words.
     for words, count in (("Question  1?\n", 0), ("Which car wins?", 1)):
         rows = [row(1, "<answer>B</answer>", "B", problem=words)]
@@ -1637,6 +1641,13 @@ def test_a_judge_that_fails_is_told(serve, tmp_path, monkeypatch, capsys):
         monkeypatch, capsys, "--rescore", path, "--output", tmp_path / "r.json", *words
     )
     assert status == 2 and "judged none of 2 answers" in err and "status 400" in err
+    # Two empty readings do not agree.
+    server.reply = lambda request, times: ""
+    empty = ["--rescore", path, "--output", tmp_path / "empty.json", *words]
+    assert command(monkeypatch, capsys, *empty)[0] == 0
+    judged = json.loads((tmp_path / "empty.json").read_text())["judged"]
+    assert sorted(judged["failed"]) == ["1", "2"] and "reply was empty" in judged["failed"]["1"]
+    assert judged["n"] == 0 and set(judged["TAC"].values()) == {None}
     assert (
         "--judge_model go together"
         in command(monkeypatch, capsys, "--rescore", path, "--judge_base", server.base)[2]

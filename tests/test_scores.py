@@ -566,3 +566,24 @@ def test_cut_answers_are_counted_where_all_rows_tell(told, expected, tmp_path):
     file = tmp_path / "rows.json"
     file.write_text(json.dumps(rows))
     assert scores.make_report(scores.read_predictions(file)[0])["truncated"] == expected
+
+
+def test_samples_of_vsi_bench_are_paired_whatever_was_answered(tmp_path):
+    runs = []
+    for name, answers in (("a", ["3", "7"]), ("b", ["4", "7"])):
+        rows = []
+        for index, answer in enumerate(answers):
+            doc = {"question": f"How many {index}?", "question_type": "object_counting"}
+            # What the task writes into the question before the sample is logged.
+            doc |= {"ground_truth": "4", "prediction": answer, "MRA:.5:.95:.05": 0.5}
+            rows.append({"doc_id": index, "doc": doc, "target": "4", "resps": [[answer]]})
+        file = tmp_path / f"{name}_samples_vsibench.jsonl"
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        runs.append(scores.make_report(scores.read_predictions(file)[0], "vsibench")["results"])
+    found = scores.compare(*runs)
+    assert (found["n"], found["only_in_first"], found["only_in_second"]) == (2, 0, 0)
+    assert found["difference"] > 0 and len(found["gains"]) == 1
+
+
+def test_an_endless_denominator_is_no_number():
+    assert scores.read_number("1/" + "3" * 5000) is None
