@@ -90,7 +90,7 @@ class EvaluateArguments(RunFlags):
     )
     dataset_name: str | None = flag(
         None,
-        "Questions: Video-R1, SEED-Bench-R1, TW-GRPO or Video-R2 JSON or JSON lines.",
+        "Questions: Video-R1, SEED-Bench-R1, TW-GRPO, MVBench or Video-R2 JSON or JSON lines.",
         aliases=["--bench"],
     )
     question: str | None = flag(

@@ -138,7 +138,7 @@ class PriorArguments(PriorSettings):
 
     dataset_name: str | None = flag(
         None,
-        "Data set file (JSON array or .jsonl; Video-R1, SEED-Bench-R1, TW-GRPO or Video-R2).",
+        "Data set file (JSON or JSON lines; Video-R1, SEED-Bench-R1, TW-GRPO, MVBench, Video-R2).",
         group="Files",
     )
     media_root: str | None = flag(

@@ -213,7 +213,8 @@ _ACCURACY = {
 
 
 def accuracy_reward(completion, solution, problem_type):
-    """Score the answer block of a completion by the rules of Video-R1, VideoCFR and GRPO-CARE.
+    """Score the answer block of a completion by the rules of Video-R1, VideoCFR and GRPO-CARE;
+    several right letters by TW-GRPO's.
 
     Args:
         completion: the whole generated text. Without an answer block, or with an empty one, it

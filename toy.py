@@ -531,7 +531,7 @@ CLIP_CONFIG = {
         "layers": 1,
     },
 }
-CLIP_VIDEOS = 80  # enough; a toy has more
+CLIP_VIDEOS = 80  # at most; enough
 CLIP_BATCH = 64
 CAPTIONS = (
     "{colour} balls in the {texture} scene",

@@ -165,7 +165,8 @@ class TrainArguments(RunFlags, prior.PriorSettings):
     )
     eval_dataset_name: str | None = flag(
         None,
-        "Held-out questions, scored before and after; never trained on. The toy brings its own.",
+        "Held-out questions, scored before and after GRPO, or once after --stage sft; never "
+        "trained on. The toy brings its own.",
     )
     stage: str | None = flag(
         None,
@@ -373,7 +374,8 @@ class TrainArguments(RunFlags, prior.PriorSettings):
     )
 
 
-# Settings of a recipe that are meant for billions of parameters; the toy keeps its own.
+# Settings of a recipe that the toy does not take: sizes for billions of parameters, and the prior,
+# which its frame use is compared with.
 NOT_FOR_THE_TOY = "learning_rate max_grad_norm frames fps max_completion_length prior".split()
 
 

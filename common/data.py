@@ -130,7 +130,8 @@ class Example:
     reasoning: str = ""  # text of the think block of a demonstration
     grounding: list[tuple[float, float, str]] = field(default_factory=list)  # start s, end s, text
     evidence: list[tuple[float, float]] = field(default_factory=list)  # (start s, end s)
-    extra: dict = field(default_factory=dict)  # path and all other fields of the row, unchanged
+    # path and the row's other fields; also multi_answer and inverted_from, which we add
+    extra: dict = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)  # what is not as the row says
 
     @property

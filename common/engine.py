@@ -147,7 +147,7 @@ def shares_nothing(zero):
 
 
 def optimizer_parameters(file):
-    """optimizer.params of a file, which gets ds_zero3.json's optimizer if it has none.
+    """optimizer.params of a file, which gets AdamW with ds_zero3.json's betas if it has none.
 
     Errors: DataError for a section without a type.
     """

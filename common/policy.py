@@ -37,7 +37,8 @@ torch.backends.cuda.enable_cudnn_sdp(False)
 
 # ------------------------------------------------------------------ one seam per model family
 #
-# All that differs between families and versions of transformers stands in this section. To add a
+# What a forward needs to know of families and of versions of transformers stands in this section;
+# names and layouts of weights are in MISNAMED below and in common/checkpoints.py. To add a
 # family: add its config's model_type to one of the two tuples. If its placeholders, vision tower or
 # positions work otherwise, change the function below that deals with them. Then add a tiny model of
 # it to other_family in tests/conftest.py: the tests compare it with its plain forward.
