@@ -259,7 +259,7 @@ class GroupStep:
             return prompts, rollout(bare, rows, counts, range(self.group), settings)
 
     def run(self):
-        """Run the step -> {phase: (seconds, MB)}; self.difference as rollout/logp_difference."""
+        """Run the step -> {phase: (seconds, MB)}; self.difference: its largest logp_difference."""
         costs = {}
         with phase(costs, "rollout", self.base):
             prompts, samples = self.sample(self.settings)
