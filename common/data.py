@@ -279,7 +279,11 @@ LEAD = re.compile(
     |答案[是为]?|[\s:=,~≈]|\.\s)+""",
     re.VERBOSE | re.IGNORECASE,
 )
-STATED = re.compile(r"\banswer(?:\s+is\b|\s*[:=])|答案[是为:]", re.IGNORECASE)
+STATED = re.compile(
+    r"(?<!wrong )(?<!incorrect )(?<!not )(?<!\bno )(?<!doubt that the )"
+    r"\banswer(?:\s+is\b|\s*[:=])|答案[是为:]",
+    re.IGNORECASE,
+)
 
 
 def read_alone(text, read):
@@ -307,10 +311,14 @@ def read_alone(text, read):
 # A letter, what sets it off, and what follows: "(B) blue", "B. blue", "B - blue", "b is right".
 CHOICE = re.compile(r"(?s)[(\[\"]?([A-Za-z])(?![\w'])([)\].:\"]*)(?![A-Z]\.)(?:[\s,=-]+\b)?(.*)")
 RIGHT = re.compile("is (the )?(correct|right|best|final|most likely)? ?(answer|option|choice)?")
-# Another letter behind the first: "A. red or C", "B. not (A)".
+# Another letter behind the first, or words that take it back: "A. red or C", "B. not (A)", "(A) is
+# wrong", "B. Wait, C".
 RIVAL = re.compile(
     r"\b(?:or|and|not|nor)\s+\(?[A-Z]\b(?!\s[a-z])|\([A-Z]\)|\b[A-Z][).:](?!\w)|^\W*[A-Z]\W*$"
+    r"|^\W*(?:(?:is|seems|looks)\s+)?(?:wrong|incorrect|false|not)\b|\b(?:[Ww]ait|maybe|vs)\b"
 )
+# A line that begins with an option's letter.
+LISTED = re.compile(r"^\W*([A-Z])[).:]\s", re.MULTILINE)
 
 
 def read_option(text, known):
@@ -330,7 +338,8 @@ def read_option(text, known):
     if same or not choice:
         return same[0] if len(same) == 1 else ""
     # A letter with another option's text names neither; "a dog" and "A dog" are no letters.
-    clear = choice[1].isupper() and choice[2] and not RIVAL.search(choice[3])
+    rival = RIVAL.search(choice[3]) or any(f" or {text}" in rest for text in known.values() if text)
+    clear = choice[1].isupper() and choice[2] and not rival
     if known.get(letter) == rest or (clear and rest not in known.values()):
         return letter
     return ""
@@ -346,6 +355,10 @@ def read_choices(answer, options=()):
         Letters without repeats; () for none, or where two places disagree (see read_alone).
     """
     known = {letter: plain_text(text) for letter, text in option_texts(options).items()}
+    # A list of options names none of them, but where the answer is stated besides.
+    if len(set(LISTED.findall(clean_text(answer)))) > 1:
+        _, *stated = STATED.split(answer)
+        answer = stated[-1] if stated else ""
 
     def read(text):
         for parts in ([text], re.split(r"\s*(?:[,;&、]|\band\b)\s*", text)):
